@@ -1,0 +1,36 @@
+"""The errors that cvmk raises on purpose. Each carries the exit code of the command line.
+
+A message is one sentence that names the key, file or shape at fault, and the remedy.
+"""
+
+from __future__ import annotations
+
+
+class CvmkError(Exception):
+    """Base of every deliberate error; the command line prints its message without a traceback."""
+
+    exit_code = 1
+
+
+class ConfigError(CvmkError):
+    """A wrong command line, configuration key or value."""
+
+    exit_code = 2
+
+
+class QualityGateError(CvmkError):
+    """A result is worse than the gate allows."""
+
+    exit_code = 3
+
+
+class DivergedError(CvmkError):
+    """Training diverged again after the last rollback."""
+
+    exit_code = 4
+
+
+class DataError(CvmkError):
+    """A file or folder is missing, unreadable, unwritable, empty or corrupt."""
+
+    exit_code = 5

@@ -1,0 +1,385 @@
+"""What an op is, which backends take a call, and why the others do not.
+
+An op has one schema a pass (`cvmk::<op>_forward`, `cvmk::<op>_backward`), declared once with `torch.library`; its implementation
+for every device picks a backend at run time, so a graph made by `torch.compile` or `torch.export` holds the op and not a choice.
+Autograd stands outside the op (`Op.__call__`): the first derivative runs the backward pass of a backend, higher ones differentiate
+the reference's forward, so that a fused kernel never needs a second derivative of its own.
+
+Backends are found by file: `cvmk/ops/<backend>/<module>.py` holds `BACKENDS`, for the op module of the same name. Adding a
+backend is adding that file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+PREFERENCE = ("cuda", "triton", "native", "reference")
+"""Backends in the order in which they are asked."""
+
+library = torch.library.Library("cvmk", "DEF")
+OPS: dict[str, Op] = {}
+_IMPLEMENTED_KEYS = ("CPU", "CUDA")
+_CACHE_LIMIT = 4096
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of one op: what it supports is data, what it declines is text.
+
+    `forward` and `backward` take the arguments of the schemas and return their results as a tuple of tensors; `backward` is None
+    where the backend has none. `limits` gets the arguments by name and returns further reasons to decline. `unavailable` says why
+    the backend cannot run in this process at all (a library that did not load, an instruction set), or None.
+    """
+
+    op: str
+    name: str
+    forward: Callable[..., Any]
+    backward: Callable[..., Any] | None = None
+    dtypes: tuple[torch.dtype, ...] = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    limits: Callable[[str, Mapping[str, Any]], list[str]] | None = None
+    unavailable: Callable[[], str | None] | None = None
+
+    def missing(self) -> list[str]:
+        """Why the backend cannot run in this process; empty when it can."""
+        reason = self.unavailable() if self.unavailable is not None else None
+        return [] if reason is None else [f"{self.name}: {reason}"]
+
+    def reasons(self, op: Op, which: str, arguments: Sequence[Any]) -> list[str]:
+        """Why the backend cannot take this call; empty when it can."""
+        found = self.missing()
+        if which == "backward" and self.backward is None:
+            found.append(f"{self.name}: has no backward pass")
+        named = dict(zip(op.names[which], arguments, strict=True))
+        principal: torch.Tensor = named[op.principal]
+        if principal.dtype not in self.dtypes:
+            found.append(f"{self.name}: {op.principal} is {principal.dtype}, not one of {', '.join(str(d) for d in self.dtypes)}")
+        if principal.device.type not in self.devices:
+            found.append(f"{self.name}: runs on {', '.join(self.devices)}, not {principal.device.type}")
+        if self.limits is not None and not found:
+            found += [f"{self.name}: {reason}" for reason in self.limits(which, named)]
+        return found
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Whether one backend takes one call; `reasons` is empty when it does. `chosen` marks the one that would run."""
+
+    backend: str
+    reasons: tuple[str, ...]
+    chosen: bool
+
+    def __str__(self) -> str:
+        if self.chosen:
+            return f"{self.backend}: chosen"
+        return f"{self.backend}: able, but another is preferred" if not self.reasons else "; ".join(self.reasons)
+
+
+class Op:
+    """An op with a forward pass and, where it is differentiable, a backward pass.
+
+    name          the op's name; the passes are `torch.ops.cvmk.<name>_forward` and `..._backward`.
+    module        name of the files that hold its backends.
+    forward       schema of the forward pass from the parenthesis on: the tensors first, then the rest.
+    backward      schema of the backward pass, or None. Its arguments are: one optional gradient an output of the forward pass,
+                  the forward's tensors, the saved outputs, the forward's other arguments, and `bool[] needs`, one a tensor.
+                  It returns one gradient a *differentiable* tensor; one that is not needed comes back with no elements.
+    tensors       how many leading arguments of the forward pass are tensors (or None).
+    differentiable  indices of the tensors that have a gradient.
+    saved         indices of the outputs that the backward pass reads.
+    fake          shapes and dtypes of the results: {"forward": function, "backward": function}.
+    principal     the argument whose dtype and device decide.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        module: str,
+        forward: str,
+        fake_forward: Callable[..., Any],
+        backward: str | None = None,
+        fake_backward: Callable[..., Any] | None = None,
+        tensors: int = 0,
+        differentiable: tuple[int, ...] = (),
+        saved: tuple[int, ...] = (),
+        principal: str,
+    ) -> None:
+        self.name, self.module, self.principal = name, module, principal
+        self.tensors, self.differentiable, self.saved = tensors, differentiable, saved
+        self.names: dict[str, tuple[str, ...]] = {}
+        self._backends: list[Backend] | None = None
+        self._chosen: dict[Any, Backend] = {}
+        self.prepare: Callable[..., tuple[Any, ...]] | None = None
+        self._forward = self._register("forward", forward, fake_forward)
+        self.outputs = len(self._forward._schema.returns)
+        if backward is not None:
+            assert fake_backward is not None
+            self._backward = self._register("backward", backward, fake_backward)
+            self._function = _autograd_function(self)
+        OPS[name] = self
+
+    def _register(self, which: str, schema: str, fake: Callable[..., Any]) -> Any:
+        full = f"{self.name}_{which}"
+        library.define(full + schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+        def implementation(*arguments: Any) -> Any:
+            return self.run(which, arguments)
+
+        for key in _IMPLEMENTED_KEYS:
+            library.impl(full, implementation, key)
+        torch.library.register_fake(f"cvmk::{full}", fake, lib=library)
+        packet = getattr(torch.ops.cvmk, full).default
+        self.names[which] = tuple(argument.name for argument in packet._schema.arguments)
+        return packet
+
+    def prepared_by(self, prepare: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
+        """Decorator: the function that checks the public arguments and turns them into the schema's; `explain` calls it too."""
+        self.prepare = prepare
+        return prepare
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Run the forward pass on the schema's arguments, with autograd where a tensor asks for it."""
+        if self.differentiable and torch.is_grad_enabled():
+            for index in self.differentiable:
+                tensor = arguments[index]
+                if tensor is not None and tensor.requires_grad:
+                    return self._function.apply(*arguments)
+        return self._forward(*arguments)
+
+    @property
+    def backends(self) -> list[Backend]:
+        """The op's backends, the preferred one first."""
+        if self._backends is None:
+            found = []
+            for folder in PREFERENCE:
+                name = f"cvmk.ops.{folder}.{self.module}"
+                if importlib.util.find_spec(f"cvmk.ops.{folder}") is None or importlib.util.find_spec(name) is None:
+                    continue
+                found += [backend for backend in importlib.import_module(name).BACKENDS if backend.op == self.name]
+            self._backends = found
+        return self._backends
+
+    @property
+    def reference(self) -> Backend:
+        return next(backend for backend in self.backends if backend.name == "reference")
+
+    def choose(self, which: str, arguments: Sequence[Any]) -> Backend:
+        """The first allowed backend that takes the call. Raises NotImplementedError with every reason where none does."""
+        key = (which, _allowed(), tuple(_signature(argument) for argument in arguments))
+        chosen = self._chosen.get(key)
+        if chosen is None:
+            refusals: list[str] = []
+            for backend in self._candidates():
+                reasons = backend.reasons(self, which, arguments)
+                if not reasons:
+                    chosen = backend
+                    break
+                refusals += reasons
+            if chosen is None:
+                asked = f" (only {', '.join(_allowed())} allowed)" if _allowed() else ""
+                raise NotImplementedError(f"no backend takes this call of {self.name}{asked}:\n  " + "\n  ".join(refusals or ["none is there"]))
+            if len(self._chosen) >= _CACHE_LIMIT:
+                self._chosen.clear()
+            self._chosen[key] = chosen
+        return chosen
+
+    def _candidates(self) -> list[Backend]:
+        allowed = _allowed()
+        if not allowed:
+            return self.backends
+        return [backend for name in allowed for backend in self.backends if backend.name == name]
+
+    def run(self, which: str, arguments: Sequence[Any]) -> Any:
+        """The implementation behind the schema: choose, call, and hand back contiguous tensors."""
+        backend = self.choose(which, arguments)
+        function = backend.forward if which == "forward" else backend.backward
+        assert function is not None
+        results = function(*arguments)
+        if isinstance(results, torch.Tensor):
+            return results.contiguous()
+        return tuple(result.contiguous() for result in results)
+
+
+def _autograd_function(op: Op) -> Any:
+    tensors, outputs = op.tensors, op.outputs
+
+    class Backward(torch.autograd.Function):
+        """The first derivative by a backend; higher ones by differentiating the reference's forward."""
+
+        @staticmethod
+        def forward(ctx: Any, needs: list[bool], *arguments: Any) -> Any:
+            ctx.set_materialize_grads(False)
+            ctx.save_for_backward(*arguments[: outputs + tensors])
+            ctx.rest, ctx.needs, ctx.count = arguments[outputs + tensors + len(op.saved) :], needs, len(arguments)
+            return op._backward(*arguments, needs)
+
+        @staticmethod
+        def backward(ctx: Any, *grads_of_grads: Any) -> Any:
+            leaves = ctx.saved_tensors
+            grads, inputs = leaves[:outputs], leaves[outputs:]
+            with torch.enable_grad():
+                again = op.reference.forward(*inputs, *ctx.rest)
+                again = (again,) if isinstance(again, torch.Tensor) else again
+                pairs = [(out, grad) for out, grad in zip(again, grads, strict=True) if grad is not None and out.requires_grad]
+                wanted = [(i, gg) for i, gg in zip(op.differentiable, grads_of_grads, strict=True) if gg is not None and ctx.needs[i]]
+                if not pairs or not wanted:
+                    return (None,) * (ctx.count + 1)
+                first = torch.autograd.grad(
+                    [out for out, _ in pairs], [inputs[i] for i, _ in wanted], [grad for _, grad in pairs], create_graph=True, allow_unused=True
+                )
+                second = [(value, gg) for value, (_, gg) in zip(first, wanted, strict=True) if value is not None and value.requires_grad]
+                where = [i for i, leaf in enumerate(leaves) if leaf is not None and leaf.requires_grad]
+                if not second or not where:
+                    return (None,) * (ctx.count + 1)
+                found = torch.autograd.grad(
+                    [value for value, _ in second], [leaves[i] for i in where], [gg for _, gg in second], create_graph=True, allow_unused=True
+                )
+            result: list[Any] = [None] * ctx.count
+            for i, value in zip(where, found, strict=True):
+                result[i] = value
+            return None, *result
+
+    class Forward(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *arguments: Any) -> Any:
+            ctx.set_materialize_grads(False)
+            results = op._forward(*arguments)
+            several = (results,) if isinstance(results, torch.Tensor) else results
+            ctx.save_for_backward(*arguments[:tensors], *[several[i] for i in op.saved])
+            ctx.rest = arguments[tensors:]
+            return results
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            if all(grad is None for grad in grads):
+                return (None,) * (tensors + len(ctx.rest))
+            needs = [bool(ctx.needs_input_grad[i]) for i in range(tensors)]
+            found = Backward.apply(needs, *grads, *ctx.saved_tensors, *ctx.rest)
+            several = (found,) if isinstance(found, torch.Tensor) else found
+            result: list[Any] = [None] * (tensors + len(ctx.rest))
+            for i, value in zip(op.differentiable, several, strict=True):
+                result[i] = value if needs[i] else None
+            return tuple(result)
+
+    return Forward
+
+
+# -- which backends are allowed ------------------------------------------------------------------------------------------------
+def _from_environment() -> tuple[str, ...]:
+    names = tuple(name.strip() for name in os.environ.get("CVMK_BACKEND", "").split(",") if name.strip())
+    _check_names(names, "CVMK_BACKEND")
+    return names
+
+
+def _check_names(names: Sequence[str], where: str) -> None:
+    for name in names:
+        if name not in PREFERENCE:
+            raise ValueError(f"{where} names the backend {name!r}; the backends are {', '.join(PREFERENCE)}")
+
+
+_forced: list[tuple[str, ...]] = [_from_environment()]
+
+
+def _allowed() -> tuple[str, ...]:
+    return _forced[-1]
+
+
+@contextlib.contextmanager
+def use(*names: str) -> Iterator[None]:
+    """Allow only the named backends, in this order of preference, in the whole process while the block runs.
+
+    A call that none of them takes raises NotImplementedError with the reasons. The environment variable CVMK_BACKEND (names
+    separated by commas) does the same for a whole run. Raises ValueError for a name that is no backend.
+    """
+    _check_names(names, "use()")
+    _forced.append(tuple(names))
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+def _signature(argument: Any) -> Any:
+    if isinstance(argument, torch.Tensor):
+        return argument.dtype, argument.device.type, argument.device.index, tuple(argument.shape), argument.stride()
+    return tuple(argument) if isinstance(argument, list) else argument
+
+
+# -- questions about backends ---------------------------------------------------------------------------------------------------
+def explain(name: str, *args: Any, **kwargs: Any) -> list[Explanation]:
+    """Every backend of the op `name` with the reasons why it does not take this call (the arguments are those of `ops.<name>`).
+
+    Raises ValueError for an unknown op, and whatever the op itself raises for wrong arguments.
+    """
+    op = OPS.get(name)
+    if op is None or op.prepare is None:
+        raise ValueError(f"{name!r} is no op that chooses among backends; these are {', '.join(sorted(OPS))}")
+    arguments = op.prepare(*args, **kwargs)
+    candidates = op._candidates()
+    found = {}
+    for backend in op.backends:
+        found[backend.name] = backend.reasons(op, "forward", arguments)
+        if backend not in candidates:
+            found[backend.name].append(f"{backend.name}: not among the allowed backends ({', '.join(_allowed())})")
+    chosen = next((backend.name for backend in candidates if not found[backend.name]), None)
+    return [Explanation(backend, tuple(reasons), backend == chosen) for backend, reasons in found.items()]
+
+
+@dataclass(frozen=True)
+class BackendStatus:
+    """Whether a backend can run in this process."""
+
+    backend: str
+    available: bool
+    reasons: tuple[str, ...] = field(default=())
+
+
+def backends_report() -> dict[str, list[BackendStatus]]:
+    """For every op, its backends and whether they can run in this process (a particular call: `explain`)."""
+    report = {}
+    for name, op in sorted(OPS.items()):
+        rows = []
+        for backend in op.backends:
+            reasons = tuple(backend.missing())
+            rows.append(BackendStatus(backend.name, not reasons, reasons))
+        there = {row.backend for row in rows}
+        rows += [BackendStatus(other, False, (f"{other}: not written for this op",)) for other in PREFERENCE if other not in there]
+        report[name] = rows
+    return report
+
+
+# -- small things that every op needs --------------------------------------------------------------------------------------------
+def autocast_lower(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    """Under autocast: floating tensors cast to its dtype, as autocast does for matrix products. Else unchanged."""
+    device = next(t.device.type for t in tensors if t is not None)
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
+
+
+def autocast_float32(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    """Under autocast: half-precision tensors cast to float32, as autocast does for losses. Else unchanged."""
+    device = next(t.device.type for t in tensors if t is not None)
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    return tuple(t.float() if t is not None and t.dtype in (torch.bfloat16, torch.float16) else t for t in tensors)
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, float32 for everything narrower: the dtype of sums, exponentials and statistics."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def not_needed(like: torch.Tensor) -> torch.Tensor:
+    """The place holder for a gradient or output that nobody asked for."""
+    return like.new_empty(0)
