@@ -1,0 +1,151 @@
+"""Batches of similar length within a token budget, in an order that a checkpoint can continue exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from cvmk.errors import ConfigError
+from cvmk.text.cache import TokenizedCorpus
+from cvmk.text.tokenizer import Tokenizer
+
+LENGTH_NOISE = 2.0  # tokens; mixes neighbouring lengths so that batches differ between epochs
+
+
+@dataclass
+class Batch:
+    """Padded pairs; all tensors int64.
+
+    `src` [B, S] ends each row with EOS; `tgt_in` [B, T] begins with BOS; `tgt_out` [B, T] ends with EOS; PAD fills the
+    right. `src_lengths` and `tgt_lengths` [B] count the tokens that are not PAD; `indices` [B] are the rows of the corpus.
+    `tokens` is the number of target tokens that are not PAD.
+    """
+
+    src: torch.Tensor
+    tgt_in: torch.Tensor
+    tgt_out: torch.Tensor
+    src_lengths: torch.Tensor
+    tgt_lengths: torch.Tensor
+    indices: torch.Tensor
+    tokens: int
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The batch on `device`; itself where it is there already."""
+        if self.src.device == torch.device(device):
+            return self
+
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        return Batch(
+            move(self.src), move(self.tgt_in), move(self.tgt_out), move(self.src_lengths), move(self.tgt_lengths), move(self.indices), self.tokens
+        )
+
+
+def collate(corpus: TokenizedCorpus, indices: Sequence[int]) -> Batch:
+    """The pairs `indices` of `corpus` as one batch."""
+    pairs = [corpus[index] for index in indices]
+    src_lengths = np.array([len(source) + 1 for source, _ in pairs], np.int64)
+    tgt_lengths = np.array([len(target) + 1 for _, target in pairs], np.int64)
+    src = np.full((len(pairs), src_lengths.max(initial=1)), Tokenizer.PAD, np.int64)
+    tgt_in = np.full((len(pairs), tgt_lengths.max(initial=1)), Tokenizer.PAD, np.int64)
+    tgt_out = tgt_in.copy()
+    tgt_in[:, 0] = Tokenizer.BOS
+    for row, (source, target) in enumerate(pairs):
+        src[row, : len(source)] = source
+        src[row, len(source)] = Tokenizer.EOS
+        tgt_in[row, 1 : len(target) + 1] = target
+        tgt_out[row, : len(target)] = target
+        tgt_out[row, len(target)] = Tokenizer.EOS
+    tensor = torch.from_numpy
+    return Batch(
+        tensor(src), tensor(tgt_in), tensor(tgt_out), tensor(src_lengths), tensor(tgt_lengths), torch.tensor(indices, dtype=torch.int64), int(tgt_lengths.sum())
+    )
+
+
+class TokenBatchSampler:
+    """Endless iterator of index lists, epoch after epoch; each epoch has every pair once.
+
+    `lengths` [n, 2] counts the ids of each pair's sides without special ones, as `TokenizedCorpus.lengths` does. A
+    batch costs its size times its longest side (BOS or EOS included), which never exceeds `max_tokens`. An epoch's
+    order is a function of (seed, order, epoch) alone, so `state_dict` is a few integers; `order` counts the calls
+    for a new order.
+    """
+
+    def __init__(self, lengths: np.ndarray, max_tokens: int, seed: int = 0) -> None:
+        self._sizes = np.asarray(lengths).reshape(-1, 2).astype(np.int64) + 1
+        self.max_tokens = max_tokens
+        self.seed = seed
+        self.order = 0
+        self.epoch = 0
+        self.position = 0
+        if not len(self._sizes):
+            raise ConfigError("there is no training pair to make batches of: check data.train")
+        longest = int(self._sizes.max())
+        if longest > max_tokens:
+            raise ConfigError(
+                f"training.max_tokens = {max_tokens} is smaller than the longest training pair ({longest} tokens): "
+                f"set it to at least {longest}, or lower data.max_tokens_per_sentence"
+            )
+        self._batches: list[list[int]] | None = None
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return self
+
+    def __next__(self) -> list[int]:
+        if self._batches is None:
+            self._batches = self._epoch_batches()
+        if self.position >= len(self._batches):
+            self.epoch += 1
+            self.position = 0
+            self._batches = self._epoch_batches()
+        batch = self._batches[self.position]
+        self.position += 1
+        return list(batch)
+
+    def batches_per_epoch(self) -> int:
+        """Batches of the current epoch; other epochs differ by a few."""
+        if self._batches is None:
+            self._batches = self._epoch_batches()
+        return len(self._batches)
+
+    def reseed(self, n: int) -> None:
+        """Take order number `n` (any whole number >= 0) and begin the current epoch anew, as after a rollback."""
+        self.order = n
+        self.position = 0
+        self._batches = None
+
+    def state_dict(self) -> dict[str, int]:
+        names = ("seed", "order", "epoch", "position", "max_tokens")
+        return {name: int(getattr(self, name)) for name in names} | {"pairs": len(self._sizes)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue exactly where `state` was taken. Raises ConfigError where the data or the batch size is another."""
+        for key, what, own in (("pairs", "training pairs", len(self._sizes)), ("max_tokens", "training.max_tokens", self.max_tokens)):
+            if state[key] != own:
+                raise ConfigError(f"the checkpoint was made with {what} = {state[key]} and this run has {own}: resume with the same, or start a new run")
+        self.seed, self.order, self.epoch, self.position = (int(state[name]) for name in ("seed", "order", "epoch", "position"))
+        self._batches = None
+
+    def _epoch_batches(self) -> list[list[int]]:
+        random = np.random.default_rng([self.seed, self.order, self.epoch])
+        longest = self._sizes.max(axis=1)
+        noisy = longest + random.random(len(longest)) * LENGTH_NOISE
+        order = np.lexsort((random.random(len(longest)), self._sizes[:, 0], np.floor(noisy)))
+        batches: list[list[int]] = []
+        start = 0
+        width = 0
+        widths = longest[order].tolist()
+        for position, size in enumerate(widths):
+            grown = max(width, size)
+            if grown * (position - start + 1) > self.max_tokens:
+                batches.append(order[start:position].tolist())
+                start = position
+                grown = size
+            width = grown
+        batches.append(order[start:].tolist())
+        return [batches[index] for index in random.permutation(len(batches))]

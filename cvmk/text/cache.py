@@ -1,0 +1,161 @@
+"""Tokenised parallel text on disk, memory-mapped.
+
+One file a corpus: magic, lengths of the parts, a JSON description, then `rows` (int64 [n], index of each pair in the
+corpus it was made from), `offsets` (int64 [2n + 1]) and the ids (uint16, or int32 for large vocabularies) of
+source 0, target 0, source 1, ... A checksum over everything after the magic finds truncation and damage.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import struct
+import zlib
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from cvmk.errors import DataError
+from cvmk.files import atomic
+from cvmk.text.corpus import CorpusReport, ParallelCorpus
+from cvmk.text.tokenizer import Tokenizer
+
+MAGIC = b"cvmktok1"
+HEADER = struct.Struct("<8sIIQQ")  # magic, checksum of the rest, bytes of the description, pairs, ids
+CHUNK = 4096
+
+
+class TokenizedCorpus:
+    """Pairs of piece ids, without special ids; `[i]` gives two int32 arrays.
+
+    `lengths` int32 [n, 2] counts each side's ids, `rows` int64 [n] is each pair's index in the original corpus, and
+    `report` counts the pairs that were left out.
+    """
+
+    def __init__(self, rows: np.ndarray, offsets: np.ndarray, ids: np.ndarray, report: CorpusReport) -> None:
+        self.rows = rows
+        self.report = report
+        self._offsets = offsets
+        self._ids = ids
+        self.lengths: np.ndarray = np.diff(offsets).astype(np.int32).reshape(-1, 2)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        if not 0 <= index < len(self.rows):
+            raise IndexError(f"pair {index} of a corpus of {len(self.rows)}")
+        start, middle, end = self._offsets[2 * index : 2 * index + 3]
+        return self._ids[start:middle].astype(np.int32), self._ids[middle:end].astype(np.int32)
+
+
+def tokenized(
+    corpus: ParallelCorpus,
+    tokenizer: Tokenizer,
+    folder: str | os.PathLike[str],
+    max_tokens: int,
+    max_ratio: float = 0.0,
+    on_bad_line: Literal["error", "skip"] = "error",
+) -> TokenizedCorpus:
+    """`corpus` in piece ids, from the cache in `folder` where it is there and whole, else made and written.
+
+    A training pair is over-long where a side has more than `max_tokens` ids, or where the sides' lengths differ by
+    more than the factor `max_ratio` (0 = no limit); it is an error or skipped with a count, as `on_bad_line` says.
+    Raises DataError for the first over-long pair (`error`), where none is left (`skip`), or where `folder` cannot be
+    written.
+    """
+    path = Path(folder) / f"{_key(corpus, tokenizer, max_tokens, max_ratio, on_bad_line)}.tokens"
+    found = _read(path)
+    if found is None:
+        _write(path, *_encode(corpus, tokenizer, max_tokens, max_ratio, on_bad_line))
+        found = _read(path)
+        if found is None:
+            raise DataError(f"the tokenised corpus {path} was damaged while it was written: check the disk, or name another folder in data.cache")
+    return found
+
+
+def _key(corpus: ParallelCorpus, tokenizer: Tokenizer, *limits: object) -> str:
+    digest = hashlib.sha256(repr((tokenizer.fingerprint, len(corpus), limits)).encode())
+    for side in (corpus.sources, corpus.targets):
+        for start in range(0, len(side), CHUNK):  # sentences hold no line break, so joining is unambiguous
+            digest.update(("\n".join(side[start : start + CHUNK]) + "\n").encode(errors="surrogatepass"))
+    return digest.hexdigest()[:32]
+
+
+def _encode(
+    corpus: ParallelCorpus, tokenizer: Tokenizer, max_tokens: int, max_ratio: float, on_bad_line: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, CorpusReport]:
+    """Rows, offsets, ids and report of the pairs that are within the limits."""
+    report = CorpusReport(read=len(corpus))
+    rows: list[int] = []
+    lengths: list[int] = []
+    parts: list[np.ndarray] = []
+    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32
+    for start in range(0, len(corpus), CHUNK):
+        sources = tokenizer.encode_many(corpus.sources[start : start + CHUNK])
+        targets = tokenizer.encode_many(corpus.targets[start : start + CHUNK])
+        flat: list[int] = []
+        for row, (source, target) in enumerate(zip(sources, targets, strict=True), start):
+            if problem := _over_long(len(source), len(target), max_tokens, max_ratio):
+                kind, numbers, key = problem
+                if on_bad_line == "error":
+                    raise DataError(f'{corpus.where(row)}: {kind} ({numbers}); raise {key}, or set data.on_bad_line = "skip" to leave such pairs out')
+                report.add(kind, corpus.where(row))
+                continue
+            rows.append(row)
+            lengths += (len(source), len(target))
+            flat += source
+            flat += target
+        parts.append(np.array(flat, dtype))
+    report.kept = len(rows)
+    if not rows:
+        raise DataError(f"{corpus.name} has no pair within data.max_tokens_per_sentence = {max_tokens} and data.max_length_ratio = {max_ratio}: raise them")
+    offsets = np.zeros(len(lengths) + 1, np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    return np.array(rows, np.int64), offsets, np.concatenate(parts), report
+
+
+def _over_long(source: int, target: int, max_tokens: int, max_ratio: float) -> tuple[str, str, str] | None:
+    """Kind, numbers and key where a pair is over-long, else None."""
+    if max(source, target) > max_tokens:
+        return "over-long pair", f"{source} and {target} tokens, at most {max_tokens}", "data.max_tokens_per_sentence"
+    if max_ratio and max(source, target) > max_ratio * min(source, target):
+        return "over-long pair by ratio", f"{source} to {target} tokens, at most a factor of {max_ratio:g}", "data.max_length_ratio"
+    return None
+
+
+def _write(path: Path, rows: np.ndarray, offsets: np.ndarray, ids: np.ndarray, report: CorpusReport) -> None:
+    text = json.dumps({"dtype": ids.dtype.name, "read": report.read, "problems": report.problems, "examples": report.examples}).encode()
+    text += b" " * (-(HEADER.size + len(text)) % 8)  # the arrays start at a multiple of 8 bytes
+    rest = [struct.pack("<IQQ", len(text), len(rows), len(ids)), text, rows.tobytes(), offsets.tobytes(), ids.tobytes()]
+    checksum = 0
+    for part in rest:
+        checksum = zlib.crc32(part, checksum)
+    with atomic(path) as file:
+        file.write(HEADER.pack(MAGIC, checksum, len(text), len(rows), len(ids)))
+        for part in rest[1:]:
+            file.write(part)
+
+
+def _read(path: Path) -> TokenizedCorpus | None:
+    """The file, memory-mapped; None where it is missing or not whole."""
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        memory = np.memmap(path, np.uint8, "r")
+        magic, checksum, text_size, pairs, count = HEADER.unpack_from(memory[: HEADER.size].tobytes())
+        start = HEADER.size + text_size
+        if magic != MAGIC or zlib.crc32(memory[12:].data) != checksum:
+            return None
+        description = json.loads(memory[HEADER.size : start].tobytes())
+        rows = memory[start : start + 8 * pairs].view(np.int64)
+        offsets = memory[start + 8 * pairs : start + 8 * (3 * pairs + 1)].view(np.int64)
+        ids = memory[start + 8 * (3 * pairs + 1) :].view(description["dtype"])
+        if len(ids) != count:
+            return None
+        report = CorpusReport(description["read"], pairs)
+        report.problems.update(description["problems"])
+        report.examples.extend(description["examples"])
+        return TokenizedCorpus(rows, offsets, ids, report)
+    return None
