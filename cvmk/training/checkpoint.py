@@ -1,0 +1,153 @@
+"""Checkpoints of a run: `checkpoints/step-N/{model.safetensors, state.pt, state.json}`, and the links `best` and `last`.
+
+A checkpoint is written under a temporary name and renamed, so a name always stands for a whole one; the links move by rename.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from cvmk.errors import DataError
+from cvmk.files import explained, read_bytes, read_json, sync_folder, write_bytes, write_json
+
+_STEP = re.compile(r"step-(\d+)$")
+
+
+@dataclass
+class Checkpoint:
+    """Everything that a run needs to go on as if it had never stopped.
+
+    weights  the model's state; tensors  other tensors (optimiser, projections, random states); values  JSON-ready values.
+    """
+
+    weights: dict[str, torch.Tensor]
+    tensors: dict[str, Any]
+    values: dict[str, Any]
+
+
+class CheckpointStore:
+    """The checkpoints of one run. Raises DataError for whatever cannot be written or read."""
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder, self._keep = folder, keep
+
+    def save(self, step: int, checkpoint: Checkpoint, *, best: bool = False) -> None:
+        """Write `step-N` whole, point `last` (and `best`) at it, and drop what is no longer pointed at nor among the newest."""
+        final = self.folder / f"step-{step}"
+        temporary = self.folder / f".step-{step}.partial"
+        with explained(final, "write the checkpoint"):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+            try:
+                write_bytes(temporary / "model.safetensors", safetensors.torch.save(checkpoint.weights))
+                buffer = io.BytesIO()
+                torch.save(checkpoint.tensors, buffer)
+                write_bytes(temporary / "state.pt", buffer.getvalue())
+                write_json(temporary / "state.json", checkpoint.values)
+                self._swap(temporary, final)
+            except BaseException:
+                shutil.rmtree(temporary, ignore_errors=True)
+                raise
+            self._link("last", final.name)
+            if best:
+                self._link("best", final.name)
+            self._prune()
+
+    def _swap(self, temporary: Path, final: Path) -> None:
+        """Put `temporary` in place of `final`. The old one is moved aside first: a folder cannot be renamed over a full one."""
+        aside = self.folder / f".{final.name}.old"
+        shutil.rmtree(aside, ignore_errors=True)
+        if final.exists():
+            os.rename(final, aside)
+        os.rename(temporary, final)
+        sync_folder(self.folder)
+        shutil.rmtree(aside, ignore_errors=True)
+
+    def _link(self, name: str, target: str) -> None:
+        temporary = self.folder / f".{name}.link"
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()
+        temporary.symlink_to(target)
+        os.replace(temporary, self.folder / name)
+        sync_folder(self.folder)
+
+    def _prune(self) -> None:
+        linked = {self.target("best"), self.target("last")}
+        steps = sorted(self._steps())
+        for step in steps[: -self._keep]:
+            if step not in linked:
+                shutil.rmtree(self.folder / f"step-{step}")
+
+    def _steps(self) -> list[int]:
+        return [int(match[1]) for entry in self.folder.iterdir() if (match := _STEP.match(entry.name)) and not entry.is_symlink()]
+
+    def target(self, name: str) -> int | None:
+        """The step that the link `name` points at, or None."""
+        try:
+            match = _STEP.match(os.readlink(self.folder / name))
+        except OSError:
+            return None
+        return int(match[1]) if match else None
+
+    def drop_after(self, step: int) -> None:
+        """Remove the checkpoints of later steps: after a rollback they belong to a past that did not happen."""
+        with explained(self.folder, "remove old checkpoints in"):
+            for later in self._steps():
+                if later > step:
+                    shutil.rmtree(self.folder / f"step-{later}")
+
+    def newest(self) -> int | None:
+        """The step to resume from: `last`, or, where a crash fell between two renames, the newest whole checkpoint."""
+        self._restore_moved_aside()
+        target = self.target("last")
+        if target is not None and (self.folder / f"step-{target}" / "state.json").exists():
+            return target
+        whole = [step for step in self._steps() if (self.folder / f"step-{step}" / "state.json").exists()] if self.folder.is_dir() else []
+        return max(whole, default=None)
+
+    def _restore_moved_aside(self) -> None:
+        if not self.folder.is_dir():
+            return
+        for entry in self.folder.iterdir():
+            if entry.name.endswith(".old") and (name := entry.name[1 : -len(".old")]) and not (self.folder / name).exists():
+                os.rename(entry, self.folder / name)
+
+    def load(self, step: int) -> Checkpoint:
+        """Read `step-N`. Raises DataError naming the file that is missing, truncated or corrupt."""
+        folder = self.folder / f"step-{step}"
+        weights = load_weights(folder / "model.safetensors")
+        path = folder / "state.pt"
+        try:
+            tensors = torch.load(io.BytesIO(read_bytes(path)), weights_only=True)
+        except DataError:
+            raise
+        except Exception as error:  # torch.load raises many kinds for a corrupt file
+            raise DataError(f"{path} is corrupt or truncated ({type(error).__name__}): resume from another checkpoint or start again") from error
+        return Checkpoint(weights, tensors, read_json(folder / "state.json"))
+
+
+def load_weights(path: Path) -> dict[str, torch.Tensor]:
+    """A safetensors file as tensors. Raises DataError where it is missing or corrupt."""
+    try:
+        return safetensors.torch.load(read_bytes(path))
+    except safetensors.SafetensorError as error:
+        raise DataError(f"{path} is corrupt or truncated ({error}): restore it or choose another checkpoint") from error
+
+
+def fingerprint(value: Any) -> str:
+    """Short stable name of a JSON-ready value."""
+    import hashlib
+
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
