@@ -175,7 +175,7 @@ class GuardConfig(Section):
     rollback_on_regression: bool = Field(True, description="Return to the best checkpoint also when the validation metric drops outside its bootstrap interval.")
 
 
-class _Recipe(Section):
+class Recipe(Section):
     """What it takes to train one model."""
 
     model: ModelConfig = Field(ModelConfig(), description="The model to train.")
@@ -186,13 +186,13 @@ class _Recipe(Section):
     guard: GuardConfig = Field(GuardConfig(), description="Rollback on divergence and regression.")
 
 
-class TeacherConfig(_Recipe):
+class TeacherConfig(Recipe):
     """The teacher: a finished model's folder, or a recipe that is run first on the same data and tokenizer."""
 
     path: str | None = Field(None, description="Folder of a finished run or model; without it the teacher is trained first, by the tables below, into `teacher` in the run's folder.")
 
 
-class TrainConfig(_Recipe):
+class TrainConfig(Recipe):
     """The whole of a training configuration."""
 
     run: RunConfig = Field(RunConfig(), description="Where and how to run.")

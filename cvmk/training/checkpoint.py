@@ -85,12 +85,15 @@ class CheckpointStore:
 
     def _prune(self) -> None:
         linked = {self.target("best"), self.target("last")}
-        steps = sorted(self._steps())
+        steps = sorted(self.steps())
         for step in steps[: -self._keep]:
             if step not in linked:
                 shutil.rmtree(self.folder / f"step-{step}")
 
-    def _steps(self) -> list[int]:
+    def steps(self) -> list[int]:
+        """The steps that have a checkpoint."""
+        if not self.folder.is_dir():
+            return []
         return [int(match[1]) for entry in self.folder.iterdir() if (match := _STEP.match(entry.name)) and not entry.is_symlink()]
 
     def target(self, name: str) -> int | None:
@@ -104,7 +107,7 @@ class CheckpointStore:
     def drop_after(self, step: int) -> None:
         """Remove the checkpoints of later steps: after a rollback they belong to a past that did not happen."""
         with explained(self.folder, "remove old checkpoints in"):
-            for later in self._steps():
+            for later in self.steps():
                 if later > step:
                     shutil.rmtree(self.folder / f"step-{later}")
 
@@ -114,7 +117,7 @@ class CheckpointStore:
         target = self.target("last")
         if target is not None and (self.folder / f"step-{target}" / "state.json").exists():
             return target
-        whole = [step for step in self._steps() if (self.folder / f"step-{step}" / "state.json").exists()] if self.folder.is_dir() else []
+        whole = [step for step in self.steps() if (self.folder / f"step-{step}" / "state.json").exists()]
         return max(whole, default=None)
 
     def _restore_moved_aside(self) -> None:

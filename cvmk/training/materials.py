@@ -1,0 +1,93 @@
+"""What a run trains on: corpora, the tokenizer, and the teacher's translations."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cvmk.config import DataConfig, TokenizerConfig
+from cvmk.files import explained, write_text
+from cvmk.inference import Translator
+from cvmk.telemetry import Reporter
+from cvmk.text.corpus import ParallelCorpus, check_language, read_corpus
+from cvmk.text.phrasebook import phrasebook
+from cvmk.text.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+
+_CHUNK = 512
+
+
+@dataclass(frozen=True)
+class Corpora:
+    """Training, validation and (perhaps) test pairs."""
+
+    train: ParallelCorpus
+    valid: ParallelCorpus
+    test: ParallelCorpus | None
+
+
+def load_corpora(config: DataConfig) -> Corpora:
+    """Read or generate what `[data]` names. Raises ConfigError for an unknown language, DataError for unusable files."""
+    for code in (config.source_language, config.target_language):
+        check_language(code)
+    if config.embedded is not None:
+        book = phrasebook(config.phrasebook_pairs)
+        return Corpora(book.train, book.valid, book.test)
+    assert config.train is not None and config.valid is not None
+    return Corpora(
+        read_corpus(config.train, config, "data.train", training=True),
+        read_corpus(config.valid, config, "data.valid", training=False),
+        read_corpus(config.test, config, "data.test", training=False) if config.test is not None else None,
+    )
+
+
+def prepare_tokenizer(config: TokenizerConfig, corpus: ParallelCorpus, folder: Path, seed: int, reporter: Reporter) -> Tokenizer:
+    """The tokenizer in `config.path`, the one that this run has trained before, or a new one trained on both sides of `corpus`."""
+    if config.path is not None:
+        return load_tokenizer(config.path)
+    if (folder / "done").exists():
+        return load_tokenizer(folder)
+    reporter.say(f"training a {config.kind} tokenizer of {config.vocabulary} pieces on {len(corpus.sources)} pairs")
+    tokenizer = train_tokenizer([*corpus.sources, *corpus.targets], config, seed)
+    tokenizer.save(folder)
+    write_text(folder / "done", tokenizer.fingerprint + "\n")
+    return tokenizer
+
+
+def teacher_translations(
+    translator: Translator, fingerprint: str, sources: Sequence[str], beam_size: int, folder: Path, name: str, reporter: Reporter
+) -> list[str]:
+    """The teacher's translations of `sources`, made once: a file in `folder`, named by teacher, sources and beam, is reused, and a
+    file that an interruption left unfinished is continued. Line breaks in a translation become spaces.
+    """
+    key = hashlib.sha256(json.dumps([fingerprint, beam_size, list(sources)]).encode()).hexdigest()[:16]
+    path = folder / f"teacher-{name}-{key}.jsonl"
+    done = _whole_lines(path)
+    if len(done) < len(sources):
+        with explained(path, "write"):
+            folder.mkdir(parents=True, exist_ok=True)
+            with open(path, "w", encoding="utf-8") as file, reporter.progress(f"teacher translates {name}", len(sources), len(done)) as bar:
+                file.writelines(json.dumps(text, ensure_ascii=False) + "\n" for text in done)
+                for start in range(len(done), len(sources), _CHUNK):
+                    found = translator.translate(list(sources[start : start + _CHUNK]), beam_size=beam_size)
+                    texts = [" ".join(one.text.split()) for one in found]
+                    file.writelines(json.dumps(text, ensure_ascii=False) + "\n" for text in texts)
+                    file.flush()
+                    done += texts
+                    bar.update(len(done), log=len(done) % (_CHUNK * 8) == 0)
+    return done
+
+
+def _whole_lines(path: Path) -> list[str]:
+    if not path.exists():
+        return []
+    texts = []
+    with explained(path, "read"), open(path, encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                texts.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+    return texts

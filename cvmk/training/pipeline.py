@@ -1,0 +1,223 @@
+"""`cvmk train`: corpora, tokenizer, teacher, student, report. `train` reads like the list of what happens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cvmk.config import DistillationConfig, TrainConfig
+from cvmk.config.schema import Recipe
+from cvmk.distill import DistillationObjective, check_vocabularies
+from cvmk.errors import ConfigError
+from cvmk.files import read_json, write_json
+from cvmk.inference import Translator
+from cvmk.inference.model_folder import load_model_folder, save_model_folder
+from cvmk.nn import CVMTransformer, count_parameters
+from cvmk.telemetry import Reporter, RunLog
+from cvmk.text.cache import TokenizedCorpus, tokenized
+from cvmk.text.corpus import ParallelCorpus
+from cvmk.text.tokenizer import Tokenizer
+from cvmk.training.materials import Corpora, load_corpora, prepare_tokenizer, teacher_translations
+from cvmk.training.report import model_card, training_report
+from cvmk.training.run_folder import open_run
+from cvmk.training.trainer import Trainer
+from cvmk.validation import DistillationValidator, ValidationResult
+
+REPORT = "training_report.json"
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A finished model to distil, and a name for its weights."""
+
+    model: CVMTransformer
+    tokenizer: Tokenizer
+    path: Path
+    fingerprint: str
+
+    def translator(self) -> Translator:
+        return Translator.from_model(self.model, self.tokenizer)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every stage of a run needs to know."""
+
+    config: TrainConfig
+    folder: Path
+    device: torch.device
+    corpora: Corpora
+    reporter: Reporter
+
+    @property
+    def cache(self) -> Path:
+        return Path(self.config.data.cache) if self.config.data.cache else self.folder / "cache"
+
+
+def train(config: TrainConfig, text: str, reporter: Reporter, *, resume: bool = False, restart: bool = False) -> dict[str, Any]:
+    """Run a training configuration (`text` is its TOML) to its report, which is also written to `training_report.json`.
+
+    Raises the errors of cvmk.errors, and Interrupted after Ctrl-C.
+    """
+    device = _device(config.run.device)
+    if config.run.threads:
+        torch.set_num_threads(config.run.threads)
+    corpora = load_corpora(config.data)
+    teacher = _finished_teacher(config, device)
+    with open_run(config, text, resume=resume, restart=restart) as folder:
+        job = Job(config, folder, device, corpora, reporter)
+        for corpus in (corpora.train, corpora.valid, corpora.test):
+            if corpus is not None:
+                reporter.say(corpus.report.describe(corpus.name))
+        if teacher is not None and config.tokenizer.path is None:
+            tokenizer = teacher.tokenizer
+        else:
+            tokenizer = prepare_tokenizer(config.tokenizer, corpora.train, folder / "tokenizer", config.run.seed, reporter)
+        if teacher is not None:
+            check_vocabularies(tokenizer, teacher.tokenizer)
+        elif config.teacher is not None:
+            teacher = _train_teacher(job, tokenizer)
+        return _train_one(job, config, folder, "student" if teacher is not None else "model", tokenizer, teacher)
+
+
+def _device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError('run.device = "cuda", but PyTorch finds no GPU here: set it to "auto" or "cpu"')
+    return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
+
+
+# -- the teacher -------------------------------------------------------------------------------------------------------------
+def _finished_teacher(config: TrainConfig, device: torch.device) -> Teacher | None:
+    """The teacher that the configuration names by path; None where it is to be trained, or where there is none."""
+    if config.teacher is None or config.teacher.path is None:
+        return None
+    return _load_teacher(Path(config.teacher.path), device)
+
+
+def _load_teacher(path: Path, device: torch.device) -> Teacher:
+    model, tokenizer, _ = load_model_folder(path)
+    model = model.to(device).eval()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    return Teacher(model, tokenizer, path, model.fingerprint())
+
+
+def _train_teacher(job: Job, tokenizer: Tokenizer) -> Teacher:
+    """Train the teacher of the configuration in `teacher/` of the run's folder, unless an earlier start has finished it."""
+    assert job.config.teacher is not None
+    folder = job.folder / "teacher"
+    if not (folder / REPORT).exists():
+        folder.mkdir(exist_ok=True)
+        _train_one(job, job.config.teacher, folder, "teacher", tokenizer, None)
+    return _load_teacher(folder, job.device)
+
+
+# -- one model ---------------------------------------------------------------------------------------------------------------
+def _train_one(job: Job, recipe: Recipe, folder: Path, title: str, tokenizer: Tokenizer, teacher: Teacher | None) -> dict[str, Any]:
+    config = job.config
+    distillation = config.distillation if teacher is not None else DistillationConfig(alpha=0.0)
+    log = RunLog(folder)
+    try:
+        torch.manual_seed(config.run.seed)
+        model = CVMTransformer(recipe.model, tokenizer.vocab_size, Tokenizer.PAD).to(job.device)
+        objective = DistillationObjective(
+            distillation,
+            label_smoothing=recipe.training.label_smoothing,
+            student=recipe.model,
+            teacher=teacher.model.config if teacher is not None else None,
+            vocab_size=tokenizer.vocab_size,
+        ).to(job.device)
+        corpus = _training_corpus(job, tokenizer, teacher)
+        trainer = Trainer(
+            recipe,
+            folder=folder,
+            seed=config.run.seed,
+            model=model,
+            teacher=teacher.model if teacher is not None else None,
+            objective=objective,
+            corpus=corpus,
+            tokenizer=tokenizer,
+            validator=_validator(job, recipe, job.corpora.valid, "valid", folder, teacher),
+            log=log,
+            reporter=job.reporter,
+            title=title,
+        )
+        step = trainer.resume()
+        parameters = count_parameters(model)
+        resumed = f", resumed at iteration {step}" if step else ""
+        job.reporter.say(f"{title}: {parameters / 1e6:.2f} M parameters on {job.device}, {len(corpus)} pairs, {recipe.training.iterations} iterations{resumed}")
+        log.event("start", title=title, parameters=parameters, pairs=len(corpus), step=step or 0)
+        trainer.train()
+        final, chosen = _final_weights(trainer)
+        test = None
+        if job.corpora.test is not None:
+            validator = _validator(job, recipe, job.corpora.test, "test", None, teacher)
+            test = validator.run(trainer.translator(), trainer.progress.step)
+        report = training_report(
+            config, recipe, title, trainer, parameters=parameters, corpus=corpus, final=final, chosen=chosen, test=test,
+            teacher=_teacher_facts(teacher),
+        )
+        extra = {"source_language": config.data.source_language, "target_language": config.data.target_language}
+        save_model_folder(folder / "model", model.eval(), tokenizer, model_card(report), extra)
+        write_json(folder / REPORT, report)
+        log.event("end", report=report)
+        return report
+    finally:
+        log.close()
+
+
+def _training_corpus(job: Job, tokenizer: Tokenizer, teacher: Teacher | None) -> TokenizedCorpus:
+    data, sequence = job.config.data, job.config.distillation.sequence_level
+    corpus = job.corpora.train
+    if teacher is not None and sequence.enabled:
+        outputs = teacher_translations(teacher.translator(), teacher.fingerprint, corpus.sources, sequence.beam_size, job.cache, "train", job.reporter)
+        kept = [(source, target) for source, target in zip(corpus.sources, outputs, strict=True) if target]
+        pairs = kept if sequence.mix == "replace" else [*zip(corpus.sources, corpus.targets, strict=True), *kept]
+        job.reporter.say(f"sequence-level distillation: {len(kept)} translations of the teacher, {len(pairs)} pairs in all")
+        corpus = ParallelCorpus([s for s, _ in pairs], [t for _, t in pairs], f"{corpus.name} with the teacher's translations")
+    found = tokenized(corpus, tokenizer, job.cache, data.max_tokens_per_sentence, data.max_length_ratio, data.on_bad_line)
+    if found.report.skipped:
+        job.reporter.say(found.report.describe(corpus.name))
+    return found
+
+
+def _validator(job: Job, recipe: Recipe, corpus: ParallelCorpus, name: str, folder: Path | None, teacher: Teacher | None) -> DistillationValidator:
+    config = recipe.validation
+    sources, references = corpus.sources, corpus.targets
+    if name == "test":
+        config = config.model_copy(update={"max_sentences": len(sources)})
+    count = config.max_sentences
+    outputs = None
+    if teacher is not None:
+        outputs = teacher_translations(teacher.translator(), teacher.fingerprint, sources[:count], config.beam_size, job.cache, name, job.reporter)
+    history = folder / "validation_history.json" if folder is not None else None
+    hypotheses = folder / "hypotheses" if folder is not None else None
+    return DistillationValidator(config, sources[:count], references[:count], outputs, history, hypotheses)
+
+
+def _final_weights(trainer: Trainer) -> tuple[ValidationResult, str]:
+    """Leave the better of the best checkpoint and the average of the last ones in the trainer's model; its validation and name."""
+    best = trainer.validator.best
+    assert best is not None
+    mean = trainer.averages.mean()
+    if mean is not None:
+        trainer.model.load_weights(mean)
+        averaged = trainer.validator.run(trainer.translator(), trainer.progress.step)
+        if trainer.validator.better(averaged, best):
+            return averaged, f"average of the weights at iterations {', '.join(map(str, trainer.averages.steps()))}"
+    trainer.model.load_weights(trainer.store.load(best.step).weights)
+    return best, f"checkpoint at iteration {best.step}"
+
+
+def _teacher_facts(teacher: Teacher | None) -> dict[str, Any] | None:
+    if teacher is None:
+        return None
+    facts: dict[str, Any] = {"path": str(teacher.path), "fingerprint": teacher.fingerprint, "parameters": count_parameters(teacher.model)}
+    for report in (teacher.path / REPORT, teacher.path.parent / REPORT):
+        if report.exists():
+            found = read_json(report)
+            return facts | {"validation": found["validation"]["scores"], "test": found["test"]["scores"] if found["test"] else None}
+    return facts

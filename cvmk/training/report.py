@@ -1,0 +1,84 @@
+"""The report of a finished run, and the card of its model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cvmk.config import TrainConfig
+from cvmk.config.schema import Recipe
+from cvmk.telemetry import environment
+from cvmk.text.cache import TokenizedCorpus
+from cvmk.training.trainer import Trainer
+from cvmk.validation import Score, ValidationResult
+
+
+def training_report(
+    config: TrainConfig,
+    recipe: Recipe,
+    title: str,
+    trainer: Trainer,
+    *,
+    parameters: int,
+    corpus: TokenizedCorpus,
+    final: ValidationResult,
+    chosen: str,
+    test: ValidationResult | None,
+    teacher: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """Everything that a reader of the run wants to know, JSON-ready. Seconds are of training alone; tokens are target tokens."""
+    progress = trainer.progress
+    return {
+        "title": title,
+        "languages": [config.data.source_language, config.data.target_language],
+        "parameters": parameters,
+        "pairs": {"trained_on": len(corpus), "skipped": corpus.report.skipped},
+        "vocabulary": trainer.tokenizer.vocab_size,
+        "iterations": progress.step,
+        "stopped_early": progress.finished,
+        "rollbacks": progress.rollbacks,
+        "throughput": {
+            "target_tokens": progress.tokens,
+            "seconds": round(progress.seconds, 2),
+            "target_tokens_per_second": round(trainer.tokens_per_second, 1),
+            "iterations_per_second": round(progress.step / progress.seconds, 3) if progress.seconds else None,
+        },
+        "losses": {"first": progress.first_loss, "last": progress.losses},
+        "weights": chosen,
+        "validation": final.to_dict(),
+        "test": test.to_dict() if test is not None else None,
+        "teacher": teacher,
+        "model": recipe.model.model_dump(),
+        "distillation": config.distillation.model_dump() if teacher is not None else None,
+        "environment": environment() | {"device": str(trainer.device)},
+    }
+
+
+def model_card(report: dict[str, Any]) -> str:
+    """The model folder's `card.md`."""
+    source, target = report["languages"]
+    lines = [
+        f"# {source} to {target} translation model",
+        "",
+        f"Made with cvmk {report['environment']['cvmk']}: {report['parameters'] / 1e6:.2f} M parameters, vocabulary {report['vocabulary']}, "
+        f"{report['iterations']} iterations on {report['pairs']['trained_on']} pairs; {report['weights']}.",
+        "",
+    ]
+    if report["teacher"] is not None:
+        lines += [f"Distilled from a teacher of {report['teacher']['parameters'] / 1e6:.2f} M parameters.", ""]
+    for name in ("validation", "test"):
+        if report[name] is not None:
+            lines += [f"## Scores, {name} ({report[name]['sentences']} sentences)", "", *score_lines(report[name]), ""]
+    lines += [f"Use: `cvmk translate MODEL < text.{source} > text.{target}`", ""]
+    return "\n".join(lines)
+
+
+def score_lines(result: dict[str, Any]) -> list[str]:
+    """One line a score: against the references, then against the teacher's own output."""
+    lines = [_line(Score.from_dict(score)) for score in result["scores"]]
+    lines += [_line(Score.from_dict(score)) + " (against the teacher's output)" for score in result["agreement"]]
+    return lines
+
+
+def _line(score: Score) -> str:
+    fallback = " (built-in fallback)" if score.fallback else ""
+    return f"- {score.metric} {score.value:.2f}{fallback}  `{score.signature}`"

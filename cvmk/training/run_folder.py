@@ -1,0 +1,81 @@
+"""The folder of a run: one process at a time, never overwritten unasked, resumed only by the same configuration."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from cvmk.config import TrainConfig
+from cvmk.errors import ConfigError
+from cvmk.files import explained, read_json, write_json, write_text
+from cvmk.telemetry import environment
+
+RESOLVED = "config.resolved.json"
+_MAY_CHANGE = ("run.", "training.iterations", "training.log_every", "training.save_every", "training.keep", "validation.", "guard.", "teacher.validation.")
+
+
+@contextlib.contextmanager
+def open_run(config: TrainConfig, text: str, *, resume: bool, restart: bool) -> Iterator[Path]:
+    """Claim `config.run.folder` for this process and write the configuration into it; `text` is the TOML as given.
+
+    A folder that holds a run already is taken over with `resume` (by an unchanged configuration), set aside under another name
+    with `restart`, and an error otherwise. Raises ConfigError or DataError.
+    """
+    folder = Path(config.run.folder)
+    resolved = json.loads(config.model_dump_json())
+    with explained(folder, "use the run folder"):
+        if restart and (folder / RESOLVED).exists():
+            with _claimed(folder):
+                folder.rename(_unused(folder))
+        if (folder / RESOLVED).exists():
+            if not resume:
+                raise ConfigError(
+                    f"{folder} already holds a run: add --resume to go on with it, --restart to set it aside and start anew, or --set run.folder=..."
+                )
+            _check_unchanged(folder, read_json(folder / RESOLVED), resolved)
+        elif folder.exists() and any(entry.name != ".lock" for entry in folder.iterdir()):
+            raise ConfigError(f"{folder} is not empty and holds no run: choose another run.folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        with _claimed(folder):
+            write_text(folder / "config.toml", text)
+            write_json(folder / RESOLVED, resolved)
+            write_json(folder / "environment.json", environment())
+            yield folder
+
+
+@contextlib.contextmanager
+def _claimed(folder: Path) -> Iterator[None]:
+    with open(folder / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"another process is training in {folder}: wait for it, stop it, or choose another run.folder") from None
+        yield
+
+
+def _unused(folder: Path) -> Path:
+    number = 1
+    while (other := folder.with_name(f"{folder.name}.old-{number}")).exists():
+        number += 1
+    return other
+
+
+def _check_unchanged(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    old, new = dict(_flat(before)), dict(_flat(now))
+    changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key) and not key.startswith(_MAY_CHANGE))
+    if changed:
+        raise ConfigError(
+            f"the run in {folder} was started with another configuration ({', '.join(changed[:5])} differ): resume it with its own config.toml, or --restart"
+        )
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
