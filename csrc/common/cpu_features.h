@@ -1,0 +1,56 @@
+// What the processor and the operating system offer, and the level that kernels are dispatched to.
+#pragma once
+
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace cvmk {
+
+// Every level includes the ones before it. A kernel compiled for a level may use exactly what the comment says.
+enum class IsaLevel {
+  kBase = 0,    // what the compiler targets by default (x86-64: SSE2)
+  kAvx2 = 1,    // AVX2, FMA, F16C, BMI2
+  kAvx512 = 2,  // AVX-512 F, BW, DQ, VL
+  kAmx = 3,     // AVX-512 VNNI and BF16, AMX tile, int8, bf16, with the permission of the kernel for tile data
+};
+
+// Instruction sets that both the processor has and the operating system saves. All false where the processor is not x86.
+struct CpuFeatures {
+  bool avx = false;
+  bool avx2 = false;
+  bool fma = false;
+  bool f16c = false;
+  bool bmi2 = false;
+  bool avx_vnni = false;
+  bool avx512f = false;
+  bool avx512bw = false;
+  bool avx512dq = false;
+  bool avx512vl = false;
+  bool avx512_vnni = false;
+  bool avx512_bf16 = false;
+  bool avx512_fp16 = false;
+  bool amx_tile = false;
+  bool amx_int8 = false;
+  bool amx_bf16 = false;
+};
+
+// Detected once. Asks the kernel for the AMX permission of this process where the processor has AMX.
+const CpuFeatures& cpu_features();
+
+// The features by name, in the order of the struct.
+std::vector<std::pair<std::string, bool>> cpu_feature_list(const CpuFeatures& features);
+
+// The highest level that these features allow.
+IsaLevel level_of(const CpuFeatures& features);
+
+const char* level_name(IsaLevel level);
+
+// "base", "avx2", "avx512" or "amx". Throws std::invalid_argument that names the accepted values.
+IsaLevel parse_level(const std::string& name);
+
+// The level that kernels use: the detected one, capped by the environment variable CVMK_CPU_ISA, which is read at every call.
+// Throws std::invalid_argument where the variable holds no level.
+IsaLevel dispatch_level();
+
+}  // namespace cvmk
