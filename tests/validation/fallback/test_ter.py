@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cvmk.validation.fallback import ter
+
+pytest.importorskip("sacrebleu")
+from sacrebleu.metrics import TER  # noqa: E402
+
+
+def corpus(hypotheses: list[str], reference_sets: list[list[str]]) -> float:
+    return float(ter.value(ter.statistics(hypotheses, reference_sets).sum(axis=0)))
+
+
+def levenshtein(first: list[str], second: list[str]) -> int:
+    row = list(range(len(second) + 1))
+    for i, word in enumerate(first, 1):
+        previous, row[0] = row[0], i
+        for j, other in enumerate(second, 1):
+            previous, row[j] = row[j], min(previous + (word != other), row[j] + 1, row[j - 1] + 1)
+    return row[-1]
+
+
+@pytest.mark.parametrize(
+    ("hypothesis", "reference", "edits"),
+    [
+        ("a b c d", "a b c d", 0),
+        ("c d a b", "a b c d", 1),  # one block shift; without shifts it would be 4 edits
+        ("a x c", "a b c", 1),
+        ("a c", "a b c", 1),
+        ("a b b c", "a b c", 1),
+        ("", "a b c", 3),
+        ("a b", "", 2),
+        ("", "", 0),
+        # The example of Snover et al. 2006: one shift, one insertion, two substitutions.
+        (
+            "this week the saudis denied information published in the new york times",
+            "saudi arabia denied this week information published in the american new york times",
+            4,
+        ),
+    ],
+)
+def test_edits_by_hand(hypothesis, reference, edits):
+    assert ter.edits(hypothesis.split(), reference.split()) == edits
+
+
+def test_case_and_spacing_do_not_count():
+    assert corpus(["  Ein   HUND\u00a0bellt "], [["ein hund bellt"]]) == 0
+
+
+def test_equals_sacrebleu(hypotheses, worse_hypotheses, references):
+    for system in (hypotheses, worse_hypotheses, references):
+        assert corpus(system, [references]) == pytest.approx(TER().corpus_score(system, [references]).score, abs=1e-9)
+
+
+def test_equals_sacrebleu_with_several_references(hypotheses, references, damaged):
+    sets = [damaged(references, seed=9, strength=0.6), references]
+    assert corpus(hypotheses, sets) == pytest.approx(TER().corpus_score(hypotheses, sets).score, abs=1e-9)
+
+
+def test_equals_sacrebleu_on_multi30k(multi30k):
+    hypotheses, references = multi30k
+    assert corpus(hypotheses, [references]) == pytest.approx(TER().corpus_score(hypotheses, [references]).score, abs=1e-9)
+
+
+WORDS = st.lists(st.sampled_from("abcdefgh"), max_size=16)
+
+
+@settings(deadline=None, max_examples=300)
+@given(WORDS, WORDS)
+def test_shifts_equal_sacrebleu_on_repeated_words(hypothesis, reference):
+    theirs = TER().corpus_score([" ".join(hypothesis)], [[" ".join(reference)]])
+    assert ter.edits(hypothesis, reference) == theirs.num_edits
+
+
+@pytest.mark.parametrize("lengths", [(30, 30), (70, 40), (40, 90), (200, 3), (3, 200), (120, 100), (24, 25), (25, 24), (1, 60)])
+def test_long_sentences_equal_sacrebleu_band_and_all(lengths):
+    generator = random.Random(sum(lengths))
+    for vocabulary in (5, 60):
+        words = [f"w{number}" for number in range(vocabulary)]
+        hypothesis, reference = ([generator.choice(words) for _ in range(length)] for length in lengths)
+        theirs = TER().corpus_score([" ".join(hypothesis)], [[" ".join(reference)]])
+        assert ter.edits(hypothesis, reference) == theirs.num_edits
+
+
+def test_many_candidates_end_as_in_sacrebleu():
+    """A stuttering model: the search meets its limit of candidates."""
+    generator = random.Random(6)
+    hypothesis, reference = ([generator.choice(words) for _ in range(45)] for words in ("abc", "abcd"))
+    theirs = TER().corpus_score([" ".join(hypothesis)], [[" ".join(reference)]])
+    search = ter._Search(hypothesis, reference)
+    assert search.edits(hypothesis) == theirs.num_edits
+    assert search.tried >= ter.MOST_CANDIDATES
+
+
+@given(WORDS, WORDS.filter(bool))
+def test_bit_parallel_distance_is_the_edit_distance(hypothesis, reference):
+    bits = ter._Bits(reference)
+    states = bits.states(hypothesis)
+    assert [state[2] for state in states] == [levenshtein(hypothesis[:end], reference) for end in range(len(hypothesis) + 1)]
+
+
+def test_empty_references():
+    assert corpus(["a b", ""], [["", ""]]) == TER().corpus_score(["a b", ""], [["", ""]]).score == 100
+    assert corpus([""], [[""]]) == 0
