@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from cvmk.config import TrainConfig
+from cvmk.config.loading import explain_config, load_train_config, walk
+from cvmk.errors import ConfigError, DataError
+
+EXAMPLES = sorted((Path(__file__).parents[2] / "examples").rglob("*.toml"))
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "config.toml"
+    path.write_text('[data]\nembedded = "phrasebook"\n' + text, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_examples_are_valid(path: Path) -> None:
+    assert isinstance(load_train_config(path), TrainConfig)
+
+
+def test_values_arrive(tmp_path: Path) -> None:
+    path = write(tmp_path, "[distillation]\nlayer_map = [[0, 1], [1, 3]]\n[teacher.model]\nheads = 2\n[optimizer]\nlearning_rate = 1\n")
+    config = load_train_config(path)
+    assert config.distillation.layer_map == [(0, 1), (1, 3)]
+    assert config.teacher is not None and config.teacher.model.heads == 2
+    assert config.optimizer.learning_rate == 1.0
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[training]\niteratons = 5\n", ["unknown key training.iteratons", "did you mean training.iterations?"]),
+        ("[training]\nlearning_rate = 5\n", ["unknown key training.learning_rate", "did you mean optimizer.learning_rate?"]),
+        ("[trainig]\n", ["unknown key trainig", "did you mean training?"]),
+        ("[teacher.model]\nhedas = 4\n", ["unknown key teacher.model.hedas", "teacher.model.heads?"]),
+        ("[training]\nmax_tokens = 'many'\n", ["training.max_tokens", '"many"', "integer"]),
+        ("[training]\nmax_tokens = 4096.5\n", ["training.max_tokens", "integer"]),
+        ("[training]\nmax_tokens = -4\n", ["training.max_tokens = -4", "greater"]),
+        ("[model]\nbias = 'yes'\n", ["model.bias", "boolean"]),
+        ("[model]\nheads = 3\n", ["model", "heads (3) must divide d_model (256)"]),
+        ("[model]\nencoder_mixers = ['atention']\n", ["model.encoder_mixers.0", "'attention'"]),
+        ("[run]\nseed = 2026-01-01\n", ["run.seed", "integer"]),
+        ("phrasebook_pairs = 5\ntrain = { source = 'a' }\n", ["data.train", "source and target"]),
+        ("[schedule]\nkind = 'cosin'\n", ["schedule.kind", "'cosine'"]),
+    ],
+)
+def test_mistakes_are_named(tmp_path: Path, text: str, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_train_config(write(tmp_path, text))
+    message = str(caught.value)
+    assert "\n" not in message and "config.toml" in message
+    for word in words:
+        assert word in message
+
+
+def test_data_is_required(tmp_path: Path) -> None:
+    path = tmp_path / "c.toml"
+    path.write_text("[run]\nseed = 2\n")
+    with pytest.raises(ConfigError, match="data is missing"):
+        load_train_config(path)
+    path.write_text("[data]\nsource_language = 'en'\n")
+    with pytest.raises(ConfigError, match=r"data\.train and data\.valid"):
+        load_train_config(path)
+
+
+def test_unreadable_files(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"nowhere\.toml"):
+        load_train_config(tmp_path / "nowhere.toml")
+    with pytest.raises(DataError):
+        load_train_config(tmp_path)
+    broken = tmp_path / "broken.toml"
+    broken.write_bytes(b"[data\n")
+    with pytest.raises(ConfigError, match="not valid TOML"):
+        load_train_config(broken)
+    broken.write_bytes(b"a = '\xff'\n")
+    with pytest.raises(DataError, match="not UTF-8"):
+        load_train_config(broken)
+    broken.write_bytes(b"")
+    with pytest.raises(ConfigError, match="empty"):
+        load_train_config(broken)
+
+
+def test_overrides(tmp_path: Path) -> None:
+    path = write(tmp_path, "[training]\niterations = 5\n")
+    config = load_train_config(path, ["training.iterations=7", "run.folder=runs/other", "model.bias=false", "teacher.model.heads=2"])
+    assert config.training.iterations == 7
+    assert config.run.folder == "runs/other"
+    assert config.model.bias is False
+    assert config.teacher is not None and config.teacher.model.heads == 2
+    for wrong in ("training.iterations", "=5", "training..x=1"):
+        with pytest.raises(ConfigError, match="section.key=value"):
+            load_train_config(path, [wrong])
+    with pytest.raises(ConfigError, match="not a table"):
+        load_train_config(path, ["training.iterations.x=1"])
+    with pytest.raises(ConfigError, match="unknown key training.iteration"):
+        load_train_config(path, ["training.iteration=1"])
+
+
+def test_every_key_is_explained_once() -> None:
+    text = explain_config()
+    tomllib.loads(text)  # what it prints is TOML
+    for name, field, table in walk(TrainConfig):
+        assert field.description, f"{name} has no description"
+        if table is None and not name.startswith("teacher."):
+            assert text.count(field.description) >= 1
+    parsed = tomllib.loads(text)
+    assert parsed["training"]["iterations"] == 10000
+    assert parsed["validation"]["validate_every"] == 1000

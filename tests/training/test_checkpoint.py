@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import os
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+
+from cvmk.errors import DataError
+from cvmk.training.checkpoint import Checkpoint, CheckpointStore
+
+
+def checkpoint(value: float) -> Checkpoint:
+    return Checkpoint({"w": torch.full((3,), value)}, {"random": torch.get_rng_state()}, {"step": value})
+
+
+def test_save_load_links_and_pruning(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path / "checkpoints", keep=2)
+    assert store.newest() is None and store.target("best") is None
+    for step in (0, 10, 20, 30, 40):
+        store.save(step, checkpoint(step), best=step == 10)
+    assert sorted(store.steps()) == [10, 30, 40]  # the best and the two newest
+    assert (store.target("best"), store.target("last"), store.newest()) == (10, 40, 40)
+    loaded = store.load(30)
+    assert loaded.values == {"step": 30} and loaded.weights["w"].tolist() == [30.0] * 3
+    store.drop_after(10)
+    assert store.steps() == [10] and store.newest() == 10
+
+
+def test_same_step_again_replaces_it(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep=2)
+    store.save(5, checkpoint(1.0))
+    store.save(5, checkpoint(2.0))
+    assert store.load(5).values == {"step": 2.0}
+    assert [entry for entry in os.listdir(tmp_path) if entry.startswith(".")] == []
+
+
+def test_full_disk_keeps_the_last_good_one(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep=2)
+    store.save(1, checkpoint(1.0), best=True)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2048, hard))
+    try:
+        with pytest.raises(DataError, match="cannot write"):
+            store.save(2, Checkpoint({"w": torch.zeros(10_000)}, {}, {}))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert store.newest() == 1 and store.load(1).values == {"step": 1.0}
+    assert sorted(os.listdir(tmp_path)) == ["best", "last", "step-1"]
+
+
+def test_crash_between_the_renames(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep=2)
+    store.save(1, checkpoint(1.0))
+    os.rename(tmp_path / "step-1", tmp_path / ".step-1.old")  # killed after moving the old one aside
+    (tmp_path / ".step-2.partial").mkdir()  # and in the middle of writing the next
+    assert store.newest() == 1
+    assert store.load(1).values == {"step": 1.0}
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "state.pt", "state.json"])
+@pytest.mark.parametrize("damage", ["truncate", "empty", "garbage", "missing"])
+def test_damage_is_named(tmp_path: Path, name: str, damage: str) -> None:
+    store = CheckpointStore(tmp_path, keep=2)
+    store.save(1, checkpoint(1.0))
+    path = tmp_path / "step-1" / name
+    data = path.read_bytes()
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes({"truncate": data[: len(data) // 2], "empty": b"", "garbage": b"\x80garbage" * 20}[damage])
+    with pytest.raises(DataError) as caught:
+        store.load(1)
+    assert name in str(caught.value) and "\n" not in str(caught.value)
