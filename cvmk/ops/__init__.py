@@ -5,5 +5,6 @@ environment variable CVMK_BACKEND.
 """
 
 from cvmk.ops._dispatch import Explanation, backends_report, explain, use
+from cvmk.ops.attention import flash_attention
 
-__all__ = ["Explanation", "backends_report", "explain", "use"]
+__all__ = ["Explanation", "backends_report", "explain", "flash_attention", "use"]

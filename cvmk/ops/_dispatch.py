@@ -224,9 +224,10 @@ def _autograd_function(op: Op) -> Any:
 
         @staticmethod
         def backward(ctx: Any, *grads_of_grads: Any) -> Any:
-            leaves = ctx.saved_tensors
-            grads, inputs = leaves[:outputs], leaves[outputs:]
             with torch.enable_grad():
+                # Views, for one tensor may stand in several places (self-attention of x), and each place needs its own derivative.
+                leaves = [leaf.view_as(leaf) if leaf is not None and leaf.requires_grad else leaf for leaf in ctx.saved_tensors]
+                grads, inputs = leaves[:outputs], leaves[outputs:]
                 again = op.reference.forward(*inputs, *ctx.rest)
                 again = (again,) if isinstance(again, torch.Tensor) else again
                 pairs = [(out, grad) for out, grad in zip(again, grads, strict=True) if grad is not None and out.requires_grad]

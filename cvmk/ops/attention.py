@@ -1,0 +1,242 @@
+"""`flash_attention`: softmax attention with masks, bias, soft cap, dropout and a differentiable log-sum-exp."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cvmk.ops._dispatch import Op, accumulation_dtype, autocast_lower, not_needed
+
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_INTEGERS = (torch.int32, torch.int64)
+UNBOUNDED = -1
+"""A window side without a limit, in the schema's `window_left` and `window_right`."""
+
+
+def flash_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    window: int | tuple[int, int] | None = None,
+    key_lengths: Tensor | None = None,
+    query_start: Tensor | None = None,
+    bias: Tensor | None = None,
+    softcap: float = 0.0,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """softmax(mask(cap(scale q k^T) + bias)) v (Dao et al., FlashAttention, arXiv 2205.14135), exact.
+
+    Arguments
+        q            [B, H, Tq, D] float64, float32, bfloat16 or float16; any strides whose last dimension is contiguous.
+        k, v         [B, Hkv, Tk, D] and [B, Hkv, Tk, Dv], dtype of q. H is a multiple of Hkv; query head h reads head h // (H // Hkv).
+        causal       query i sees the keys j <= i + Tk - Tq (aligned bottom-right: the last query sees the last key).
+        window       (left, right): query i sees only the keys from i + Tk - Tq - left to i + Tk - Tq + right; -1 is no limit on that
+                     side; one integer w is (w, w). With `causal`, right is 0.
+        key_lengths  [B] int32 or int64: the keys j >= key_lengths[b] are invisible, and their content in k and v (NaN, say) is not used.
+        query_start  [B] int32 or int64: the position of query 0 among the keys, in place of Tk - Tq, for `causal` and `window`.
+        bias         floating, broadcastable to [B, H, Tq, Tk], added to the scores after scale and soft cap; has a gradient, summed
+                     over the broadcast dimensions. -inf hides a key.
+        softcap      c > 0 turns the scaled scores s into c tanh(s / c); 0 is no cap.
+        scale        factor of q k^T, by default 1 / sqrt(D).
+        dropout_p    probability, in [0, 1), with which a probability is set to 0; the others are divided by 1 - dropout_p.
+        cu_seqlens_q, cu_seqlens_k   [n + 1] int32 or int64, both or none: packed sequences. q is [total_q, H, D], k and v are
+                     [total_k, Hkv, ...]; sequence s is the rows cu_seqlens[s] to cu_seqlens[s + 1]. Alignment is per sequence, by its own
+                     two lengths. Rows that belong to no sequence give 0 and are not seen. Not with key_lengths and query_start.
+        return_lse   also return the log-sum-exp of the scores.
+
+    Returns out [B, H, Tq, Dv] (packed: [total_q, H, Dv]) in the dtype of q, and, where asked for, lse [B, H, Tq] (packed:
+    [H, total_q]) in float32 (float64 for float64): the log-sum-exp of each row's scores, before dropout, differentiable.
+
+    Causal alignment and key_lengths. The alignment goes by the tensors' sizes, never by key_lengths, so that a right-padded batch
+    (Tq == Tk) is masked as its sentences would be alone. A decoder that keeps its keys in a longer, preallocated cache has its
+    queries at the end of what is filled: it passes `query_start=lengths - Tq` with `key_lengths=lengths`; this is what FlashAttention
+    does with `cache_seqlens` and `seqused_k`. (With Tq == 1, no window, and key_lengths given, both come to the same.)
+
+    Rows that see no key, or whose scores are all -inf, give out 0, lse -inf and gradient 0. NaN or inf that a row sees gives NaN in
+    that row; a NaN in a key or value that is hidden only by causal, window, bias or packing may reach other rows of its head.
+
+    Gradient. With P = exp(S - lse), P' = P after dropout (P' = P M / (1 - p)), and g the gradient of lse:
+        dV = P'^T dO,  dP = (dO V^T) M / (1 - p),  D_i = <dO_i, O_i>,  dS = P (dP - D + g),  dbias = dS,
+        dX = dS (1 - tanh^2(X / c)) with X = scale q k^T,  dq = scale dX k,  dk = scale dX^T q.
+
+    Dropout draws one seed (two 32-bit words s0, s1) from torch's generator for the device of q. All in unsigned 32-bit arithmetic,
+    with mix = the finaliser of MurmurHash3 (Appleby): x ^= x >> 16; x *= 0x85ebca6b; x ^= x >> 13; x *= 0xc2b2ae35; x ^= x >> 16:
+        key = mix(mix(s0) ^ s1),  row = mix(mix(key + b H + h) + i),  column = mix(key ^ mix(j)),
+    and probability (b, h, i, j) is kept where mix(row ^ column) >= floor(dropout_p 2^32). Packed: b = 0, and i, j count packed rows.
+
+    Raises TypeError for a wrong dtype, ValueError for a wrong shape or number.
+    """
+    arguments = _prepare(
+        q, k, v, causal=causal, window=window, key_lengths=key_lengths, query_start=query_start, bias=bias, softcap=softcap, scale=scale,
+        dropout_p=dropout_p, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, return_lse=return_lse,
+    )  # fmt: skip
+    if dropout_p > 0:
+        seed = torch.randint(-(2**31), 2**31, (2,), dtype=torch.int64, device=q.device)
+        arguments = (*arguments[:8], seed, *arguments[9:])
+    out, lse = op(*arguments)
+    return (out, lse) if return_lse else out
+
+
+# -- schema ---------------------------------------------------------------------------------------------------------------------
+def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    shape = (*q.shape[:-1], v.shape[-1])
+    lse = (q.shape[1], q.shape[0]) if q.dim() == 3 else q.shape[:-1]
+    return q.new_empty(shape), q.new_empty(lse, dtype=accumulation_dtype(q.dtype))
+
+
+def _fake_backward(
+    grad_out: Tensor | None, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    needs = rest[-1]
+    dq, dk, dv = (t.new_empty(t.shape) if needs[i] else not_needed(t) for i, t in enumerate((q, k, v)))
+    return dq, dk, dv, bias.new_empty(bias.shape) if bias is not None and needs[3] else not_needed(q)
+
+
+_TENSORS = (
+    "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? key_lengths, Tensor? query_start, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? dropout_seed"
+)
+_NUMBERS = "int window_left, int window_right, float softcap, float scale, float dropout_p"
+op = Op(
+    "flash_attention",
+    module="attention",
+    forward=f"({_TENSORS}, {_NUMBERS}) -> (Tensor out, Tensor lse)",
+    backward=f"(Tensor? grad_out, Tensor? grad_lse, {_TENSORS}, Tensor out, Tensor lse, {_NUMBERS}, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)",
+    fake_forward=_fake_forward,
+    fake_backward=_fake_backward,
+    tensors=9,
+    differentiable=(0, 1, 2, 3),
+    saved=(0, 1),
+    principal="q",
+)
+
+
+# -- checks ---------------------------------------------------------------------------------------------------------------------
+@op.prepared_by
+def _prepare(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    window: int | tuple[int, int] | None = None,
+    key_lengths: Tensor | None = None,
+    query_start: Tensor | None = None,
+    bias: Tensor | None = None,
+    softcap: float = 0.0,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    return_lse: bool = False,
+) -> tuple[Any, ...]:
+    packed = _check_packing(cu_seqlens_q, cu_seqlens_k, key_lengths, query_start)
+    check_qk(q, k, names=("q", "k"), packed=packed)
+    check_values(k, v, packed=packed)
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p must be in [0, 1), not {dropout_p}")
+    if not softcap >= 0.0:
+        raise ValueError(f"softcap must be positive, or 0 for none, not {softcap}")
+    check_lengths(key_lengths, q, "key_lengths")
+    check_lengths(query_start, q, "query_start")
+    if bias is not None:
+        _check_bias(bias, q, k, packed)
+    left, right = _window(window, causal)
+    if scale is None:
+        scale = default_scale(q)
+    q, k, v = autocast_lower(q, k, v)  # type: ignore[assignment]
+    if q.dtype != k.dtype or q.dtype != v.dtype:
+        raise TypeError(f"q, k and v must have one dtype, not {q.dtype}, {k.dtype} and {v.dtype}")
+    return q, k, v, bias, key_lengths, query_start, cu_seqlens_q, cu_seqlens_k, None, left, right, float(softcap), float(scale), float(dropout_p)
+
+
+def default_scale(q: Tensor) -> float:
+    """1 / sqrt(D)."""
+    return 1.0 / math.sqrt(int(q.shape[-1]))
+
+
+def check_qk(q: Tensor, k: Tensor, *, names: tuple[str, str], packed: bool = False) -> None:
+    """Queries and keys that fit each other. Raises TypeError and ValueError."""
+    layout = "[total, H, D]" if packed else "[B, H, T, D]"
+    for tensor, name in zip((q, k), names, strict=True):
+        if tensor.dtype not in _FLOATS:
+            raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, not {tensor.dtype}")
+        if tensor.dim() != (3 if packed else 4):
+            raise ValueError(f"{name} must be {layout}, not of shape {list(tensor.shape)}")
+        if tensor.shape[-1] == 0:
+            raise ValueError(f"{name} must have a last dimension of at least 1, not the shape {list(tensor.shape)}")
+    shapes = f"{names[0]} {list(q.shape)} and {names[1]} {list(k.shape)}"
+    if q.device != k.device:
+        raise ValueError(f"{names[0]} and {names[1]} must be on one device, not on {q.device} and {k.device}")
+    if q.shape[-1] != k.shape[-1]:
+        raise ValueError(f"{shapes} differ in the last dimension")
+    if not packed and q.shape[0] != k.shape[0]:
+        raise ValueError(f"{shapes} differ in the batch dimension")
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1] != 0:
+        raise ValueError(f"the heads of {names[0]} must be a multiple of those of {names[1]}: {shapes}")
+
+
+def check_values(k: Tensor, v: Tensor, *, packed: bool = False) -> None:
+    """Values that fit the keys. Raises TypeError and ValueError."""
+    if v.dtype not in _FLOATS:
+        raise TypeError(f"v must be float64, float32, bfloat16 or float16, not {v.dtype}")
+    if v.dim() != k.dim() or k.shape[:-1] != v.shape[:-1]:
+        raise ValueError(f"k {list(k.shape)} and v {list(v.shape)} must agree in all but the last dimension")
+    if v.device != k.device:
+        raise ValueError(f"k and v must be on one device, not on {k.device} and {v.device}")
+
+
+def check_lengths(lengths: Tensor | None, q: Tensor, name: str) -> None:
+    """One integer a batch item. Raises TypeError and ValueError."""
+    if lengths is None:
+        return
+    if lengths.dtype not in _INTEGERS:
+        raise TypeError(f"{name} must be int32 or int64, not {lengths.dtype}")
+    if lengths.dim() != 1 or lengths.shape[0] != q.shape[0]:
+        raise ValueError(f"{name} must be [B] = [{q.shape[0]}], not of shape {list(lengths.shape)}")
+    if lengths.device != q.device:
+        raise ValueError(f"{name} must be on {q.device} as the queries are, not on {lengths.device}")
+
+
+def _check_packing(cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, key_lengths: Tensor | None, query_start: Tensor | None) -> bool:
+    if (cu_seqlens_q is None) != (cu_seqlens_k is None):
+        raise ValueError("packed sequences need both cu_seqlens_q and cu_seqlens_k (the same tensor for self-attention)")
+    if cu_seqlens_q is None or cu_seqlens_k is None:
+        return False
+    if key_lengths is not None or query_start is not None:
+        raise ValueError("key_lengths and query_start are for padded batches; packed sequences have their lengths in cu_seqlens_k")
+    for tensor, name in ((cu_seqlens_q, "cu_seqlens_q"), (cu_seqlens_k, "cu_seqlens_k")):
+        if tensor.dtype not in _INTEGERS:
+            raise TypeError(f"{name} must be int32 or int64, not {tensor.dtype}")
+        if tensor.dim() != 1 or tensor.shape[0] < 1:
+            raise ValueError(f"{name} must be [n + 1] for n sequences, not of shape {list(tensor.shape)}")
+    if cu_seqlens_q.shape != cu_seqlens_k.shape:
+        raise ValueError(f"cu_seqlens_q {list(cu_seqlens_q.shape)} and cu_seqlens_k {list(cu_seqlens_k.shape)} tell different numbers of sequences")
+    return True
+
+
+def _check_bias(bias: Tensor, q: Tensor, k: Tensor, packed: bool) -> None:
+    if bias.dtype not in _FLOATS:
+        raise TypeError(f"bias must be floating (0 for a visible key, -inf for a hidden one), not {bias.dtype}")
+    if bias.device != q.device:
+        raise ValueError(f"bias must be on {q.device} as q is, not on {bias.device}")
+    full = (1, q.shape[1], q.shape[0], k.shape[0]) if packed else (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    fits = bias.dim() <= 4 and all(have == 1 or have == want for have, want in zip(reversed(bias.shape), reversed(full), strict=False))
+    if not fits:
+        raise ValueError(f"bias must be broadcastable to [B, H, Tq, Tk] = {list(full)}, not of shape {list(bias.shape)}")
+
+
+def _window(window: int | tuple[int, int] | None, causal: bool) -> tuple[int, int]:
+    sides = (UNBOUNDED, UNBOUNDED) if window is None else (window, window) if isinstance(window, int) else tuple(window)
+    if len(sides) != 2 or any(side < UNBOUNDED for side in sides):
+        raise ValueError(f"window must be (left, right), each at least 0, or -1 for no limit, not {window}")
+    left, right = sides
+    return left, 0 if causal else right

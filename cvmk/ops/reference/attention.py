@@ -1,0 +1,325 @@
+"""Reference of `flash_attention`: dense scores, a block of them at a time, so that the temporaries stay small."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cvmk.ops._dispatch import Backend, accumulation_dtype, not_needed
+
+BLOCK = 1 << 24
+"""Scores held at once: 64 MiB of float32 (or one row of queries of one batch item, where that is more)."""
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    key_lengths: Tensor | None,
+    query_start: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    dropout_seed: Tensor | None,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+    scale: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) of `cvmk.ops.flash_attention`; differentiable any number of times."""
+    if cu_seqlens_q is not None:
+        q, k, v = _as_batch(q), _as_batch(k), _as_batch(v)
+    mask = Mask.of(q, k, window_left, window_right, key_lengths, query_start, cu_seqlens_q, cu_seqlens_k)
+    k, v = mask.without_unread(k), mask.without_unread(v)
+    rows = []
+    for part in blocks(q.shape[0], q.shape[2], q.shape[1] * k.shape[2]):
+        e, _ = _scores(part, q, k, bias, mask, softcap, scale)
+        top = e.detach().amax(-1, keepdim=True) if k.shape[2] else e.new_full((*e.shape[:-1], 1), -torch.inf)
+        top.masked_fill_(top == -torch.inf, 0)
+        e = e.sub_(top).exp_()
+        total = e.sum(-1, keepdim=True)
+        empty = total == 0
+        total = total.masked_fill(empty, 1)
+        if dropout_seed is not None and dropout_p > 0:
+            e = e * dropout_keep(dropout_seed, dropout_p, part, q.shape[1], k.shape[2]) / (1 - dropout_p)
+        out = (product(e.to(v.dtype), v[part.batch]) / total).to(q.dtype)
+        rows.append((part, out, (total.log() + top).masked_fill(empty, -torch.inf).squeeze(-1)))
+    out = join([(part, out) for part, out, _ in rows], q.new_zeros((*q.shape[:-1], v.shape[-1])))
+    lse = join([(part, lse) for part, _, lse in rows], q.new_empty(q.shape[:-1], dtype=accumulation_dtype(q.dtype)))
+    return (out, lse) if cu_seqlens_q is None else (out[0].transpose(0, 1), lse[0])
+
+
+def backward(
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    key_lengths: Tensor | None,
+    query_start: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    dropout_seed: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+    scale: float,
+    dropout_p: float,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of q, k, v and bias by the formulas in the docstring of `cvmk.ops.flash_attention`."""
+    packed = cu_seqlens_q is not None
+    if packed:
+        q, k, v, out, lse = _as_batch(q), _as_batch(k), _as_batch(v), _as_batch(out), lse[None]
+        grad_out = None if grad_out is None else _as_batch(grad_out)
+        grad_lse = None if grad_lse is None else grad_lse[None]
+    mask = Mask.of(q, k, window_left, window_right, key_lengths, query_start, cu_seqlens_q, cu_seqlens_k)
+    k, v = mask.without_unread(k), mask.without_unread(v)
+    lse = lse.masked_fill(lse == -torch.inf, torch.inf)[..., None]
+    shift = torch.zeros_like(lse) if grad_out is None else (grad_out.to(lse.dtype) * out).sum(-1, keepdim=True)
+    if grad_lse is not None:
+        shift = shift - grad_lse[..., None]
+    want_q, want_k, want_v, want_bias = needs[0], needs[1], needs[2], bias is not None and needs[3]
+    sums = Sums()
+    for part in blocks(q.shape[0], q.shape[2], q.shape[1] * k.shape[2]):
+        p, capped = _scores(part, q, k, bias, mask, softcap, scale)
+        p = p.sub_(part.of(lse)).exp_()
+        keep = dropout_keep(dropout_seed, dropout_p, part, q.shape[1], k.shape[2]) if dropout_seed is not None and dropout_p > 0 else None
+        g = None if grad_out is None else part.of(grad_out)
+        if want_v and g is not None:
+            sums.add("v", part, product_t((p if keep is None else p * keep / (1 - dropout_p)).to(v.dtype), g, v.shape[1]))
+        if not (want_q or want_k or want_bias):
+            continue
+        if g is None:
+            ds = p.mul_(-part.of(shift))
+        else:
+            dp = dot(g, v[part.batch], 1.0).to(p.dtype)
+            if keep is not None:
+                dp.mul_(keep).div_(1 - dropout_p)
+            ds = dp.sub_(part.of(shift)).mul_(p)
+        if want_bias and bias is not None:
+            sums.add_reduced("bias", part, ds, bias)
+        if capped is not None:
+            ds = ds.mul_(1 - (capped / softcap).square())
+        ds = ds.to(q.dtype)
+        if want_q:
+            sums.add("q", part, product(ds, k[part.batch], scale), rows=True)
+        if want_k:
+            sums.add("k", part, product_t(ds, part.of(q), k.shape[1], scale))
+    dq = sums.total("q", q) if want_q else not_needed(q)
+    dk = sums.total("k", k) if want_k else not_needed(k)
+    dv = sums.total("v", v) if want_v else not_needed(v)
+    dbias = sums.reduced("bias", bias) if want_bias and bias is not None else not_needed(q)
+    if packed:
+        dq, dk, dv = (t[0].transpose(0, 1) if wanted else t for t, wanted in ((dq, want_q), (dk, want_k), (dv, want_v)))
+    return dq, dk, dv, dbias
+
+
+BACKENDS = (Backend("flash_attention", "reference", forward, backward),)
+
+
+# -- blocks of scores -----------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Part:
+    """A block of scores: some batch items with all their rows, or some rows of one batch item; always all heads."""
+
+    batch: slice
+    rows: slice
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The block of a tensor [B, heads, Tq, ...]."""
+        return tensor[self.batch, :, self.rows]
+
+
+def blocks(batch: int, rows: int, row_size: int) -> Iterator[Part]:
+    """Blocks of at most BLOCK scores (at least one row of queries), `row_size` being the scores of one row over all heads."""
+    items = BLOCK // max(1, rows * row_size)
+    if items >= 1:
+        for first in range(0, batch, items):
+            yield Part(slice(first, min(first + items, batch)), slice(0, rows))
+        return
+    step = max(1, BLOCK // row_size)
+    for item in range(batch):
+        for first in range(0, rows, step):
+            yield Part(slice(item, item + 1), slice(first, min(first + step, rows)))
+
+
+def join(parts: list[tuple[Part, Tensor]], empty: Tensor) -> Tensor:
+    """One tensor [B, heads, Tq, ...] from its blocks, in the order of `blocks`; `empty` where there are none."""
+    if len(parts) <= 1:
+        return parts[0][1] if parts else empty
+    items: dict[int, list[Tensor]] = {}
+    for part, value in parts:
+        items.setdefault(part.batch.start, []).append(value)
+    return torch.cat([torch.cat(values, 2) if len(values) > 1 else values[0] for values in items.values()])
+
+
+class Sums:
+    """Gradients gathered over the blocks: rows of queries side by side, keys and bias summed."""
+
+    def __init__(self) -> None:
+        self.parts: dict[str, list[tuple[Part, Tensor]]] = {}
+        self.sums: dict[str, Tensor] = {}
+
+    def add(self, name: str, part: Part, value: Tensor, rows: bool = False) -> None:
+        """One block's gradient of a tensor; `rows`: it belongs to the block's queries only, else to all keys of its batch items."""
+        found = self.parts.setdefault(name, [])
+        if not rows and found and found[-1][0].batch == part.batch:
+            found[-1][1].add_(value)
+            return
+        partial = not rows and part.rows.start == 0 and value.dtype in (torch.bfloat16, torch.float16)
+        found.append((part if rows else Part(part.batch, slice(None)), value.float() if partial else value))
+
+    def total(self, name: str, like: Tensor) -> Tensor:
+        """The whole gradient, in the shape and dtype of `like`; zeros where no block had one."""
+        return join(self.parts.get(name, []), torch.zeros_like(like)).to(like.dtype)
+
+    def add_reduced(self, name: str, part: Part, value: Tensor, like: Tensor) -> None:
+        """One block's gradient of a tensor that was broadcast to the scores."""
+        whole = self.sums.get(name)
+        if whole is None:
+            whole = self.sums[name] = value.new_zeros((1,) * (4 - like.dim()) + tuple(like.shape))
+        target = whole[part.batch if whole.shape[0] > 1 else slice(None), :, part.rows if whole.shape[2] > 1 else slice(None)]
+        target.add_(value.sum_to_size(target.shape))
+
+    def reduced(self, name: str, like: Tensor) -> Tensor:
+        """The gradient in the shape and dtype of `like`."""
+        whole = self.sums.get(name)
+        return torch.zeros_like(like) if whole is None else whole.view(like.shape).to(like.dtype)
+
+
+# -- matrix products over heads that share keys -----------------------------------------------------------------------------------
+def dot(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """scale q k^T: [B, H, Tq, D], [B, Hkv, Tk, D] -> [B, H, Tq, Tk]."""
+    b, h, t, d = q.shape
+    q3, k3 = _grouped(q, k.shape[1]), k.reshape(b * k.shape[1], k.shape[2], d)
+    s = torch.baddbmm(q3.new_zeros(1), q3, k3.transpose(1, 2), beta=0, alpha=scale)
+    return s.view(b, h, t, k.shape[2])
+
+
+def product(p: Tensor, v: Tensor, scale: float = 1.0) -> Tensor:
+    """scale p v: [B, H, Tq, Tk], [B, Hkv, Tk, D] -> [B, H, Tq, D]."""
+    b, h, t, _ = p.shape
+    p3, v3 = _grouped(p, v.shape[1]), v.reshape(b * v.shape[1], v.shape[2], v.shape[3])
+    return torch.baddbmm(p3.new_zeros(1), p3, v3, beta=0, alpha=scale).view(b, h, t, v.shape[3])
+
+
+def product_t(p: Tensor, g: Tensor, heads: int, scale: float = 1.0) -> Tensor:
+    """scale p^T g, summed over the query heads of a key head: [B, H, Tq, Tk], [B, H, Tq, D] -> [B, heads, Tk, D]."""
+    p3, g3 = _grouped(p, heads), _grouped(g, heads)
+    s = torch.baddbmm(p3.new_zeros(1), p3.transpose(1, 2), g3, beta=0, alpha=scale)
+    return s.view(p.shape[0], heads, p.shape[3], g.shape[3])
+
+
+def _grouped(x: Tensor, heads: int) -> Tensor:
+    """[B, H, T, n] -> [B * heads, H / heads * T, n]: the query heads of one key head, one after the other."""
+    return x.reshape(x.shape[0] * heads, x.shape[1] // heads * x.shape[2], x.shape[3])
+
+
+def _as_batch(x: Tensor) -> Tensor:
+    """Packed [total, H, D] -> [1, H, total, D]."""
+    return x.transpose(0, 1)[None]
+
+
+# -- scores and masks ---------------------------------------------------------------------------------------------------------------
+def _scores(part: Part, q: Tensor, k: Tensor, bias: Tensor | None, mask: Mask, softcap: float, scale: float) -> tuple[Tensor, Tensor | None]:
+    """The block's masked scores in the dtype of accumulation, in fresh memory, and the capped products where there is a cap."""
+    s = dot(part.of(q), k[part.batch], scale)
+    s, capped = s.to(accumulation_dtype(q.dtype)), None
+    if softcap > 0:
+        capped = torch.tanh(s / softcap) * softcap
+        s = capped.clone()
+    if bias is not None:
+        wide = bias.view((1,) * (4 - bias.dim()) + tuple(bias.shape))
+        s = s.add_(wide[part.batch if wide.shape[0] > 1 else slice(None), :, part.rows if wide.shape[2] > 1 else slice(None)])
+    hidden = mask.hidden(part)
+    return s if hidden is None else s.masked_fill_(hidden, -torch.inf), capped
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Which keys a query does not see. Positions count keys: query i of batch item b stands at position[b, i]."""
+
+    position: Tensor | None  # [1 or B, Tq]; None: no window
+    key_position: Tensor  # [Tk]
+    left: int
+    right: int
+    unread: Tensor | None  # [B, Tk]: keys that nobody sees and whose content is not read
+    sequence: tuple[Tensor, Tensor] | None  # packed: the sequence of each query [Tq] and key [Tk]
+
+    @staticmethod
+    def of(
+        q: Tensor,
+        k: Tensor,
+        left: int,
+        right: int,
+        key_lengths: Tensor | None,
+        query_start: Tensor | None = None,
+        cu_seqlens_q: Tensor | None = None,
+        cu_seqlens_k: Tensor | None = None,
+    ) -> Mask:
+        rows, keys = q.shape[2], k.shape[2]
+        row, key = torch.arange(rows, device=q.device), torch.arange(keys, device=q.device)
+        if cu_seqlens_q is not None and cu_seqlens_k is not None:
+            sequence_q, sequence_k = (torch.searchsorted(cu, at, right=True, out_int32=False) - 1 for cu, at in ((cu_seqlens_q, row), (cu_seqlens_k, key)))
+            last = cu_seqlens_q.shape[0] - 1
+            outside = (sequence_k < 0) | (sequence_k >= last)
+            sequence_k = sequence_k.masked_fill(outside, -2)
+            # The end of a query's sequence lies at the end of its keys': the distance between the two ends aligns bottom-right.
+            after = (sequence_q + 1).clamp(max=last)
+            position = (row + cu_seqlens_k[after] - cu_seqlens_q[after])[None]
+            return Mask(position if left >= 0 or right >= 0 else None, key, left, right, outside[None], (sequence_q, sequence_k))
+        binding = right >= 0 and (query_start is not None or rows - 1 > right) or left >= 0 and (query_start is not None or keys - 1 > left)
+        position = None
+        if binding:
+            position = row[None] + (keys - rows if query_start is None else query_start[:, None])
+        return Mask(position, key, left, right, None if key_lengths is None else key >= key_lengths[:, None], None)
+
+    def without_unread(self, x: Tensor) -> Tensor:
+        """Keys or values [B, H, Tk, D] with 0 for what must not be read."""
+        return x if self.unread is None else x.masked_fill(self.unread[:, None, :, None], 0)
+
+    def hidden(self, part: Part) -> Tensor | None:
+        """True where a query does not see a key, broadcastable to the block [b, H, rows, Tk]; None where all is seen."""
+        found = None if self.unread is None else self.unread[part.batch, None, None, :]
+        if self.position is not None:
+            position = self.position[part.batch if self.position.shape[0] > 1 else slice(None), None, part.rows, None]
+            for beyond in self._beyond(position):
+                found = beyond if found is None else found | beyond
+        if self.sequence is not None:
+            apart = self.sequence[0][part.rows, None] != self.sequence[1]
+            found = apart if found is None else found | apart
+        return found
+
+    def _beyond(self, position: Tensor) -> Iterator[Tensor]:
+        if self.right >= 0:
+            yield self.key_position > position + self.right
+        if self.left >= 0:
+            yield self.key_position < position - self.left
+
+
+# -- dropout ----------------------------------------------------------------------------------------------------------------------------
+def dropout_keep(seed: Tensor, p: float, part: Part, heads: int, keys: int) -> Tensor:
+    """Which probabilities of the block stay: bool [b, H, rows, Tk], by the hash in the docstring of `cvmk.ops.flash_attention`."""
+    words = seed.to(torch.int32)
+    key = _mix(_mix(words[:1]) ^ words[1:])
+    counts = [torch.arange(n, dtype=torch.int32, device=seed.device) for n in (part.batch.stop, heads, part.rows.stop, keys)]
+    head = _mix(counts[0][part.batch, None] * heads + counts[1] + key)
+    row = _mix(head[..., None] + counts[2][part.rows])
+    column = _mix(_mix(counts[3]) ^ key)
+    # Unsigned order as signed: both sides less 2^31.
+    return (_mix(row[..., None] ^ column) ^ -(2**31)) >= int(p * 2**32) - 2**31
+
+
+def _mix(x: Tensor) -> Tensor:
+    """The finaliser of MurmurHash3 on int32 words, which wrap as uint32 do; shifts are made logical by a mask."""
+    x = (x ^ ((x >> 16) & 0xFFFF)) * -0x7A143595
+    x = (x ^ ((x >> 13) & 0x7FFFF)) * -0x3D4D51CB
+    return x ^ ((x >> 16) & 0xFFFF)
