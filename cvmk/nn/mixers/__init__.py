@@ -1,0 +1,26 @@
+"""What mixes positions inside a block, by name.
+
+A mixer is one file with one class (see `base.Mixer`), an entry here, and its name in `config.schema.Mixer`.
+"""
+
+from __future__ import annotations
+
+from cvmk.config.schema import ModelConfig
+from cvmk.nn.mixers.attention import CrossAttention, SelfAttention
+from cvmk.nn.mixers.base import Mixer, MixerState
+
+MIXERS: dict[str, type[Mixer]] = {"attention": SelfAttention}
+
+__all__ = ["MIXERS", "CrossAttention", "Mixer", "MixerState", "SelfAttention", "build_mixer", "mixer_names"]
+
+
+def mixer_names(names: list[str], blocks: int) -> list[str]:
+    """The mixer of each block: `names` repeated in order until there are `blocks` of them."""
+    return [names[index % len(names)] for index in range(blocks)]
+
+
+def build_mixer(name: str, config: ModelConfig, causal: bool) -> Mixer:
+    """The mixer called `name`; `causal` for a decoder. Raises ValueError for an unknown name."""
+    if name not in MIXERS:
+        raise ValueError(f"there is no mixer {name!r}; the mixers are {', '.join(sorted(MIXERS))}")
+    return MIXERS[name](config, causal)

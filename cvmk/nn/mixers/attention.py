@@ -1,0 +1,114 @@
+"""Multi-head attention with grouped keys and values (Ainslie et al. 2023): over the own sequence, and over the encoder's."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from cvmk import ops
+from cvmk.config.schema import ModelConfig
+from cvmk.nn.mixers.base import Mixer, MixerState, linear
+from cvmk.nn.outputs import AttentionMap
+from cvmk.nn.positions import Rotation, rotate
+
+
+class KeyValueCache(MixerState):
+    """Keys and values [2, N, Hkv, max_length, D], written in place; only filled positions are ever read."""
+
+    def __init__(self, buffer: Tensor) -> None:
+        self.buffer = buffer
+
+    def append(self, k: Tensor, v: Tensor, position: int) -> tuple[Tensor, Tensor]:
+        """Store k and v [N, Hkv, T, D] from `position` on and give all up to their end, as views."""
+        end = position + k.shape[2]
+        self.buffer[0, :, :, position:end] = k
+        self.buffer[1, :, :, position:end] = v
+        return self.buffer[0, :, :, :end], self.buffer[1, :, :, :end]
+
+    def reorder(self, rows: Tensor, length: int) -> None:
+        filled = self.buffer[:, :, :, :length]
+        filled.copy_(filled.index_select(1, rows))
+
+    def select(self, rows: Tensor, length: int) -> None:
+        smaller = self.buffer.new_empty((2, rows.shape[0], *self.buffer.shape[2:]))
+        smaller[:, :, :, :length] = self.buffer[:, :, :, :length].index_select(1, rows)
+        self.buffer = smaller
+
+
+class _Heads:
+    """Sizes of an attention's heads, and the call of the op."""
+
+    def __init__(self, config: ModelConfig, causal: bool) -> None:
+        self.size = config.d_model // config.heads
+        self.kv_heads = config.kv_heads or config.heads
+        self.q_width = config.d_model
+        self.kv_width = self.kv_heads * self.size
+        self.scale = self.size**-0.5
+        self.dropout = config.attention_dropout
+        self.causal = causal
+
+    def split(self, x: Tensor) -> Tensor:
+        """[B, T, heads * D] -> [B, heads, T, D], a view."""
+        return x.unflatten(-1, (-1, self.size)).transpose(1, 2)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None, causal: bool, training: bool) -> Tensor:
+        """q [B, H, Tq, D], k and v [B, Hkv, Tk, D] -> the heads side by side, [B, Tq, H * D]."""
+        dropout = self.dropout if training else 0.0
+        mixed = ops.flash_attention(q, k, v, causal=causal, key_lengths=key_lengths, scale=self.scale, dropout_p=dropout)
+        return mixed.transpose(1, 2).flatten(2)
+
+    def map(self, q: Tensor, k: Tensor, key_lengths: Tensor | None) -> AttentionMap:
+        return AttentionMap(q, k, self.scale, self.causal, key_lengths)
+
+
+class SelfAttention(Mixer):
+    """`qkv` has the rows [q; k; v] and `out` brings the heads back to d_model."""
+
+    def __init__(self, config: ModelConfig, causal: bool) -> None:
+        super().__init__(config, causal)
+        self.heads = _Heads(config, causal)
+        self.qkv = linear(config, config.d_model, self.heads.q_width, self.heads.kv_width, self.heads.kv_width)
+        self.out = linear(config, config.d_model, config.d_model)
+
+    def _project(self, x: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor, Tensor]:
+        heads = self.heads
+        q, k, v = (heads.split(part) for part in self.qkv(x).split((heads.q_width, heads.kv_width, heads.kv_width), dim=-1))
+        if rotation is not None:
+            q, k = rotate(q, rotation), rotate(k, rotation)
+        return q, k, v
+
+    def forward(self, x: Tensor, lengths: Tensor | None, rotation: Rotation | None, return_map: bool) -> tuple[Tensor, AttentionMap | None]:
+        q, k, v = self._project(x, rotation)
+        mixed = self.out(self.heads.attend(q, k, v, lengths, self.causal, self.training))
+        return mixed, self.heads.map(q, k, lengths) if return_map else None
+
+    def start(self, rows: int, max_length: int, device: torch.device, dtype: torch.dtype) -> KeyValueCache:
+        return KeyValueCache(torch.empty((2, rows, self.heads.kv_heads, max_length, self.heads.size), device=device, dtype=dtype))
+
+    def extend(self, x: Tensor, state: MixerState, position: int, rotation: Rotation | None) -> Tensor:
+        assert isinstance(state, KeyValueCache)
+        q, k, v = self._project(x, rotation)
+        keys, values = state.append(k, v, position)
+        return self.out(self.heads.attend(q, keys, values, None, q.shape[2] > 1, self.training))
+
+
+class CrossAttention(nn.Module):
+    """Attention of the decoder over the encoder's output, without positions; `key_value` has the rows [k; v]."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.heads = _Heads(config, causal=False)
+        self.query = linear(config, config.d_model, self.heads.q_width)
+        self.key_value = linear(config, config.d_model, self.heads.kv_width, self.heads.kv_width)
+        self.out = linear(config, config.d_model, config.d_model)
+
+    def keys_values(self, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """memory [B, S, d] -> keys and values [B, Hkv, S, D]."""
+        k, v = self.key_value(memory).chunk(2, dim=-1)
+        return self.heads.split(k), self.heads.split(v)
+
+    def forward(self, x: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, return_map: bool) -> tuple[Tensor, AttentionMap | None]:
+        """x [B, T, d] over keys and values [B, Hkv, S, D], of which the first lengths [B] are real -> [B, T, d]."""
+        q = self.heads.split(self.query(x))
+        mixed = self.out(self.heads.attend(q, keys, values, lengths, False, self.training))
+        return mixed, self.heads.map(q, keys, lengths) if return_map else None
