@@ -4,12 +4,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sacrebleu.metrics import BLEU
+from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
 from cvmk.validation.fallback import bleu
-
-sacrebleu = pytest.importorskip("sacrebleu")
-from sacrebleu.metrics import BLEU  # noqa: E402
-from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a  # noqa: E402
 
 ALPHABET = st.sampled_from("abZ ß  .,,-:;!?'\"&<>()[]{}$%/\\_`~^@#*+=|0123456789é中\u00a0\u2028\tⅣ٣")
 

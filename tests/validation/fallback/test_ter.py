@@ -5,11 +5,9 @@ import random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sacrebleu.metrics import TER
 
 from cvmk.validation.fallback import ter
-
-pytest.importorskip("sacrebleu")
-from sacrebleu.metrics import TER  # noqa: E402
 
 
 def corpus(hypotheses: list[str], reference_sets: list[list[str]]) -> float:
@@ -77,7 +75,7 @@ def test_shifts_equal_sacrebleu_on_repeated_words(hypothesis, reference):
     assert ter.edits(hypothesis, reference) == theirs.num_edits
 
 
-@pytest.mark.parametrize("lengths", [(30, 30), (70, 40), (40, 90), (200, 3), (3, 200), (120, 100), (24, 25), (25, 24), (1, 60)])
+@pytest.mark.parametrize("lengths", [(30, 30), (70, 40), (40, 90), (200, 3), (3, 200), (80, 60), (24, 25), (25, 24), (1, 60)])
 def test_long_sentences_equal_sacrebleu_band_and_all(lengths):
     generator = random.Random(sum(lengths))
     for vocabulary in (5, 60):
