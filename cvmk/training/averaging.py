@@ -8,8 +8,8 @@ import safetensors.torch
 import torch
 
 from cvmk.files import explained, write_bytes
-from cvmk.inference.model_folder import load_weights
 from cvmk.nn import CVMTransformer
+from cvmk.training.checkpoint import load_weights
 
 
 class WeightHistory:
@@ -21,7 +21,7 @@ class WeightHistory:
     def add(self, step: int, model: CVMTransformer) -> None:
         if self._size < 2:
             return
-        write_bytes(self._path(step), safetensors.torch.save(model.weights()))
+        write_bytes(self._path(step), safetensors.torch.save(model.state_dict()))
         for old in self.steps()[: -self._size]:
             self._remove(old)
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import os
 import re
 import shutil
@@ -148,9 +147,3 @@ def load_weights(path: Path) -> dict[str, torch.Tensor]:
     except safetensors.SafetensorError as error:
         raise DataError(f"{path} is corrupt or truncated ({error}): restore it or choose another checkpoint") from error
 
-
-def fingerprint(value: Any) -> str:
-    """Short stable name of a JSON-ready value."""
-    import hashlib
-
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

@@ -20,7 +20,7 @@ def build_optimizer(config: OptimizerConfig, modules: Iterable[torch.nn.Module])
                 if not parameter.requires_grad or id(parameter) in seen:
                     continue
                 seen.add(id(parameter))
-                matrix = parameter.ndim >= 2 and not isinstance(module, torch.nn.Embedding)
+                matrix = parameter.ndim == 2 and isinstance(module, torch.nn.Linear)
                 (decayed if matrix else plain).append(parameter)
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     first = (decayed + plain)[0]

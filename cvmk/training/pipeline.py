@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,7 +103,14 @@ def _load_teacher(path: Path, device: torch.device) -> Teacher:
     model = model.to(device).eval()
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    return Teacher(model, tokenizer, path, model.fingerprint())
+    return Teacher(model, tokenizer, path, _fingerprint(model))
+
+
+def _fingerprint(model: CVMTransformer) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _train_teacher(job: Job, tokenizer: Tokenizer) -> Teacher:
@@ -204,11 +212,11 @@ def _final_weights(trainer: Trainer) -> tuple[ValidationResult, str]:
     assert best is not None
     mean = trainer.averages.mean()
     if mean is not None:
-        trainer.model.load_weights(mean)
+        trainer.model.load_state_dict(mean)
         averaged = trainer.validator.run(trainer.translator(), trainer.progress.step)
         if trainer.validator.better(averaged, best):
             return averaged, f"average of the weights at iterations {', '.join(map(str, trainer.averages.steps()))}"
-    trainer.model.load_weights(trainer.store.load(best.step).weights)
+    trainer.model.load_state_dict(trainer.store.load(best.step).weights)
     return best, f"checkpoint at iteration {best.step}"
 
 

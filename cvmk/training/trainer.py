@@ -146,7 +146,7 @@ class Trainer:
         autocast = torch.autocast(self.device.type, torch.bfloat16) if self.config.precision == "bfloat16" else nullcontext()
         with autocast:
             taught = None
-            if self.teacher is not None:
+            if self.teacher is not None and self.objective.needs_teacher:
                 with torch.no_grad():
                     taught = self.teacher(batch.src, batch.tgt_in, **wants)
             return self.objective(self.model(batch.src, batch.tgt_in, **wants), taught, batch)
@@ -240,12 +240,12 @@ class Trainer:
             "validator": self.validator.state_dict(),
         }
         tensors = {"optimizer": self.optimizer.state_dict(), "objective": self.objective.state_dict(), "random": _random_state()}
-        self.store.save(self.progress.step, Checkpoint(self.model.weights(), tensors, values), best=best)
+        self.store.save(self.progress.step, Checkpoint(self.model.state_dict(), tensors, values), best=best)
 
     def _restore(self, step: int) -> Checkpoint:
         """Take the state of the checkpoint `step-N`, random generators included, but for the validator's memory."""
         checkpoint = self.store.load(step)
-        self.model.load_weights(checkpoint.weights)
+        self.model.load_state_dict(checkpoint.weights)
         self.optimizer.load_state_dict(checkpoint.tensors["optimizer"])
         self.objective.load_state_dict(checkpoint.tensors["objective"])
         _set_random_state(checkpoint.tensors["random"])
