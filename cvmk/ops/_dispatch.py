@@ -203,7 +203,13 @@ class Op:
         backend = self.choose(which, arguments)
         function = backend.forward if which == "forward" else backend.backward
         assert function is not None
-        results = function(*arguments)
+        device = arguments[self.names[which].index(self.principal)].device.type
+        if torch.is_autocast_enabled(device):
+            # Casts are decided by the public function; inside, a product of float32 stays one.
+            with torch.autocast(device, enabled=False):
+                results = function(*arguments)
+        else:
+            results = function(*arguments)
         if isinstance(results, torch.Tensor):
             return results.contiguous()
         return tuple(result.contiguous() for result in results)

@@ -232,7 +232,8 @@ def _as_batch(x: Tensor) -> Tensor:
 def _scores(part: Part, q: Tensor, k: Tensor, bias: Tensor | None, mask: Mask, softcap: float, scale: float) -> tuple[Tensor, Tensor | None]:
     """The block's masked scores in the dtype of accumulation, in fresh memory, and the capped products where there is a cap."""
     s = dot(part.of(q), k[part.batch], scale)
-    s, capped = s.to(accumulation_dtype(q.dtype)), None
+    s = s.to(accumulation_dtype(q.dtype))
+    capped: Tensor | None = None
     if softcap > 0:
         capped = torch.tanh(s / softcap) * softcap
         s = capped.clone()
