@@ -1,0 +1,72 @@
+"""A linear layer with 4-bit weights in groups: dequantise, multiply, bias, activation, in one call.
+
+    w[n, order[k]] = (q[n, k] - zeros[n, k // g]) * scales[n, k // g]      in float32 (float64 for a float64 x), rounded to x's dtype
+    out[m, n]      = activation(sum_k x[m, k] w[n, k] + bias[n])           product in x's dtype, summed in float32
+
+The reference dequantises a bounded piece of the weight at a time (4 Mi elements). Where x is finite, nothing but the weight is
+approximate: the result is that of a linear layer with the dequantised weight. The gradients are its gradients,
+
+    g' = g * activation'(y),   dx = g' W,   dbias = sum_m g'[m],
+
+and the weight has none. Formats: GPTQ (Frantar et al. 2023), AWQ (Lin et al. 2024); bits in `cvmk.ops.quantize`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from cvmk.ops._dispatch import Op, autocast_lower, not_needed
+from cvmk.ops.quantize import QuantizedWeight, check_linear, outputs
+
+
+def _fake_forward(x: torch.Tensor, *rest: Any) -> Any:
+    out_features, _, activation = rest[-3:]
+    return x.new_empty(x.shape[0], outputs(out_features, activation))
+
+
+def _fake_backward(grad: Any, x: torch.Tensor, values: Any, scales: Any, zeros: Any, order: Any, bias: Any, *rest: Any) -> Any:
+    needs = rest[-1]
+    if bias is None:
+        return x.new_empty(x.shape) if needs[0] else not_needed(x), not_needed(x)
+    return x.new_empty(x.shape) if needs[0] else not_needed(x), bias.new_empty(bias.shape) if needs[5] else not_needed(bias)
+
+
+_ARGUMENTS = "Tensor x, Tensor values, Tensor scales, Tensor? zeros, Tensor? order, Tensor? bias"
+_OPTIONS = "str layout, int out_features, int group_size, str? activation"
+
+op = Op(
+    "int4_linear",
+    module="int4_linear",
+    forward=f"({_ARGUMENTS}, {_OPTIONS}) -> Tensor",
+    fake_forward=_fake_forward,
+    backward=f"(Tensor grad, {_ARGUMENTS}, {_OPTIONS}, bool[] needs) -> (Tensor, Tensor)",
+    fake_backward=_fake_backward,
+    tensors=6,
+    differentiable=(0, 5),
+    principal="x",
+)
+
+
+@op.prepared_by
+def prepare(x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None = None, *, activation: str | None = None) -> tuple[Any, ...]:
+    check_linear("int4_linear", 4, x, weight, bias, activation)
+    x, bias = autocast_lower(x, bias)  # type: ignore[assignment]
+    flat = x.reshape(-1, weight.in_features)
+    return flat, weight.values, weight.scales, weight.zeros, weight.order, bias, weight.layout, weight.out_features, weight.group_size, activation
+
+
+def int4_linear(x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None = None, *, activation: str | None = None) -> torch.Tensor:
+    """Linear layer with 4-bit weights; x keeps its dtype. The law is the module's docstring.
+
+    x           [..., K], floating. Under autocast it is cast as for `F.linear`, and so is the bias.
+    weight      `QuantizedWeight` [N, K] of `quantize_int4`, or of a GPTQ or AWQ solver; any M and N.
+    bias        [N], any floating dtype.
+    activation  None, "relu", "gelu" (by erf), "silu", or "swiglu": the rows of the weight (and bias) are [gate; up], N / 2 each, and the
+                result is silu(gate) * up.
+
+    Returns [..., N] ([..., N / 2] for swiglu) in x's dtype. Raises TypeError and ValueError for arguments that do not fit.
+    """
+    out = op(*prepare(x, weight, bias, activation=activation))
+    return out.view(*x.shape[:-1], outputs(weight.out_features, activation))

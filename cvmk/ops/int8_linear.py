@@ -1,0 +1,110 @@
+"""A linear layer on 8-bit integers: quantise the rows of x, multiply, scale, bias, activation, in one call.
+
+The law, with acc = float32 (float64 for a float64 x), every step rounded to acc and no contraction:
+
+    u[m, k] = x[m, k] * (1 / smooth_scale[k])                          (x itself without smooth_scale)
+    a[m]    = max(max_k |u[m, k]|, 2^-100)
+    q[m, k] = clamp(round_half_even(u[m, k] * (127 / a[m])), -127, 127)
+    p[m, n] = sum_k q[m, k] * values[n, k]                             exact, in int32
+    y[m, n] = p[m, n] * (a[m] / 127) * scales[n] + bias[n]             from the left
+    out     = activation(y), rounded once to out_dtype
+
+So q and p are the same integers in every backend, whatever its order of summation; only the epilogue is subject to rounding. A row
+of zeros gives activation(bias). A row of u with a NaN or infinity gives NaN in all its outputs and touches no other row.
+
+SmoothQuant (Xiao et al. 2023): the weight that was quantised is W * smooth_scale, its inputs multiplied beforehand, so that
+x / smooth_scale times it is x times W while large activations are moved into the weight.
+
+Gradients are straight-through: rounding counts as the identity, the scales a[m] as constants of it, so with the pre-activation y
+as computed above, g' = g * activation'(y) and W = dequantised weight,
+
+    dx = (g' W) / smooth_scale,    dbias = sum_m g'[m].
+
+They are the derivatives of activation(x / smooth_scale W^T + bias) taken where the quantised layer stands. smooth_scale and the
+weight have none. The second derivative is that of the same function.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from cvmk.ops._dispatch import Op, autocast_lower, not_needed
+from cvmk.ops.quantize import QuantizedWeight, check_linear, check_vector, outputs
+
+SMALLEST_MAXIMUM = 2.0**-100
+"""Floor of a row's largest magnitude: far above what flushing denormal numbers touches, far below any activation."""
+
+
+def _fake_forward(x: torch.Tensor, *rest: Any) -> Any:
+    out_features, activation, out_dtype = rest[-3:]
+    return x.new_empty(x.shape[0], outputs(out_features, activation), dtype=out_dtype)
+
+
+def _fake_backward(grad: Any, x: torch.Tensor, values: Any, scales: Any, bias: Any, *rest: Any) -> Any:
+    needs = rest[-1]
+    if bias is None:
+        return x.new_empty(x.shape) if needs[0] else not_needed(x), not_needed(x)
+    return x.new_empty(x.shape) if needs[0] else not_needed(x), bias.new_empty(bias.shape) if needs[3] else not_needed(bias)
+
+
+_ARGUMENTS = "Tensor x, Tensor values, Tensor scales, Tensor? bias, Tensor? smooth_scale"
+_OPTIONS = "str layout, int out_features, str? activation, ScalarType out_dtype"
+
+op = Op(
+    "int8_linear",
+    module="int8_linear",
+    forward=f"({_ARGUMENTS}, {_OPTIONS}) -> Tensor",
+    fake_forward=_fake_forward,
+    backward=f"(Tensor grad, {_ARGUMENTS}, {_OPTIONS}, bool[] needs) -> (Tensor, Tensor)",
+    fake_backward=_fake_backward,
+    tensors=5,
+    differentiable=(0, 3),
+    principal="x",
+)
+
+
+@op.prepared_by
+def prepare(
+    x: torch.Tensor,
+    weight: QuantizedWeight,
+    bias: torch.Tensor | None = None,
+    *,
+    smooth_scale: torch.Tensor | None = None,
+    activation: str | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[Any, ...]:
+    check_linear("int8_linear", 8, x, weight, bias, activation)
+    check_vector("int8_linear", "smooth_scale", smooth_scale, weight.in_features, x)
+    if out_dtype is not None and not out_dtype.is_floating_point:
+        raise TypeError(f"int8_linear: out_dtype is {out_dtype}; it must be floating")
+    (lowered,) = autocast_lower(x)
+    assert lowered is not None
+    flat = lowered.reshape(-1, weight.in_features)
+    return flat, weight.values, weight.scales, bias, smooth_scale, weight.layout, weight.out_features, activation, out_dtype or flat.dtype
+
+
+def int8_linear(
+    x: torch.Tensor,
+    weight: QuantizedWeight,
+    bias: torch.Tensor | None = None,
+    *,
+    smooth_scale: torch.Tensor | None = None,
+    activation: str | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """Linear layer with 8-bit weights and rows of x quantised on the fly (per token, symmetric). The law is the module's docstring.
+
+    x             [..., K], floating. Under autocast it is cast as for `F.linear`.
+    weight        `QuantizedWeight` [N, K] of `quantize_int8`; any M, N, K up to K = 133144.
+    bias          [N], any floating dtype.
+    smooth_scale  [K], any floating dtype: SmoothQuant's scale; the weight was multiplied by it before it was quantised.
+    activation    None, "relu", "gelu" (by erf), "silu", or "swiglu": the rows of the weight (and bias) are [gate; up], N / 2 each, and
+                  the result is silu(gate) * up.
+    out_dtype     dtype of the result; x's by default.
+
+    Returns [..., N] ([..., N / 2] for swiglu). Raises TypeError and ValueError for arguments that do not fit.
+    """
+    out = op(*prepare(x, weight, bias, smooth_scale=smooth_scale, activation=activation, out_dtype=out_dtype))
+    return out.view(*x.shape[:-1], outputs(weight.out_features, activation))

@@ -1,0 +1,140 @@
+"""The reference of `cvmk.ops.int8_linear`; the law is in the docstring there."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from cvmk.ops._dispatch import Backend, accumulation_dtype, not_needed
+from cvmk.ops.int8_linear import SMALLEST_MAXIMUM
+from cvmk.ops.quantize import QuantizedWeight
+from cvmk.ops.reference._quantized import activate, activate_backward, product, product_backward
+
+_EXACT_FLOAT32_INPUTS = 1024
+"""Sums of so many products of values of at most 127 stay below 2**24, where float32 holds every integer."""
+
+
+def smoothed(x: torch.Tensor, smooth_scale: torch.Tensor | None) -> torch.Tensor:
+    """x * (1 / smooth_scale) in float32 (float64 for float64)."""
+    wide = x.to(accumulation_dtype(x.dtype))
+    return wide if smooth_scale is None else wide * smooth_scale.to(wide.dtype).reciprocal()
+
+
+@torch.no_grad()
+def quantize_rows(wide: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows [M, K] in float32 or float64 -> int8 [M, K] and the scales [M, 1]; a row that is not finite gets the scale NaN."""
+    maximum = torch.linalg.vector_norm(wide, float("inf"), dim=1, keepdim=True)
+    floor = maximum.clamp(min=SMALLEST_MAXIMUM)
+    values = (wide * (127.0 / floor)).round_().clamp_(-127, 127).nan_to_num_(nan=0.0)
+    return values.to(torch.int8), torch.where(torch.isfinite(maximum), floor / 127.0, torch.nan)
+
+
+def exact_product(values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """int8 [M, K] times the transpose of int8 [N, K]: int32 [M, N], exact."""
+    if values.is_cuda:
+        return _cuda_product(values, weight)
+    if _int_mm_is_exact():
+        return torch._int_mm(values, weight.t())
+    found = torch.zeros(values.shape[0], weight.shape[0], dtype=torch.int32, device=values.device)
+    for start in range(0, values.shape[1], _EXACT_FLOAT32_INPUTS):
+        span = slice(start, start + _EXACT_FLOAT32_INPUTS)
+        found += (values[:, span].float() @ weight[:, span].float().t()).to(torch.int32)
+    return found
+
+
+@functools.cache
+def _int_mm_is_exact() -> bool:
+    """Whether `torch._int_mm` on this CPU sums in int32: without VNNI it adds pairs of products in 16 bits, which saturate."""
+    try:
+        for rows in (1, 64):
+            extreme = torch.full((rows, 256), 127, dtype=torch.int8)
+            if not bool((torch._int_mm(extreme, extreme[:1].expand(32, 256).t()) == 127 * 127 * 256).all()):
+                return False
+    except RuntimeError:
+        return False
+    return True
+
+
+def _cuda_product(values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """On CUDA `torch._int_mm` wants more than 16 rows, and K and N in multiples of 8: pad with zeros where they are not."""
+    (m, k), n = values.shape, weight.shape[0]
+    if m == 0:
+        return torch.empty(0, n, dtype=torch.int32, device=values.device)
+    more_m, more_k, more_n = max(0, 32 - m), -k % 8, -n % 8
+    values = F.pad(values, (0, more_k, 0, more_m)) if more_k or more_m else values
+    weight = F.pad(weight, (0, more_k, 0, more_n)) if more_k or more_n else weight
+    return torch._int_mm(values.contiguous(), weight.contiguous().t())[:m, :n]
+
+
+class _StraightThrough(torch.autograd.Function):
+    """The first argument's value with the second one's gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, value: torch.Tensor, path: torch.Tensor) -> torch.Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[None, torch.Tensor]:
+        return None, grad
+
+
+def _pre_activation(x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None, smooth_scale: torch.Tensor | None) -> torch.Tensor:
+    """[M, N] in float32 (float64 for float64), before the activation."""
+    wide = smoothed(x, smooth_scale)
+    values, row_scales = quantize_rows(wide)
+    pre = exact_product(values, weight.values).to(wide.dtype).mul_(row_scales).mul_(weight.scales)
+    if torch.is_grad_enabled() and wide.requires_grad:
+        pre = _StraightThrough.apply(pre, product(wide, weight))
+    return pre if bias is None else pre + bias.to(wide.dtype)
+
+
+def _weight(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, layout: str, out_features: int) -> QuantizedWeight:
+    return QuantizedWeight(values, scales, None, None, out_features, x.shape[1], 8, x.shape[1], layout).plain()
+
+
+def forward(
+    x: torch.Tensor,
+    values: torch.Tensor,
+    scales: torch.Tensor,
+    bias: torch.Tensor | None,
+    smooth_scale: torch.Tensor | None,
+    layout: str,
+    out_features: int,
+    activation: str | None,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    weight = _weight(x, values, scales, layout, out_features)
+    return activate(_pre_activation(x, weight, bias, smooth_scale), activation).to(out_dtype)
+
+
+def backward(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    values: torch.Tensor,
+    scales: torch.Tensor,
+    bias: torch.Tensor | None,
+    smooth_scale: torch.Tensor | None,
+    layout: str,
+    out_features: int,
+    activation: str | None,
+    out_dtype: torch.dtype,
+    needs: list[bool],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    weight = _weight(x, values, scales, layout, out_features)
+    grad = grad.to(accumulation_dtype(x.dtype))
+    if activation is not None:
+        grad = activate_backward(grad, _pre_activation(x, weight, bias, smooth_scale), activation)
+    x_grad = not_needed(x)
+    if needs[0]:
+        x_grad = product_backward(grad.to(x.dtype), weight)
+        if smooth_scale is not None:
+            x_grad = smoothed(x_grad, smooth_scale).to(x.dtype)
+    if bias is None:
+        return x_grad, not_needed(x)
+    return x_grad, grad.sum(0).to(bias.dtype) if needs[3] else not_needed(bias)
+
+
+BACKENDS = (Backend("int8_linear", "reference", forward, backward),)
