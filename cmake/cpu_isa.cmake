@@ -1,0 +1,38 @@
+# Kernels compiled once for every instruction-set level (csrc/common/cpu_features.h says what a level may use).
+
+find_package(OpenMP COMPONENTS CXX QUIET)
+if(NOT OpenMP_CXX_FOUND)
+  message(STATUS "cvmk: OpenMP was not found, kernels run on one thread")
+endif()
+
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64)$" AND CMAKE_CXX_COMPILER_ID MATCHES "GNU|Clang")
+  set(CVMK_ISA_LEVELS base avx2 avx512 amx)
+else()
+  set(CVMK_ISA_LEVELS base)
+endif()
+set(CVMK_ISA_FLAGS_base "")
+set(CVMK_ISA_FLAGS_avx2 -mavx2 -mfma -mf16c -mbmi2)
+set(CVMK_ISA_FLAGS_avx512 ${CVMK_ISA_FLAGS_avx2} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512)
+set(CVMK_ISA_FLAGS_amx ${CVMK_ISA_FLAGS_avx512} -mavx512vnni -mavx512bf16 -mamx-tile -mamx-int8 -mamx-bf16)
+
+# cvmk_kernels(<target> <folder>...): adds csrc/<folder>/dispatch.cpp and, for every level, csrc/<folder>/cpu_<level>.cpp with its flags.
+# A folder may lack a level: its dispatch.cpp then uses the one below.
+function(cvmk_kernels target)
+  foreach(folder IN LISTS ARGN)
+    target_sources(${target} PRIVATE csrc/${folder}/dispatch.cpp)
+    foreach(level IN LISTS CVMK_ISA_LEVELS)
+      set(file csrc/${folder}/cpu_${level}.cpp)
+      if(EXISTS "${CMAKE_CURRENT_SOURCE_DIR}/${file}")
+        target_sources(${target} PRIVATE ${file})
+        set_source_files_properties(${file} PROPERTIES COMPILE_OPTIONS "-O3;-ffp-contract=fast;-fno-math-errno;-fno-trapping-math;${CVMK_ISA_FLAGS_${level}}")
+      endif()
+    endforeach()
+  endforeach()
+  list(LENGTH CVMK_ISA_LEVELS count)
+  if(count GREATER 1)
+    target_compile_definitions(${target} PRIVATE CVMK_HAVE_ISA_LEVELS)
+  endif()
+  if(OpenMP_CXX_FOUND)
+    target_link_libraries(${target} PUBLIC OpenMP::OpenMP_CXX)
+  endif()
+endfunction()
