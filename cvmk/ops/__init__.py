@@ -6,5 +6,19 @@ environment variable CVMK_BACKEND.
 
 from cvmk.ops._dispatch import Explanation, backends_report, explain, use
 from cvmk.ops.attention import flash_attention
+from cvmk.ops.int4_linear import int4_linear
+from cvmk.ops.int8_linear import int8_linear
+from cvmk.ops.quantize import QuantizedWeight, quantize_int4, quantize_int8
 
-__all__ = ["Explanation", "backends_report", "explain", "flash_attention", "use"]
+__all__ = [
+    "Explanation",
+    "QuantizedWeight",
+    "backends_report",
+    "explain",
+    "flash_attention",
+    "int4_linear",
+    "int8_linear",
+    "quantize_int4",
+    "quantize_int8",
+    "use",
+]
