@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from cvmk.text import phrasebook_lexicon as lexicon
 from cvmk.text import phrasebook_numbers as numbers
+from cvmk.text import phrasebook_verbs as verbs
 from cvmk.text.phrasebook_grammar import Both, Case, Noun, Subject, noun_phrase
 
 T = TypeVar("T")
@@ -99,13 +100,13 @@ class Choice:
     def subject(self) -> Subject:
         """A pronoun, a name, or members of a family."""
         if self.chance(0.5):
-            return self.one(lexicon.PRONOUNS)
+            return self.one(verbs.PRONOUNS)
         return self.other()
 
     def other(self) -> Subject:
         """A name or members of a family: a subject that is not a pronoun."""
         if self.chance(0.35):
-            return self.one(lexicon.NAMES)
+            return self.one(verbs.NAMES)
         if self.chance(0.2):
             en, de = noun_phrase(self.one(OWNERS), self.one(lexicon.GROUPS), "nom", plural=True)
             return Subject(en, de, "p", "their")

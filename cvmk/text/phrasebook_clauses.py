@@ -9,10 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cvmk.text import phrasebook_lexicon as lexicon
+from cvmk.text import phrasebook_verbs as verbs
 from cvmk.text.phrasebook_choice import Choice, template
 from cvmk.text.phrasebook_grammar import Both, Subject, Verb, after, noun_phrase
 
-VERBS = lexicon.VERBS
+VERBS = verbs.VERBS
 HAVE = VERBS["have"]
 BE = VERBS["be"]
 
@@ -72,8 +73,8 @@ def activity(choice: Choice, owner: str, chosen: bool = True) -> Activity:
         (en, de), (vehicle_en, vehicle_de) = choice.one(lexicon.CITIES), noun_phrase("the", choice.one(lexicon.LONG_DISTANCE), "dat")
         return Activity(VERBS["travel"], f"to {en} by {vehicle_en[4:]}", f"{after('mit', vehicle_de)} nach {de}")
     if kind == 10:
-        noun = choice.one(lexicon.DISHES_IN_ALL_FORMS)
-        adjective = choice.one(lexicon.FOOD_ADJECTIVES) if choice.chance(0.5) else None
+        noun = choice.one(lexicon.WARM_DISHES)
+        adjective = choice.one(lexicon.WARM_ADJECTIVES) if choice.chance(0.5) else None
         return Activity(VERBS[choice.one(("eat", "order"))], *noun_phrase("a", noun, "acc", adjective))
     if kind == 11:
         verb, objects = choice.one((("learn", lexicon.NATIONAL), ("play", lexicon.GAMES)))
@@ -88,7 +89,7 @@ def activity(choice: Choice, owner: str, chosen: bool = True) -> Activity:
 
 def modal(choice: Choice, person: str) -> Both:
     """An English modal with its "to", and the German finite form."""
-    en, key = choice.one(lexicon.MODALS)
+    en, key = choice.one(verbs.MODALS)
     verb = VERBS[key]
     return en.replace(verb.en, verb.english(person), 1), verb.present(person)
 
@@ -114,14 +115,14 @@ def wish_after_time(choice: Choice) -> Both:
 @template(6)
 def plan(choice: Choice) -> Both:
     subject, (en_time, de_time) = choice.subject(), future(choice)
-    doing = activity(choice, subject.owner, chosen=False)
+    doing = activity(choice, subject.owner)
     return f"{subject.en} will {doing.base()} {en_time}.", f"{subject.de} {doing.verb.present(subject.person)} {de_time} {doing.end()}."
 
 
 @template(4)
 def plan_after_time(choice: Choice) -> Both:
     subject, (en_time, de_time) = choice.subject(), future(choice)
-    doing = activity(choice, subject.owner, chosen=False)
+    doing = activity(choice, subject.owner)
     return f"{en_time} {subject.en} will {doing.base()}.", f"{de_time} {doing.verb.present(subject.person)} {subject.de} {doing.end()}."
 
 
@@ -142,7 +143,7 @@ def past_after_time(choice: Choice) -> Both:
 @template(5)
 def question(choice: Choice) -> Both:
     subject, (en_time, de_time) = choice.subject(), future(choice)
-    doing, (english, key) = activity(choice, subject.owner), choice.one(lexicon.MODALS)
+    doing, (english, key) = activity(choice, subject.owner), choice.one(verbs.MODALS)
     if subject.person == "1":  # nobody asks others what he wants himself
         english, key = "should", "should"
     if key == "want":
@@ -173,7 +174,7 @@ DOUBTS: tuple[Both, ...] = (
 @template(4)
 def opinion(choice: Choice) -> Both:
     subject, (en_time, de_time), (en, de) = choice.subject(), future(choice), choice.one(OPINIONS)
-    doing = activity(choice, subject.owner, chosen=False)
+    doing = activity(choice, subject.owner)
     return f"{en} {subject.en} will {doing.base()} {en_time}.", f"{de} {subject.de} {de_time} {doing.de} {doing.verb.joined(subject.person)}."
 
 
@@ -197,7 +198,7 @@ def doubt(choice: Choice) -> Both:
 
 @template(4)
 def reason(choice: Choice) -> Both:
-    subject, (en_time, de_time), mood = choice.one(lexicon.PRONOUNS), choice.one(lexicon.PAST), choice.one(lexicon.MOODS)
+    subject, (en_time, de_time), mood = choice.one(verbs.PRONOUNS), choice.one(lexicon.PAST), choice.one(lexicon.MOODS)
     doing = activity(choice, subject.owner, chosen=False)
     en_be = {"1": "am", "3": "is"}.get(subject.person, "are")
     return (
@@ -237,7 +238,7 @@ def purpose(choice: Choice) -> Both:
 @template(3)
 def condition(choice: Choice) -> Both:
     subject, (en_day, de_day), (en_weather, de_weather) = choice.subject(), choice.weekday(), choice.one(lexicon.WEATHER)
-    doing = activity(choice, subject.owner, chosen=False)
+    doing = activity(choice, subject.owner)
     return (
         f"if it is {en_weather} on {en_day}, {subject.en} will {doing.base()}.",
         f"wenn es am {de_day} {de_weather} ist, {doing.verb.present(subject.person)} {subject.de} {doing.end()}.",

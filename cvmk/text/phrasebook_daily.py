@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from cvmk.text import phrasebook_lexicon as lexicon
 from cvmk.text import phrasebook_numbers as numbers
+from cvmk.text import phrasebook_verbs as verbs
 from cvmk.text.phrasebook_choice import OWNERS, Choice, template
 from cvmk.text.phrasebook_grammar import RELATIVE, Both, Case, after, counted, noun_phrase
 
-VERBS = lexicon.VERBS
+VERBS = verbs.VERBS
 
 
 def dish(choice: Choice, determiner: str, case: Case, adjective: float = 0.5) -> Both:
-    if choice.chance(0.6):
-        return noun_phrase(determiner, choice.one(lexicon.DISHES_IN_ALL_FORMS), case, choice.one(lexicon.FOOD_ADJECTIVES) if choice.chance(adjective) else None)
-    return noun_phrase(determiner, choice.one(lexicon.DISHES), case)
+    if choice.chance(0.5):
+        return noun_phrase(determiner, choice.one(lexicon.WARM_DISHES), case, choice.one(lexicon.WARM_ADJECTIVES) if choice.chance(adjective) else None)
+    return noun_phrase(determiner, choice.one(lexicon.DISHES), case, choice.one(lexicon.FOOD_ADJECTIVES) if choice.chance(adjective) else None)
 
 
 def drink(choice: Choice) -> Both:
@@ -172,7 +173,7 @@ def colour(choice: Choice) -> Both:
 
 @template(2)
 def comparison(choice: Choice) -> Both:
-    (first, second), (en, de) = choice.two(lexicon.WARES), choice.one(lexicon.COMPARATIVES)
+    (first, second), (en, de) = choice.two(choice.one((lexicon.CLOTHES, lexicon.THINGS))), choice.one(lexicon.COMPARATIVES)
     shade = choice.one(lexicon.COLOURS) if choice.chance(0.7) else None
     en_first, de_first = noun_phrase("the", first, "nom", shade)
     en_second, de_second = noun_phrase("the", second, "nom")
@@ -231,7 +232,7 @@ def that_i_bought(choice: Choice) -> Both:
     """Relative clauses: the pronoun has the gender of the noun and the case of its clause."""
     clothes = choice.chance(0.5)
     noun = choice.one(lexicon.CLOTHES if clothes else lexicon.THINGS)
-    subject, verb = choice.one(lexicon.PRONOUNS), VERBS[choice.one(("buy", "find", "lose", "see", "need"))]
+    subject, verb = choice.one(verbs.PRONOUNS), VERBS[choice.one(("buy", "find", "lose", "see", "need"))]
     en, de = noun_phrase("the", noun, "nom")
     pronoun, adjective = RELATIVE["acc"][noun.gender], choice.one(lexicon.CLOTHES_ADJECTIVES[:11] if clothes else lexicon.THING_ADJECTIVES)
     have = VERBS["have"].present(subject.person)
@@ -245,7 +246,7 @@ def that_i_bought(choice: Choice) -> Both:
 def who(choice: Choice) -> Both:
     person = choice.one(lexicon.PEOPLE)
     en, de = noun_phrase("the", person, "nom", choice.one(lexicon.PERSON_ADJECTIVES) if choice.chance(0.5) else None)
-    en_hat, de_hat = noun_phrase("the", choice.one(lexicon.CLOTHES), "dat", choice.one(lexicon.COLOURS))
+    en_hat, de_hat = noun_phrase("the", choice.one(lexicon.COMMON_CLOTHES), "dat", choice.one(lexicon.COLOURS))
     kin = {"woman": "f", "man": "m"}.get(person.en)
     relatives = [noun for noun in lexicon.MEMBERS if (noun.gender == kin if kin else noun.en in YOUNG[person.en])]
     en_kin, de_kin = noun_phrase(choice.one(("my", "his", "her", "your")), choice.one(relatives), "nom")
@@ -258,7 +259,7 @@ YOUNG = {"girl": ("daughter", "sister", "niece", "granddaughter"), "child": ("so
 @template(2)
 def wears(choice: Choice) -> Both:
     subject, wear = choice.subject(), VERBS["wear"]
-    first, second = choice.two(lexicon.CLOTHES)
+    first, second = choice.two(lexicon.COMMON_CLOTHES)
     en, de = noun_phrase("a", first, "acc", choice.one(lexicon.CLOTHES_ADJECTIVES))
     en_second, de_second = noun_phrase("a", second, "acc", choice.one(lexicon.COLOURS))
     return f"{subject.en} {wear.english(subject.person)} {en} and {en_second}.", f"{subject.de} {wear.present(subject.person)} {de} und {de_second}."
@@ -276,10 +277,10 @@ def lost(choice: Choice) -> Both:
 def age(choice: Choice) -> Both:
     (en, de), value = choice.relative("nom"), choice.between(2, 99)
     if choice.chance(0.4):
-        first, second = choice.two(lexicon.NAMES)
+        first, second = choice.two(verbs.NAMES)
         return (
-            f"{first.en} is {numbers.english(value)} years older than {second.en}.",
-            f"{first.de} ist {numbers.german(value)} Jahre älter als {second.de}.",
+            f"{first.en} is {numbers.english(value % 15 + 2)} years older than {second.en}.",
+            f"{first.de} ist {numbers.german(value % 15 + 2)} Jahre älter als {second.de}.",
         )
     return f"{en} is {numbers.english(value)} years old.", f"{de} ist {numbers.german(value)} Jahre alt."
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cvmk.text.phrasebook_grammar import Adjective, Both, Noun, Subject, Verb
+from cvmk.text.phrasebook_grammar import Adjective, Both, Noun
 
 
 def _nouns(table: str) -> tuple[Noun, ...]:
@@ -56,6 +56,7 @@ CLOTHES = _nouns("""
     tie | f Krawatte Krawatten
     T-shirt | n T-Shirt T-Shirts
 """)
+COMMON_CLOTHES = tuple(noun for noun in CLOTHES if noun.en not in {"skirt", "dress", "blouse", "tie"})
 PAIRED_CLOTHES = _nouns("""
     shoe | m Schuh Schuhe
     boot | m Stiefel Stiefel
@@ -361,14 +362,15 @@ PLACE_ADJECTIVES = _adjectives("old:alt new:neu small:klein big:groß beautiful:
 VENUE_ADJECTIVES = _adjectives("good:gut nice:nett cheap:billig quiet:ruhig small:klein modern:modern clean:sauber:sauber")
 VENUES = tuple(noun for noun in PLACES if noun.en in {"restaurant", "café", "hotel", "swimming pool", "bakery", "bookshop"})
 ROOM_ADJECTIVES = _adjectives("quiet:ruhig big:groß small:klein clean:sauber bright:hell cheap:billig beautiful:schön modern:modern")
-FOOD_ADJECTIVES = _adjectives("fresh:frisch hot:heiß small:klein big:groß warm:warm vegetarian:vegetarisch")
-DISHES_IN_ALL_FORMS = tuple(noun for noun in DISHES if noun.en in {"soup", "salad", "pizza", "sandwich", "pancake", "omelette"})
+FOOD_ADJECTIVES = _adjectives("fresh:frisch small:klein big:groß cheap:billig")
+WARM_DISHES = tuple(noun for noun in DISHES if noun.en in {"soup", "pizza", "pancake", "omelette"})
+WARM_ADJECTIVES = FOOD_ADJECTIVES + _adjectives("hot:heiß warm:warm vegetarian:vegetarisch")
 FOOD_FAULTS = _adjectives("salty:salzig cold:kalt hot:heiß spicy:scharf sweet:süß dry:trocken expensive:teuer:teur small:klein")
 PRODUCE_ADJECTIVES = _adjectives("fresh:frisch ripe:reif sweet:süß big:groß small:klein")
 MASS_ADJECTIVES = _adjectives("fresh:frisch good:gut")
 COLD_ADJECTIVES = _adjectives("cold:kalt good:gut")
 HOT_ADJECTIVES = _adjectives("hot:heiß strong:stark good:gut")
-PERSON_ADJECTIVES = _adjectives("young:jung old:alt tall:groß friendly:freundlich")
+PERSON_ADJECTIVES = _adjectives("young:jung tall:groß friendly:freundlich nice:nett")
 PET_ADJECTIVES = _adjectives("small:klein big:groß young:jung old:alt black:schwarz white:weiß brown:braun")
 MOODS = _adjectives("tired:müde ill:krank happy:glücklich hungry:hungrig thirsty:durstig sad:traurig busy:beschäftigt satisfied:zufrieden nervous:nervös")
 COMPARATIVES: tuple[Both, ...] = (
@@ -465,84 +467,3 @@ SURFACES: tuple[Both, ...] = (
     ("on", "auf"), ("under", "unter"), ("next to", "neben"), ("behind", "hinter"), ("in front of", "vor"),
 )  # fmt: skip
 SIDES: tuple[Both, ...] = (("left", "links"), ("right", "rechts"))
-
-PRONOUNS = (
-    Subject("I", "ich", "1", "my"),
-    Subject("he", "er", "3", "his"),
-    Subject("she", "sie", "3", "her"),
-    Subject("we", "wir", "p", "our"),
-    Subject("they", "sie", "p", "their"),
-    Subject("you", "Sie", "p", "your"),
-)
-NAMES = (
-    Subject("Anna", "Anna", "3", "her"),
-    Subject("Peter", "Peter", "3", "his"),
-    Subject("Maria", "Maria", "3", "her"),
-    Subject("Thomas", "Thomas", "3", "his"),
-    Subject("Julia", "Julia", "3", "her"),
-    Subject("Martin", "Martin", "3", "his"),
-)
-
-
-def _verbs(table: str) -> dict[str, Verb]:
-    """English base, third person, past | German ich, er, infinitive, [particle], participle, auxiliary."""
-    verbs = {}
-    for line in table.strip().splitlines():
-        english, german = (part.strip() for part in line.split("|"))
-        en, third, past = english.split(", ")
-        first, er, infinitive, *particle, participle, auxiliary = german.split(" ")
-        verbs[en] = Verb(en, third, past, first, er, infinitive, particle[0] if particle else "", participle, auxiliary)
-    return verbs
-
-
-VERBS = _verbs("""
-    be, is, was | bin ist sind gewesen sein
-    have, has, had | habe hat haben gehabt haben
-    buy, buys, bought | kaufe kauft kaufen gekauft haben
-    sell, sells, sold | verkaufe verkauft verkaufen verkauft haben
-    look for, looks for, looked for | suche sucht suchen gesucht haben
-    need, needs, needed | brauche braucht brauchen gebraucht haben
-    find, finds, found | finde findet finden gefunden haben
-    lose, loses, lost | verliere verliert verlieren verloren haben
-    see, sees, saw | sehe sieht sehen gesehen haben
-    repair, repairs, repaired | repariere repariert reparieren repariert haben
-    bring along, brings along, brought along | bringe bringt mitbringen mit mitgebracht haben
-    try on, tries on, tried on | probiere probiert anprobieren an anprobiert haben
-    visit, visits, visited | besuche besucht besuchen besucht haben
-    call, calls, called | rufe ruft anrufen an angerufen haben
-    pick up, picks up, picked up | hole holt abholen ab abgeholt haben
-    invite, invites, invited | lade lädt einladen ein eingeladen haben
-    help, helps, helped | helfe hilft helfen geholfen haben
-    thank, thanks, thanked | danke dankt danken gedankt haben
-    go, goes, went | gehe geht gehen gegangen sein
-    travel, travels, travelled | fahre fährt fahren gefahren sein
-    eat, eats, ate | esse isst essen gegessen haben
-    drink, drinks, drank | trinke trinkt trinken getrunken haben
-    order, orders, ordered | bestelle bestellt bestellen bestellt haben
-    learn, learns, learned | lerne lernt lernen gelernt haben
-    play, plays, played | spiele spielt spielen gespielt haben
-    tidy up, tidies up, tidied up | räume räumt aufräumen auf aufgeräumt haben
-    wait, waits, waited | warte wartet warten gewartet haben
-    work, works, worked | arbeite arbeitet arbeiten gearbeitet haben
-    live, lives, lived | wohne wohnt wohnen gewohnt haben
-    wear, wears, wore | trage trägt tragen getragen haben
-    get up, gets up, got up | stehe steht aufstehen auf aufgestanden sein
-    arrive, arrives, arrived | komme kommt ankommen an angekommen sein
-    book, books, booked | buche bucht buchen gebucht haben
-    like, likes, liked | mag mag mögen gemocht haben
-    want, wants, wanted | will will wollen gewollt haben
-    can, can, could | kann kann können gekonnt haben
-    must, must, - | muss muss müssen gemusst haben
-    should, should, - | sollte sollte sollten gesollt haben
-    would like, would like, - | möchte möchte möchten gemocht haben
-    may, may, - | darf darf dürfen gedurft haben
-    give, gives, gave | gebe gibt geben gegeben haben
-    give as a present, gives, gave | schenke schenkt schenken geschenkt haben
-    show, shows, showed | zeige zeigt zeigen gezeigt haben
-    try, tries, tried | versuche versucht versuchen versucht haben
-    hope, hopes, hoped | hoffe hofft hoffen gehofft haben
-    take, takes, took | nehme nimmt nehmen genommen haben
-""")
-MODALS: tuple[Both, ...] = (
-    ("want to", "want"), ("can", "can"), ("must", "must"), ("should", "should"), ("would like to", "would like"), ("may", "may"),
-)  # fmt: skip

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from cvmk.text import phrasebook_lexicon as lexicon
 from cvmk.text import phrasebook_numbers as numbers
+from cvmk.text import phrasebook_verbs as verbs
 from cvmk.text.phrasebook_choice import Choice, template
 from cvmk.text.phrasebook_grammar import Both, Noun, after, noun_phrase
 
-VERBS = lexicon.VERBS
+VERBS = verbs.VERBS
 
 
 def nth(choice: Choice, noun: Noun, case: str) -> Both:
@@ -81,7 +82,7 @@ def which_line(choice: Choice) -> Both:
 
 @template(1.5)
 def get_off(choice: Choice) -> Both:
-    (en, de), subject = choice.place("the", "dat"), choice.one(lexicon.PRONOUNS)
+    (en, de), subject = choice.place("the", "dat"), choice.one(verbs.PRONOUNS)
     must = VERBS["must"].present(subject.person)
     return f"{subject.en} must get off at {en}.", f"{subject.de} {must} {after('an', de)} aussteigen."
 
