@@ -8,6 +8,7 @@ from cvmk.ops._dispatch import Explanation, backends_report, explain, use
 from cvmk.ops.attention import flash_attention
 from cvmk.ops.int4_linear import int4_linear
 from cvmk.ops.int8_linear import int8_linear
+from cvmk.ops.kd_loss import kd_loss
 from cvmk.ops.quantize import QuantizedWeight, quantize_int4, quantize_int8
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "flash_attention",
     "int4_linear",
     "int8_linear",
+    "kd_loss",
     "quantize_int4",
     "quantize_int8",
     "use",

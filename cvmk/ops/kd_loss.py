@@ -1,0 +1,203 @@
+"""Distillation loss on logits: a divergence from the teacher, at a temperature, and cross-entropy with the references, in one op.
+
+With student logits z, teacher logits t, q = softmax(z / T), p = softmax(t / T), one row:
+
+    loss = alpha * T^2 * D(p, q) + (1 - alpha) * CE(z, y)
+
+    forward_kl       D = KL(p || q)                                                  Hinton et al. 2015
+    reverse_kl       D = KL(q || p)                                                  Gu et al. 2024 (MiniLLM)
+    js               D = b KL(p || m) + (1 - b) KL(q || m),  m = b p + (1 - b) q     Agarwal et al. 2024 (GKD)
+    skew_kl          D = KL(p || m),  m = l p + (1 - l) q                            Ko et al. 2024 (DistiLLM)
+    skew_reverse_kl  D = KL(q || m),  m = (1 - l) p + l q                            Ko et al. 2024 (DistiLLM)
+
+    CE = lse(z) - (1 - e) z_y - (e / V') sum_v z_v     (label smoothing e over the V' entries that are not -inf)
+
+Gradient. Since dq_v/dz_w = q_v (1[v = w] - q_w) / T, with g = dD/dq:  T^2 dD/dz = T q (g - R),  R = sum_v q_v g_v:
+
+    forward_kl       g = -p / q: T (q - p), no reduction needed
+    reverse_kl       g = log q - log p (+ 1, which cancels),       R = D
+    js               g = (1 - b) (log q - log m),                  R = (1 - b) KL(q || m)
+    skew_kl          g = -(1 - l) p / m,                           R = sum q g
+    skew_reverse_kl  g = log q - log m + 1 - l q / m,              R = D + 1 - l sum q^2 / m
+    CE               softmax(z) - (1 - e) 1[v = y] - e / V'
+
+So the statistics lse(z), lse(z / T), lse(t / T), R and V' of each row are all that the backward pass needs besides the logits.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cvmk.ops._dispatch import Op, accumulation_dtype, not_needed
+
+DIVERGENCES = {"forward_kl": 0.0, "reverse_kl": 0.0, "js": 0.5, "skew_kl": 0.1, "skew_reverse_kl": 0.1}
+"""The divergences and the default of their mixing weight; 0 where they have none."""
+
+
+def _fake_forward(student: Tensor, teacher: Tensor | None, target: Tensor, *_: object) -> tuple[Tensor, ...]:
+    dtype = accumulation_dtype(student.dtype)
+    scalars = [student.new_empty((), dtype=dtype) for _ in range(4)]
+    return *scalars, student.new_empty((5, target.numel()), dtype=dtype)
+
+
+def _fake_backward(*arguments: object) -> Tensor:
+    student, needs = arguments[5], arguments[-1]
+    assert isinstance(student, Tensor) and isinstance(needs, list | tuple)
+    return student.new_empty(student.shape) if needs[0] else not_needed(student)
+
+
+_OPTIONS = "float temperature, float alpha, str divergence, float mixture, float label_smoothing, int ignore_index"
+op = Op(
+    "kd_loss",
+    module="kd_loss",
+    forward=f"(Tensor student, Tensor? teacher, Tensor target, Tensor? normalizer, {_OPTIONS})"
+    " -> (Tensor loss, Tensor kd, Tensor ce, Tensor count, Tensor stats)",
+    backward="(Tensor? g_loss, Tensor? g_kd, Tensor? g_ce, Tensor? g_count, Tensor? g_stats, Tensor student, Tensor? teacher, Tensor target,"
+    f" Tensor? normalizer, Tensor count, Tensor stats, {_OPTIONS}, bool[] needs) -> Tensor",
+    fake_forward=_fake_forward,
+    fake_backward=_fake_backward,
+    tensors=4,
+    differentiable=(0,),
+    saved=(3, 4),
+    principal="student",
+)
+
+
+def check_options(
+    temperature: float, alpha: float, divergence: str, mixture: float | None, label_smoothing: float, normalizer: Tensor | float | None, has_teacher: bool
+) -> float:
+    """The options that both losses share: ValueError where one is out of its range; returns the mixing weight."""
+    if divergence not in DIVERGENCES:
+        raise ValueError(f"divergence must be one of {', '.join(DIVERGENCES)}, got {divergence!r}")
+    if not temperature > 0 or temperature == float("inf"):
+        raise ValueError(f"temperature must be positive and finite, got {temperature}")
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha must lie in 0..1, got {alpha}")
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing must lie in 0..1, 1 excluded, got {label_smoothing}")
+    if not has_teacher and alpha != 0:
+        raise ValueError(f"without a teacher alpha must be 0, got {alpha}")
+    if isinstance(normalizer, Tensor):
+        if normalizer.numel() != 1:
+            raise ValueError(f"normalizer must hold one number, got shape {tuple(normalizer.shape)}")
+    elif normalizer is not None and not normalizer > 0:
+        raise ValueError(f"normalizer must be positive, got {normalizer}")
+    if mixture is None:
+        return DIVERGENCES[divergence]
+    if DIVERGENCES[divergence] == 0:
+        raise ValueError(f"the divergence {divergence} takes no mixture, got {mixture}")
+    if not 0 < mixture < 1:
+        raise ValueError(f"mixture must lie between 0 and 1, both excluded, got {mixture}")
+    return mixture
+
+
+def check_target(target: Tensor, shape: torch.Size, device: torch.device, what: str) -> None:
+    """ValueError or TypeError unless target holds integers, one a row of `shape`, on the device."""
+    if target.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"target must be int64 or int32, got {target.dtype}")
+    if target.shape != shape:
+        raise ValueError(f"target has shape {tuple(target.shape)}, but {what} has the rows {tuple(shape)}")
+    if target.device != device:
+        raise ValueError(f"target is on {target.device}, but {what} is on {device}")
+
+
+def normalizer_tensor(normalizer: Tensor | float | None, like: Tensor) -> Tensor | None:
+    """The normaliser as a constant without dimension in the accumulation dtype, on the device of `like`."""
+    if normalizer is None:
+        return None
+    dtype = accumulation_dtype(like.dtype)
+    if isinstance(normalizer, Tensor):
+        return normalizer.detach().reshape(()).to(device=like.device, dtype=dtype)
+    return like.new_full((), float(normalizer), dtype=dtype)
+
+
+@op.prepared_by
+def prepare(
+    student_logits: Tensor,
+    teacher_logits: Tensor | None,
+    target: Tensor,
+    *,
+    temperature: float = 1.0,
+    alpha: float = 0.5,
+    divergence: str = "forward_kl",
+    mixture: float | None = None,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    normalizer: Tensor | float | None = None,
+    return_parts: bool = False,
+) -> tuple[object, ...]:
+    weight = check_options(temperature, alpha, divergence, mixture, label_smoothing, normalizer, teacher_logits is not None)
+    if not student_logits.is_floating_point():
+        raise TypeError(f"student_logits must be floating-point, got {student_logits.dtype}")
+    if student_logits.dim() < 1 or student_logits.shape[-1] < 1:
+        raise ValueError(f"student_logits must be [..., V] with V of at least 1, got shape {tuple(student_logits.shape)}")
+    check_target(target, student_logits.shape[:-1], student_logits.device, "student_logits")
+    if teacher_logits is not None:
+        if not teacher_logits.is_floating_point():
+            raise TypeError(f"teacher_logits must be floating-point, got {teacher_logits.dtype}")
+        if teacher_logits.dim() and teacher_logits.shape[-1] != student_logits.shape[-1]:
+            raise ValueError(f"the teacher's vocabulary has {teacher_logits.shape[-1]} entries and the student's {student_logits.shape[-1]}; they must be one")
+        if teacher_logits.shape != student_logits.shape:
+            raise ValueError(f"teacher_logits have shape {tuple(teacher_logits.shape)}, but student_logits {tuple(student_logits.shape)}")
+        if teacher_logits.device != student_logits.device:
+            raise ValueError(f"teacher_logits are on {teacher_logits.device}, but student_logits on {student_logits.device}")
+        teacher_logits = teacher_logits.detach() if alpha != 0 or return_parts else None
+    constant = normalizer_tensor(normalizer, student_logits)
+    return student_logits, teacher_logits, target, constant, float(temperature), float(alpha), divergence, weight, float(label_smoothing), ignore_index
+
+
+def kd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor | None,
+    target: Tensor,
+    *,
+    temperature: float = 1.0,
+    alpha: float = 0.5,
+    divergence: str = "forward_kl",
+    mixture: float | None = None,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    normalizer: Tensor | float | None = None,
+    return_parts: bool = False,
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    """(alpha * T^2 * D(teacher, student) + (1 - alpha) * CE) summed over the rows whose target counts, over the normaliser.
+
+    student_logits   [..., V], float64, float32, bfloat16 or float16; everything is computed in float32 (float64 for float64).
+    teacher_logits   [..., V], any floating dtype, or None where alpha is 0. A constant: the teacher gets no gradient.
+    target           [...], int64 or int32. Rows with `ignore_index` count nothing and are not read: they may hold NaN.
+    temperature      T > 0 of both distributions; cross-entropy is always at 1.
+    divergence       "forward_kl", "reverse_kl", "js", "skew_kl" or "skew_reverse_kl" (formulas: the module's docstring).
+    mixture          mixing weight of js (0.5) and of the skew divergences (0.1).
+    label_smoothing  e: the target distribution is (1 - e) of the reference and e shared by the entries that are not -inf in the student
+                     (all of them in most models: then it is that of torch.nn.functional.cross_entropy).
+    normalizer       what the sum is divided by: a number, a tensor of one element (a constant: no gradient), or None for the number of
+                     rows that count, at least 1. Give the global count for gradient accumulation and data parallelism.
+    return_parts     return (loss, T^2 * D, CE), both parts summed and divided likewise, without alpha; each can be differentiated.
+
+    Returns a scalar, float32 (float64 for float64). The gradient has the dtype of student_logits.
+
+    Masked entries, whose logit is -inf in the student, the teacher or both, follow 0 log 0 = 0; an entry whose probability underflows to 0
+    counts as masked. Forward KL is inf where the teacher has mass and the student has none, reverse KL in the opposite case,
+    cross-entropy where the target is masked; js and the skew divergences stay finite. The gradient of an infinite loss is undefined.
+
+    Under autocast the logits are taken as they are, for the arithmetic is that of float32 anyhow.
+
+    Raises ValueError for shapes or vocabularies that differ (naming both), options out of range, and, on the CPU, a target outside of
+    the vocabulary; TypeError for wrong dtypes.
+    """
+    arguments = prepare(
+        student_logits,
+        teacher_logits,
+        target,
+        temperature=temperature,
+        alpha=alpha,
+        divergence=divergence,
+        mixture=mixture,
+        label_smoothing=label_smoothing,
+        ignore_index=ignore_index,
+        normalizer=normalizer,
+        return_parts=return_parts,
+    )
+    loss, kd, ce, _, _ = op(*arguments)
+    return (loss, kd, ce) if return_parts else loss
