@@ -39,6 +39,9 @@ def test_unrelated_text_scores_low(references):
 
 
 def test_long_words_weigh_more():
+    vectors, weights = embedding_score.hashed_ngrams("der Hundert.")
+    assert vectors.shape == (3, embedding_score.DIMENSIONS)
+    assert weights.tolist() == [2, 3, 1]
     dropped_long = corpus(["der blaue"], ["der blaue Schmetterling"])
     dropped_short = corpus(["blaue Schmetterling"], ["der blaue Schmetterling"])
     assert dropped_long < dropped_short
