@@ -9,8 +9,16 @@ namespace py = pybind11;
 
 namespace {
 
+// 1000 * major + 10 * minor of the newest CUDA version that the driver supports; 0 without a driver.
+int driver_version() {
+  int version = 0;
+  cudaDriverGetVersion(&version);
+  return version;
+}
+
 // "" where there is at least one device, else why there is none.
 std::string device_error() {
+  if (driver_version() == 0) return "no NVIDIA driver is loaded";
   int count = 0;
   const cudaError_t status = cudaGetDeviceCount(&count);
   if (status != cudaSuccess) {
@@ -43,19 +51,13 @@ py::list devices() {
   return result;
 }
 
-int driver_version() {
-  int version = 0;
-  cudaDriverGetVersion(&version);
-  return version;
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_native_cuda, m) {
   m.doc() = "CUDA kernels of cvmk and the devices they can run on";
   m.def("devices", &devices, "One dict a device: index, name, capability, memory_bytes, multiprocessors (or error)");
   m.def("device_error", &device_error, "Why there is no device, or an empty string");
-  m.def("driver_version", &driver_version, "The CUDA version of the driver as 1000 * major + 10 * minor; 0 without a driver");
+  m.def("driver_version", &driver_version, "The newest CUDA version that the driver supports, as 1000 * major + 10 * minor; 0 without a driver");
   m.attr("runtime_version") = CUDART_VERSION;
   m.attr("version") = CVMK_VERSION;
 }

@@ -10,9 +10,11 @@ namespace {
 constexpr std::size_t kBlock = 64;  // ids hashed at a time, ahead of the table look-ups
 constexpr std::uint64_t kFirstSlots = 16;
 constexpr std::uint64_t kIndexBits = 0xffffffffu;
+constexpr std::uint64_t kFreed = ~std::uint64_t{0};  // the count of an entry that is on the free list
 
-// The part of the hash kept in a slot. Retained hashes are small numbers in hash mode, so the highest bits say nothing.
-std::uint64_t tag_of(std::uint64_t hash) { return (hash << 12) & ~kIndexBits; }
+// The part of the hash kept in a slot: its low 32 bits, which hold the place where the search begins. (Retained hashes are small
+// numbers in hash mode, so the highest bits would say nothing.)
+std::uint64_t tag_of(std::uint64_t hash) { return hash << 32; }
 
 void prefetch(const void* address) {
 #if defined(__GNUC__) || defined(__clang__)
@@ -25,7 +27,7 @@ void prefetch(const void* address) {
 }  // namespace
 
 Sketch::Sketch(std::uint64_t capacity, Priority priority, std::uint64_t seed) : capacity_(capacity), mode_(priority), keys_(seed) {
-  if (capacity == 0 || capacity >= kNone) throw std::invalid_argument("the capacity of a sketch must be from 1 to 4294967294");
+  if (capacity == 0 || capacity > kMaxCapacity) throw std::invalid_argument("the capacity of a sketch must be from 1 to 2^31");
   clear();
 }
 
@@ -141,16 +143,16 @@ std::uint32_t Sketch::insert(const Entry& entry, std::uint64_t hash) {
     free_.pop_back();
     entries_[index] = entry;
   }
-  place(hash, index);
+  place(tag_of(hash) | (std::uint64_t{index} + 1));
   ++size_;
   note(entry.priority, entry.id);
   return index;
 }
 
-void Sketch::place(std::uint64_t hash, std::uint32_t index) {
-  std::uint64_t slot = hash & mask_;
+void Sketch::place(std::uint64_t value) {
+  std::uint64_t slot = (value >> 32) & mask_;
   while (slots_[slot] != 0) slot = (slot + 1) & mask_;
-  slots_[slot] = tag_of(hash) | (std::uint64_t{index} + 1);
+  slots_[slot] = value;
 }
 
 void Sketch::grow() {
@@ -158,9 +160,7 @@ void Sketch::grow() {
   old.swap(slots_);
   mask_ = slots_.size() - 1;
   for (const std::uint64_t value : old) {
-    if (value == 0) continue;
-    const auto index = static_cast<std::uint32_t>((value & kIndexBits) - 1);
-    place(hash_of(entries_[index]), index);
+    if (value != 0) place(value);
   }
 }
 
@@ -168,6 +168,7 @@ void Sketch::remove(std::uint32_t index, std::uint64_t hash) {
   std::uint64_t slot = hash & mask_;
   while ((slots_[slot] & kIndexBits) != std::uint64_t{index} + 1) slot = (slot + 1) & mask_;
   forget(slot);
+  entries_[index].count = kFreed;
   free_.push_back(index);
   --size_;
 }
@@ -176,7 +177,7 @@ void Sketch::remove(std::uint32_t index, std::uint64_t hash) {
 void Sketch::forget(std::uint64_t slot) {
   std::uint64_t hole = slot;
   for (std::uint64_t next = (hole + 1) & mask_; slots_[next] != 0; next = (next + 1) & mask_) {
-    const std::uint64_t home = hash_of(entries_[static_cast<std::uint32_t>((slots_[next] & kIndexBits) - 1)]) & mask_;
+    const std::uint64_t home = (slots_[next] >> 32) & mask_;
     if (((next - home) & mask_) >= ((next - hole) & mask_)) {
       slots_[hole] = slots_[next];
       hole = next;
@@ -208,33 +209,25 @@ std::uint32_t Sketch::largest() {
   }
 }
 
-// Take the entries with the largest eighth of the priorities as candidates.
+// Take the entries in the highest eighth of [0, limit] as candidates; all of them where none is there.
 void Sketch::collect_candidates() {
-  candidates_.clear();
-  for (const std::uint64_t value : slots_) {
-    if (value == 0) continue;
-    const Entry& entry = entries_[static_cast<std::uint32_t>((value & kIndexBits) - 1)];
-    candidates_.push_back({entry.priority, entry.id});
-  }
-  const std::size_t wanted = std::min(candidates_.size(), std::max<std::size_t>(16, candidates_.size() / 8));
-  const auto first = candidates_.begin() + static_cast<std::ptrdiff_t>(candidates_.size() - wanted);
-  std::nth_element(candidates_.begin(), first, candidates_.end());
-  floor_ = first->priority;
   has_floor_ = true;
-  // Equal priorities on both sides of the cut would leave entries at the floor without a candidate: keep those above it only.
-  candidates_.erase(candidates_.begin(), std::partition(candidates_.begin(), candidates_.end(), [this](const Candidate& c) { return c.priority < floor_; }));
+  for (floor_ = limit_ - limit_ / 8;; floor_ = 0) {
+    for (const Entry& entry : entries_) {
+      if (entry.priority >= floor_ && entry.count != kFreed) candidates_.push_back({entry.priority, entry.id});
+    }
+    if (!candidates_.empty()) break;
+  }
   std::make_heap(candidates_.begin(), candidates_.end());
 }
 
 void Sketch::merge(const State& other) {
   const std::lock_guard<std::mutex> lock(mutex_);
   limit_ = std::min(limit_, other.limit);
-  std::vector<std::uint32_t> dropped;
-  for (const std::uint64_t value : slots_) {
-    const auto index = static_cast<std::uint32_t>((value & kIndexBits) - 1);
-    if (value != 0 && entries_[index].priority > limit_) dropped.push_back(index);
+  for (std::uint32_t index = 0; index < entries_.size(); ++index) {
+    const Entry& entry = entries_[index];
+    if (entry.count != kFreed && entry.priority > limit_) remove(index, entry.priority);
   }
-  for (const std::uint32_t index : dropped) remove(index, entries_[index].priority);
   for (std::size_t i = 0; i < other.ids.size(); ++i) {
     const std::uint64_t hash = other.priorities[i];
     if (hash > limit_) continue;
@@ -271,8 +264,8 @@ State Sketch::state() const {
   const std::lock_guard<std::mutex> lock(mutex_);
   std::vector<std::uint32_t> order;
   order.reserve(size_);
-  for (const std::uint64_t value : slots_) {
-    if (value != 0) order.push_back(static_cast<std::uint32_t>((value & kIndexBits) - 1));
+  for (std::uint32_t index = 0; index < entries_.size(); ++index) {
+    if (entries_[index].count != kFreed) order.push_back(index);
   }
   std::sort(order.begin(), order.end(), [this](std::uint32_t a, std::uint32_t b) {
     return std::make_pair(entries_[a].priority, entries_[a].id) < std::make_pair(entries_[b].priority, entries_[b].id);
@@ -295,6 +288,7 @@ void Sketch::restore(const State& state) {
   const bool equal_lengths = state.priorities.size() == n && state.counts.size() == n && state.items.size() == (state.holds_bytes ? n : 0);
   if (!equal_lengths || n > capacity_) throw std::invalid_argument("the state holds arrays of different lengths or more items than the capacity");
   for (std::size_t i = 0; i < n; ++i) {
+    if (state.counts[i] > std::min(state.seen, kFreed - 1)) throw std::invalid_argument("the state counts more occurrences of an item than came");
     const bool hash_differs = mode_ == Priority::kHash && state.priorities[i] != hash_id(keys_, state.ids[i]);
     if (state.priorities[i] > state.limit || hash_differs) throw std::invalid_argument("the state holds a priority that this seed and threshold cannot give");
   }

@@ -15,6 +15,8 @@
 
 namespace cvmk::sketch {
 
+constexpr std::uint64_t kMaxCapacity = std::uint64_t{1} << 31;
+
 enum class Priority { kRandom, kHash };
 
 // All that a sketch knows, in canonical order (by priority, then id): equal streams give equal states.
@@ -66,7 +68,7 @@ class Sketch {
   void remove(std::uint32_t index, std::uint64_t hash);
   void forget(std::uint64_t slot);
   void grow();
-  void place(std::uint64_t hash, std::uint32_t index);
+  void place(std::uint64_t slot_value);
   void note(std::uint64_t priority, std::uint64_t id);
   std::uint32_t largest();
   void collect_candidates();
@@ -83,7 +85,7 @@ class Sketch {
   bool holds_bytes_ = false;
 
   // The buffer: entries at stable indices, freed ones listed; found by open addressing with linear probing, at most half full.
-  // A slot holds 32 bits of the hash above index + 1; 0 is empty.
+  // A slot holds the low 32 bits of the hash above index + 1; 0 is empty.
   std::vector<Entry> entries_;
   std::vector<std::string> items_;
   std::vector<std::uint32_t> free_;

@@ -13,7 +13,7 @@ from cvmk.ops._dispatch import _allowed
 from cvmk.ops.native import library, reason
 from cvmk.ops.reference.sketch import ReferenceSketch
 
-_MAX_CAPACITY = 2**32 - 2
+_MAX_CAPACITY = 2**31
 _ITEMS_AT_ONCE = 65_536
 
 
@@ -35,7 +35,7 @@ class CVMSketch:
     a salted 64-bit fingerprint. The same seed gives the same result on every machine and backend, however the stream is cut
     into calls. Several threads may feed one sketch.
 
-    capacity   1 to 2^32 - 2 elements
+    capacity   1 to 2^31 elements
     seed       0 to 2^64 - 1
     backend    attribute, "native" or "reference": chosen like that of any op (`ops.use`, CVMK_BACKEND)
 

@@ -182,6 +182,8 @@ class ReferenceSketch:
         lengths = {len(ids), len(priorities), len(counts), len(ids if items is None else items)}
         if len(lengths) > 1 or len(ids) > self._capacity:
             raise ValueError("the state holds arrays of different lengths or more items than the capacity")
+        if any(count > state["seen"] for count in counts):
+            raise ValueError("the state counts more occurrences of an item than came")
         if any(priority > state["limit"] or (self._hashed and priority != self._hash(id_)) for id_, priority in zip(ids, priorities, strict=True)):
             raise ValueError("the state holds a priority that this seed and threshold cannot give")
         if len(set(ids)) < len(ids):
