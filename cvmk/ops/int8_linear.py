@@ -82,6 +82,7 @@ def prepare(
     (lowered,) = autocast_lower(x)
     assert lowered is not None
     flat = lowered.reshape(-1, weight.in_features)
+    smooth_scale = None if smooth_scale is None else smooth_scale.detach()
     return flat, weight.values, weight.scales, bias, smooth_scale, weight.layout, weight.out_features, activation, out_dtype or flat.dtype
 
 

@@ -197,7 +197,7 @@ def quantize_int8(weight: torch.Tensor) -> QuantizedWeight:
     if weight.shape[1] > INT8_MAX_INPUTS:
         raise ValueError(f"quantize_int8: weight has {weight.shape[1]} inputs; int32 sums are exact up to {INT8_MAX_INPUTS}: split the layer")
     wide = weight.detach().to(_dispatch.accumulation_dtype(weight.dtype))
-    scales = (wide.abs().amax(1) / 127).float().clamp_(min=_SMALLEST_SCALE)
+    scales = _divided(wide.abs().amax(1), 127).float().clamp_(min=_SMALLEST_SCALE)
     values = (wide / scales[:, None]).round_().clamp_(-127, 127).to(torch.int8)
     return QuantizedWeight(values, scales, None, None, weight.shape[0], weight.shape[1], 8, weight.shape[1]).pack()
 
@@ -231,11 +231,11 @@ def quantize_int4(weight: torch.Tensor, group_size: int = 64, *, symmetric: bool
         wide = wide.index_select(1, order)
     groups = wide.reshape(rows, columns // group_size, group_size)
     if symmetric:
-        zeros, scales = None, _nonzero_scale(groups.abs().amax(2) / 7.5)
+        zeros, scales = None, _nonzero_scale(_divided(groups.abs().amax(2), 7.5))
         values = (groups / scales[..., None]).round_().add_(8)
     else:
         low, high = groups.amin(2).clamp_(max=0), groups.amax(2).clamp_(min=0)
-        scales = _nonzero_scale((high - low) / 15)
+        scales = _nonzero_scale(_divided(high - low, 15))
         zeros = (-low / scales).round_().clamp_(0, 15)
         values = (groups / scales[..., None]).round_().add_(zeros[..., None])
         zeros = zeros.to(torch.uint8)
@@ -283,6 +283,11 @@ def dequantized_rows(weight: QuantizedWeight, start: int, stop: int, dtype: torc
     groups = found.view(packed.shape[0], -1, weight.group_size)
     groups.sub_(8 if weight.zeros is None else weight.zeros[start:stop, :, None]).mul_(scales[..., None])
     return groups.view(packed.shape[0], -1).to(dtype)
+
+
+def _divided(tensor: torch.Tensor, number: float) -> torch.Tensor:
+    """tensor / number, correctly rounded on every device: on CUDA PyTorch multiplies with the reciprocal of a plain number."""
+    return tensor / torch.full_like(tensor, number)
 
 
 def _nonzero_scale(scales: torch.Tensor) -> torch.Tensor:

@@ -51,9 +51,7 @@ def product(x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None 
     """x [M, K] times the dequantised weight, plus `bias` [N] of x's dtype: [M, N] in x's dtype; differentiable."""
     if weight.order is not None:
         x = x.index_select(1, weight.order)
-    pieces = [
-        F.linear(x, dequantized_rows(weight, start, stop, x.dtype), None if bias is None else bias[start:stop]) for start, stop in _chunks(weight)
-    ]
+    pieces = [F.linear(x, dequantized_rows(weight, start, stop, x.dtype), None if bias is None else bias[start:stop]) for start, stop in _chunks(weight)]
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
 
 

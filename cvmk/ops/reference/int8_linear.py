@@ -28,8 +28,9 @@ def quantize_rows(wide: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows [M, K] in float32 or float64 -> int8 [M, K] and the scales [M, 1]; a row that is not finite gets the scale NaN."""
     maximum = torch.linalg.vector_norm(wide, float("inf"), dim=1, keepdim=True)
     floor = maximum.clamp(min=SMALLEST_MAXIMUM)
-    values = (wide * (127.0 / floor)).round_().clamp_(-127, 127).nan_to_num_(nan=0.0)
-    return values.to(torch.int8), torch.where(torch.isfinite(maximum), floor / 127.0, torch.nan)
+    steps = torch.full_like(floor, 127.0)  # a tensor: PyTorch turns a division by or of a number into a product with a reciprocal
+    values = (wide * (steps / floor)).round_().clamp_(-127, 127).nan_to_num_(nan=0.0)
+    return values.to(torch.int8), torch.where(torch.isfinite(maximum), floor / steps, torch.nan)
 
 
 def exact_product(values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -37,7 +38,7 @@ def exact_product(values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     if values.is_cuda:
         return _cuda_product(values, weight)
     if _int_mm_is_exact():
-        return torch._int_mm(values, weight.t())
+        return torch._int_mm(values.contiguous(), weight.contiguous().t())  # other strides give wrong sums without an error
     found = torch.zeros(values.shape[0], weight.shape[0], dtype=torch.int32, device=values.device)
     for start in range(0, values.shape[1], _EXACT_FLOAT32_INPUTS):
         span = slice(start, start + _EXACT_FLOAT32_INPUTS)
@@ -50,8 +51,8 @@ def _int_mm_is_exact() -> bool:
     """Whether `torch._int_mm` on this CPU sums in int32: without VNNI it adds pairs of products in 16 bits, which saturate."""
     try:
         for rows in (1, 64):
-            extreme = torch.full((rows, 256), 127, dtype=torch.int8)
-            if not bool((torch._int_mm(extreme, extreme[:1].expand(32, 256).t()) == 127 * 127 * 256).all()):
+            extreme = torch.full((rows + 32, 256), 127, dtype=torch.int8)
+            if not bool((torch._int_mm(extreme[32:], extreme[:32].t()) == 127 * 127 * 256).all()):
                 return False
     except RuntimeError:
         return False
