@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--baseline", metavar="MODEL2", help="folder of a model to compare with, by paired bootstrap")
     parser.add_argument("--metrics", nargs="+", default=["bleu", "chrf", "ter"], metavar="METRIC", help="bleu chrf ter rouge bertscore; default: bleu chrf ter")
     parser.add_argument("--beam-size", type=_positive, default=1, metavar="N", help="beam of the search; default: 1, greedy")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ...; default: cpu")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ... or auto; default: cpu")
     parser.add_argument("--batch-tokens", type=_positive, default=4096, metavar="N", help="tokens translated at a time; default: 4096")
     parser.add_argument("--bootstrap", type=_samples, default=1000, metavar="N", help="resamples of the bootstrap; default: 1000")
     parser.add_argument("--confidence", type=_share, default=0.95, metavar="SHARE", help="confidence of the intervals; default: 0.95")
@@ -120,7 +120,7 @@ def _system(
     from cvmk.validation.validator import translate
 
     start = time.perf_counter()
-    hypotheses, tokens = translate(translator, sources, arguments.beam_size, max_batch_tokens=arguments.batch_tokens)
+    hypotheses, tokens = translate(translator, sources, arguments.beam_size, max_batch_tokens=arguments.batch_tokens, on_long="truncate")
     seconds = time.perf_counter() - start
     measurements = [measure(metric, hypotheses, references) for metric in metrics]
     scores = []

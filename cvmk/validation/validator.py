@@ -137,14 +137,15 @@ class DistillationValidator:
         """The metric that chooses the best checkpoint, then the other ones of the configuration."""
         return list(dict.fromkeys([self.config.metric, *self.config.metrics]))
 
-    def run(self, translator: Any, step: int) -> ValidationResult:
+    def run(self, translator: Any, step: int, **options: Any) -> ValidationResult:
         """Validate the model behind `translator` and add the result to the history.
 
         `translator` has `translate(texts, beam_size=...)` giving objects with `.text` (and perhaps `.tokens`), or is a callable from a
-        list of texts to a list of texts. `best` becomes this result where it is better. Raises DataError where a file cannot be written.
+        list of texts to a list of texts. `options` go to `translator.translate` too, such as max_batch_tokens. `best` becomes this
+        result where it is better. Raises DataError where a file cannot be written.
         """
         start = time.perf_counter()
-        hypotheses, tokens = translate(translator, self.sources, self.config.beam_size)
+        hypotheses, tokens = translate(translator, self.sources, self.config.beam_size, **options)
         seconds = time.perf_counter() - start
         measurements = [measure(metric, hypotheses, self.references) for metric in self.metrics]
         main = measurements[0]

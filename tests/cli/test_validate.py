@@ -46,7 +46,8 @@ class Translator:
             raise DataError(f"{path} is no model folder") from error
         self.device = device
 
-    def translate(self, texts, *, beam_size, max_batch_tokens):
+    def translate(self, texts, *, beam_size, max_batch_tokens, on_long):
+        assert on_long == "truncate", "one long sentence must not end a validation"
         self.calls.append({"beam_size": beam_size, "max_batch_tokens": max_batch_tokens, "device": self.device})
         print("a library that prints")
         return [Translation(self.answers[text], self.answers[text].split()) for text in texts]
@@ -253,3 +254,33 @@ def test_wrong_values_end_with_usage_and_code_2(place, capsys, options):
     assert ended.value.code == 2
     captured = capsys.readouterr()
     assert options[-2:][0] in captured.err and captured.out == ""
+
+
+def test_a_real_model(tmp_path, capsys):
+    """End to end with an untrained model: what is printed is the score of what its translator says."""
+    torch = pytest.importorskip("torch")
+    from cvmk.config.schema import ModelConfig, TokenizerConfig
+    from cvmk.inference import Translator, save_model_folder
+    from cvmk.nn import CVMTransformer
+    from cvmk.text.tokenizer import train_tokenizer
+
+    torch.manual_seed(0)
+    tokenizer = train_tokenizer(REFERENCES * 4, TokenizerConfig(kind="fallback", vocabulary=300), seed=0)
+    model = CVMTransformer(ModelConfig(d_model=16, ffn=16, heads=2, encoder_layers=1, decoder_layers=1, max_length=24), tokenizer.vocab_size)
+    folder = tmp_path / "model"
+    save_model_folder(folder, model, tokenizer, card="A model for a test.", extra=None)
+    long = "Der Hund schläft unter dem Tisch. " * 20
+    (tmp_path / "source").write_text("\n".join([*REFERENCES, "", long]), encoding="utf-8")
+    (tmp_path / "reference").write_text("\n".join([*REFERENCES, "", long]), encoding="utf-8")
+    files = {"source": str(tmp_path / "source"), "reference": str(tmp_path / "reference")}
+    assert validate(str(folder), "--baseline", str(folder), "--max-drop", "0", "--json", "--beam-size", "2", **files) == 0
+    report = json.loads(capsys.readouterr().out)
+    hypotheses = [found.text for found in Translator(folder).translate([*REFERENCES, "", long], beam_size=2, on_long="truncate")]
+    assert [entry["value"] for entry in report["scores"]] == [score(metric, hypotheses, [*REFERENCES, "", long]).value for metric in ("bleu", "chrf", "ter")]
+    assert [entry["difference"] for entry in report["baseline"]["paired"]] == [0, 0, 0]
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-100])
+    (tmp_path / "no model").mkdir()
+    for broken in (folder, tmp_path / "no model", tmp_path / "missing"):
+        assert validate(str(broken), **files) == 5
+        captured = capsys.readouterr()
+        assert captured.out == "" and captured.err.startswith("cvmk: ") and str(broken) in captured.err

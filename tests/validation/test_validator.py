@@ -27,8 +27,8 @@ class Translator:
         self.texts = dict(texts)
         self.calls = []
 
-    def translate(self, texts, *, beam_size):
-        self.calls.append((len(texts), beam_size))
+    def translate(self, texts, *, beam_size, **options):
+        self.calls.append((len(texts), beam_size, options))
         return [Output(self.texts[text], [1] * len(self.texts[text].split())) for text in texts]
 
 
@@ -46,8 +46,8 @@ def systems(sources, references, damaged):
 def test_scores_interval_speed_and_samples(sources, references, hypotheses):
     translator = Translator(zip(sources, hypotheses, strict=True))
     config = ValidationConfig(bootstrap=200, confidence=0.9, beam_size=3, metric="chrf", metrics=["ter", "rouge"])
-    result = DistillationValidator(config, sources, references).run(translator, step=7)
-    assert translator.calls == [(40, 3)]
+    result = DistillationValidator(config, sources, references).run(translator, step=7, max_batch_tokens=64)
+    assert translator.calls == [(40, 3, {"max_batch_tokens": 64})]
     assert [entry.metric for entry in result.scores] == ["chrf", "ter", "rouge"], "the deciding metric comes first and is always there"
     for entry in result.scores:
         assert entry == score(entry.metric, hypotheses, references)
