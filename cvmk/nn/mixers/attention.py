@@ -55,6 +55,7 @@ class _Heads:
         """q [B, H, Tq, D], k and v [B, Hkv, Tk, D] -> the heads side by side, [B, Tq, H * D]."""
         dropout = self.dropout if training else 0.0
         mixed = ops.flash_attention(q, k, v, causal=causal, key_lengths=key_lengths, scale=self.scale, dropout_p=dropout)
+        assert isinstance(mixed, Tensor)
         return mixed.transpose(1, 2).flatten(2)
 
     def map(self, q: Tensor, k: Tensor, key_lengths: Tensor | None) -> AttentionMap:

@@ -1,0 +1,151 @@
+"""Translator: texts in, texts out, whatever engine does the work."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from cvmk.errors import ConfigError, DataError
+from cvmk.inference.options import Hypothesis, SearchOptions
+from cvmk.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from cvmk.nn import CVMTransformer
+
+OnLong = Literal["error", "truncate"]
+_log = logging.getLogger(__name__)
+
+
+class Engine(Protocol):
+    """What searches for translations of piece ids."""
+
+    @property
+    def max_length(self) -> int: ...
+
+    def search(self, sources: list[list[int]], options: SearchOptions) -> list[list[Hypothesis]]: ...
+
+
+@dataclass(frozen=True)
+class TranslationHypothesis:
+    """One candidate translation: text, score (sum(log p) / length ** length_penalty, EOS counted), and piece ids."""
+
+    text: str
+    score: float
+    tokens: list[int]
+
+
+@dataclass(frozen=True)
+class Translation:
+    """The translation of one text. `hypotheses` holds the n best, best first; text, score and tokens are the best one's.
+
+    `truncated` says that the source was cut to what the model can read.
+    """
+
+    text: str
+    score: float
+    tokens: list[int]
+    hypotheses: list[TranslationHypothesis] = field(default_factory=list)
+    truncated: bool = False
+
+
+class Translator:
+    """Translates with the model in a folder (or a run's folder).
+
+    device is "cpu", "cuda", "cuda:<number>" or "auto"; compute_type is "float32" or "bfloat16". Raises ConfigError for
+    others, and DataError for a folder that holds no sound model. `info` is the model's config.json.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], device: str = "cpu", compute_type: str = "float32") -> None:
+        from cvmk.inference.model_folder import load_model_folder
+        from cvmk.inference.torch_engine import TorchEngine, check_compute_type, check_device
+
+        check_device(device)
+        check_compute_type(compute_type)
+        model, self.tokenizer, self.info = load_model_folder(path)
+        self.engine: Engine = TorchEngine(model, device, compute_type)
+
+    @classmethod
+    def from_model(cls, model: CVMTransformer, tokenizer: Tokenizer, device: str | None = None, compute_type: str | None = None) -> Translator:
+        """A translator over a model in memory. Without device and compute_type it uses the model as it is, without a
+        copy, so later changes of the weights count; a model in training mode is put back into it after each call."""
+        from cvmk.inference.torch_engine import TorchEngine
+
+        return cls.from_engine(TorchEngine(model, device, compute_type), tokenizer)
+
+    @classmethod
+    def from_engine(cls, engine: Engine, tokenizer: Tokenizer) -> Translator:
+        """A translator over any engine."""
+        translator = cls.__new__(cls)
+        translator.engine, translator.tokenizer, translator.info = engine, tokenizer, {}
+        return translator
+
+    def translate(
+        self,
+        texts: Sequence[str],
+        *,
+        beam_size: int = 1,
+        length_penalty: float = 1.0,
+        n_best: int = 1,
+        no_repeat_ngram: int = 0,
+        max_length_a: float = 2.0,
+        max_length_b: int = 20,
+        max_batch_tokens: int = 4096,
+        on_long: OnLong = "error",
+    ) -> list[Translation]:
+        """The translation of each text, in order. A text that is empty or all white space has the empty translation.
+
+        For the options of the search see `SearchOptions`. max_batch_tokens bounds source pieces (padding included) times
+        beam_size of what is translated at once; it changes speed and memory, not results. A text of more pieces than the
+        model can read is a DataError that names it by its number, counted from 1, or with on_long="truncate" loses its
+        end, with a warning. Raises ConfigError for an option out of range.
+        """
+        if isinstance(texts, str):
+            raise TypeError("texts is one string: give a list of strings")
+        options = SearchOptions(beam_size, n_best, length_penalty, no_repeat_ngram, max_length_a, max_length_b)
+        if max_batch_tokens < 1:
+            raise ConfigError(f"max_batch_tokens is {max_batch_tokens}, and must be at least 1")
+        if on_long not in ("error", "truncate"):
+            raise ConfigError(f'on_long is {on_long!r}, and must be "error" or "truncate"')
+        sources, cut = self._sources(texts, on_long)
+        found: list[list[Hypothesis]] = [[Hypothesis()] for _ in texts]
+        for batch in batches([len(source) for source in sources], max_batch_tokens // beam_size):
+            for index, hypotheses in zip(batch, self.engine.search([sources[index] for index in batch], options), strict=True):
+                found[index] = hypotheses
+        return [self._translation(hypotheses, index in cut) for index, hypotheses in enumerate(found)]
+
+    def _sources(self, texts: Sequence[str], on_long: OnLong) -> tuple[list[list[int]], set[int]]:
+        """Piece ids of each text, [] for one without content; and the indices of those that were cut."""
+        longest = self.engine.max_length - 1
+        sources = self.tokenizer.encode_many([text if text.strip() else "" for text in texts])
+        cut = set()
+        for index, source in enumerate(sources):
+            if len(source) <= longest:
+                continue
+            what = f"text {index + 1} of {len(texts)} has {len(source)} pieces and the model reads at most {longest} (model.max_length = {longest + 1})"
+            if on_long == "error":
+                raise DataError(f"{what}: split it into sentences, or allow truncation")
+            _log.warning("%s: its end is left out", what)
+            sources[index] = source[:longest]
+            cut.add(index)
+        return sources, cut
+
+    def _translation(self, hypotheses: list[Hypothesis], truncated: bool) -> Translation:
+        decoded = [TranslationHypothesis(self.tokenizer.decode(h.tokens), h.score, h.tokens) for h in hypotheses]
+        best = decoded[0]
+        return Translation(best.text, best.score, best.tokens, decoded, truncated)
+
+
+def batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
+    """Indices in batches of similar lengths, the longest first; a batch has at most max_tokens positions (its end sign and
+    padding included), or one text. Texts of length 0 are left out."""
+    batch: list[int] = []
+    for index in sorted((index for index, length in enumerate(lengths) if length), key=lambda index: (-lengths[index], index)):
+        if batch and (len(batch) + 1) * (lengths[batch[0]] + 1) > max_tokens:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch

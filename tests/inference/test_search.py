@@ -1,0 +1,247 @@
+from __future__ import annotations
+
+import itertools
+import math
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cvmk.errors import ConfigError
+from cvmk.inference.options import Hypothesis, SearchOptions
+from cvmk.inference.search import _forbid_repeats
+from cvmk.inference.torch_engine import TorchEngine
+from cvmk.nn import CVMTransformer
+
+PAD, UNK, BOS, EOS = 0, 1, 2, 3
+
+
+def log_probabilities(model: CVMTransformer, source: list[int], pieces: list[int]) -> torch.Tensor:
+    """Teacher-forced log probabilities [len(pieces) + 1, V] by the whole forward pass, without the special pieces."""
+    with torch.no_grad():
+        logits = model(torch.tensor([[*source, EOS]]), torch.tensor([[BOS, *pieces]]))[0][0].double()
+    logits[:, [PAD, UNK, BOS]] = -math.inf
+    return logits.log_softmax(-1)
+
+
+def forced_score(model: CVMTransformer, source: list[int], pieces: list[int], length_penalty: float) -> float:
+    rows = log_probabilities(model, source, pieces)
+    return sum(rows[t, piece].item() for t, piece in enumerate([*pieces, EOS])) / (len(pieces) + 1) ** length_penalty
+
+
+def sources(count: int, vocabulary: int, longest: int = 12, seed: int = 0) -> list[list[int]]:
+    generator = random.Random(seed)
+    return [[generator.randrange(4, vocabulary) for _ in range(generator.randint(1, longest))] for _ in range(count)]
+
+
+@pytest.mark.parametrize("length_penalty", [0.0, 0.6, 1.0, 1.7])
+@pytest.mark.parametrize("seed", range(4))
+def test_beam_as_wide_as_the_space_finds_the_exhaustive_n_best(make_model, length_penalty: float, seed: int) -> None:
+    """All 4 + 16 + 64 + 256 translations of up to four pieces are scored one by one."""
+    model = make_model(8, seed=seed, sharpness=2.0).double()
+    source, limit = [4, 6, 5], 4
+    everything = [list(pieces) for length in range(1, limit + 1) for pieces in itertools.product(range(4, 8), repeat=length)]
+    scored = sorted(((forced_score(model, source, pieces, length_penalty), pieces) for pieces in everything), reverse=True)[:10]
+    options = SearchOptions(beam_size=400, n_best=10, length_penalty=length_penalty, max_length_a=0, max_length_b=limit)
+    found = TorchEngine(model).search([source], options)[0]
+    assert [hypothesis.tokens for hypothesis in found] == [pieces for _, pieces in scored]
+    assert [hypothesis.score for hypothesis in found] == pytest.approx([score for score, _ in scored], abs=1e-9)
+
+
+def naive_beam(model: CVMTransformer, source: list[int], options: SearchOptions) -> list[tuple[list[int], float]]:
+    """Beam search of one sentence as documented, with lists and the whole forward pass each time."""
+    limit = options.limit(len(source), model.config.max_length)
+    live: list[tuple[float, list[int]]] = [(0.0, [])]
+    ended: list[tuple[float, list[int]]] = []
+    for length in range(limit + 1):
+        candidates = []
+        for total, pieces in live:
+            row = log_probabilities(model, source, pieces)[-1]
+            for piece in range(3, len(row)):
+                n = options.no_repeat_ngram
+                grams = [tuple(pieces[i : i + n]) for i in range(len(pieces) - n + 1)] if n else []
+                allowed = piece == EOS if length == limit else (piece != EOS or length >= 1)
+                if piece != EOS and n and (*pieces[len(pieces) - n + 1 :], piece) in grams:
+                    allowed = False
+                if allowed:
+                    candidates.append((total + row[piece].item(), [*pieces, piece]))
+        candidates.sort(key=lambda c: -c[0])
+        for total, pieces in candidates[: options.beam_size]:
+            if pieces[-1] == EOS:
+                ended.append((total / len(pieces) ** options.length_penalty, pieces[:-1]))
+        live = [c for c in candidates[: 2 * options.beam_size] if c[1][-1] != EOS][: options.beam_size]
+        ended.sort(key=lambda c: -c[0])
+        if len(ended) >= options.beam_size or not live:
+            break
+        if len(ended) >= options.n_best and ended[options.n_best - 1][0] >= live[0][0] / (limit + 1) ** options.length_penalty:
+            break
+    return [(pieces, score) for score, pieces in ended[: options.n_best]]
+
+
+@pytest.mark.parametrize("options", [
+    SearchOptions(beam_size=1, max_length_b=8),
+    SearchOptions(beam_size=2, n_best=2, max_length_a=1.5, max_length_b=3),
+    SearchOptions(beam_size=4, n_best=3, length_penalty=0.6, max_length_a=1.0, max_length_b=4),
+    SearchOptions(beam_size=5, n_best=5, length_penalty=0.0, max_length_a=1.0, max_length_b=6),
+    SearchOptions(beam_size=3, n_best=1, length_penalty=2.0, max_length_a=1.0, max_length_b=6, no_repeat_ngram=2),
+    SearchOptions(beam_size=3, n_best=2, no_repeat_ngram=1, max_length_b=3),
+], ids=str)  # fmt: skip
+def test_batched_search_agrees_with_the_naive_one(make_model, options: SearchOptions) -> None:
+    model = make_model(14, seed=5, sharpness=1.5, positions="rotary", kv_heads=1).double()
+    batch = sources(12, 14, longest=8, seed=2)
+    ends = 0
+    for source, found in zip(batch, TorchEngine(model).search(batch, options), strict=True):
+        expected = naive_beam(model, source, options)
+        assert [hypothesis.tokens for hypothesis in found] == [pieces for pieces, _ in expected]
+        assert [hypothesis.score for hypothesis in found] == pytest.approx([score for _, score in expected], abs=1e-9)
+        ends += any(len(pieces) < options.limit(len(source), 40) for pieces, _ in expected)
+    assert ends > 0, "every hypothesis ran into its limit: the test would not see how sentences end"
+
+
+def test_greedy_follows_the_argmax(make_model) -> None:
+    model = make_model(20, seed=1, sharpness=2.0).double()
+    batch = sources(6, 20)
+    options = SearchOptions()
+    for source, found in zip(batch, TorchEngine(model).search(batch, options), strict=True):
+        pieces: list[int] = []
+        for length in range(options.limit(len(source), 40)):
+            row = log_probabilities(model, source, pieces)[-1]
+            if length == 0:
+                row[EOS] = -math.inf
+            piece = int(row.argmax())
+            if piece == EOS:
+                break
+            pieces.append(piece)
+        assert found[0].tokens == pieces
+        assert found[0].score == pytest.approx(forced_score(model, source, pieces, 1.0), abs=1e-9)
+
+
+@pytest.mark.parametrize("length_penalty", [0.0, 1.0, 1.5])
+def test_n_best_scores_are_the_models_own(make_model, length_penalty: float) -> None:
+    model = make_model(25, seed=3, sharpness=1.5)
+    batch = sources(8, 25)
+    for source, found in zip(batch, TorchEngine(model).search(batch, SearchOptions(4, 4, length_penalty, max_length_b=6)), strict=True):
+        scores = [hypothesis.score for hypothesis in found]
+        assert scores == sorted(scores, reverse=True) and len({tuple(hypothesis.tokens) for hypothesis in found}) == 4
+        assert scores == pytest.approx([forced_score(model, source, hypothesis.tokens, length_penalty) for hypothesis in found], abs=1e-4)
+
+
+@pytest.mark.parametrize("beam_size", [1, 4])
+def test_output_does_not_depend_on_the_batch(make_model, beam_size: int) -> None:
+    """Each of a few sentences alone, and among 20 random companions of other lengths."""
+    model = make_model(40, seed=7, sharpness=2.0)
+    engine, options = TorchEngine(model), SearchOptions(beam_size, min(beam_size, 2), max_length_a=1.5, max_length_b=5)
+    generator = random.Random(11)
+    for source in sources(3, 40, longest=10, seed=21):
+        alone = engine.search([source], options)[0]
+        for trial in range(20):
+            batch = sources(generator.randint(1, 12), 40, longest=15, seed=trial)
+            place = generator.randint(0, len(batch))
+            found = engine.search([*batch[:place], source, *batch[place:]], options)[place]
+            assert [hypothesis.tokens for hypothesis in found] == [hypothesis.tokens for hypothesis in alone]
+            assert [hypothesis.score for hypothesis in found] == pytest.approx([hypothesis.score for hypothesis in alone], abs=1e-4)
+
+
+@pytest.mark.parametrize("beam_size", [1, 3])
+def test_special_pieces_are_never_produced(make_model, beam_size: int) -> None:
+    model = make_model(12, tie_embeddings=False)
+    with torch.no_grad():  # a model that wants nothing but special pieces: their rows win whatever the sign of the state
+        model.embeddings.output[[PAD, UNK, BOS]] *= 50
+    for found in TorchEngine(model).search(sources(10, 12), SearchOptions(beam_size, beam_size)):
+        assert found and all(min(hypothesis.tokens) >= 4 and math.isfinite(hypothesis.score) for hypothesis in found)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("beam_size", [1, 3])
+def test_no_ngram_twice(make_model, size: int, beam_size: int) -> None:
+    model = make_model(9, seed=2, sharpness=3.0)
+    batch = sources(8, 9)
+
+    def repeats(options: SearchOptions) -> int:
+        total = 0
+        for found in TorchEngine(model).search(batch, options):
+            for hypothesis in found:
+                grams = [tuple(hypothesis.tokens[i : i + size]) for i in range(len(hypothesis.tokens) - size + 1)]
+                total += len(grams) - len(set(grams))
+        return total
+
+    assert repeats(SearchOptions(beam_size, max_length_b=15)) > 0
+    assert repeats(SearchOptions(beam_size, max_length_b=15, no_repeat_ngram=size)) == 0
+
+
+@given(st.lists(st.lists(st.integers(4, 7), min_size=6, max_size=6), min_size=1, max_size=4), st.integers(1, 7))
+@settings(max_examples=60, deadline=None)
+def test_forbidden_repeats_by_definition(histories: list[list[int]], size: int) -> None:
+    scores = torch.zeros(len(histories), 8)
+    if size <= 6:
+        _forbid_repeats(scores, torch.tensor(histories), size)
+    for row, history in enumerate(histories):
+        grams = {tuple(history[i : i + size]) for i in range(len(history) - size + 1)}
+        for piece in range(4, 8):
+            assert (scores[row, piece] == -math.inf) == ((*history[len(history) - size + 1 :], piece) in grams)
+
+
+def test_limits(make_model) -> None:
+    model = make_model(12)
+    with torch.no_grad():  # never ends by itself
+        model.embeddings.output[EOS] = 0
+        model.embeddings.output[4:] += 1
+    engine = TorchEngine(model)
+    for beam_size in (1, 3):
+        short = engine.search([[4], [4, 5, 6]], SearchOptions(beam_size, max_length_a=1.5, max_length_b=2))
+        lengths = [len(found[0].tokens) for found in short]
+        assert lengths[0] <= 3 and lengths[1] <= 6
+        long = engine.search([[4] * 39], SearchOptions(beam_size, max_length_a=50, max_length_b=1000))
+        assert len(long[0][0].tokens) <= 39
+        assert len(engine.search([[4]], SearchOptions(beam_size, max_length_a=0, max_length_b=0))[0][0].tokens) == 1
+
+
+def test_equal_scores_are_ordered_by_piece(make_model) -> None:
+    model = make_model(12)
+    with torch.no_grad():
+        model.embeddings.output.zero_()
+    found = TorchEngine(model).search([[4, 5]], SearchOptions(3, 3, max_length_a=0, max_length_b=1))[0]
+    assert len({hypothesis.score for hypothesis in found}) == 1
+    assert [hypothesis.tokens for hypothesis in found] == sorted(hypothesis.tokens for hypothesis in found)
+
+
+def test_broken_model_ends_and_gives_the_worst_score(make_model) -> None:
+    model = make_model(12)
+    with torch.no_grad():
+        model.embeddings.output.fill_(math.nan)
+    for beam_size in (1, 2):
+        assert TorchEngine(model).search([[4, 5]], SearchOptions(beam_size)) == [[Hypothesis([], -math.inf)]]
+
+
+def test_empty_batch_and_training_mode(make_model) -> None:
+    model = make_model(12, dropout=0.5)
+    engine = TorchEngine(model)
+    assert engine.search([], SearchOptions()) == []
+    expected = engine.search([[4, 5, 6]], SearchOptions(2))
+    model.train()
+    assert engine.search([[4, 5, 6]], SearchOptions(2)) == expected
+    assert model.training and engine.model is model
+
+
+def test_bfloat16_and_its_errors(make_model) -> None:
+    model = make_model(12, sharpness=3.0)
+    engine = TorchEngine(model, "cpu", "bfloat16")
+    assert next(engine.model.parameters()).dtype == torch.bfloat16 and next(model.parameters()).dtype == torch.float32
+    found, exact = (e.search([[4, 5, 6]], SearchOptions())[0][0] for e in (engine, TorchEngine(model)))
+    assert abs(found.score - exact.score) < 0.2
+    with pytest.raises(ConfigError, match="compute_type is 'int3'.*float32 and bfloat16"):
+        TorchEngine(model, "cpu", "int3")
+    for name in ("tpu9", "meta", "cuda:99"):
+        with pytest.raises(ConfigError, match="device is"):
+            TorchEngine(model, name)
+
+
+@pytest.mark.parametrize(("option", "value"), [
+    ("beam_size", 0), ("n_best", 0), ("n_best", 2), ("length_penalty", -1.0), ("length_penalty", math.nan), ("no_repeat_ngram", -1),
+    ("max_length_a", math.inf), ("max_length_b", -3),
+])  # fmt: skip
+def test_options_out_of_range_are_named(option: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=option):
+        SearchOptions(**{option: value})
