@@ -94,6 +94,7 @@ def test_empty_hypotheses_are_legal(references):
     assert interval("bleu", [""] * len(references), references, samples=100) == (0, 0)
 
 
+@pytest.mark.data
 def test_fast(multi30k):
     hypotheses, references = multi30k
     for metric in ("bleu", "chrf", "ter"):

@@ -28,6 +28,7 @@ def test_equals_sacrebleu_with_several_references(hypotheses, references, damage
     assert corpus(hypotheses, sets) == pytest.approx(CHRF().corpus_score(hypotheses, sets).score, abs=1e-9)
 
 
+@pytest.mark.data
 def test_equals_sacrebleu_on_multi30k(multi30k):
     hypotheses, references = multi30k
     assert corpus(hypotheses, [references]) == pytest.approx(CHRF().corpus_score(hypotheses, [references]).score, abs=1e-9)

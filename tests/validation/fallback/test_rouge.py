@@ -28,6 +28,7 @@ def test_sentences_equal_rouge_score(scorer, hypotheses, worse_hypotheses, refer
         assert ours == pytest.approx([scorer.score(reference, text)["rougeL"].fmeasure for text, reference in zip(system, references, strict=True)], abs=1e-12)
 
 
+@pytest.mark.data
 def test_corpus_equals_rouge_score_on_multi30k(scorer, multi30k):
     hypotheses, references = (side[:300] for side in multi30k)
     theirs = [scorer.score(reference, text)["rougeL"].fmeasure for text, reference in zip(hypotheses, references, strict=True)]
