@@ -1,0 +1,64 @@
+"""int8_linear and int4_linear beside bf16 linear and PyTorch's own quantised products."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from limits import cpu_limit
+from torch import Tensor
+from torch.nn import functional as F
+
+from cvmk import ops
+
+ROWS = (1, 4, 16, 32, 64, 256, 1024)
+SIZES = ((512, 512), (512, 2048), (2048, 512), (4096, 4096))  # K, N
+
+
+def _data(rows: int, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    k, n = size
+    return torch.randn(rows, k, dtype=torch.bfloat16), torch.randn(n, k) * k**-0.5
+
+
+@pytest.mark.parametrize("size", SIZES, ids=lambda size: f"K{size[0]} N{size[1]}")
+@pytest.mark.parametrize("rows", ROWS)
+def test_cpu_int8_linear(compare: Callable[..., Any], rows: int, size: tuple[int, int]) -> None:
+    x, weight = _data(rows, size)
+    packed, dense = ops.quantize_int8(weight), weight.bfloat16()
+    scale = weight.abs().amax(1) / 127
+    columns = (weight / scale[:, None]).round().to(torch.int8).t().contiguous()
+
+    def int_mm() -> Tensor:
+        amax = x.abs().amax(1, keepdim=True).float().clamp(min=1e-12)
+        quantised = (x / (amax / 127)).round().to(torch.int8)
+        return (torch._int_mm(quantised, columns).float() * (amax / 127) * scale).bfloat16()
+
+    operations = 2 * rows * size[0] * size[1]
+    with torch.inference_mode():
+        compare(
+            lambda: ops.int8_linear(x, packed),
+            {"bf16 linear": lambda: F.linear(x, dense), "_int_mm": int_mm},
+            case=f"int8_linear M{rows} K{size[0]} N{size[1]}",
+            limit=cpu_limit(operations=operations, dtype=torch.int8, traffic=weight.numel() + 2 * rows * sum(size)),
+        )
+
+
+@pytest.mark.parametrize("size", SIZES, ids=lambda size: f"K{size[0]} N{size[1]}")
+@pytest.mark.parametrize("rows", ROWS)
+def test_cpu_int4_linear(compare: Callable[..., Any], rows: int, size: tuple[int, int]) -> None:
+    x, weight = _data(rows, size)
+    group = 128
+    packed, dense = ops.quantize_int4(weight, group), weight.bfloat16()
+    codes = torch.randint(0, 16, weight.shape, dtype=torch.int32)
+    theirs = torch._convert_weight_to_int4pack_for_cpu(codes, 2)
+    scales = torch.rand(size[0] // group, size[1], 2, dtype=torch.bfloat16)
+    operations = 2 * rows * size[0] * size[1]
+    with torch.inference_mode():
+        compare(
+            lambda: ops.int4_linear(x, packed),
+            {"bf16 linear": lambda: F.linear(x, dense), "int4pack_mm": lambda: torch._weight_int4pack_mm_for_cpu(x, theirs, group, scales)},
+            case=f"int4_linear g{group} M{rows} K{size[0]} N{size[1]}",
+            limit=cpu_limit(operations=operations, dtype=torch.bfloat16, traffic=weight.numel() / 2 + 2 * rows * sum(size)),
+        )
