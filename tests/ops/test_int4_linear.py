@@ -115,7 +115,13 @@ def test_poison_stays_in_its_row():
     assert out[2].isnan().all() and torch.isfinite(out[[0, 1, 3]]).all()
 
 
-def test_the_weight_is_never_dequantised_whole(monkeypatch):
+@pytest.fixture
+def only_reference():
+    with ops.use("reference"):
+        yield
+
+
+def test_the_weight_is_never_dequantised_whole(monkeypatch, only_reference):
     """In pieces of rows the result is the same to rounding, in both directions, and no piece is above the bound."""
     w, bias = quantised(50, 64), random(50, dtype=torch.float64)
     x = random(5, 64, dtype=torch.float64).requires_grad_()

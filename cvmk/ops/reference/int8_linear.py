@@ -16,6 +16,9 @@ from cvmk.ops.reference._quantized import activate, activate_backward, product, 
 _EXACT_FLOAT32_INPUTS = 1024
 """Sums of so many products of values of at most 127 stay below 2**24, where float32 holds every integer."""
 
+_PIECE_ELEMENTS = 1 << 19
+"""Elements of a piece of rows on the CPU: its float32 intermediates stay in the cache and in memory that the process already has."""
+
 
 def smoothed(x: torch.Tensor, smooth_scale: torch.Tensor | None) -> torch.Tensor:
     """x * (1 / smooth_scale) in float32 (float64 for float64)."""
@@ -26,7 +29,7 @@ def smoothed(x: torch.Tensor, smooth_scale: torch.Tensor | None) -> torch.Tensor
 @torch.no_grad()
 def quantize_rows(wide: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows [M, K] in float32 or float64 -> int8 [M, K] and the scales [M, 1]; a row that is not finite gets the scale NaN."""
-    maximum = torch.linalg.vector_norm(wide, float("inf"), dim=1, keepdim=True)
+    maximum = wide.abs().amax(1, keepdim=True)
     floor = maximum.clamp(min=SMALLEST_MAXIMUM)
     steps = torch.full_like(floor, 127.0)  # a tensor: PyTorch turns a division by or of a number into a product with a reciprocal
     values = (wide * (steps / floor)).round_().clamp_(-127, 127).nan_to_num_(nan=0.0)
@@ -89,7 +92,10 @@ def _pre_activation(x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor
     pre = exact_product(values, weight.values).to(wide.dtype).mul_(row_scales).mul_(weight.scales)
     if torch.is_grad_enabled() and wide.requires_grad:
         pre = _StraightThrough.apply(pre, product(wide, weight))
-    return pre if bias is None else pre + bias.to(wide.dtype)
+    if bias is None:
+        return pre
+    bias = bias.to(wide.dtype)
+    return pre + bias if torch.is_grad_enabled() else pre.add_(bias)
 
 
 def _weight(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, layout: str, out_features: int) -> QuantizedWeight:
@@ -108,7 +114,10 @@ def forward(
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
     weight = _weight(x, values, scales, layout, out_features)
-    return activate(_pre_activation(x, weight, bias, smooth_scale), activation).to(out_dtype)
+    rows = max(128, _PIECE_ELEMENTS // max(weight.shape))
+    if x.is_cuda or torch.is_grad_enabled() or x.shape[0] <= rows:
+        return activate(_pre_activation(x, weight, bias, smooth_scale), activation).to(out_dtype)
+    return torch.cat([activate(_pre_activation(piece, weight, bias, smooth_scale), activation).to(out_dtype) for piece in x.split(rows)])
 
 
 def backward(
