@@ -1,0 +1,330 @@
+"""Selective scan (the recurrence of Mamba-1) over whole sequences, and the same recurrence one step at a time.
+
+Formulas, for channel d, state n and time t (Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces",
+arXiv 2312.00752, section 3 and algorithm 2; zero-order hold for A, Euler for B):
+
+    step_t = softplus(delta_t + delta_bias)       softplus and bias where asked for; softplus(v) = v for v > 20
+    a_t    = exp(step_t A)
+    x_t    = a_t x_{t-1} + step_t u_t B_t         x_{-1} = initial_state, or 0
+    y_t    = sum_n C_t x_t + D u_t
+    out_t  = y_t silu(z_t)                        silu(v) = v sigmoid(v)
+
+Gradients, with g the gradient of out, dy = g silu(z) and h_t that of x_t (G is the gradient of the last state):
+
+    h_t     = C_t dy_t + a_{t+1} h_{t+1}          the last one: h_{L-1} = C dy + G
+    dC_t    = sum_d dy_t x_t                      dB_t = sum_d h_t step_t u_t         (sums over the channels of a group)
+    du_t    = D dy_t + step_t sum_n h_t B_t       dD = sum_{b,t} dy_t u_t             dz_t = g y_t s (1 + z (1 - s)), s = sigmoid(z)
+    w_t     = h_t a_t x_{t-1}                     dA = sum_{b,t} step_t w_t
+    dstep_t = u_t sum_n h_t B_t + sum_n w_t A     ddelta = dstep sigmoid(delta + delta_bias), d delta_bias = sum_{b,t} ddelta
+    d initial_state = a_0 h_0
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cvmk.ops._dispatch import Op, accumulation_dtype, autocast_lower, not_needed
+
+SCAN_CHUNK = 64
+"""Time steps between two states that the forward pass keeps for the backward pass, which computes those between them again."""
+
+_SCAN_TENSORS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, Tensor? initial_state, Tensor? cu_seqlens"
+_SCAN_REST = "bool delta_softplus, bool reverse, bool keep_states"
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    *,
+    initial_state: Tensor | None = None,
+    return_last_state: bool = False,
+    reverse: bool = False,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Run the selective scan along the last dimension; formulas and gradients stand at the top of this module.
+
+    u              [batch, dim, length], floating point: its dtype is the result's.
+    delta          [batch, dim, length]: step sizes, before bias and softplus.
+    A              [dim, state] real. Any sign is legal; a decay (A < 0) is usual. Keep it in float32.
+    B, C           [dim, state] the same at every step, or [batch, groups, state, length], or [batch, state, length] for one group;
+                   `groups` divides dim, and channel d belongs to group d // (dim / groups).
+    D              [dim], skip connection.
+    z              [batch, dim, length], gate.
+    delta_bias     [dim], added to delta.
+    initial_state  [batch, dim, state]: the state before the first step. Packed: [sequences, dim, state].
+    reverse        scan from the end to the start: the result equals that of flipped inputs, flipped. The initial state enters at
+                   the end, the last state is the one after position 0. Packed: each sequence is reversed in its place.
+    cu_seqlens     [sequences + 1], int32 or int64, on u's device: sequences packed one after the other along `length`, with batch
+                   1; sequence i is positions cu_seqlens[i] up to cu_seqlens[i + 1], and no state passes from one to the next. It
+                   must rise from 0 to length (not checked: that would stop the device); empty sequences are legal.
+
+    Returns out [batch, dim, length] in u's dtype and, with return_last_state, (out, last state [batch or sequences, dim, state]).
+    The last state is in the dtype of the computation: float32, or float64 where u is float64. An empty sequence's last state is
+    its initial state, or zero. Every floating tensor has a gradient, through the last state too.
+
+    Under autocast u, B, C and z are cast as the operands of a matrix product are; step sizes, A and the states keep their dtypes,
+    since exponentials and sums run in float32.
+
+    Raises TypeError for a dtype and ValueError for a shape or device that does not fit.
+    """
+    out, last_state, _ = scan_op(
+        *_prepare_scan(
+            u,
+            delta,
+            A,
+            B,
+            C,
+            D,
+            z,
+            delta_bias,
+            delta_softplus,
+            initial_state=initial_state,
+            return_last_state=return_last_state,
+            reverse=reverse,
+            cu_seqlens=cu_seqlens,
+        )
+    )
+    return (out, last_state) if return_last_state else out
+
+
+def selective_state_update(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+) -> Tensor:
+    """Advance the selective scan by one time step: `state` is overwritten with the new state, y is returned.
+
+    state          [batch, dim, state], or with heads [batch, heads, dim, state]; any floating dtype; any strides.
+    x, dt, z       [batch, dim], or [batch, heads, dim].
+    A              [dim, state], or [heads, dim, state] (expanded, stride 0, for one number a head).
+    B, C           [batch, state] or [batch, groups, state]; `groups` divides dim, or heads where there are heads. B or C that
+                   are constant, one row a channel, are `B.expand(batch, dim, state)`: as many groups as channels.
+    D, dt_bias     [dim], or [heads, dim].
+
+    Returns y [batch, dim] or [batch, heads, dim] in x's dtype. The computation is in float32 (float64 where x is float64); the
+    state is rounded to its own dtype only when it is stored. Step by step this equals `selective_scan`.
+
+    There is no gradient: it is a step of inference. Raises RuntimeError if gradients are on and an argument asks for one,
+    TypeError for a dtype and ValueError for a shape or device that does not fit.
+    """
+    y = update_op(*_prepare_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus))
+    return y if state.dim() == 4 else y.squeeze(-1)
+
+
+# -- the scan ------------------------------------------------------------------------------------------------------------------
+def _fake_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    delta_softplus: bool,
+    reverse: bool,
+    keep_states: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, dim, length = u.shape
+    dtype = accumulation_dtype(u.dtype)
+    sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    last_state = u.new_empty((sequences, dim, A.shape[1]), dtype=dtype)
+    chunks = (length + SCAN_CHUNK - 1) // SCAN_CHUNK
+    states = u.new_empty((batch, chunks * dim, A.shape[1]) if keep_states else (0,), dtype=dtype)
+    return u.new_empty(u.shape), last_state, states
+
+
+def _fake_scan_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    tensors, needs = arguments[3:12], arguments[-1]
+    like: Tensor = tensors[0]
+    return tuple(
+        not_needed(like) if tensor is None or not needed else tensor.new_empty(tensor.shape) for tensor, needed in zip(tensors, needs[:9], strict=True)
+    )
+
+
+scan_op = Op(
+    "selective_scan",
+    module="selective_scan",
+    # states [batch, ceil(length / SCAN_CHUNK) * dim, state] holds, in the order of the scan (from the end when reversed), the state
+    # before each chunk: row c * dim + d is channel d before chunk c. A dimension of the chunks alone would be 1 for short inputs,
+    # and torch.export would then fix the length to them. No elements unless keep_states. Packed sequences do not align with chunks.
+    forward=f"({_SCAN_TENSORS}, {_SCAN_REST}) -> (Tensor out, Tensor last_state, Tensor states)",
+    backward=f"(Tensor? grad_out, Tensor? grad_last_state, Tensor? grad_states, {_SCAN_TENSORS}, Tensor states, {_SCAN_REST}, bool[] needs)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    fake_forward=_fake_scan,
+    fake_backward=_fake_scan_backward,
+    tensors=10,
+    differentiable=tuple(range(9)),
+    saved=(2,),
+    principal="u",
+)
+
+
+@scan_op.prepared_by
+def _prepare_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    *,
+    initial_state: Tensor | None = None,
+    return_last_state: bool = False,
+    reverse: bool = False,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Any, ...]:
+    floating = {"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z, "delta_bias": delta_bias, "initial_state": initial_state}
+    _check_tensors("selective_scan", floating, u.device)
+    if u.dim() != 3:
+        raise ValueError(f"u must be [batch, dim, length], not of shape {_shape(u)}")
+    batch, dim, length = u.shape
+    if A.dim() != 2 or A.shape[0] != dim:
+        raise ValueError(f"A must be [dim, state] with dim {dim} as u has it, not of shape {_shape(A)}")
+    state = A.shape[1]
+    _check_shape("delta", delta, "[batch, dim, length] as u is", u.shape)
+    _check_shape("z", z, "[batch, dim, length] as u is", u.shape)
+    _check_shape("D", D, "[dim]", (dim,))
+    _check_shape("delta_bias", delta_bias, "[dim]", (dim,))
+    B, C = _with_groups("B", B, batch, dim, state, length), _with_groups("C", C, batch, dim, state, length)
+    if B.dim() == 4 and C.dim() == 4 and B.shape[1] != C.shape[1]:
+        raise ValueError(f"B has {B.shape[1]} groups and C has {C.shape[1]}; give both the same number (expand the smaller one)")
+    sequences = batch
+    if cu_seqlens is not None:
+        _check_cu_seqlens(cu_seqlens, u)
+        sequences = cu_seqlens.shape[0] - 1
+    _check_shape("initial_state", initial_state, "[batch (packed: sequences), dim, state]", (sequences, dim, state))
+    keep_states = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in floating.values())
+    lowered_u, lowered_B, lowered_C, lowered_z = autocast_lower(u, B, C, z)
+    return lowered_u, delta, A, lowered_B, lowered_C, D, lowered_z, delta_bias, initial_state, cu_seqlens, delta_softplus, reverse, keep_states
+
+
+def _with_groups(name: str, tensor: Tensor, batch: int, dim: int, state: int, length: int) -> Tensor:
+    """B or C as [dim, state] or [batch, groups, state, length]."""
+    if tensor.dim() == 2:
+        _check_shape(name, tensor, "[dim, state]", (dim, state))
+        return tensor
+    if tensor.dim() == 3:
+        tensor = tensor.unsqueeze(1)
+    if tensor.dim() != 4 or tensor.shape[0] != batch or tensor.shape[2] != state or tensor.shape[3] != length:
+        raise ValueError(
+            f"{name} must be [dim, state], [batch, state, length] or [batch, groups, state, length] with batch {batch}, dim {dim}, "
+            f"state {state}, length {length}, not of shape {_shape(tensor)}"
+        )
+    _check_groups(name, tensor.shape[1], dim, "dim")
+    return tensor
+
+
+def _check_cu_seqlens(cu_seqlens: Tensor, u: Tensor) -> None:
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"cu_seqlens must be int32 or int64, not {cu_seqlens.dtype}")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
+        raise ValueError(f"cu_seqlens must be [sequences + 1], not of shape {_shape(cu_seqlens)}")
+    if cu_seqlens.device != u.device:
+        raise ValueError(f"cu_seqlens is on {cu_seqlens.device} and u on {u.device}; move it there")
+    if u.shape[0] != 1:
+        raise ValueError(f"cu_seqlens packs sequences along the length of a batch of 1, but u has batch {u.shape[0]}; concatenate along length")
+    if cu_seqlens.shape[0] < 2 and u.shape[2] > 0:
+        raise ValueError(f"cu_seqlens has {cu_seqlens.shape[0]} element, so it names no sequence, but u has length {u.shape[2]}")
+
+
+# -- the single step -----------------------------------------------------------------------------------------------------------
+update_op = Op(
+    "selective_state_update",
+    module="selective_scan",
+    # state [batch, heads, dim, state]; x, dt, z [batch, heads, dim]; A [heads, dim, state]; B, C [batch, groups, state];
+    # D, dt_bias [heads, dim]. Without heads each channel is a head of dim 1. A backend that writes `state` through its pointer
+    # calls torch.autograd.graph.increment_version(state), as PyTorch's own operations do.
+    forward="(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, bool dt_softplus) -> Tensor",
+    fake_forward=lambda state, x, dt, A, B, C, D, z, dt_bias, dt_softplus: x.new_empty(x.shape),
+    principal="x",
+)
+
+
+@update_op.prepared_by
+def _prepare_update(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+) -> tuple[Any, ...]:
+    floating = {"state": state, "x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias}
+    _check_tensors("selective_state_update", floating, x.device)
+    if state.dim() not in (3, 4):
+        raise ValueError(f"state must be [batch, dim, state] or [batch, heads, dim, state], not of shape {_shape(state)}")
+    if torch.is_grad_enabled():
+        for name, tensor in floating.items():
+            if tensor is not None and tensor.requires_grad:
+                raise RuntimeError(f"selective_state_update has no gradient, but {name} requires one; call it under torch.no_grad() or detach {name}")
+    headed = state.dim() == 4
+    heads, rows = ("[batch, heads, dim]", "[heads, dim]") if headed else ("[batch, dim]", "[dim]")
+    batch, states = state.shape[0], state.shape[-1]
+    for name, tensor in (("x", x), ("dt", dt), ("z", z)):
+        _check_shape(name, tensor, heads, state.shape[:-1])
+    for name, tensor in (("D", D), ("dt_bias", dt_bias)):
+        _check_shape(name, tensor, rows, state.shape[1:-1])
+    _check_shape("A", A, rows[:-1] + ", state]", state.shape[1:])
+    B, C = (tensor.unsqueeze(1) if tensor.dim() == 2 else tensor for tensor in (B, C))
+    for name, tensor in (("B", B), ("C", C)):
+        if tensor.dim() != 3 or tensor.shape[0] != batch or tensor.shape[2] != states:
+            raise ValueError(f"{name} must be [batch, state] or [batch, groups, state] with batch {batch} and state {states}, not of shape {_shape(tensor)}")
+        _check_groups(name, tensor.shape[1], state.shape[1], "heads" if headed else "dim")
+    if not headed:
+        state, A = state.unsqueeze(2), A.unsqueeze(1)
+        x, dt = x.unsqueeze(-1), dt.unsqueeze(-1)
+        D, z, dt_bias = (None if tensor is None else tensor.unsqueeze(-1) for tensor in (D, z, dt_bias))
+    lowered_x, lowered_B, lowered_C, lowered_z = autocast_lower(x, B, C, z)
+    return state, lowered_x, dt, A, lowered_B, lowered_C, D, lowered_z, dt_bias, dt_softplus
+
+
+# -- checks --------------------------------------------------------------------------------------------------------------------
+def _shape(tensor: Tensor) -> str:
+    return "[" + ", ".join(str(size) for size in tensor.shape) + "]"
+
+
+def _check_tensors(op: str, tensors: dict[str, Tensor | None], device: torch.device) -> None:
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if not tensor.is_floating_point():
+            raise TypeError(f"{op} needs real floating point numbers, but {name} is {tensor.dtype}")
+        if tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device}, not on {device} as the input is; move it there")
+
+
+def _check_shape(name: str, tensor: Tensor | None, meaning: str, shape: Any) -> None:
+    if tensor is not None and tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"{name} must be {meaning}, here [{', '.join(str(size) for size in shape)}], not of shape {_shape(tensor)}")
+
+
+def _check_groups(name: str, groups: int, channels: int, what: str) -> None:
+    if groups < 1 or channels % groups:
+        raise ValueError(f"{name} has {groups} groups, which do not divide {what} {channels}")
