@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import numpy as np
 
-from cvmk.ops._dispatch import _allowed
+from cvmk.ops._dispatch import BackendStatus, _allowed
 from cvmk.ops.native import library, reason
 from cvmk.ops.reference.sketch import ReferenceSketch
 
@@ -177,13 +177,20 @@ class CVMSketch:
         self._feed = "byte strings" if items is not None else "ids" if state["seen"] else None
 
 
+def sketch_backends() -> list[BackendStatus]:
+    """The backends of CVMSketch, the preferred one first, and whether they can run in this process."""
+    why = reason()
+    return [BackendStatus("native", why is None, () if why is None else (f"native: {why}",)), BackendStatus("reference", True)]
+
+
 def _choose() -> str:
-    allowed: Sequence[str] = _allowed() or ("native", "reference")
+    there = {status.backend: status for status in sketch_backends()}
+    allowed = _allowed() or tuple(there)
     for name in allowed:
-        if name == "reference" or (name == "native" and library() is not None):
+        if name in there and there[name].available:
             return name
-    why = f"native: {reason()}" if "native" in allowed else "it has a native and a reference backend"
-    raise NotImplementedError(f"no backend of CVMSketch among those allowed ({', '.join(allowed)}): {why}")
+    refusals = [text for name in allowed for text in (there[name].reasons if name in there else (f"{name}: not written for CVMSketch",))]
+    raise NotImplementedError(f"no backend of CVMSketch among those allowed ({', '.join(allowed)}): {'; '.join(refusals)}")
 
 
 def _ids(ids: Any) -> np.ndarray:

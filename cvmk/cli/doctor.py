@@ -1,0 +1,164 @@
+"""`cvmk doctor`: versions, devices, instruction sets, native libraries, and the backends of each op with the reasons why not."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import re
+import sys
+from dataclasses import asdict
+from typing import Any
+
+HELP = "show versions, devices, instruction sets, and which backends each op has and why not the others"
+
+_BYTES_PER_GIB = 2**30
+_REQUIREMENT = re.compile(r"^([A-Za-z0-9._-]+)")
+_EXTRA = re.compile(r"extra\s*==\s*['\"]([^'\"]+)['\"]")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    report = collect()
+    if arguments.json:
+        print(json.dumps(report, indent=2))
+    elif sys.stdout.isatty():
+        _print_tables(report)
+    else:
+        _print_lines(report)
+    return 0
+
+
+def collect() -> dict[str, Any]:
+    """Everything that doctor shows, of JSON types. Never raises for what is missing: that is the answer."""
+    from cvmk import hardware, libraries
+    from cvmk.telemetry.environment import environment
+
+    cpu, gpus = hardware.cpu(), hardware.gpus()
+    record = libraries.build_record()
+    states = {}
+    for part, module in (("native", "_native"), ("cuda", "_native_cuda")):
+        reason = libraries.load(module, part)[1]
+        compiler = record.get(part, {}).get("compiler", "").strip()
+        states[part] = {"available": reason is None, "reason": reason, "compiler": compiler or None}
+    devices, backends, error = _torch_side()
+    return {
+        **environment(),
+        "extras": extras(),
+        "cpu": {**asdict(cpu), "name": environment()["processor"]},
+        "gpus": asdict(gpus),
+        "torch_devices": devices,
+        "libraries": states,
+        "ops": backends,
+        "error": error,
+    }
+
+
+def extras() -> dict[str, list[dict[str, Any]]]:
+    """The optional packages by extra: name, version or None, and the command that installs what is missing."""
+    try:
+        requirements = importlib.metadata.requires("cvmk") or []
+    except importlib.metadata.PackageNotFoundError:  # used from its source folder
+        return {}
+    found: dict[str, list[dict[str, Any]]] = {}
+    for requirement in requirements:
+        extra, name = _EXTRA.search(requirement), _REQUIREMENT.match(requirement)
+        if extra is None or name is None:
+            continue
+        row: dict[str, Any] = {"package": name.group(1), "version": None, "install": None}
+        try:
+            row["version"] = importlib.metadata.version(name.group(1))
+        except importlib.metadata.PackageNotFoundError:
+            row["install"] = f"pip install 'cvmk[{extra.group(1)}]'"
+        found.setdefault(extra.group(1), []).append(row)
+    return found
+
+
+def _torch_side() -> tuple[list[str], dict[str, list[dict[str, Any]]], str | None]:
+    """Devices of torch, the backends of each op, and why these cannot be told."""
+    try:
+        import torch
+
+        from cvmk import ops
+        from cvmk.ops.sketch import sketch_backends
+
+        devices = ["cpu"] + [f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
+        report = {**ops.backends_report(), "CVMSketch": sketch_backends()}
+        return devices, {op: [asdict(row) for row in rows] for op, rows in report.items()}, None
+    except Exception as error:  # doctor is asked when something is broken; a broken torch is an answer
+        return [], {}, f"{type(error).__name__}: {error}"
+
+
+def _rows(report: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """The report as titled rows of (what, value)."""
+    cpu = report["cpu"]
+    versions = [("cvmk", report["cvmk"]), ("python", report["python"])]
+    versions += [(name, version or "missing") for name, version in report["packages"].items()]
+    if not report["extras"]:
+        versions.append(("extras", "not known, because cvmk is used from its source folder: pip install ."))
+    for extra, packages in report["extras"].items():
+        versions += [(f"[{extra}] {row['package']}", row["version"] or f"missing: {row['install']}") for row in packages]
+
+    machine = [("system", report["system"]), ("processor", f"{cpu['name']}, {cpu['threads']} for this process")]
+    if cpu["features"]:
+        machine.append(("instruction sets", " ".join(name for name, there in cpu["features"].items() if there) or "none beyond the base"))
+    else:
+        machine.append(("instruction sets", "not known without the native library"))
+    cap = f", capped by CVMK_CPU_ISA={cpu['cap']}" if cpu["cap"] else ""
+    machine.append(("level of kernels", cpu["error"] or f"{cpu['level']} (detected: {cpu['detected'] or 'not known'}{cap})"))
+    machine += [(f"gpu {gpu['index']}", _gpu(gpu)) for gpu in report["gpus"]["devices"]]
+    if not report["gpus"]["devices"]:
+        machine.append(("gpus", f"none: {report['gpus']['reason']}"))
+    machine.append(("torch devices", ", ".join(report["torch_devices"]) or "none"))
+
+    libraries = []
+    for part, state in report["libraries"].items():
+        there = "available" + (f" ({state['compiler']})" if state["compiler"] else "")
+        libraries.append((part, there if state["available"] else f"not available: {state['reason']}"))
+
+    sections = [("versions", versions), ("machine", machine), ("libraries", libraries), ("ops", _op_rows(report["ops"]))]
+    if report["error"]:
+        sections.append(("error", [("torch or cvmk.ops", report["error"])]))
+    return sections
+
+
+def _gpu(gpu: dict[str, Any]) -> str:
+    if "error" in gpu:
+        return f"cannot be asked: {gpu['error']}"
+    memory = f", {gpu['memory_bytes'] / _BYTES_PER_GIB:.0f} GiB" if gpu["memory_bytes"] else ""
+    return f"{gpu['name']}, capability {gpu['capability']}{memory}"
+
+
+def _op_rows(ops: dict[str, list[dict[str, Any]]]) -> list[tuple[str, str]]:
+    rows = []
+    for op, backends in ops.items():
+        there = [row["backend"] for row in backends if row["available"]]
+        refusals = [reason for row in backends if not row["available"] for reason in row["reasons"]]
+        rows.append((op, ", ".join(there) or "none"))
+        rows += [("", reason) for reason in refusals]
+    return rows
+
+
+def _print_lines(report: dict[str, Any]) -> None:
+    for title, rows in _rows(report):
+        print(title)
+        for what, value in rows:
+            print(f"  {what}: {value}" if what else f"    not {value}")
+
+
+def _print_tables(report: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+    for title, rows in _rows(report):
+        table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+        for what, value in rows:
+            # Text, because "[extra]" in a plain string would be read as markup
+            table.add_row(Text(what, style="bold"), Text(value if what else f"not {value}", style="" if what else "dim"))
+        console.print(table)
+        console.print()

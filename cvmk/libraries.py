@@ -1,0 +1,70 @@
+"""The native libraries of cvmk: whether they are there, why not, and the instruction-set level that kernels use.
+
+Importing this module never fails and needs nothing but the standard library: the server asks it without torch.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import cvmk
+from cvmk.errors import ConfigError
+
+LEVELS = ("base", "avx2", "avx512", "amx")
+"""Instruction-set levels, the lowest first; `CVMK_CPU_ISA` takes these names."""
+
+
+def isa_level() -> str:
+    """The level that kernels are dispatched to: the processor's, capped by the environment variable CVMK_CPU_ISA.
+
+    "base" without the native library. Raises ConfigError where CVMK_CPU_ISA holds no level.
+    """
+    native, _ = load("_native", "native")
+    if native is None:
+        return LEVELS[0]
+    try:
+        return str(native.dispatch_level())
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+@functools.cache
+def load(module: str, part: str) -> tuple[ModuleType | None, str | None]:
+    """Import the extension module `cvmk.<module>`; where that fails, None and the reason (a sentence without its full stop).
+
+    `part` is the module's key in the build record: "native" for `_native`, "cuda" for `_native_cuda`.
+    """
+    try:
+        found = importlib.import_module(f"cvmk.{module}")
+    except ModuleNotFoundError:
+        return None, _not_built(part)
+    except Exception as error:  # whatever a broken library does at import, cvmk works without it
+        return None, f"cvmk.{module} is there but does not load: {error}"
+    if found.version != cvmk.__version__:
+        return None, f"cvmk.{module} was built for cvmk {found.version}, this is {cvmk.__version__}: install the package again"
+    return found, None
+
+
+def build_record() -> dict[str, Any]:
+    """What the build wrote about itself: per part ("native", "cuda") choice, reason, compiler. Empty where CMake never ran.
+
+    An editable install keeps the record with the libraries in another folder of `cvmk.__path__`.
+    """
+    for folder in cvmk.__path__:
+        path = Path(folder) / "_native_build.json"
+        if path.is_file():
+            try:
+                return json.loads(path.read_text(encoding="utf-8"))
+            except ValueError:
+                return {}
+    return {}
+
+
+def _not_built(part: str) -> str:
+    recorded = build_record().get(part, {}).get("reason")
+    return recorded or "it was not built: the package was installed with CVMK_NATIVE=OFF or is used from its source folder"
