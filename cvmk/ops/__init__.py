@@ -9,7 +9,9 @@ from cvmk.ops.attention import flash_attention
 from cvmk.ops.int4_linear import int4_linear
 from cvmk.ops.int8_linear import int8_linear
 from cvmk.ops.kd_loss import kd_loss
+from cvmk.ops.linear_kd_loss import linear_kd_loss
 from cvmk.ops.quantize import QuantizedWeight, quantize_int4, quantize_int8
+from cvmk.ops.selective_scan import selective_scan, selective_state_update
 
 __all__ = [
     "Explanation",
@@ -20,7 +22,10 @@ __all__ = [
     "int4_linear",
     "int8_linear",
     "kd_loss",
+    "linear_kd_loss",
     "quantize_int4",
     "quantize_int8",
+    "selective_scan",
+    "selective_state_update",
     "use",
 ]

@@ -150,30 +150,40 @@ def row_gradients(
 
 
 # -- chunks of rows ---------------------------------------------------------------------------------------------------------------
-def check_targets(target: Tensor, valid: Tensor, vocabulary: int) -> None:
-    """On the CPU, where looking costs nothing: ValueError for a target outside of the vocabulary."""
-    if target.device.type == "cpu":
-        wrong = valid & ((target < 0) | (target >= vocabulary))
-        if bool(wrong.any()):
-            raise ValueError(f"target holds {int(target[wrong][0])}, outside of the vocabulary 0..{vocabulary - 1} and not ignore_index")
-
-
-def row_chunks(valid: Tensor, vocabulary: int, least: int, recorded: bool) -> Iterator[tuple[Rows, Tensor | None]]:
-    """Chunks of at least `least` rows that together cover the valid rows [N], and which rows of a chunk to blank.
+def row_chunks(valid: Tensor, size: int) -> Iterator[tuple[Rows, Tensor | None]]:
+    """Chunks of at most `size` rows that together cover the valid rows [N], and which rows of a chunk to blank.
 
     On the CPU a chunk holds valid rows only: a slice where all are, else their indices. On other devices, where looking would wait for
-    the device, chunks are slices and the mask [n, 1] names the rows to blank. Where autograd records there is one chunk.
+    the device, chunks are slices and the mask [n, 1] names the rows to blank.
     """
     count, cpu = valid.shape[0], valid.device.type == "cpu"
-    size = count if recorded else max(least, (CPU_CHUNK if cpu else GPU_CHUNK) // vocabulary)
     if cpu and not bool(valid.all()):
-        for rows in valid.nonzero().squeeze(1).split(max(size, 1)):
+        for rows in valid.nonzero().squeeze(1).split(size):
             if rows.numel():
                 yield rows, None
         return
-    for start in range(0, count, max(size, 1)):
+    for start in range(0, count, size):
         chunk = slice(start, min(start + size, count))
         yield chunk, None if cpu else ~valid[chunk].unsqueeze(1)
+
+
+def _chunk_size(logits: Tensor, recorded: bool) -> int:
+    """Rows of a chunk of logits [N, V]; where autograd records all of them, for it keeps the temporaries anyhow."""
+    return max(1, logits.shape[0] if recorded else (CPU_CHUNK if logits.device.type == "cpu" else GPU_CHUNK) // logits.shape[1])
+
+
+def valid_targets(target: Tensor, ignore_index: int, vocabulary: int) -> tuple[Tensor, Tensor]:
+    """Targets [N], int64, 0 where they are ignored, and which ones are not.
+
+    On the CPU, where looking costs nothing, a target outside of the vocabulary is a ValueError.
+    """
+    y = target.reshape(-1)
+    valid = y != ignore_index
+    if y.device.type == "cpu":
+        wrong = valid & ((y < 0) | (y >= vocabulary))
+        if bool(wrong.any()):
+            raise ValueError(f"target holds {int(y[wrong][0])}, which is neither in the vocabulary 0..{vocabulary - 1} nor ignore_index ({ignore_index})")
+    return torch.where(valid, y, 0).long(), valid
 
 
 def take(x: Tensor, rows: Rows, blank: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -253,15 +263,13 @@ def _forward(
 ) -> tuple[Tensor, ...]:
     terms = Terms(temperature, divergence, mixture, label_smoothing)
     recorded = torch.is_grad_enabled() and student.requires_grad
-    dtype, vocabulary, y = accumulation_dtype(student.dtype), student.shape[-1], target.reshape(-1)
+    dtype, vocabulary = accumulation_dtype(student.dtype), student.shape[-1]
+    y, valid = valid_targets(target, ignore_index, vocabulary)
     z = student.reshape(-1, vocabulary)
     t = None if teacher is None else teacher.reshape(-1, vocabulary)
-    valid = y != ignore_index
-    check_targets(y, valid, vocabulary)
-    y = torch.where(valid, y, 0)
     stats = z.new_zeros((5, y.shape[0]), dtype=dtype)
     kd_rows, ce_rows = [], []
-    for rows, blank in row_chunks(valid, vocabulary, 1, recorded):
+    for rows, blank in row_chunks(valid, _chunk_size(z, recorded)):
         teacher_part = None if t is None else take(t, rows, blank, dtype)
         kd, ce, some = checked_losses(take(z, rows, blank, dtype), teacher_part, y[rows], terms, recorded)
         stats[:, rows] = some
@@ -295,7 +303,7 @@ def _backward(
     if not needs[0]:
         return not_needed(student)
     terms = Terms(temperature, divergence, mixture, label_smoothing)
-    dtype, vocabulary, y = accumulation_dtype(student.dtype), student.shape[-1], target.reshape(-1)
+    dtype, vocabulary = accumulation_dtype(student.dtype), student.shape[-1]
     kd_scale, ce_scale = scales(g_loss, g_kd, g_ce, teacher is not None, alpha, temperature)
     if kd_scale is None and ce_scale is None:
         return torch.zeros_like(student, memory_format=torch.contiguous_format)
@@ -303,13 +311,12 @@ def _backward(
     ce_scale = None if ce_scale is None else ce_scale / count
     z = student.reshape(-1, vocabulary)
     t = None if teacher is None else teacher.reshape(-1, vocabulary)
-    valid = y != ignore_index
-    y = torch.where(valid, y, 0)
+    y, valid = valid_targets(target, ignore_index, vocabulary)
     complete = y.device.type == "cpu" and bool(valid.all())
     grad = student.new_empty(z.shape)
     if y.device.type == "cpu" and not complete:
         grad.index_fill_(0, (~valid).nonzero().squeeze(1), 0.0)
-    for rows, blank in row_chunks(valid, vocabulary, 1, False):
+    for rows, blank in row_chunks(valid, _chunk_size(z, False)):
         part = take(z, rows, blank, dtype)
         teacher_part = None if t is None or kd_scale is None else take(t, rows, blank, dtype)
         direct = grad[rows] if complete and grad.dtype == dtype else None
