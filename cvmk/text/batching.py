@@ -41,9 +41,7 @@ class Batch:
         def move(tensor: torch.Tensor) -> torch.Tensor:
             return tensor.to(device, non_blocking=True)
 
-        return Batch(
-            move(self.src), move(self.tgt_in), move(self.tgt_out), move(self.src_lengths), move(self.tgt_lengths), move(self.indices), self.tokens
-        )
+        return Batch(move(self.src), move(self.tgt_in), move(self.tgt_out), move(self.src_lengths), move(self.tgt_lengths), move(self.indices), self.tokens)
 
 
 def collate(corpus: TokenizedCorpus, indices: Sequence[int]) -> Batch:
@@ -99,13 +97,13 @@ class TokenBatchSampler:
     def __next__(self) -> list[int]:
         if self._batches is None:
             self._batches = self._epoch_batches()
-        if self.position >= len(self._batches):
+        batch = list(self._batches[self.position])
+        self.position += 1
+        if self.position == len(self._batches):
             self.epoch += 1
             self.position = 0
-            self._batches = self._epoch_batches()
-        batch = self._batches[self.position]
-        self.position += 1
-        return list(batch)
+            self._batches = None
+        return batch
 
     def batches_per_epoch(self) -> int:
         """Batches of the current epoch; other epochs differ by a few."""

@@ -142,7 +142,7 @@ def _write(path: Path, rows: np.ndarray, offsets: np.ndarray, ids: np.ndarray, r
 
 def _read(path: Path) -> TokenizedCorpus | None:
     """The file, memory-mapped; None where it is missing or not whole."""
-    with contextlib.suppress(OSError, ValueError, KeyError):
+    with contextlib.suppress(OSError, ValueError, KeyError, struct.error):
         memory = np.memmap(path, np.uint8, "r")
         magic, checksum, text_size, pairs, count = HEADER.unpack_from(memory[: HEADER.size].tobytes())
         start = HEADER.size + text_size

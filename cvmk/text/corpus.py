@@ -105,7 +105,7 @@ def read_corpus(corpus: CorpusConfig, data: DataConfig, name: str, training: boo
         report.read += 1
         if isinstance(row, _BadLine):
             if data.on_bad_line == "error":
-                remedy = "correct the line, or set data.on_bad_line = \"skip\" to leave such lines out" + ("" if training else " of the evaluation")
+                remedy = 'correct the line, or set data.on_bad_line = "skip" to leave such lines out' + ("" if training else " of the evaluation")
                 raise DataError(f"{row.where}: {row.kind}; {remedy}") from row
             report.add(row.kind, row.where)
             continue

@@ -1,0 +1,148 @@
+"""Batches: contents, budget, coverage, order, exact continuation."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cvmk.errors import ConfigError
+from cvmk.text.batching import TokenBatchSampler, collate
+from cvmk.text.cache import tokenized
+from cvmk.text.corpus import CorpusReport, ParallelCorpus
+from cvmk.text.fallback_tokenizer import FallbackTokenizer
+
+BYTES = FallbackTokenizer([])  # one id a byte: "a" is 101, and every text starts with the space 36
+
+
+def lengths(count: int, longest: int = 60, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(1, longest, (count, 2)).astype(np.int32)
+
+
+def epoch(sampler: TokenBatchSampler) -> list[list[int]]:
+    return [next(sampler) for _ in range(sampler.batches_per_epoch())]
+
+
+def test_collate(tmp_path: Path) -> None:
+    corpus = tokenized(ParallelCorpus(["a", "ab", "b"], ["cd", "c", "abcd"], "x", CorpusReport()), BYTES, tmp_path, 9)
+    batch = collate(corpus, [2, 0])
+    assert batch.src.tolist() == [[36, 102, 3], [36, 101, 3]]
+    assert batch.tgt_in.tolist() == [[2, 36, 101, 102, 103, 104], [2, 36, 103, 104, 0, 0]]
+    assert batch.tgt_out.tolist() == [[36, 101, 102, 103, 104, 3], [36, 103, 104, 3, 0, 0]]
+    assert batch.src_lengths.tolist() == [3, 3] and batch.tgt_lengths.tolist() == [6, 4]
+    assert batch.indices.tolist() == [2, 0] and batch.tokens == 10
+    assert all(value.dtype == torch.int64 for value in vars(batch).values() if isinstance(value, torch.Tensor))
+    assert collate(corpus, [0, 1]).src.tolist() == [[36, 101, 3, 0], [36, 101, 102, 3]]
+
+
+def test_move(tmp_path: Path) -> None:
+    corpus = tokenized(ParallelCorpus(["a"], ["b"], "x", CorpusReport()), BYTES, tmp_path, 9)
+    batch = collate(corpus, [0])
+    assert batch.to("cpu") is batch
+    moved = batch.to("meta")
+    assert all(value.device.type == "meta" for value in vars(moved).values() if isinstance(value, torch.Tensor)) and moved.tokens == 3
+
+
+@pytest.mark.parametrize(("count", "budget"), [(1, 100), (7, 64), (2000, 60), (2000, 512), (2000, 10**9)])
+def test_every_pair_once_within_the_budget(count: int, budget: int) -> None:
+    sizes = lengths(count)
+    sampler = TokenBatchSampler(sizes, budget, seed=3)
+    for _ in range(3):
+        batches = epoch(sampler)
+        assert sorted(index for batch in batches for index in batch) == list(range(count))
+        for batch in batches:
+            assert batch and (sizes[batch].max() + 1) * len(batch) <= budget
+
+
+def test_batches_are_full_of_tokens() -> None:
+    sizes = np.repeat(np.random.default_rng(1).integers(1, 60, (5000, 1)), 2, axis=1)
+    sampler = TokenBatchSampler(sizes, 2048, seed=0)
+    batches = epoch(sampler)
+    padded = sum((sizes[batch].max() + 1) * len(batch) for batch in batches)
+    assert (sizes[:, 0] + 1).sum() / padded > 0.93
+    assert padded / len(batches) > 0.9 * 2048
+
+
+def test_orders_differ_between_epochs_and_seeds_but_repeat() -> None:
+    sizes = lengths(500)
+    first, same, other = (TokenBatchSampler(sizes, 400, seed) for seed in (1, 1, 2))
+    one, two = epoch(first), epoch(first)
+    assert one == epoch(same) and two == epoch(same)
+    assert one != two and one != epoch(other)
+    assert {tuple(sorted(batch)) for batch in one} != {tuple(sorted(batch)) for batch in two}, "the batches themselves change too"
+    widths = [int(sizes[batch].max()) for batch in one]
+    assert widths != sorted(widths), "batches are not ordered by length"
+
+
+@pytest.mark.parametrize("steps", [0, 1, 13, 39, 40, 41, 200])
+def test_exact_continuation(steps: int) -> None:
+    sizes = lengths(400)
+    straight = TokenBatchSampler(sizes, 400, seed=5)
+    for _ in range(steps):
+        next(straight)
+    state = json.loads(json.dumps(straight.state_dict()))
+    resumed = TokenBatchSampler(sizes, 400, seed=99)
+    next(resumed)
+    resumed.load_state_dict(state)
+    for _ in range(100):
+        assert next(resumed) == next(straight)
+    assert resumed.state_dict() == straight.state_dict()
+
+
+def test_end_of_epoch_state() -> None:
+    straight = TokenBatchSampler(lengths(50), 400, seed=5)
+    epoch(straight)
+    resumed = TokenBatchSampler(lengths(50), 400, seed=5)
+    resumed.load_state_dict(straight.state_dict())
+    assert epoch(resumed) == epoch(straight)
+
+
+def test_new_order_after_a_rollback() -> None:
+    sizes = lengths(400)
+    sampler = TokenBatchSampler(sizes, 400, seed=5)
+    old = epoch(sampler)
+    state = sampler.state_dict()
+    sampler.load_state_dict(state)
+    sampler.reseed(1)
+    new = epoch(sampler)
+    assert new != old and sorted(sum(new, [])) == list(range(400))
+    sampler.reseed(2)
+    third = epoch(sampler)
+    assert third != new
+    resumed = TokenBatchSampler(sizes, 400, seed=5)
+    resumed.load_state_dict(sampler.state_dict())
+    assert next(resumed) == next(sampler)
+    sampler.reseed(1)
+    assert epoch(sampler) != old
+
+
+def test_returned_lists_are_the_callers() -> None:
+    sampler, same = TokenBatchSampler(lengths(20), 10**6, 1), TokenBatchSampler(lengths(20), 10**6, 1)
+    next(sampler).clear()
+    next(same)
+    sampler.load_state_dict(sampler.state_dict())
+    assert next(sampler) == next(same)
+
+
+def test_refusals() -> None:
+    with pytest.raises(ConfigError, match=r"training\.max_tokens = 50 is smaller than the longest training pair \(60 tokens\)"):
+        TokenBatchSampler(np.array([[3, 59], [1, 1]]), 50, 0)
+    TokenBatchSampler(np.array([[3, 59]]), 60, 0)
+    with pytest.raises(ConfigError, match="no training pair"):
+        TokenBatchSampler(np.zeros((0, 2), np.int32), 50, 0)
+    state = TokenBatchSampler(lengths(10), 400, 0).state_dict()
+    with pytest.raises(ConfigError, match="training pairs = 10 and this run has 11"):
+        TokenBatchSampler(lengths(11), 400, 0).load_state_dict(state)
+    with pytest.raises(ConfigError, match=r"training\.max_tokens = 400 and this run has 401"):
+        TokenBatchSampler(lengths(10), 401, 0).load_state_dict(state)
+
+
+def test_an_epoch_of_multi30k_size_is_fast() -> None:
+    sizes = lengths(29_000)
+    start = time.perf_counter()
+    TokenBatchSampler(sizes, 4096, 0).batches_per_epoch()
+    assert time.perf_counter() - start < 1.0
