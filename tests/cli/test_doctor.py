@@ -1,0 +1,126 @@
+"""cvmk doctor: complete, truthful, and never the one that fails."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import platform
+from typing import Any
+
+import pytest
+import torch
+
+import cvmk
+from cvmk import hardware, libraries, ops
+from cvmk.cli import doctor, main
+
+
+@pytest.fixture(scope="module")
+def report() -> dict[str, Any]:
+    return doctor.collect()
+
+
+def test_json_is_one_object_with_everything(capsys: pytest.CaptureFixture[str]):
+    assert main(["doctor", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["cvmk"] == cvmk.__version__ and answer["python"] == platform.python_version()
+    assert answer["packages"]["torch"] == importlib.metadata.version("torch")
+    assert answer["cpu"]["level"] in libraries.LEVELS and answer["cpu"]["threads"] >= 1
+    assert answer["torch_devices"][0] == "cpu" and len(answer["torch_devices"]) == 1 + torch.cuda.device_count()
+    assert set(ops.backends_report()) < set(answer["ops"]) and answer["error"] is None
+    for rows in answer["ops"].values():
+        assert any(row["backend"] == "reference" and row["available"] for row in rows)
+        assert all(row["available"] or row["reasons"] for row in rows)
+
+
+def test_lines_name_every_op_and_every_refusal(capsys: pytest.CaptureFixture[str], report: dict[str, Any]):
+    assert main(["doctor"]) == 0
+    said = capsys.readouterr().out
+    assert "\x1b" not in said
+    for op, rows in report["ops"].items():
+        assert f"  {op}: " in said
+        for row in rows:
+            for reason in row["reasons"]:
+                assert f"not {reason}" in said
+
+
+def test_a_library_that_is_missing_is_told_with_its_reason(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setattr(libraries, "load", lambda module, part: (None, f"no compiler for {part}"))
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert main(["doctor"]) == 0
+    said = capsys.readouterr().out
+    assert "native: not available: no compiler for native" in said and "cuda: not available: no compiler for cuda" in said
+    assert "gpus: none: nvidia-smi was not found" in said and "level of kernels: base" in said
+
+
+def test_a_wrong_cap_is_told_and_is_no_failure(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    if libraries.load("_native", "native")[0] is None:
+        pytest.skip("without the native library nothing reads CVMK_CPU_ISA")
+    monkeypatch.setenv("CVMK_CPU_ISA", "fastest")
+    assert main(["doctor"]) == 0
+    assert "level of kernels: CVMK_CPU_ISA is 'fastest': set it to base, avx2, avx512 or amx" in capsys.readouterr().out
+    monkeypatch.setenv("CVMK_CPU_ISA", "base")
+    assert main(["doctor"]) == 0
+    assert "level of kernels: base (detected: " in (said := capsys.readouterr().out) and "capped by CVMK_CPU_ISA=base" in said
+
+
+def test_missing_extras_are_told_with_the_command(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(
+        importlib.metadata,
+        "requires",
+        lambda name: ["torch>=2.11", "no-such-package-of-ours>=1; extra == 'search'", 'numpy; extra == "bench"', "ray[default]; extra == 'ray'"],
+    )
+    found = doctor.extras()
+    assert found["search"] == [{"package": "no-such-package-of-ours", "version": None, "install": "pip install 'cvmk[search]'"}]
+    assert found["bench"] == [{"package": "numpy", "version": importlib.metadata.version("numpy"), "install": None}]
+    assert found["ray"][0]["package"] == "ray" and set(found) == {"search", "bench", "ray"}
+
+
+def test_a_broken_torch_is_an_answer(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    def broken() -> None:
+        raise RuntimeError("libcudart is too old")
+
+    monkeypatch.setattr(ops, "backends_report", broken)
+    assert main(["doctor"]) == 0
+    assert "RuntimeError: libcudart is too old" in capsys.readouterr().out
+
+
+class Answer:
+    def __init__(self, returncode: int, stdout: str = "", stderr: str = "") -> None:
+        self.returncode, self.stdout, self.stderr = returncode, stdout, stderr
+
+
+@pytest.mark.parametrize(
+    ("answer", "devices", "reason"),
+    [
+        (
+            Answer(0, "0, NVIDIA H200, 9.0, 143771\n1, Quadro, the old, 7.5, [N/A]\n"),
+            [
+                {"index": 0, "name": "NVIDIA H200", "capability": "9.0", "memory_bytes": 143771 * 2**20},
+                {"index": 1, "name": "Quadro, the old", "capability": "7.5", "memory_bytes": None},
+            ],
+            None,
+        ),
+        (Answer(9, "", "NVIDIA-SMI has failed because it couldn't communicate with the driver\nmore\n"), [], "couldn't communicate with the driver"),
+        (Answer(0, "No devices were found\n"), [], "shows no GPU"),
+    ],
+)
+def test_gpus_as_nvidia_smi_tells_them(monkeypatch: pytest.MonkeyPatch, answer: Answer, devices: list[dict[str, Any]], reason: str | None):
+    monkeypatch.setattr(libraries, "load", lambda module, part: (None, "not built"))
+    monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/nvidia-smi")
+    monkeypatch.setattr("subprocess.run", lambda *arguments, **options: answer)
+    found = hardware.gpus()
+    assert found.devices == devices
+    assert found.reason is None if reason is None else reason in str(found.reason)
+
+
+def test_tables_on_a_terminal_hold_the_same_facts(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], report: dict[str, Any]):
+    monkeypatch.setenv("COLUMNS", "200")
+    report = {**report, "extras": {"search": [{"package": "optuna", "version": None, "install": "pip install 'cvmk[search]'"}]}}
+    monkeypatch.setattr(doctor, "collect", lambda: report)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert doctor.run(argparse.Namespace(json=False)) == 0
+    said = capsys.readouterr().out
+    assert "[search] optuna" in said and "missing: pip install 'cvmk[search]'" in said  # not swallowed as markup
+    assert all(op in said for op in report["ops"])
