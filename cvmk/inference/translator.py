@@ -19,6 +19,14 @@ OnLong = Literal["error", "truncate"]
 _log = logging.getLogger(__name__)
 
 
+class TooLongError(DataError):
+    """A text has more pieces than the model can read; `index` is its place among the texts, from 0."""
+
+    def __init__(self, index: int, name: str, reason: str) -> None:
+        super().__init__(f"{name} {reason}: split it into sentences, or allow truncation")
+        self.index, self.reason = index, reason
+
+
 class Engine(Protocol):
     """What searches for translations of piece ids."""
 
@@ -99,7 +107,7 @@ class Translator:
 
         For the options of the search see `SearchOptions`. max_batch_tokens bounds source pieces (padding included) times
         beam_size of what is translated at once; it changes speed and memory, not results. A text of more pieces than the
-        model can read is a DataError that names it by its number, counted from 1, or with on_long="truncate" loses its
+        model can read is a TooLongError (a DataError) that names it by its number, counted from 1, or with on_long="truncate" loses its
         end, with a warning. Raises ConfigError for an option out of range.
         """
         if isinstance(texts, str):
@@ -124,10 +132,11 @@ class Translator:
         for index, source in enumerate(sources):
             if len(source) <= longest:
                 continue
-            what = f"text {index + 1} of {len(texts)} has {len(source)} pieces and the model reads at most {longest} (model.max_length = {longest + 1})"
+            name = f"text {index + 1} of {len(texts)}"
+            reason = f"has {len(source)} pieces and the model reads at most {longest} (model.max_length = {longest + 1})"
             if on_long == "error":
-                raise DataError(f"{what}: split it into sentences, or allow truncation")
-            _log.warning("%s: its end is left out", what)
+                raise TooLongError(index, name, reason)
+            _log.warning("%s %s: its end is left out", name, reason)
             sources[index] = source[:longest]
             cut.add(index)
         return sources, cut

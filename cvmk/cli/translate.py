@@ -1,0 +1,193 @@
+"""`cvmk translate MODEL < in > out`: one translation a line, in order, empty lines included."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import select
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from cvmk.errors import ConfigError, DataError
+from cvmk.files import atomic, explained
+
+if TYPE_CHECKING:
+    from cvmk.inference import Translation, Translator
+
+HELP = "Translate a text, line by line."
+LINES_AT_ONCE = 1024
+_BLOCK = 1 << 16
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Translate a UTF-8 text, one sentence a line: line n of the output is the translation of line n of the input. Empty lines stay empty."
+    parser.add_argument("model", metavar="MODEL", help="folder of a model or of a run")
+    parser.add_argument("--input", metavar="FILE", help="file to translate (default: standard input)")
+    parser.add_argument("--output", metavar="FILE", help="file to write, whole or not at all (default: standard output)")
+    parser.add_argument("--beam-size", type=int, default=1, metavar="N", help="hypotheses a sentence; 1 is greedy search (default)")
+    parser.add_argument(
+        "--n-best", type=int, default=1, metavar="N", help="with N > 1: N lines a sentence, the best first, each `line number TAB score TAB translation`"
+    )
+    parser.add_argument("--length-penalty", type=float, default=1.0, metavar="X", help="scores are divided by length ** X (default 1)")
+    parser.add_argument("--no-repeat-ngram", type=int, default=0, metavar="N", help="no N words' pieces twice in a translation (default 0: no limit)")
+    parser.add_argument("--max-length-a", type=float, default=2.0, metavar="A", help="a translation has at most A * source pieces + B pieces (default 2)")
+    parser.add_argument("--max-length-b", type=int, default=20, metavar="B", help="see --max-length-a (default 20)")
+    parser.add_argument("--batch-tokens", type=int, default=4096, metavar="N", help="source pieces times beam size of a batch (default 4096)")
+    parser.add_argument("--on-long", choices=("error", "truncate"), default="error", help="what to do with a line that is too long for the model")
+    parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:N or auto")
+    parser.add_argument("--compute-type", default="float32", help="float32 (default) or bfloat16")
+    parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads (default 0: PyTorch's choice)")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line: line, translation, score, truncated, hypotheses")
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of input: its number from 1, its text, and the line end that its translation gets."""
+
+    number: int
+    text: str
+    end: str
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from cvmk.inference.options import SearchOptions
+
+    search = {name: getattr(arguments, name) for name in ("beam_size", "n_best", "length_penalty", "no_repeat_ngram", "max_length_a", "max_length_b")}
+    SearchOptions(**search)
+    for option in ("batch_tokens", "threads"):
+        if getattr(arguments, option) < (option == "batch_tokens"):
+            raise ConfigError(f"--{option.replace('_', '-')} is {getattr(arguments, option)}, and must be at least {int(option == 'batch_tokens')}")
+    options = {**search, "max_batch_tokens": arguments.batch_tokens, "on_long": arguments.on_long}
+    name = arguments.input or "standard input"
+    with contextlib.ExitStack() as stack:
+        with explained(name, "read"):
+            source = stack.enter_context(open(arguments.input, "rb")) if arguments.input else sys.stdin.buffer
+        translator = _translator(arguments)
+        sink = stack.enter_context(atomic(arguments.output)) if arguments.output else sys.stdout.buffer
+        stack.enter_context(_own_warnings())
+        for lines, trouble in read_lines(source, name, LINES_AT_ONCE):
+            _translate(translator, lines, name, options, arguments.json, sink)
+            sink.flush()
+            if trouble is not None:
+                raise trouble
+    return 0
+
+
+def _translator(arguments: argparse.Namespace) -> Translator:
+    from cvmk.inference import Translator
+
+    if arguments.threads:
+        import torch
+
+        torch.set_num_threads(arguments.threads)
+    return Translator(arguments.model, arguments.device, arguments.compute_type)
+
+
+def _translate(translator: Translator, lines: list[Line], name: str, options: dict[str, Any], as_json: bool, sink: BinaryIO) -> None:
+    """Translate and write some lines. What comes before a line that is too long is written before the error is raised."""
+    from cvmk.inference import TooLongError
+
+    trouble = None
+    try:
+        found = translator.translate([line.text for line in lines], **options)
+    except TooLongError as error:
+        trouble = DataError(f"{name}, line {lines[error.index].number} {error.reason}: split it into sentences, or use --on-long truncate")
+        lines = lines[: error.index]
+        found = translator.translate([line.text for line in lines], **options)
+    for line, translation in zip(lines, found, strict=True):
+        if translation.truncated:
+            print(f"cvmk: warning: {name}, line {line.number} is too long for the model: its end was left out", file=sys.stderr)
+        sink.write(_format(line, translation, options["n_best"], as_json).encode())
+    if trouble is not None:
+        sink.flush()
+        raise trouble
+
+
+def _format(line: Line, translation: Translation, n_best: int, as_json: bool) -> str:
+    hypotheses = [(one_line(hypothesis.text), hypothesis.score) for hypothesis in translation.hypotheses]
+    text = hypotheses[0][0]
+    if as_json:
+        record = {
+            "line": line.number,
+            "translation": text,
+            "score": translation.score,
+            "truncated": translation.truncated,
+            "hypotheses": [{"translation": other, "score": score} for other, score in hypotheses],
+        }
+        return json.dumps(record, ensure_ascii=False) + "\n"
+    if n_best > 1:
+        return "".join(f"{line.number}\t{score:.6f}\t{other}\n" for other, score in hypotheses)
+    return text + line.end
+
+
+def one_line(text: str) -> str:
+    """The text with its line breaks as spaces, so that it stays one line for every reader."""
+    return " ".join(text.split("\n")).replace("\r", " ") if "\n" in text or "\r" in text else text
+
+
+def read_lines(stream: BinaryIO, name: str, at_once: int) -> Iterator[tuple[list[Line], DataError | None]]:
+    """The lines of a stream, as many at a time as are there already, but at most `at_once`.
+
+    Lines end at \\n or \\r\\n only, and the last one may lack its end. A byte order mark at the beginning is dropped. Where
+    a line is not UTF-8, the lines before it come together with the error that names it, and nothing after.
+    """
+    number = 0
+    for raw in _raw_lines(stream, name, at_once):
+        lines: list[Line] = []
+        for data in raw:
+            number += 1
+            end = "\r\n" if data.endswith(b"\r\n") else "\n" if data.endswith(b"\n") else ""
+            try:
+                text = data[: len(data) - len(end)].decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                yield lines, DataError(f"{name}, line {number} is not valid UTF-8 (byte {error.start + 1} of the line): convert the text to UTF-8")
+                return
+            lines.append(Line(number, text, end))
+        yield lines, None
+
+
+def _raw_lines(stream: BinaryIO, name: str, at_once: int) -> Iterator[list[bytes]]:
+    ready: list[bytes] = []
+    rest: list[bytes] = []
+    while True:
+        with explained(name, "read"):
+            block = stream.read1(_BLOCK)  # type: ignore[attr-defined]
+        if not block:
+            break
+        *whole, tail = block.split(b"\n")
+        for part in whole:
+            ready.append(b"".join((*rest, part, b"\n")))
+            rest.clear()
+        if tail:
+            rest.append(tail)
+        while len(ready) >= at_once or (ready and not _more(stream)):
+            yield ready[:at_once]
+            del ready[:at_once]
+    if rest:
+        ready.append(b"".join(rest))
+    if ready:
+        yield ready
+
+
+def _more(stream: BinaryIO) -> bool:
+    """Whether reading would give something at once (or the end of a file); False where that cannot be known."""
+    try:
+        return bool(select.select([stream.fileno()], [], [], 0)[0])
+    except (OSError, ValueError):
+        return False
+
+
+@contextlib.contextmanager
+def _own_warnings() -> Iterator[None]:
+    """Silence the translator's warnings: they count texts within a call, and here lines are counted."""
+    logger = logging.getLogger("cvmk.inference.translator")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from cvmk.cli import main
+from cvmk.cli.translate import one_line, read_lines
+from cvmk.config.schema import ModelConfig, TokenizerConfig
+from cvmk.errors import DataError
+from cvmk.inference import Translator, save_model_folder
+from cvmk.nn import CVMTransformer
+from cvmk.text.tokenizer import train_tokenizer
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cli") / "model"
+    tokenizer = train_tokenizer(["a man rides a horse", "two dogs"] * 20, TokenizerConfig(kind="fallback", vocabulary=280))
+    torch.manual_seed(0)
+    config = ModelConfig(d_model=16, ffn=16, heads=2, encoder_layers=1, decoder_layers=1, max_length=32)
+    save_model_folder(folder, CVMTransformer(config, tokenizer.vocab_size), tokenizer, "")
+    return folder
+
+
+def translate(model: Path, data: bytes, *options: str, capsys, tmp_path: Path) -> tuple[int, bytes, str]:
+    (tmp_path / "in").write_bytes(data)
+    code = main(["translate", str(model), "--input", str(tmp_path / "in"), "--output", str(tmp_path / "out"), "--max-length-b", "3", *options])
+    out = (tmp_path / "out").read_bytes() if (tmp_path / "out").exists() else b""
+    return code, out, capsys.readouterr().err
+
+
+@pytest.fixture
+def call(model: Path, capsys, tmp_path: Path):
+    return lambda data, *options: translate(model, data, *options, capsys=capsys, tmp_path=tmp_path)
+
+
+def expected(model: Path, texts: list[str], **options: object) -> list[str]:
+    return [one_line(found.text) for found in Translator(model).translate(texts, max_length_b=3, **options)]
+
+
+def test_lines_keep_order_count_and_ends(model: Path, call) -> None:
+    data = "a man\n\n  \ntwo dogs\r\nride\x0bs a\x85\u2028horse\n\r\nthe end".encode()
+    code, out, error = call(data)
+    a, b, c, d = expected(model, ["a man", "two dogs", "ride\x0bs a\x85\u2028horse", "the end"])
+    assert (code, error) == (0, "")
+    assert out.decode() == f"{a}\n\n\n{b}\r\n{c}\n\r\n{d}"
+
+
+@pytest.mark.parametrize(("data", "want"), [(b"", b""), (b"\n", b"\n"), (b"\n\n\n", b"\n\n\n"), (b"  ", b""), (b"\xef\xbb\xbf\n", b"\n")])
+def test_hardly_any_input(call, data: bytes, want: bytes) -> None:
+    assert call(data) == (0, want, "")
+
+
+def test_n_best_and_json(model: Path, call) -> None:
+    code, out, _ = call(b"a man\n\n", "--beam-size", "3", "--n-best", "2", "--length-penalty", "0.6")
+    rows = [line.split("\t", 2) for line in out.decode().splitlines()]
+    found = Translator(model).translate(["a man"], beam_size=3, n_best=2, length_penalty=0.6, max_length_b=3)[0]
+    assert code == 0 and [row[0] for row in rows] == ["1", "1", "2"]
+    assert [row[2] for row in rows[:2]] == [one_line(h.text) for h in found.hypotheses]
+    assert [float(row[1]) for row in rows[:2]] == pytest.approx([h.score for h in found.hypotheses], abs=1e-5)
+    _, out, _ = call(b"a man\n\n", "--beam-size", "3", "--n-best", "2", "--length-penalty", "0.6", "--json")
+    records = [json.loads(line) for line in out.decode().split("\n")[:-1]]
+    assert [record["line"] for record in records] == [1, 2] and records[0]["translation"] == one_line(found.text)
+    assert [h["score"] for h in records[0]["hypotheses"]] == pytest.approx([h.score for h in found.hypotheses], abs=1e-5)
+    assert records[1] == {"line": 2, "translation": "", "score": 0.0, "truncated": False, "hypotheses": [{"translation": "", "score": 0.0}]}
+
+
+def test_many_lines(model: Path, call) -> None:
+    lines = ["a man" if index % 3 else "" for index in range(2500)]
+    code, out, _ = call("\n".join(lines).encode())
+    a = expected(model, ["a man"])[0]
+    assert code == 0 and out.decode().split("\n") == [a if line else "" for line in lines]
+
+
+def test_invalid_utf8_names_the_line_and_leaves_the_output(call, tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("before")
+    code, out, error = call(b"a man\ntwo \xff dogs\n")
+    assert (code, out) == (5, b"before") and "in, line 2 is not valid UTF-8 (byte 5" in error and error.count("\n") == 1
+
+
+def test_too_long_names_the_line_or_truncates(call) -> None:
+    data = b"a man\n" * 1030 + b"x" * 400 + b"\n"
+    code, out, error = call(data)
+    assert (code, out) == (5, b"") and "line 1031 has" in error and "--on-long truncate" in error
+    code, out, error = call(data, "--on-long", "truncate")
+    assert code == 0 and out.count(b"\n") == 1031 and error.count("\n") == 1 and "line 1031" in error
+
+
+@pytest.mark.parametrize(("options", "code", "named"), [
+    (["--beam-size", "0"], 2, "beam_size"), (["--n-best", "2"], 2, "n_best"), (["--batch-tokens", "0"], 2, "batch-tokens"),
+    (["--threads", "-1"], 2, "threads"),
+    (["--device", "gpu"], 2, "device"), (["--compute-type", "int8"], 2, "compute_type"), (["--input", "nowhere"], 5, "nowhere"), (["--input", "."], 5, "read ."),
+    (["--output", "/dev/null/x"], 5, "/dev/null"),
+])  # fmt: skip
+def test_bad_options(call, options: list[str], code: int, named: str) -> None:
+    found, out, error = call(b"a man\n", *options)
+    assert (found, out) == (code, b"") and named in error and error.count("\n") == 1 and error.startswith("cvmk: ")
+
+
+def test_missing_model(call, capsys, tmp_path: Path) -> None:
+    assert main(["translate", str(tmp_path / "nowhere")]) == 5
+    assert "nowhere does not exist" in capsys.readouterr().err
+
+
+def test_pipes_flow_line_by_line(model: Path) -> None:
+    """A line that was written is translated before the input ends; a bad line comes after the translations before it."""
+    code = "import sys; from cvmk.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "translate", str(model), "--max-length-b", "3", "--threads", "1"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdin and process.stdout and process.stderr
+        a, b = (text.encode() for text in expected(model, ["a man", "two dogs"]))
+        process.stdin.write(b"a man\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == a + b"\n"
+        process.stdin.write(b"two dogs\n\xff\n")
+        process.stdin.close()
+        assert process.stdout.read() == b + b"\n"
+        assert b"standard input, line 3 is not valid UTF-8" in process.stderr.read()
+        assert process.wait(60) == 5
+
+
+def test_reader_splits_whatever_the_blocks() -> None:
+    read, write = os.pipe()
+    with open(read, "rb") as stream:
+        for block in (b"\xef\xbb\xbfon", b"e\ntw", b"o\r", b"\nthree\n"):
+            os.write(write, block)
+        os.close(write)
+        lines = [line for chunk, _ in read_lines(stream, "x", 2) for line in chunk]
+    assert [(line.number, line.text, line.end) for line in lines] == [(1, "one", "\n"), (2, "two", "\r\n"), (3, "three", "\n")]
+    sizes = [len(chunk) for chunk, _ in read_lines(io.BytesIO(b"a\n" * 10 + b"b"), "x", 4)]
+    assert sum(sizes) == 11 and max(sizes) <= 4
+
+
+def test_reader_stops_at_bad_bytes() -> None:
+    (lines, trouble), *rest = read_lines(io.BytesIO(b"a\nb\n\xe4\nc\n"), "x", 9)
+    assert [line.text for line in lines] == ["a", "b"] and isinstance(trouble, DataError) and not rest
+
+
+def test_one_line() -> None:
+    assert one_line("a\nb\r\nc") == "a b  c" and one_line("plain") == "plain"

@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cvmk.config.schema import TokenizerConfig
+from cvmk.errors import ConfigError, DataError
+from cvmk.inference import TooLongError, Translator, save_model_folder
+from cvmk.inference.options import Hypothesis, SearchOptions
+from cvmk.inference.translator import batches
+from cvmk.text.tokenizer import train_tokenizer
+
+
+class Echo:
+    """An engine that says each source backwards, and notes its batches."""
+
+    max_length = 10
+
+    def __init__(self) -> None:
+        self.batches: list[list[list[int]]] = []
+
+    def search(self, sources: list[list[int]], options: SearchOptions) -> list[list[Hypothesis]]:
+        self.batches.append(sources)
+        return [[Hypothesis(source[::-1], -float(rank)) for rank in range(options.n_best)] for source in sources]
+
+
+def test_order_is_kept_and_empty_texts_are_never_decoded(words) -> None:
+    engine = Echo()
+    translator = Translator.from_engine(engine, words(30))
+    texts = ["w4 w5 w6", "", "w7", "  \t\u3000", "w8 w9 w10 w11", "w12 w13", "\n"]
+    found = translator.translate(texts, max_batch_tokens=8)
+    assert [translation.text for translation in found] == ["w6 w5 w4", "", "w7", "", "w11 w10 w9 w8", "w13 w12", ""]
+    assert [source for batch in engine.batches for source in batch] == [[8, 9, 10, 11], [4, 5, 6], [12, 13], [7]]
+    assert found[1].score == 0 and found[1].tokens == [] and [h.text for h in found[1].hypotheses] == [""]
+    assert translator.translate([]) == [] and translator.translate(["", " "])[1].text == ""
+
+
+def test_n_best(words) -> None:
+    found = Translator.from_engine(Echo(), words(30)).translate(["w4 w5"], beam_size=3, n_best=3)[0]
+    assert [h.score for h in found.hypotheses] == [0.0, -1.0, -2.0]
+    assert (found.text, found.score, found.tokens) == (found.hypotheses[0].text, 0.0, [5, 4])
+
+
+@given(st.lists(st.integers(0, 12), max_size=40), st.integers(1, 60))
+def test_batches_cover_each_text_once_within_the_budget(lengths: list[int], budget: int) -> None:
+    found = list(batches(lengths, budget))
+    assert sorted(index for batch in found for index in batch) == [index for index, length in enumerate(lengths) if length]
+    for batch in found:
+        assert len(batch) == 1 or len(batch) * (max(lengths[index] for index in batch) + 1) <= budget
+
+
+def test_too_long(words, caplog: pytest.LogCaptureFixture) -> None:
+    translator = Translator.from_engine(Echo(), words(30))
+    long = " ".join(["w4"] * 10)
+    assert translator.translate([" ".join(["w4"] * 9)])[0].tokens == [4] * 9
+    with pytest.raises(TooLongError, match=r"text 2 of 2 has 10 pieces.*at most 9") as caught:
+        translator.translate(["w5", long])
+    assert isinstance(caught.value, DataError) and caught.value.index == 1
+    found = translator.translate(["w5", long], on_long="truncate")
+    assert found[1].tokens == [4] * 9 and [translation.truncated for translation in found] == [False, True]
+    assert "text 2 of 2" in caplog.text
+
+
+def test_wrong_arguments(words) -> None:
+    translator = Translator.from_engine(Echo(), words(30))
+    with pytest.raises(TypeError, match="list of strings"):
+        translator.translate("w4 w5")
+    for options, name in (
+        ({"beam_size": 0}, "beam_size"),
+        ({"n_best": 2}, "n_best"),
+        ({"max_batch_tokens": 0}, "max_batch_tokens"),
+        ({"on_long": "x"}, "on_long"),
+    ):
+        with pytest.raises(ConfigError, match=name):
+            translator.translate(["w4"], **options)
+
+
+def test_results_do_not_depend_on_batching(make_model, words) -> None:
+    translator = Translator.from_model(make_model(40, seed=4, sharpness=2.0), words(40))
+    generator = random.Random(0)
+    texts = [" ".join(f"w{generator.randrange(4, 40)}" for _ in range(generator.randint(0, 10))) for _ in range(15)]
+    for beam_size in (1, 3):
+        whole = translator.translate(texts, beam_size=beam_size, max_length_b=5)
+        for budget in (1, 60, 300):
+            found = translator.translate(texts, beam_size=beam_size, max_length_b=5, max_batch_tokens=budget)
+            assert [t.tokens for t in found] == [t.tokens for t in whole]
+            assert [t.score for t in found] == pytest.approx([t.score for t in whole], abs=1e-4)
+
+
+def test_from_model_follows_the_weights(make_model, words) -> None:
+    model = make_model(30, sharpness=3.0)
+    translator = Translator.from_model(model, words(30))
+    copied = Translator.from_model(model, words(30), compute_type="bfloat16")
+    before = translator.translate(["w4 w5 w6"])[0], copied.translate(["w4 w5 w6"])[0]
+    with torch.no_grad():
+        model.embeddings.output.copy_(model.embeddings.output.flip(0))
+    assert translator.translate(["w4 w5 w6"])[0] != before[0]
+    assert copied.translate(["w4 w5 w6"])[0] == before[1]
+
+
+def test_from_a_folder(tmp_path: Path, make_model) -> None:
+    tokenizer = train_tokenizer(["a man rides a horse"] * 20, TokenizerConfig(kind="fallback", vocabulary=265))
+    model = make_model(tokenizer.vocab_size, sharpness=3.0)
+    save_model_folder(tmp_path / "model", model, tokenizer, "", {"languages": {"source": "en", "target": "de"}})
+    translator = Translator(tmp_path)
+    assert translator.info["languages"]["target"] == "de"
+    expected = Translator.from_model(model, tokenizer).translate(["a man"], beam_size=2)
+    assert translator.translate(["a man"], beam_size=2) == expected
+    Translator(tmp_path, device="auto", compute_type="bfloat16").translate(["a man"])
+    with pytest.raises(ConfigError, match="compute_type"):
+        Translator(tmp_path, compute_type="int8")
+    with pytest.raises(ConfigError, match="device"):
+        Translator(tmp_path, device="gpu")
+
+
+def test_import_needs_no_torch() -> None:
+    code = "import cvmk.inference, sys; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
