@@ -6,6 +6,7 @@ environment variable CVMK_BACKEND.
 
 from cvmk.ops._dispatch import Explanation, backends_report, explain, use
 from cvmk.ops.attention import flash_attention
+from cvmk.ops.attention_distill import attention_kl, flash_attention_distill
 from cvmk.ops.int4_linear import int4_linear
 from cvmk.ops.int8_linear import int8_linear
 from cvmk.ops.kd_loss import kd_loss
@@ -16,9 +17,11 @@ from cvmk.ops.selective_scan import selective_scan, selective_state_update
 __all__ = [
     "Explanation",
     "QuantizedWeight",
+    "attention_kl",
     "backends_report",
     "explain",
     "flash_attention",
+    "flash_attention_distill",
     "int4_linear",
     "int8_linear",
     "kd_loss",

@@ -45,14 +45,11 @@ def forward(
     rows = []
     for part in blocks(q.shape[0], q.shape[2], q.shape[1] * k.shape[2]):
         e, _ = _scores(part, part.of(q), k, bias, mask, softcap, scale)
-        top = e.detach().amax(-1, keepdim=True) if k.shape[2] else e.new_full((*e.shape[:-1], 1), -torch.inf)
-        e = e.sub_(top.clamp(min=torch.finfo(top.dtype).min)).exp2_()
-        # The largest score adds 2^0 = 1, so that a sum under 1 is that of an empty row.
-        total = e.sum(-1, keepdim=True).clamp(min=1)
+        e, total, part_lse = exponentials(e)
         if dropout_seed is not None and dropout_p > 0:
             e = e * dropout_keep(dropout_seed, dropout_p, part, q.shape[1], k.shape[2]) / (1 - dropout_p)
         out = product(e.to(v.dtype), v[part.batch]).div_(total)
-        rows.append((part, out, (total.log() + LN2 * top).squeeze(-1)))
+        rows.append((part, out, part_lse))
     out, lse = join([(part, out) for part, out, _ in rows]), join([(part, lse) for part, _, lse in rows])
     return (out, lse) if cu_seqlens_q is None else (out[0].transpose(0, 1), lse[0])
 
@@ -86,8 +83,7 @@ def backward(
         grad_lse = None if grad_lse is None else grad_lse[None]
     mask = Mask.of(q, k, window_left, window_right, key_lengths, query_start, cu_seqlens_q, cu_seqlens_k)
     k, v = mask.without_unread(k).contiguous(), mask.without_unread(v).contiguous()
-    # Not -inf: a row that sees nothing has only scores of -inf, and its probabilities become 0.
-    lse2 = (LOG2E * lse).clamp(min=torch.finfo(lse.dtype).min)[..., None]
+    lse2 = finite(LOG2E * lse)[..., None]
     want_q, want_k, want_v, want_bias = needs[0], needs[1], needs[2], bias is not None and needs[3]
     sums = Sums()
     for part in blocks(q.shape[0], q.shape[2], q.shape[1] * k.shape[2]):
@@ -100,7 +96,7 @@ def backward(
             sums.add("v", part, product_t((p if keep is None else p * keep / (1 - dropout_p)).to(v.dtype), g, v.shape[1]))
         if not (want_q or want_k or want_bias):
             continue
-        ds = _grad_scores(p, None if g is None else dot(g, v[part.batch], 1.0), None if grad_lse is None else part.of(grad_lse), keep, dropout_p)
+        ds = grad_scores(p, None if g is None else dot(g, v[part.batch], 1.0), None if grad_lse is None else part.of(grad_lse), keep, dropout_p)
         if want_bias and bias is not None:
             sums.add_reduced("bias", part, ds, bias)
         if tanh is not None:
@@ -247,10 +243,24 @@ def _scores(part: Part, q: Tensor, k: Tensor, bias: Tensor | None, mask: Mask, s
     return s if hiding is None else s.add_(hiding), tanh
 
 
-def _grad_scores(p: Tensor, dp: Tensor | None, grad_lse: Tensor | None, keep: Tensor | None, dropout_p: float) -> Tensor:
+def exponentials(s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """From scores times log2(e), in place: 2^(s - row maximum), its sum (1 for an empty row) [..., 1], and the log-sum-exp [...]."""
+    top = s.detach().amax(-1, keepdim=True) if s.shape[-1] else s.new_full((*s.shape[:-1], 1), -torch.inf)
+    e = s.sub_(finite(top)).exp2_()
+    # The largest score adds 2^0 = 1, so that a sum under 1 is that of an empty row.
+    total = e.sum(-1, keepdim=True).clamp(min=1)
+    return e, total, (total.log() + LN2 * top).squeeze(-1)
+
+
+def finite(x: Tensor) -> Tensor:
+    """Row maxima or log-sum-exps to subtract: the lowest number for -inf, since -inf less itself would be NaN in rows that see nothing."""
+    return x.clamp(min=torch.finfo(x.dtype).min)
+
+
+def grad_scores(p: Tensor, dp: Tensor | None, grad_lse: Tensor | None, keep: Tensor | None = None, dropout_p: float = 0.0) -> Tensor:
     """dS = P (dP - D + g), in place of p or dp; D_i = <dO_i, O_i> is the same as sum_j P_ij dP_ij, which needs no rounded output."""
     if dp is None:
-        return p if grad_lse is None else p.mul_(grad_lse[..., None])
+        return p.zero_() if grad_lse is None else p.mul_(grad_lse[..., None])
     dp = dp.to(p.dtype)
     if keep is not None:
         dp.mul_(keep).div_(1 - dropout_p)

@@ -1,0 +1,204 @@
+"""`attention_kl` and `flash_attention_distill`: a student's attention maps pulled to a teacher's, without ever storing a map."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from cvmk.ops._dispatch import Op, accumulation_dtype, autocast_lower, not_needed
+from cvmk.ops.attention import check_lengths, check_qk, check_values, default_scale
+
+
+def attention_kl(
+    student_q: Tensor,
+    student_k: Tensor,
+    teacher_q: Tensor,
+    teacher_k: Tensor,
+    *,
+    causal: bool = False,
+    key_lengths: Tensor | None = None,
+    scale: float | None = None,
+    teacher_scale: float | None = None,
+) -> Tensor:
+    """KL(P_t || P_s) of every row of the attention maps P = softmax(mask(scale q k^T)), from queries and keys alone.
+
+    Arguments
+        student_q, student_k   [B, Hs, Tq, Ds], [B, Hs_kv, Tk, Ds]: float64, float32, bfloat16 or float16, one dtype; any strides whose
+                               last dimension is contiguous. Hs is a multiple of Hs_kv.
+        teacher_q, teacher_k   [B, Ht, Tq, Dt], [B, Ht_kv, Tk, Dt]: likewise; head count, width and dtype may differ from the student's.
+                               The teacher is a constant: it gets no gradient.
+        causal, key_lengths    one mask for both, as in `flash_attention`: bottom-right by the tensors' sizes; int32 or int64 [B], keys
+                               from key_lengths[b] on are neither seen nor read.
+        scale, teacher_scale   factors of the products, by default 1 / sqrt(Ds) and 1 / sqrt(Dt).
+
+    Heads. The heads of both sides are split, in order, into gcd(Hs, Ht) groups, and each student head is compared with the mean map of
+    its group's teacher heads: head by head where Hs == Ht, with the mean of Ht / Hs neighbours where that divides, one teacher head
+    for Hs / Ht student heads the other way, and with the mean over all heads where the counts share no factor.
+
+    Returns kl [B, Hs, Tq] float32 (float64 for float64 students), at least 0 but for rounding; a row that sees no key gives 0 and has
+    gradient 0. The rows of padded queries count as any other: weight them with 0 in the sum.
+
+    Gradient. With w the gradient of kl and P_t the mean map, KL = sum_j P_t (log P_t - S) + lse_s, and
+        dS = w (P_s - P_t),  dq = scale dS k,  dk = scale dS^T q.
+    The forward pass keeps one log-sum-exp a row and head; the backward pass computes the maps again. The reference holds a block of
+    `cvmk.ops.reference.attention.BLOCK` scores of both sides together at a time (or one row of queries of one batch item).
+
+    Raises TypeError for a wrong dtype, ValueError for a wrong shape.
+    """
+    arguments = _prepare_kl(
+        student_q, student_k, teacher_q, teacher_k, causal=causal, key_lengths=key_lengths, scale=scale, teacher_scale=teacher_scale
+    )
+    return kl_op(*arguments)[0]
+
+
+def flash_attention_distill(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    teacher_q: Tensor,
+    teacher_k: Tensor,
+    *,
+    causal: bool = False,
+    key_lengths: Tensor | None = None,
+    scale: float | None = None,
+    teacher_scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The student's attention and its distance from the teacher's maps in one pass over the student's scores.
+
+    q [B, H, Tq, D], k [B, Hkv, Tk, D], v [B, Hkv, Tk, Dv] are the student's, one dtype; teacher_q [B, Ht, Tq, Dt] and teacher_k
+    [B, Ht_kv, Tk, Dt] are constants without a gradient. Masks, scales, heads and the law are those of `flash_attention` and
+    `attention_kl`: returns (out, kl) with out = flash_attention(q, k, v, ...) [B, H, Tq, Dv] in the dtype of q and
+    kl = attention_kl(q, k, teacher_q, teacher_k, ...) [B, H, Tq] float32 (float64 for float64).
+
+    Gradient. With dO and w the gradients of out and kl, dP = dO V^T and D_i = <dO_i, O_i>, the distillation adds one term and no
+    matrix product of the student's:
+        dS = P_s (dP - D) + w (P_s - P_t),  dV = P_s^T dO,  dq = scale dS k,  dk = scale dS^T q.
+    Forward by one more row sum c = sum_j P_t (T - S): KL = c - lse_t + lse_s where one teacher head is compared with.
+
+    Raises TypeError for a wrong dtype, ValueError for a wrong shape.
+    """
+    arguments = _prepare_distill(q, k, v, teacher_q, teacher_k, causal=causal, key_lengths=key_lengths, scale=scale, teacher_scale=teacher_scale)
+    out, kl, _, _ = distill_op(*arguments)
+    return out, kl
+
+
+# -- schemas --------------------------------------------------------------------------------------------------------------------
+def _statistic(q: Tensor) -> Tensor:
+    """One number a row and head."""
+    return q.new_empty(q.shape[:-1], dtype=accumulation_dtype(q.dtype))
+
+
+def _fake_kl_forward(student_q: Tensor, student_k: Tensor, teacher_q: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _statistic(student_q), _statistic(student_q), _statistic(teacher_q)
+
+
+def _fake_kl_backward(g0: Tensor | None, g1: Tensor | None, g2: Tensor | None, q: Tensor, k: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return tuple(t.new_empty(t.shape) if needed else not_needed(t) for t, needed in zip((q, k), rest[-1], strict=False))
+
+
+def _fake_distill_forward(q: Tensor, k: Tensor, v: Tensor, teacher_q: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return q.new_empty((*q.shape[:-1], v.shape[-1])), _statistic(q), _statistic(q), _statistic(teacher_q)
+
+
+def _fake_distill_backward(
+    g0: Tensor | None, g1: Tensor | None, g2: Tensor | None, g3: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    return tuple(t.new_empty(t.shape) if needed else not_needed(t) for t, needed in zip((q, k, v), rest[-1], strict=False))
+
+
+_NUMBERS = "bool causal, float scale, float teacher_scale"
+_MAPS = "Tensor student_q, Tensor student_k, Tensor teacher_q, Tensor teacher_k, Tensor? key_lengths"
+kl_op = Op(
+    "attention_kl",
+    module="attention_distill",
+    forward=f"({_MAPS}, {_NUMBERS}) -> (Tensor kl, Tensor lse, Tensor teacher_lse)",
+    backward=f"(Tensor? grad_kl, Tensor? grad_lse, Tensor? grad_teacher_lse, {_MAPS}, Tensor lse, Tensor teacher_lse, {_NUMBERS}, bool[] needs)"
+    " -> (Tensor, Tensor)",
+    fake_forward=_fake_kl_forward,
+    fake_backward=_fake_kl_backward,
+    tensors=5,
+    differentiable=(0, 1),
+    saved=(1, 2),
+    principal="student_q",
+)
+_ATTENTION = "Tensor q, Tensor k, Tensor v, Tensor teacher_q, Tensor teacher_k, Tensor? key_lengths"
+distill_op = Op(
+    "flash_attention_distill",
+    module="attention_distill",
+    forward=f"({_ATTENTION}, {_NUMBERS}) -> (Tensor out, Tensor kl, Tensor lse, Tensor teacher_lse)",
+    backward=f"(Tensor? grad_out, Tensor? grad_kl, Tensor? grad_lse, Tensor? grad_teacher_lse, {_ATTENTION}, Tensor out, Tensor lse, Tensor teacher_lse,"
+    f" {_NUMBERS}, bool[] needs) -> (Tensor, Tensor, Tensor)",
+    fake_forward=_fake_distill_forward,
+    fake_backward=_fake_distill_backward,
+    tensors=6,
+    differentiable=(0, 1, 2),
+    saved=(0, 2, 3),
+    principal="q",
+)
+
+
+# -- checks ---------------------------------------------------------------------------------------------------------------------
+@kl_op.prepared_by
+def _prepare_kl(
+    student_q: Tensor,
+    student_k: Tensor,
+    teacher_q: Tensor,
+    teacher_k: Tensor,
+    *,
+    causal: bool = False,
+    key_lengths: Tensor | None = None,
+    scale: float | None = None,
+    teacher_scale: float | None = None,
+) -> tuple[Any, ...]:
+    check_qk(student_q, student_k, names=("student_q", "student_k"))
+    _check_teacher(student_q, student_k, teacher_q, teacher_k, student="student")
+    check_lengths(key_lengths, student_q, "key_lengths")
+    scale = default_scale(student_q) if scale is None else scale
+    teacher_scale = default_scale(teacher_q) if teacher_scale is None else teacher_scale
+    student_q, student_k, teacher_q, teacher_k = autocast_lower(student_q, student_k, teacher_q, teacher_k)  # type: ignore[assignment]
+    _check_dtypes(student_q, student_k, "student_q", "student_k")
+    _check_dtypes(teacher_q, teacher_k, "teacher_q", "teacher_k")
+    return student_q, student_k, teacher_q, teacher_k, key_lengths, bool(causal), float(scale), float(teacher_scale)
+
+
+@distill_op.prepared_by
+def _prepare_distill(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    teacher_q: Tensor,
+    teacher_k: Tensor,
+    *,
+    causal: bool = False,
+    key_lengths: Tensor | None = None,
+    scale: float | None = None,
+    teacher_scale: float | None = None,
+) -> tuple[Any, ...]:
+    check_qk(q, k, names=("q", "k"))
+    check_values(k, v)
+    _check_teacher(q, k, teacher_q, teacher_k, student="q and k")
+    check_lengths(key_lengths, q, "key_lengths")
+    scale = default_scale(q) if scale is None else scale
+    teacher_scale = default_scale(teacher_q) if teacher_scale is None else teacher_scale
+    q, k, v, teacher_q, teacher_k = autocast_lower(q, k, v, teacher_q, teacher_k)  # type: ignore[assignment]
+    _check_dtypes(q, k, "q", "k")
+    _check_dtypes(q, v, "q", "v")
+    _check_dtypes(teacher_q, teacher_k, "teacher_q", "teacher_k")
+    return q, k, v, teacher_q, teacher_k, key_lengths, bool(causal), float(scale), float(teacher_scale)
+
+
+def _check_teacher(q: Tensor, k: Tensor, teacher_q: Tensor, teacher_k: Tensor, *, student: str) -> None:
+    check_qk(teacher_q, teacher_k, names=("teacher_q", "teacher_k"))
+    if teacher_q.shape[0] != q.shape[0] or teacher_q.shape[2] != q.shape[2] or teacher_k.shape[2] != k.shape[2]:
+        mine, theirs = f"[{q.shape[0]}, {q.shape[2]}, {k.shape[2]}]", f"[{teacher_q.shape[0]}, {teacher_q.shape[2]}, {teacher_k.shape[2]}]"
+        raise ValueError(f"teacher_q and teacher_k have the sizes [B, Tq, Tk] = {theirs}, {student} {mine}; they must be equal")
+    if teacher_q.device != q.device:
+        raise ValueError(f"teacher_q must be on {q.device} as {student} is, not on {teacher_q.device}")
+    if q.shape[1] == 0 or teacher_q.shape[1] == 0:
+        raise ValueError(f"student and teacher need at least one head each, not {q.shape[1]} and {teacher_q.shape[1]}")
+
+
+def _check_dtypes(a: Tensor, b: Tensor, name_a: str, name_b: str) -> None:
+    if a.dtype != b.dtype:
+        raise TypeError(f"{name_a} and {name_b} must have one dtype, not {a.dtype} and {b.dtype}")
