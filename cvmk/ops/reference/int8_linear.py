@@ -28,12 +28,14 @@ def smoothed(x: torch.Tensor, smooth_scale: torch.Tensor | None) -> torch.Tensor
 
 @torch.no_grad()
 def quantize_rows(wide: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows [M, K] in float32 or float64 -> int8 [M, K] and the scales [M, 1]; a row that is not finite gets the scale NaN."""
-    maximum = wide.abs().amax(1, keepdim=True)
-    floor = maximum.clamp(min=SMALLEST_MAXIMUM)
+    """Rows [M, K] in float32 or float64 -> int8 [M, K] and the scales [M, 1].
+
+    A row that is not finite becomes zeros with a scale of infinity or NaN: their products are NaN.
+    """
+    floor = wide.abs().amax(1, keepdim=True).clamp_(min=SMALLEST_MAXIMUM)
     steps = torch.full_like(floor, 127.0)  # a tensor: PyTorch turns a division by or of a number into a product with a reciprocal
     values = (wide * (steps / floor)).round_().clamp_(-127, 127).nan_to_num_(nan=0.0)
-    return values.to(torch.int8), torch.where(torch.isfinite(maximum), floor / steps, torch.nan)
+    return values.to(torch.int8), floor / steps
 
 
 def exact_product(values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
