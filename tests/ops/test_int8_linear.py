@@ -155,6 +155,7 @@ def test_rows_of_zeros_and_of_almost_zeros():
     out = int8_linear(x, weight, bias)
     assert torch.equal(out, bias.expand(3, 6))
     alone = int8_linear(x, weight)
+    assert reference.quantize_rows(torch.tensor([[2.0**-101], [2.0**-110], [0.0]]))[0].tolist() == [[64], [0], [0]], "the floor is 2^-100"
     assert torch.isfinite(alone).all() and not alone[:2].any()
     x = torch.full((1, 20), 3e38)
     assert torch.isfinite(int8_linear(x * 1e-6, weight)).all()
