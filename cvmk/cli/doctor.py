@@ -42,7 +42,7 @@ def collect() -> dict[str, Any]:
     states = {}
     for part, module in (("native", "_native"), ("cuda", "_native_cuda")):
         reason = libraries.load(module, part)[1]
-        compiler = record.get(part, {}).get("compiler", "").strip()
+        compiler = record.get(part, {}).get("compiler")
         states[part] = {"available": reason is None, "reason": reason, "compiler": compiler or None}
     devices, backends, error = _torch_side()
     return {
