@@ -26,6 +26,8 @@ So the statistics lse(z), lse(z / T), lse(t / T), R and V' of each row are all t
 
 from __future__ import annotations
 
+from typing import Literal, TypedDict, Unpack, overload
+
 import torch
 from torch import Tensor
 
@@ -33,6 +35,18 @@ from cvmk.ops._dispatch import Op, accumulation_dtype, not_needed
 
 DIVERGENCES = {"forward_kl": 0.0, "reverse_kl": 0.0, "js": 0.5, "skew_kl": 0.1, "skew_reverse_kl": 0.1}
 """The divergences and the default of their mixing weight; 0 where they have none."""
+
+
+class LossOptions(TypedDict, total=False):
+    """The options that `kd_loss` and `linear_kd_loss` share; described at `kd_loss`."""
+
+    temperature: float
+    alpha: float
+    divergence: str
+    mixture: float | None
+    label_smoothing: float
+    ignore_index: int
+    normalizer: Tensor | float | None
 
 
 def _fake_forward(student: Tensor, teacher: Tensor | None, target: Tensor, *_: object) -> tuple[Tensor, ...]:
@@ -145,6 +159,18 @@ def prepare(
         teacher_logits = teacher_logits.detach() if alpha != 0 or return_parts else None
     constant = normalizer_tensor(normalizer, student_logits)
     return student_logits, teacher_logits, target, constant, float(temperature), float(alpha), divergence, weight, float(label_smoothing), ignore_index
+
+
+@overload
+def kd_loss(
+    student_logits: Tensor, teacher_logits: Tensor | None, target: Tensor, *, return_parts: Literal[False] = False, **options: Unpack[LossOptions]
+) -> Tensor: ...
+
+
+@overload
+def kd_loss(
+    student_logits: Tensor, teacher_logits: Tensor | None, target: Tensor, *, return_parts: Literal[True], **options: Unpack[LossOptions]
+) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
 def kd_loss(

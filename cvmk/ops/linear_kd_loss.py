@@ -8,11 +8,20 @@ G = dloss/dlogits [N, V] (the formulas of `cvmk/ops/kd_loss.py`), made and used 
 
 from __future__ import annotations
 
+from typing import Literal, Unpack, overload
+
 import torch
 from torch import Tensor
 
 from cvmk.ops._dispatch import Op, accumulation_dtype, autocast_lower, not_needed
-from cvmk.ops.kd_loss import check_options, check_target, normalizer_tensor
+from cvmk.ops.kd_loss import LossOptions, check_options, check_target, normalizer_tensor
+
+
+class LinearLossOptions(LossOptions, total=False):
+    """The options of `linear_kd_loss`."""
+
+    student_bias: Tensor | None
+    teacher_bias: Tensor | None
 
 
 def _fake_forward(student_hidden: Tensor, student_weight: Tensor, *rest: object) -> tuple[Tensor, ...]:
@@ -112,6 +121,32 @@ def prepare(
     constant = normalizer_tensor(normalizer, hidden)
     options = (float(temperature), float(alpha), divergence, mixing, float(label_smoothing), ignore_index, wanted)
     return hidden, weight, bias, t_hidden, t_weight, t_bias, target, constant, *options
+
+
+@overload
+def linear_kd_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor | None,
+    teacher_weight: Tensor | None,
+    target: Tensor,
+    *,
+    return_parts: Literal[False] = False,
+    **options: Unpack[LinearLossOptions],
+) -> Tensor: ...
+
+
+@overload
+def linear_kd_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor | None,
+    teacher_weight: Tensor | None,
+    target: Tensor,
+    *,
+    return_parts: Literal[True],
+    **options: Unpack[LinearLossOptions],
+) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
 def linear_kd_loss(

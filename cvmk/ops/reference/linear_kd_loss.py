@@ -111,7 +111,6 @@ def _forward(
     teacher = None if teacher_hidden is None or teacher_weight is None else _Side.of(teacher_hidden, teacher_weight, teacher_bias)
     y, valid = valid_targets(target, ignore_index, student_weight.shape[0])
     stats = student.hidden.new_zeros((5, y.shape[0]), dtype=dtype)
-    wanted = [False] * 3 if recorded else wanted
     sums = _Gradients.zeros(student, dtype, wanted)
     one = stats.new_ones(())
     kd_scale, ce_scale = scales(one, None, None, teacher is not None, alpha, temperature)
@@ -125,7 +124,8 @@ def _forward(
         kd_rows.append(kd if blank is None else kd.masked_fill(blank.squeeze(1), 0.0))
         ce_rows.append(ce if blank is None else ce.masked_fill(blank.squeeze(1), 0.0))
         if any(wanted):
-            sums.add(rows, blank, part, student.weight, checked_gradients(z, t, y[rows], some, kd_scale, ce_scale, terms))
+            with torch.no_grad():
+                sums.add(rows, blank, part, student.weight, checked_gradients(z, t, y[rows], some, kd_scale, ce_scale, terms))
     count = (valid.sum().clamp(min=1) if normalizer is None else normalizer).to(dtype, copy=True)
     kd, ce = temperature**2 * totals(kd_rows, stats, dtype) / count, totals(ce_rows, stats, dtype) / count
     d_hidden, d_weight, d_bias = (not_needed(stats) if x is None else x for x in (sums.hidden, sums.weight, sums.bias))
