@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "common/cpu_features.h"
 #include "sketch/sketch.h"
@@ -57,6 +58,27 @@ void add_packed(Sketch& sketch, const Array<std::uint8_t>& buffer, const Array<s
   sketch.add_packed(data, starts, n - 1);
 }
 
+// The list keeps the items alive, and the interpreter lock keeps the list as it is.
+void add_items(Sketch& sketch, const py::list& items) {
+  std::vector<cvmk::sketch::Bytes> spans;
+  spans.reserve(items.size());
+  for (const py::handle item : items) {
+    const char* data = nullptr;
+    Py_ssize_t size = 0;
+    if (PyBytes_Check(item.ptr())) {
+      data = PyBytes_AS_STRING(item.ptr());
+      size = PyBytes_GET_SIZE(item.ptr());
+    } else if (PyUnicode_Check(item.ptr())) {
+      data = PyUnicode_AsUTF8AndSize(item.ptr(), &size);
+      if (data == nullptr) throw py::error_already_set();
+    } else {
+      throw py::type_error(std::string("items must be bytes or str, not ") + Py_TYPE(item.ptr())->tp_name);
+    }
+    spans.push_back({reinterpret_cast<const unsigned char*>(data), static_cast<std::size_t>(size)});
+  }
+  sketch.add_items(spans.data(), spans.size());
+}
+
 py::dict to_dict(const Sketch& sketch) {
   State state;
   {
@@ -93,6 +115,7 @@ void bind_sketch(py::module_& m) {
            }),
            "capacity"_a, "hashed"_a, "seed"_a)
       .def("add", &add, "ids"_a.noconvert())
+      .def("add_items", &add_items, "items"_a)
       .def("add_packed", &add_packed, "buffer"_a.noconvert(), "offsets"_a.noconvert())
       .def("merge", [](Sketch& self, const Sketch& other) { self.merge(other.state()); }, py::call_guard<py::gil_scoped_release>())
       .def("state", &to_dict)

@@ -61,25 +61,31 @@ void Sketch::add(const std::uint64_t* ids, std::size_t n) {
   }
 }
 
+void Sketch::add_items(const Bytes* items, std::size_t n) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  holds_bytes_ = holds_bytes_ || n > 0;
+  for (std::size_t i = 0; i < n; ++i) step_bytes(items[i]);
+}
+
 void Sketch::add_packed(const unsigned char* data, const std::int64_t* offsets, std::size_t n) {
   const std::lock_guard<std::mutex> lock(mutex_);
   holds_bytes_ = holds_bytes_ || n > 0;
-  for (std::size_t i = 0; i < n; ++i) {
-    const unsigned char* item = data + offsets[i];
-    const std::size_t length = static_cast<std::size_t>(offsets[i + 1] - offsets[i]);
-    const std::uint64_t id = fingerprint(keys_, item, length);
-    const std::uint64_t hash = hash_id(keys_, id);
-    std::uint32_t index = kNone;
-    if (mode_ == Priority::kRandom) {
-      index = step_random(id, hash, draw_at(keys_, seen_));
-    } else if (hash <= limit_) {
-      index = step_hash(id, hash);
-    }
-    ++seen_;
-    if (index == kNone) continue;
-    if (items_.size() < entries_.size()) items_.resize(entries_.size());
-    items_[index].assign(reinterpret_cast<const char*>(item), length);
+  for (std::size_t i = 0; i < n; ++i) step_bytes({data + offsets[i], static_cast<std::size_t>(offsets[i + 1] - offsets[i])});
+}
+
+void Sketch::step_bytes(Bytes item) {
+  const std::uint64_t id = fingerprint(keys_, item.data, item.size);
+  const std::uint64_t hash = hash_id(keys_, id);
+  std::uint32_t index = kNone;
+  if (mode_ == Priority::kRandom) {
+    index = step_random(id, hash, draw_at(keys_, seen_));
+  } else if (hash <= limit_) {
+    index = step_hash(id, hash);
   }
+  ++seen_;
+  if (index == kNone) return;
+  if (items_.size() < entries_.size()) items_.resize(entries_.size());
+  items_[index].assign(reinterpret_cast<const char*>(item.data), item.size);
 }
 
 // Algorithm D, steps D3 to D5. A draw for an element already in the buffer moves it: it is taken out, so the buffer has room.

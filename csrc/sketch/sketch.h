@@ -28,12 +28,19 @@ struct State {
   std::vector<std::string> items;            // the byte strings, empty unless holds_bytes
 };
 
+struct Bytes {
+  const unsigned char* data;
+  std::size_t size;
+};
+
 // Every public function takes the lock of the sketch, so that several threads may feed one.
 class Sketch {
  public:
   Sketch(std::uint64_t capacity, Priority priority, std::uint64_t seed);
 
   void add(const std::uint64_t* ids, std::size_t n);
+
+  void add_items(const Bytes* items, std::size_t n);
 
   // n byte strings in one buffer: item i is data[offsets[i], offsets[i + 1]). The caller has checked the offsets.
   void add_packed(const unsigned char* data, const std::int64_t* offsets, std::size_t n);
@@ -60,6 +67,7 @@ class Sketch {
   };
   static constexpr std::uint32_t kNone = ~std::uint32_t{0};
 
+  void step_bytes(Bytes item);
   std::uint32_t find(std::uint64_t id, std::uint64_t hash) const;
   std::uint32_t step_random(std::uint64_t id, std::uint64_t hash, std::uint64_t draw);
   std::uint32_t step_hash(std::uint64_t id, std::uint64_t hash);

@@ -13,8 +13,10 @@ from cvmk.ops.kd_loss import kd_loss
 from cvmk.ops.linear_kd_loss import linear_kd_loss
 from cvmk.ops.quantize import QuantizedWeight, quantize_int4, quantize_int8
 from cvmk.ops.selective_scan import selective_scan, selective_state_update
+from cvmk.ops.sketch import CVMSketch
 
 __all__ = [
+    "CVMSketch",
     "Explanation",
     "QuantizedWeight",
     "attention_kl",

@@ -75,11 +75,10 @@ class CVMSketch:
         """
         if isinstance(items, bytes | bytearray | memoryview | str):
             raise TypeError("add_bytes takes an iterable of items: put a single item into a list")
-        for group in _groups(items):
-            encoded = [_encoded(item) for item in group]
-            offsets = np.zeros(len(encoded) + 1, dtype=np.int64)
-            np.cumsum(np.fromiter(map(len, encoded), dtype=np.int64, count=len(encoded)), out=offsets[1:])
-            self.add_packed(b"".join(encoded), offsets)
+        iterator = iter(items)
+        while group := list(itertools.islice(iterator, _ITEMS_AT_ONCE)):
+            self._fed_by("byte strings", len(group))
+            self._sketch.add_items(group)
 
     def add_packed(self, buffer: Any, offsets: Any) -> None:
         """One occurrence of each item of a packed list, the fast way in for many byte strings.
@@ -211,17 +210,3 @@ def _wrapped(value: Any) -> int:
     if not -(2**63) <= number < 2**64:
         raise ValueError(f"the id {number} has more than 64 bits")
     return number % 2**64
-
-
-def _encoded(item: bytes | str) -> bytes:
-    if isinstance(item, str):
-        return item.encode("utf-8")
-    if isinstance(item, bytes):
-        return item
-    raise TypeError(f"items must be bytes or str, not {type(item).__name__}")
-
-
-def _groups(items: Iterable[bytes | str]) -> Iterable[list[bytes | str]]:
-    iterator = iter(items)
-    while group := list(itertools.islice(iterator, _ITEMS_AT_ONCE)):
-        yield group

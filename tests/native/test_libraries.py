@@ -23,7 +23,7 @@ def python(code: str, **environment: str) -> str:
     """Run code in a fresh process that sees this checkout's cvmk, and return what it printed."""
     path = os.pathsep.join([str(Path(cvmk.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False, env={**os.environ, "PYTHONPATH": path, **environment}
+        [sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=60, check=False, env={**os.environ, "PYTHONPATH": path, **environment}
     )
     assert result.returncode == 0, result.stderr
     return result.stdout.strip()

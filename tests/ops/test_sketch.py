@@ -323,6 +323,16 @@ def test_packed_equals_items():
     assert_same_state(one, two)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_group_with_a_wrong_item_adds_nothing(backend: str):
+    sketch = make(backend, 3)
+    with pytest.raises(UnicodeEncodeError):
+        sketch.add_bytes(["good", "\ud800"])
+    with pytest.raises(TypeError):
+        sketch.add_bytes(["good", None])  # type: ignore[list-item]
+    assert len(sketch) == 0 and sketch.seen == 0
+
+
 def test_threads_may_share_a_sketch():
     sketch = CVMSketch(256, priority="hash")
     streams = [zipf(seed, 20_000 if library() else 500, 3000) for seed in range(4)]
@@ -374,7 +384,7 @@ def test_merge_refuses_what_cannot_be_merged():
         (lambda: CVMSketch(3).add([U64]), ValueError, "64 bits"),
         (lambda: CVMSketch(3).add([-(2**63) - 1]), ValueError, "64 bits"),
         (lambda: CVMSketch(3).add_bytes("word"), TypeError, "single item"),
-        (lambda: CVMSketch(3).add_bytes([3]), TypeError, "int"),  # type: ignore[list-item]
+        (lambda: CVMSketch(3).add_bytes(["a", 3]), TypeError, "bytes or str, not int"),  # type: ignore[list-item]
         (lambda: CVMSketch(3).add_packed(b"abc", [0, 4]), ValueError, "offsets"),
         (lambda: CVMSketch(3).add_packed(b"abc", [2, 1, 3]), ValueError, "offsets"),
         (lambda: CVMSketch(3).add_packed(b"abc", [-1, 3]), ValueError, "offsets"),

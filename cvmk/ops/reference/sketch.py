@@ -22,6 +22,7 @@ The threshold of the paper is p = (limit + 1) / 2^64; limit is 2^64 - 1 at the s
 from __future__ import annotations
 
 import heapq
+import itertools
 from collections.abc import Iterable
 from typing import Any
 
@@ -80,10 +81,14 @@ class ReferenceSketch:
         if not len(offsets) or offsets[0] < 0 or offsets[-1] > len(buffer) or (np.diff(offsets) < 0).any():
             raise ValueError("offsets must rise from 0 or more to at most the length of the buffer")
         data, bounds = buffer.tobytes(), offsets.tolist()
-        if len(bounds) > 1 and self._items is None:
+        self.add_items([data[begin:end] for begin, end in itertools.pairwise(bounds)])
+
+    def add_items(self, items: list[bytes | str]) -> None:
+        """One occurrence of each item; a str stands for its UTF-8 bytes. Raises TypeError, and takes none, where one is neither."""
+        encoded = [_encoded(item) for item in items]
+        if encoded and self._items is None:
             self._items = {}
-        for begin, end in zip(bounds, bounds[1:], strict=False):
-            item = data[begin:end]
+        for item in encoded:
             id_ = self._fingerprint(item)
             if self._hashed:
                 entered = self._step_hash(id_, self._hash(id_))
@@ -216,6 +221,14 @@ def _mix64_array(z: np.ndarray) -> np.ndarray:
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))
+
+
+def _encoded(item: bytes | str) -> bytes:
+    if isinstance(item, str):
+        return item.encode("utf-8")
+    if isinstance(item, bytes):
+        return item
+    raise TypeError(f"items must be bytes or str, not {type(item).__name__}")
 
 
 def _array(values: Iterable[int]) -> np.ndarray:
