@@ -56,7 +56,7 @@ class DataConfig(Section):
     test: CorpusConfig | None = Field(None, description="Held-out pairs, scored once at the end.")
     jsonl_source: str = Field("source", description="Key of the source sentence in JSONL files.")
     jsonl_target: str = Field("target", description="Key of the target sentence in JSONL files.")
-    on_bad_line: Literal["error", "skip"] = Field("error", description="What to do with invalid UTF-8, empty or over-long lines of the training data: stop, or skip and count them.")
+    on_bad_line: Literal["error", "skip"] = Field("error", description="What to do with invalid UTF-8, empty lines, and over-long pairs of the training data: stop, or skip and count them.")
     max_tokens_per_sentence: int = Field(256, ge=2, description="A training pair with a longer side is over-long.")
     max_length_ratio: float = Field(0.0, ge=0, description="A training pair whose token counts differ by more than this factor is over-long; 0 = no limit.")
     cache: str = Field("", description="Folder of the tokenised cache; empty = `cache` beside the run's checkpoints.")
@@ -200,3 +200,14 @@ class TrainConfig(Recipe):
     tokenizer: TokenizerConfig = Field(TokenizerConfig(), description="Words to pieces.")
     teacher: TeacherConfig | None = Field(None, description="The model to distil; without it the model is trained on the references alone.")
     distillation: DistillationConfig = Field(DistillationConfig(), description="What the student learns from the teacher.")
+
+    @model_validator(mode="after")
+    def _sentences_fit(self) -> TrainConfig:
+        longest = self.data.max_tokens_per_sentence + 1  # BOS or EOS
+        models = [("model", self.model)] + ([("teacher.model", self.teacher.model)] if self.teacher is not None and self.teacher.path is None else [])
+        for name, model in models:
+            if longest > model.max_length:
+                raise ValueError(
+                    f"data.max_tokens_per_sentence ({longest - 1}) must be below {name}.max_length ({model.max_length})"
+                )
+        return self

@@ -141,5 +141,5 @@ class CVMTransformer(nn.Module):
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Number of trainable weights; shared matrices count once."""
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    """Number of weights; shared matrices count once."""
+    return sum(parameter.numel() for parameter in model.parameters())

@@ -71,7 +71,7 @@ def teacher_translations(
             with open(path, "w", encoding="utf-8") as file, reporter.progress(f"teacher translates {name}", len(sources), len(done)) as bar:
                 file.writelines(json.dumps(text, ensure_ascii=False) + "\n" for text in done)
                 for start in range(len(done), len(sources), _CHUNK):
-                    found = translator.translate(list(sources[start : start + _CHUNK]), beam_size=beam_size)
+                    found = translator.translate(list(sources[start : start + _CHUNK]), beam_size=beam_size, on_long="truncate")
                     texts = [" ".join(one.text.split()) for one in found]
                     file.writelines(json.dumps(text, ensure_ascii=False) + "\n" for text in texts)
                     file.flush()

@@ -163,7 +163,7 @@ def _train_one(job: Job, recipe: Recipe, folder: Path, title: str, tokenizer: To
         test = None
         if job.corpora.test is not None:
             validator = _validator(job, recipe, job.corpora.test, "test", None, teacher)
-            test = validator.run(trainer.translator(), trainer.progress.step)
+            test = validator.run(trainer.translator(), trainer.progress.step, on_long="truncate")
         report = training_report(
             config, recipe, title, trainer, parameters=parameters, corpus=corpus, final=final, chosen=chosen, test=test,
             teacher=_teacher_facts(teacher),
@@ -213,7 +213,7 @@ def _final_weights(trainer: Trainer) -> tuple[ValidationResult, str]:
     mean = trainer.averages.mean()
     if mean is not None:
         trainer.model.load_state_dict(mean)
-        averaged = trainer.validator.run(trainer.translator(), trainer.progress.step)
+        averaged = trainer.validator.run(trainer.translator(), trainer.progress.step, on_long="truncate")
         if trainer.validator.better(averaged, best):
             return averaged, f"average of the weights at iterations {', '.join(map(str, trainer.averages.steps()))}"
     trainer.model.load_state_dict(trainer.store.load(best.step).weights)

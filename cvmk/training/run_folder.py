@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ _MAY_CHANGE = ("run.", "training.iterations", "training.log_every", "training.sa
 def open_run(config: TrainConfig, text: str, *, resume: bool, restart: bool) -> Iterator[Path]:
     """Claim `config.run.folder` for this process and write the configuration into it; `text` is the TOML as given.
 
-    A folder that holds a run already is taken over with `resume` (by an unchanged configuration), set aside under another name
+    A folder that holds a run already (one that has a checkpoint) is taken over with `resume` (by an unchanged configuration), set aside under another name
     with `restart`, and an error otherwise. Raises ConfigError or DataError.
     """
     folder = Path(config.run.folder)
@@ -31,7 +32,10 @@ def open_run(config: TrainConfig, text: str, *, resume: bool, restart: bool) -> 
         if restart and (folder / RESOLVED).exists():
             with _claimed(folder):
                 folder.rename(_unused(folder))
-        if (folder / RESOLVED).exists():
+        if (folder / RESOLVED).exists() and not _has_trained(folder):
+            with _claimed(folder):  # a start that failed early: its tokenizer may be of another configuration
+                shutil.rmtree(folder / "tokenizer", ignore_errors=True)
+        elif (folder / RESOLVED).exists():
             if not resume:
                 raise ConfigError(
                     f"{folder} already holds a run: add --resume to go on with it, --restart to set it aside and start anew, or --set run.folder=..."
@@ -55,6 +59,10 @@ def _claimed(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             raise ConfigError(f"another process is training in {folder}: wait for it, stop it, or choose another run.folder") from None
         yield
+
+
+def _has_trained(folder: Path) -> bool:
+    return any((folder / name).exists() for name in ("checkpoints", "teacher", "model"))
 
 
 def _unused(folder: Path) -> Path:

@@ -161,7 +161,7 @@ class Trainer:
         if progress.first_loss is None:
             progress.first_loss = losses["loss"]
         log = progress.step % self.config.log_every == 0 or progress.step == self.config.iterations
-        parts = "  ".join(f"{name} {value:.4f}" for name, value in losses.items())
+        parts = "  ".join(f"{name} {value:.4f}" for name, value in losses.items() if value)
         text = f"{parts}  {self.tokens_per_second:.0f} tok/s"
         if (best := self.validator.best) is not None:
             text += f"  best {best.metric} {best.value:.2f}"
@@ -182,7 +182,7 @@ class Trainer:
 
     def _validate(self) -> None:
         step, guard, best = self.progress.step, self.recipe.guard, self.validator.best
-        result = self.validator.run(self.translator(), step)
+        result = self.validator.run(self.translator(), step, on_long="truncate")
         scores = {score.metric: score.value for score in result.scores}
         self.log.event("validation", **result.to_dict())
         better = self.validator.better(result, best)
@@ -227,7 +227,8 @@ class Trainer:
         self.store.drop_after(target)
         self.averages.drop_after(target)
         self.save(best=self.validator.best is not None)
-        text = f"iteration {step}: {problem}; back to iteration {target}, learning rate x {scale:g}, new data order ({count} of {guard.max_rollbacks} rollbacks)"
+        change = f"learning rate x {scale:g}, new data order ({count} of {guard.max_rollbacks} rollbacks)"
+        text = f"iteration {step}: {problem}; back to iteration {target}, {change}"
         self.reporter.say(f"{self.title} {text}")
         self.log.line(text)
 

@@ -46,6 +46,7 @@ def test_values_arrive(tmp_path: Path) -> None:
         ("[model]\nencoder_mixers = ['atention']\n", ["model.encoder_mixers.0", "'attention'"]),
         ("[run]\nseed = 2026-01-01\n", ["run.seed", "integer"]),
         ("phrasebook_pairs = 5\ntrain = { source = 'a' }\n", ["data.train", "source and target"]),
+        ("max_tokens_per_sentence = 512\n", ["data.max_tokens_per_sentence (512)", "model.max_length (512)"]),
         ("[schedule]\nkind = 'cosin'\n", ["schedule.kind", "'cosine'"]),
     ],
 )

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cvmk.config.loading import load_train_config
+from cvmk.errors import ConfigError, DataError
+from cvmk.training.run_folder import open_run
+
+
+def start(path: Path, overrides: list[str] | None = None, **options: bool) -> Path:
+    config = load_train_config(path, overrides or [])
+    with open_run(config, path.read_text(), resume=options.get("resume", False), restart=options.get("restart", False)) as folder:
+        (folder / "checkpoints").mkdir(exist_ok=True)
+        return folder
+
+
+def test_a_run_is_not_overwritten(config: Path, tmp_path: Path) -> None:
+    folder = start(config)
+    (folder / "precious").write_text("x")
+    with pytest.raises(ConfigError, match="already holds a run.*--resume.*--restart"):
+        start(config)
+    assert start(config, resume=True) == folder
+    assert (folder / "precious").exists()
+
+
+def test_restart_sets_the_old_run_aside(config: Path, tmp_path: Path) -> None:
+    for _ in range(3):
+        start(config, restart=True)
+    assert sorted(entry.name for entry in tmp_path.iterdir() if entry.name.startswith("run")) == ["run", "run.old-1", "run.old-2"]
+
+
+def test_resume_wants_the_same_configuration(config: Path) -> None:
+    start(config)
+    start(config, ["training.iterations=50", "run.threads=2", "validation.patience=3"], resume=True)
+    with pytest.raises(ConfigError, match=r"model\.ffn"):
+        start(config, ["model.ffn=32"], resume=True)
+
+
+def test_a_folder_of_something_else_is_left_alone(config: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("x")
+    with pytest.raises(ConfigError, match="not empty and holds no run"):
+        start(config)
+    with pytest.raises(ConfigError, match="not empty and holds no run"):
+        start(config, restart=True)
+    assert (tmp_path / "run" / "thesis.tex").exists()
+
+
+def test_one_process_at_a_time(config: Path) -> None:
+    loaded = load_train_config(config)
+    with open_run(loaded, "", resume=False, restart=False):
+        with pytest.raises(ConfigError, match="another process"):
+            start(config, resume=True)
+        with pytest.raises(ConfigError, match="another process"):
+            start(config, restart=True)
+    start(config, resume=True)
+
+
+def test_a_start_that_failed_early_needs_no_clean_up(config: Path, tmp_path: Path) -> None:
+    folder = start(config)
+    (folder / "checkpoints").rmdir()
+    (folder / "tokenizer").mkdir()
+    assert start(config, ["tokenizer.vocabulary=300"]) == folder
+    assert not (folder / "tokenizer").exists()
+
+
+def test_a_file_in_the_way(config: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("x")
+    with pytest.raises(DataError):
+        start(config)
+
+
+def test_no_permission(config: Path, tmp_path: Path, cvmk: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    failed = cvmk("train", config, "--set", "run.folder=/proc/nothing/run")
+    assert failed.returncode == 5
+    assert "Traceback" not in failed.stderr and "/proc/nothing" in failed.stderr

@@ -1,0 +1,232 @@
+"""`cvmk train` from configuration to report: teacher and student, divergence and recovery, and what it says of bad input."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import events
+
+from cvmk.config.loading import load_train_config
+from cvmk.errors import ConfigError, DataError, DivergedError
+from cvmk.telemetry import Reporter
+from cvmk.training import pipeline
+from cvmk.training.trainer import Trainer
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def train(path: Path, *overrides: str, on_step: Callable[[Trainer], None] | None = None, monkeypatch: Any = None) -> dict[str, Any]:
+    if on_step is not None:
+        monkeypatch.setattr(Trainer, "on_step", staticmethod(on_step), raising=False)
+    threads = torch.get_num_threads()
+    try:
+        return pipeline.train(load_train_config(path, overrides), path.read_text(), Reporter())
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_teacher_and_student(with_teacher: Path, tmp_path: Path, cvmk: Run) -> None:
+    done = cvmk("train", with_teacher, "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    run = tmp_path / "run"
+    assert report == json.loads((run / "training_report.json").read_text())
+    assert set(report["losses"]["last"]) == {"loss", "cross_entropy", "logits", "hidden", "attention"}
+    assert report["losses"]["last"]["loss"] < report["losses"]["first"]
+    assert report["throughput"]["target_tokens_per_second"] > 0
+    for part in ("validation", "test"):
+        assert {score["metric"] for score in report[part]["scores"]} == {"bleu", "chrf", "ter"}
+        assert {score["metric"] for score in report[part]["agreement"]} == {"bleu", "chrf", "ter"}  # against the teacher's own output
+    assert report["teacher"]["validation"][0]["signature"].startswith("nrefs:1")
+    for name in ("config.toml", "config.resolved.json", "environment.json", "events.jsonl", "log.txt", "validation_history.json", "hypotheses/step-20.txt"):
+        assert (run / name).is_file(), name
+    for name in ("config.json", "model.safetensors", "card.md"):
+        assert (run / "model" / name).is_file(), name
+    assert [result["step"] for result in json.loads((run / "validation_history.json").read_text())][:2] == [20, 40]
+    translated = cvmk("translate", run, input="It is nine o'clock.\n\n")
+    assert translated.returncode == 0 and translated.stdout.count("\n") == 2
+
+
+def test_a_trained_teacher_is_reused(with_teacher: Path, tmp_path: Path) -> None:
+    train(with_teacher)
+    text = with_teacher.read_text().split("[teacher.model]")[0]
+    other = tmp_path / "other.toml"
+    other.write_text(f'{text}\n[teacher]\npath = "{tmp_path}/run/teacher"\n')
+    report = train(other, f"run.folder={tmp_path}/second")
+    assert report["teacher"]["path"] == f"{tmp_path}/run/teacher"
+    assert not (tmp_path / "second" / "teacher").exists() and not (tmp_path / "second" / "tokenizer").exists()
+
+
+def test_another_vocabulary_is_an_error_that_names_both(with_teacher: Path, tmp_path: Path) -> None:
+    train(with_teacher)
+    text = with_teacher.read_text().split("[teacher.model]")[0]
+    alone = tmp_path / "alone.toml"
+    alone.write_text(text)
+    train(alone, f"run.folder={tmp_path}/alone", "tokenizer.vocabulary=300", "training.iterations=1")
+    other = tmp_path / "other.toml"
+    other.write_text(f'{text}\n[teacher]\npath = "{tmp_path}/run/teacher"\n')
+    with pytest.raises(ConfigError) as caught:
+        train(other, f"run.folder={tmp_path}/second", f"tokenizer.path={tmp_path}/alone/tokenizer")
+    assert "300" in str(caught.value) and "400" in str(caught.value)
+
+
+def test_sequence_level_outputs_are_written_once(with_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = f"data.cache={tmp_path}/cache"
+    options = ["distillation.sequence_level.enabled=true", "distillation.sequence_level.beam_size=2", "training.iterations=5", cache]
+    report = train(with_teacher, *options)
+    assert 400 < report["pairs"]["trained_on"] <= 800
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").glob("teacher-*.jsonl")}
+    assert any("train" in path.name for path in files)
+    again = train(with_teacher, *options, f"run.folder={tmp_path}/again")
+    assert again["pairs"] == report["pairs"]
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").glob("teacher-*.jsonl")} == files
+    replaced = train(with_teacher, *options, 'distillation.sequence_level.mix="replace"', f"run.folder={tmp_path}/replaced")
+    assert replaced["pairs"]["trained_on"] == report["pairs"]["trained_on"] - 400
+
+
+# -- divergence --------------------------------------------------------------------------------------------------------------
+def poison(trainer: Trainer) -> None:
+    with torch.no_grad():
+        next(iter(trainer.model.parameters())).fill_(float("nan"))
+
+
+def test_divergence_rolls_back_and_recovers(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    struck: list[int] = []
+
+    def strike(trainer: Trainer) -> None:
+        if trainer.progress.step == 25 and not struck:
+            struck.append(25)
+            poison(trainer)
+
+    report = train(config, on_step=strike, monkeypatch=monkeypatch)
+    (rollback,) = events(tmp_path / "run", "rollback")
+    assert (rollback["step"], rollback["to"]) == (26, 20) and "loss is nan" in rollback["problem"]
+    assert report["rollbacks"] == 1 and report["iterations"] == 40
+    rates = {event["step"]: event["learning_rate"] for event in events(tmp_path / "run", "step")}
+    assert rates[30] == pytest.approx(0.5 * 3e-3 * (10 / 30) ** 0.5)  # half the rate that it would have been
+    assert report["losses"]["last"]["loss"] < report["losses"]["first"]
+
+
+def test_divergence_before_the_first_validation(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    struck: list[int] = []
+
+    def strike(trainer: Trainer) -> None:
+        if trainer.progress.step == 5 and not struck:
+            struck.append(5)
+            poison(trainer)
+
+    assert train(config, on_step=strike, monkeypatch=monkeypatch)["iterations"] == 40
+    assert events(tmp_path / "run", "rollback")[0]["to"] == 0
+
+
+def test_divergence_again_and_again_stops_the_run(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def strike(trainer: Trainer) -> None:
+        if trainer.progress.step >= 25:
+            poison(trainer)
+
+    with pytest.raises(DivergedError, match="after 2 rollbacks"):
+        train(config, "guard.max_rollbacks=2", on_step=strike, monkeypatch=monkeypatch)
+    assert len(events(tmp_path / "run", "rollback")) == 3
+    checkpoint = pipeline.CheckpointStore(tmp_path / "run" / "checkpoints", keep=2).load(20)
+    assert all(torch.isfinite(tensor).all() for tensor in checkpoint.weights.values())
+
+
+def test_exit_code_of_divergence(config: Path, cvmk: Run) -> None:
+    failed = cvmk("train", config, "--set", "optimizer.learning_rate=1e30", "--set", "guard.max_rollbacks=1", "--set", "schedule.warmup=0")
+    assert failed.returncode == 4
+    assert "after 1 rollbacks" in failed.stderr and "Traceback" not in failed.stderr
+
+
+def test_regression_rolls_back(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    struck: list[int] = []
+
+    def strike(trainer: Trainer) -> None:
+        if trainer.progress.step == 99 and not struck:
+            struck.append(99)
+            with torch.no_grad():  # finite, but no translator any more
+                for parameter in trainer.model.parameters():
+                    parameter.copy_(torch.randn_like(parameter) * 0.05)
+
+    options = ["training.iterations=120", "validation.validate_every=50", "guard.loss_factor=1000", "validation.metric=chrf"]
+    report = train(config, *options, on_step=strike, monkeypatch=monkeypatch)
+    rollbacks = events(tmp_path / "run", "rollback")
+    assert len(rollbacks) >= 1 and rollbacks[0]["step"] == 100 and rollbacks[0]["to"] == 50
+    assert "outside the bootstrap interval" in rollbacks[0]["problem"]
+    assert report["iterations"] == 120
+
+
+def test_early_stop(config: Path, tmp_path: Path) -> None:
+    options = ["optimizer.learning_rate=1e-12", "validation.patience=2", "validation.validate_every=5", "training.iterations=100"]
+    report = train(config, *options)
+    assert report["stopped_early"] and report["iterations"] == 15
+
+
+# -- the loop's details --------------------------------------------------------------------------------------------------------
+def test_accumulated_batches_are_one_batch(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Losses of accumulated batches are weighted by their tokens: the step is that of one batch of all pairs."""
+    found: list[tuple[dict[str, float], float]] = []
+    original = Trainer._step
+
+    def spy(trainer: Trainer) -> tuple[dict[str, float], float]:
+        batches = [next(trainer.sampler) for _ in range(2)]
+        joined = [index for batch in batches for index in batch]
+        for queue in ([joined], batches):
+            pending = iter(queue)
+            with monkeypatch.context() as patch:
+                patch.setattr(trainer, "sampler", pending)
+                patch.setattr(trainer, "config", trainer.config.model_copy(update={"accumulate": len(queue)}))
+                patch.setattr(trainer.optimizer, "step", lambda: None)
+                found.append(original(trainer))
+        return found[-1]
+
+    monkeypatch.setattr(Trainer, "_step", spy)
+    train(config, "training.iterations=2", "training.average=1", "model.dropout=0", "training.clip_norm=0")
+    (one, one_norm), (two, two_norm) = found[:2]
+    assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
+    assert two_norm == pytest.approx(one_norm, rel=1e-4)
+
+
+def test_bfloat16(with_teacher: Path) -> None:
+    report = train(with_teacher, 'training.precision="bfloat16"', 'teacher.training.precision="bfloat16"')
+    assert report["losses"]["last"]["loss"] < report["losses"]["first"]
+
+
+def test_average_of_checkpoints_wins_only_when_better(config: Path, tmp_path: Path) -> None:
+    report = train(config, "training.average=3", "validation.validate_every=10")
+    history = json.loads((tmp_path / "run" / "validation_history.json").read_text())
+    assert report["validation"]["value"] == max(result["value"] for result in history)
+    assert len(list((tmp_path / "run" / "checkpoints" / "average").iterdir())) == 3
+
+
+# -- bad input ---------------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("overrides", "error", "words"),
+    [
+        (["data.source_language=xx"], ConfigError, "xx"),
+        (["data.train.tsv=nowhere.tsv"], DataError, "nowhere.tsv"),
+        (["data.valid.tsv=empty.tsv"], DataError, "empty.tsv"),
+        (["tokenizer.vocabulary=200000"], ConfigError, "tokenizer.vocabulary"),
+        (["teacher.path=nowhere"], DataError, "nowhere"),
+        (["training.max_tokens=16"], ConfigError, "training.max_tokens"),
+        (["tokenizer.path=nowhere"], DataError, "nowhere"),
+    ],
+)
+def test_bad_input(config: Path, tmp_path: Path, overrides: list[str], error: type[Exception], words: str) -> None:
+    (tmp_path / "empty.tsv").write_text("")
+    with pytest.raises(error) as caught:
+        train(config, *overrides)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_failed_start_can_be_repeated(config: Path, tmp_path: Path) -> None:
+    """Mistakes in the data are found before the run's folder is made, so that mending them needs no clean-up."""
+    with pytest.raises(DataError):
+        train(config, "data.train.tsv=nowhere.tsv")
+    assert not (tmp_path / "run").exists()
+    train(config, "training.iterations=1")
