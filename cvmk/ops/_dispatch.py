@@ -153,6 +153,9 @@ class Op:
                 tensor = arguments[index]
                 if tensor is not None and tensor.requires_grad:
                     return self._function.apply(*arguments)
+            # A constant argument (a teacher's logits) may ask for a gradient; the result has none to give.
+            with torch.no_grad():
+                return self._forward(*arguments)
         return self._forward(*arguments)
 
     @property
