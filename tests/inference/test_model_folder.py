@@ -81,6 +81,23 @@ def test_failed_save_leaves_the_old_model(saved: Path, make_model, tokenizer: To
     assert [entry.name for entry in saved.parent.iterdir()] == ["model"]
 
 
+def test_failed_exchange_puts_the_old_model_back(saved: Path, make_model, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {entry.name: entry.read_bytes() for entry in saved.iterdir()}
+    rename, calls = os.rename, []
+
+    def second_fails(source: object, target: object) -> None:
+        calls.append((source, target))
+        if len(calls) == 2:
+            raise OSError(5, "Input/output error")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", second_fails)
+    with pytest.raises(DataError, match="Input/output error"):
+        save_model_folder(saved, make_model(tokenizer.vocab_size, seed=9), tokenizer, "second")
+    assert {entry.name: entry.read_bytes() for entry in saved.iterdir()} == before
+    assert [entry.name for entry in saved.parent.iterdir()] == ["model"]
+
+
 def test_wrong_calls(tmp_path: Path, make_model, tokenizer: Tokenizer) -> None:
     with pytest.raises(ValueError, match="30"):
         save_model_folder(tmp_path / "m", make_model(30), tokenizer, "")
