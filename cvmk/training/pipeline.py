@@ -19,7 +19,7 @@ from cvmk.inference.model_folder import load_model_folder, save_model_folder
 from cvmk.nn import CVMTransformer, count_parameters
 from cvmk.telemetry import Reporter, RunLog
 from cvmk.text.cache import TokenizedCorpus, tokenized
-from cvmk.text.corpus import ParallelCorpus
+from cvmk.text.corpus import CorpusReport, ParallelCorpus
 from cvmk.text.tokenizer import Tokenizer
 from cvmk.training.materials import Corpora, load_corpora, prepare_tokenizer, teacher_translations
 from cvmk.training.report import model_card, training_report
@@ -182,10 +182,13 @@ def _training_corpus(job: Job, tokenizer: Tokenizer, teacher: Teacher | None) ->
     corpus = job.corpora.train
     if teacher is not None and sequence.enabled:
         outputs = teacher_translations(teacher.translator(), teacher.fingerprint, corpus.sources, sequence.beam_size, job.cache, "train", job.reporter)
-        kept = [(source, target) for source, target in zip(corpus.sources, outputs, strict=True) if target]
+        lengths = [len(ids) for ids in tokenizer.encode_many(outputs)]
+        usable = [0 < length <= data.max_tokens_per_sentence for length in lengths]  # a teacher may say nothing, or not stop
+        kept = [pair for pair, good in zip(zip(corpus.sources, outputs, strict=True), usable, strict=True) if good]
         pairs = kept if sequence.mix == "replace" else [*zip(corpus.sources, corpus.targets, strict=True), *kept]
-        job.reporter.say(f"sequence-level distillation: {len(kept)} translations of the teacher, {len(pairs)} pairs in all")
-        corpus = ParallelCorpus([s for s, _ in pairs], [t for _, t in pairs], f"{corpus.name} with the teacher's translations")
+        job.reporter.say(f"sequence-level distillation: {len(kept)} of {len(outputs)} translations of the teacher are usable, {len(pairs)} pairs in all")
+        name, report = f"{corpus.name} with the teacher's translations", CorpusReport(read=len(pairs), kept=len(pairs))
+        corpus = ParallelCorpus([s for s, _ in pairs], [t for _, t in pairs], name, report)
     found = tokenized(corpus, tokenizer, job.cache, data.max_tokens_per_sentence, data.max_length_ratio, data.on_bad_line)
     if found.report.skipped:
         job.reporter.say(found.report.describe(corpus.name))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -84,7 +84,6 @@ class Trainer:
         self.store = CheckpointStore(folder / "checkpoints", self.config.keep)
         self.averages = WeightHistory(folder / "checkpoints" / "average", self.config.average)
         self.progress = Progress()
-        self.on_step: Callable[[Trainer], None] | None = None
         self._signal: int | None = None
 
     # -- the loop ----------------------------------------------------------------------------------------------------------
@@ -109,8 +108,6 @@ class Trainer:
                     self._validate()
                 elif step % config.save_every == 0:
                     self.save()
-                if self.on_step is not None:
-                    self.on_step(self)
                 if self._signal is not None:
                     if not validated and step % config.save_every != 0:
                         self.save()

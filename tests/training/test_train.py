@@ -6,6 +6,7 @@ import json
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,14 +17,23 @@ from cvmk.config.loading import load_train_config
 from cvmk.errors import ConfigError, DataError, DivergedError
 from cvmk.telemetry import Reporter
 from cvmk.training import pipeline
+from cvmk.training.checkpoint import CheckpointStore
 from cvmk.training.trainer import Trainer
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def train(path: Path, *overrides: str, on_step: Callable[[Trainer], None] | None = None, monkeypatch: Any = None) -> dict[str, Any]:
+    """Train in this process; `on_step` is called after every optimiser step, before anything looks at it."""
     if on_step is not None:
-        monkeypatch.setattr(Trainer, "on_step", staticmethod(on_step), raising=False)
+        original = Trainer._step
+
+        def step(trainer: Trainer) -> Any:
+            found = original(trainer)
+            on_step(trainer)
+            return found
+
+        monkeypatch.setattr(Trainer, "_step", step)
     threads = torch.get_num_threads()
     try:
         return pipeline.train(load_train_config(path, overrides), path.read_text(), Reporter())
@@ -68,12 +78,12 @@ def test_another_vocabulary_is_an_error_that_names_both(with_teacher: Path, tmp_
     text = with_teacher.read_text().split("[teacher.model]")[0]
     alone = tmp_path / "alone.toml"
     alone.write_text(text)
-    train(alone, f"run.folder={tmp_path}/alone", "tokenizer.vocabulary=300", "training.iterations=1")
+    train(alone, f"run.folder={tmp_path}/alone", "tokenizer.vocabulary=360", "training.iterations=1")
     other = tmp_path / "other.toml"
     other.write_text(f'{text}\n[teacher]\npath = "{tmp_path}/run/teacher"\n')
     with pytest.raises(ConfigError) as caught:
         train(other, f"run.folder={tmp_path}/second", f"tokenizer.path={tmp_path}/alone/tokenizer")
-    assert "300" in str(caught.value) and "400" in str(caught.value)
+    assert "360" in str(caught.value) and "400" in str(caught.value)
 
 
 def test_sequence_level_outputs_are_written_once(with_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,7 +143,7 @@ def test_divergence_again_and_again_stops_the_run(config: Path, tmp_path: Path, 
     with pytest.raises(DivergedError, match="after 2 rollbacks"):
         train(config, "guard.max_rollbacks=2", on_step=strike, monkeypatch=monkeypatch)
     assert len(events(tmp_path / "run", "rollback")) == 3
-    checkpoint = pipeline.CheckpointStore(tmp_path / "run" / "checkpoints", keep=2).load(20)
+    checkpoint = CheckpointStore(tmp_path / "run" / "checkpoints", keep=2).load(20)
     assert all(torch.isfinite(tensor).all() for tensor in checkpoint.weights.values())
 
 
@@ -143,22 +153,40 @@ def test_exit_code_of_divergence(config: Path, cvmk: Run) -> None:
     assert "after 1 rollbacks" in failed.stderr and "Traceback" not in failed.stderr
 
 
-def test_regression_rolls_back(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+class Scripted:
+    """Translations of a chosen quality: the references, or, once at iteration 40, words that have nothing to do with them."""
+
+    def __init__(self, references: dict[str, str], bad: bool) -> None:
+        self.references, self.bad = references, bad
+
+    def translate(self, texts: list[str], **options: Any) -> list[Any]:
+        return [SimpleNamespace(text="ganz etwas anderes" if self.bad else self.references[text] + " ja" * (i % 3), tokens=[1]) for i, text in enumerate(texts)]
+
+
+def test_regression_rolls_back(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, corpora: dict[str, str]) -> None:
+    references = dict(line.split("\t") for line in corpora["valid.tsv"].splitlines())
     struck: list[int] = []
 
-    def strike(trainer: Trainer) -> None:
-        if trainer.progress.step == 99 and not struck:
-            struck.append(99)
-            with torch.no_grad():  # finite, but no translator any more
-                for parameter in trainer.model.parameters():
-                    parameter.copy_(torch.randn_like(parameter) * 0.05)
+    def translator(trainer: Trainer) -> Scripted:
+        bad = trainer.progress.step == 40 and not struck
+        struck.extend([40] * bad)
+        return Scripted(references, bad)
 
-    options = ["training.iterations=120", "validation.validate_every=50", "guard.loss_factor=1000", "validation.metric=chrf"]
-    report = train(config, *options, on_step=strike, monkeypatch=monkeypatch)
-    rollbacks = events(tmp_path / "run", "rollback")
-    assert len(rollbacks) >= 1 and rollbacks[0]["step"] == 100 and rollbacks[0]["to"] == 50
-    assert "outside the bootstrap interval" in rollbacks[0]["problem"]
-    assert report["iterations"] == 120
+    monkeypatch.setattr(Trainer, "translator", translator)
+    report = train(config, "training.iterations=60", "training.average=1")
+    (rollback,) = events(tmp_path / "run", "rollback")
+    assert (rollback["step"], rollback["to"]) == (40, 20)
+    assert "bleu went from" in rollback["problem"] and "outside the bootstrap interval" in rollback["problem"]
+    assert report["iterations"] == 60 and report["rollbacks"] == 1
+    history = json.loads((tmp_path / "run" / "validation_history.json").read_text())
+    assert [result["step"] for result in history] == [20, 40, 40, 60]  # the bad one is not forgotten
+
+
+def test_no_rollback_on_regression_unless_wanted(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, corpora: dict[str, str]) -> None:
+    references = dict(line.split("\t") for line in corpora["valid.tsv"].splitlines())
+    monkeypatch.setattr(Trainer, "translator", lambda trainer: Scripted(references, trainer.progress.step == 40))
+    train(config, "guard.rollback_on_regression=false", "training.average=1")
+    assert events(tmp_path / "run", "rollback") == []
 
 
 def test_early_stop(config: Path, tmp_path: Path) -> None:
