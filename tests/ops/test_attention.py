@@ -91,6 +91,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "causal key_lengths": {"key_lengths": torch.tensor([4, 9]), "causal": True},
     "query_start": {"query_start": torch.tensor([-2, 3]), "causal": True},
     "query_start window": {"query_start": torch.tensor([0, 4], dtype=torch.int32), "window": (2, 0), "key_lengths": torch.tensor([3, 6])},
+    "query_start far": {"query_start": torch.tensor([5, 0]), "window": (6, -1)},
     "softcap": {"softcap": 0.8},
     "all": {"softcap": 1.5, "causal": True, "window": (3, 0), "key_lengths": torch.tensor([3, 7]), "scale": 0.9},
 }
