@@ -89,7 +89,7 @@ class DecoderBlock(nn.Module):
         x = x + self.dropout(self.mixer.extend(self.mixer_norm(x), state.mixers[layer], state.position, rotation))
         memory, width = state.memory, x.shape[-1]
         queries = self.cross_norm(x).view(memory.lengths.shape[0], state.copies * x.shape[1], width)
-        mixed, _ = self.cross(queries, *memory.cross[layer], memory.lengths, False)
+        mixed, _ = self.cross(queries, *memory.cross[layer], memory.lengths if memory.padded else None, False)
         x = x + self.dropout(mixed.view(x.shape))
         return x + self.dropout(self.ffn(self.ffn_norm(x)))
 

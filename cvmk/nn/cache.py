@@ -11,16 +11,20 @@ from cvmk.nn.mixers import MixerState
 
 @dataclass(frozen=True)
 class Memory:
-    """Encoded sentences: output [B, S, d], lengths [B], and one pair of keys and values [B, Hkv, S, D] a decoder block."""
+    """Encoded sentences: output [B, S, d], lengths [B], and one pair of keys and values [B, Hkv, S, D] a decoder block.
+
+    `padded` is False where all sentences are S long, so that nothing has to be masked.
+    """
 
     output: Tensor
     lengths: Tensor
     cross: list[tuple[Tensor, Tensor]]
+    padded: bool = True
 
     def select(self, sentences: Tensor) -> Memory:
         """Only these sentences, in this order."""
         cross = [(k.index_select(0, sentences), v.index_select(0, sentences)) for k, v in self.cross]
-        return Memory(self.output.index_select(0, sentences), self.lengths.index_select(0, sentences), cross)
+        return Memory(self.output.index_select(0, sentences), self.lengths.index_select(0, sentences), cross, self.padded)
 
 
 class DecoderState:

@@ -105,7 +105,7 @@ class CVMTransformer(nn.Module):
         for block in self.decoder.blocks:
             keys, values = block.cross.keys_values(output)
             cross.append((keys.contiguous(), values.contiguous()))
-        return Memory(output, lengths, cross)
+        return Memory(output, lengths, cross, padded=bool((lengths < src.shape[1]).any()))
 
     def start(self, memory: Memory, max_length: int, copies: int = 1) -> DecoderState:
         """An empty state for `copies` hypotheses of each sentence with room for max_length tokens, BOS included.

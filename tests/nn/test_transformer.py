@@ -89,6 +89,15 @@ def test_steps_equal_the_full_forward(options: dict) -> None:
     torch.testing.assert_close(chunks, full, atol=1e-10, rtol=0)
 
 
+def test_memory_knows_whether_it_is_padded() -> None:
+    model, src = make(), padded(SRC)
+    with torch.inference_mode():
+        assert model.encode(src).padded and not model.encode(src[2:]).padded
+        assert model.encode(src).select(torch.tensor([2])).padded
+        state = model.start(model.encode(src[2:]), max_length=2)
+        torch.testing.assert_close(model.step(torch.tensor([BOS]), state), model(src[2:], torch.tensor([[BOS]]))[0][:, 0], atol=1e-10, rtol=0)
+
+
 def test_unfilled_cache_is_never_read() -> None:
     model = make(positions="rotary", kv_heads=2)
     src, tgt = padded(SRC), torch.randint(4, VOCAB, (3, 6))

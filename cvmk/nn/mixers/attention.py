@@ -108,8 +108,8 @@ class CrossAttention(nn.Module):
         k, v = self.key_value(memory).chunk(2, dim=-1)
         return self.heads.split(k), self.heads.split(v)
 
-    def forward(self, x: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, return_map: bool) -> tuple[Tensor, AttentionMap | None]:
-        """x [B, T, d] over keys and values [B, Hkv, S, D], of which the first lengths [B] are real -> [B, T, d]."""
+    def forward(self, x: Tensor, keys: Tensor, values: Tensor, lengths: Tensor | None, return_map: bool) -> tuple[Tensor, AttentionMap | None]:
+        """x [B, T, d] over keys and values [B, Hkv, S, D], of which the first lengths [B] (None: all) are real -> [B, T, d]."""
         q = self.heads.split(self.query(x))
         mixed = self.out(self.heads.attend(q, keys, values, lengths, False, self.training))
         return mixed, self.heads.map(q, keys, lengths) if return_map else None
