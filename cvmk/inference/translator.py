@@ -103,7 +103,8 @@ class Translator:
         max_batch_tokens: int = 4096,
         on_long: OnLong = "error",
     ) -> list[Translation]:
-        """The translation of each text, in order. A text that is empty or all white space has the empty translation.
+        """The translation of each text, in order. White space around a text is dropped, as from the training text; a text
+        without anything else has the empty translation.
 
         For the options of the search see `SearchOptions`. max_batch_tokens bounds source pieces (padding included) times
         beam_size of what is translated at once; it changes speed and memory, not results. A text of more pieces than the
@@ -127,7 +128,7 @@ class Translator:
     def _sources(self, texts: Sequence[str], on_long: OnLong) -> tuple[list[list[int]], set[int]]:
         """Piece ids of each text, [] for one without content; and the indices of those that were cut."""
         longest = self.engine.max_length - 1
-        sources = self.tokenizer.encode_many([text if text.strip() else "" for text in texts])
+        sources = self.tokenizer.encode_many([text.strip() for text in texts])
         cut = set()
         for index, source in enumerate(sources):
             if len(source) <= longest:

@@ -42,6 +42,14 @@ def test_order_is_kept_and_empty_texts_are_never_decoded(words) -> None:
     assert translator.translate([]) == [] and translator.translate(["", " "])[1].text == ""
 
 
+def test_space_around_a_text_does_not_matter(make_model) -> None:
+    tokenizer = train_tokenizer(["a man rides a horse"] * 20, TokenizerConfig(kind="fallback", vocabulary=265))
+    assert tokenizer.encode(" a man") != tokenizer.encode("a man")
+    translator = Translator.from_model(make_model(tokenizer.vocab_size), tokenizer)
+    plain, spaced = translator.translate(["a man", " \ta man \r"], max_length_b=5)
+    assert plain.tokens == spaced.tokens
+
+
 def test_n_best(words) -> None:
     found = Translator.from_engine(Echo(), words(30)).translate(["w4 w5"], beam_size=3, n_best=3)[0]
     assert [h.score for h in found.hypotheses] == [0.0, -1.0, -2.0]
