@@ -48,7 +48,7 @@ def forward(
         e, total, part_lse = exponentials(e)
         if dropout_seed is not None and dropout_p > 0:
             e = e * dropout_keep(dropout_seed, dropout_p, part, q.shape[1], k.shape[2]) / (1 - dropout_p)
-        out = product(e.to(v.dtype), v[part.batch]).div_(total)
+        out = product(e.to(v.dtype), part.keys(v)).div_(total)
         rows.append((part, out, part_lse))
     out, lse = join([(part, out) for part, out, _ in rows]), join([(part, lse) for part, _, lse in rows])
     return (out, lse) if cu_seqlens_q is None else (out[0].transpose(0, 1), lse[0])
@@ -96,14 +96,14 @@ def backward(
             sums.add("v", part, product_t((p if keep is None else p * keep / (1 - dropout_p)).to(v.dtype), g, v.shape[1]))
         if not (want_q or want_k or want_bias):
             continue
-        ds = grad_scores(p, None if g is None else dot(g, v[part.batch], 1.0), None if grad_lse is None else part.of(grad_lse), keep, dropout_p)
+        ds = grad_scores(p, None if g is None else dot(g, part.keys(v), 1.0), None if grad_lse is None else part.of(grad_lse), keep, dropout_p)
         if want_bias and bias is not None:
             sums.add_reduced("bias", part, ds, bias)
         if tanh is not None:
             ds = ds.mul_(1 - tanh.square())
         ds = ds.to(q.dtype)
         if want_q:
-            sums.add("q", part, product(ds, k[part.batch], scale), rows=True)
+            sums.add("q", part, product(ds, part.keys(k), scale), rows=True)
         if want_k:
             sums.add("k", part, product_t(ds, q_part, k.shape[1], scale))
     dq = sums.total("q", q) if want_q else not_needed(q)
@@ -125,10 +125,15 @@ class Part:
 
     batch: slice
     rows: slice
+    whole: bool = False
 
     def of(self, tensor: Tensor) -> Tensor:
         """The block of a tensor [B, heads, Tq, ...]."""
-        return tensor[self.batch, :, self.rows]
+        return tensor if self.whole else tensor[self.batch, :, self.rows]
+
+    def keys(self, tensor: Tensor) -> Tensor:
+        """What the block reads of a tensor [B, heads, Tk, ...]."""
+        return tensor if self.whole else tensor[self.batch]
 
 
 def blocks(batch: int, rows: int, row_size: int) -> Iterator[Part]:
@@ -139,7 +144,7 @@ def blocks(batch: int, rows: int, row_size: int) -> Iterator[Part]:
     items = BLOCK // max(1, rows * row_size)
     if items >= 1:
         for first in range(0, max(1, batch), items):
-            yield Part(slice(first, min(first + items, batch)), slice(0, rows))
+            yield Part(slice(first, min(first + items, batch)), slice(0, rows), whole=items >= batch)
         return
     step = max(1, BLOCK // row_size)
     for item in range(batch):
@@ -232,10 +237,10 @@ def _scores(part: Part, q: Tensor, k: Tensor, bias: Tensor | None, mask: Mask, s
     """
     tanh = None
     if softcap > 0:
-        tanh = torch.tanh(dot(q, k[part.batch], scale / softcap).to(accumulation_dtype(q.dtype)))
+        tanh = torch.tanh(dot(q, part.keys(k), scale / softcap).to(accumulation_dtype(q.dtype)))
         s = tanh * (softcap * LOG2E)
     else:
-        s = dot(q, k[part.batch], scale * LOG2E).to(accumulation_dtype(q.dtype))
+        s = dot(q, part.keys(k), scale * LOG2E).to(accumulation_dtype(q.dtype))
     if bias is not None:
         wide = bias.view((1,) * (4 - bias.dim()) + tuple(bias.shape))
         s = s.add_(wide[part.batch if wide.shape[0] > 1 else slice(None), :, part.rows if wide.shape[2] > 1 else slice(None)], alpha=LOG2E)
@@ -272,12 +277,12 @@ def grad_scores(p: Tensor, dp: Tensor | None, grad_lse: Tensor | None, keep: Ten
 class Mask:
     """Which keys a query does not see. Positions count keys: query i of batch item b stands at position[b, i]."""
 
-    position: Tensor | None  # [1 or B, Tq]; None: no window
-    key_position: Tensor  # [Tk]
-    left: int
-    right: int
-    unread: Tensor | None  # [B, Tk]: keys that nobody sees and whose content is not read
-    sequence: tuple[Tensor, Tensor] | None  # packed: the sequence of each query [Tq] and key [Tk]
+    position: Tensor | None = None  # [1 or B, Tq]; None: no window
+    key_position: Tensor | None = None  # [Tk]
+    left: int = -1
+    right: int = -1
+    unread: Tensor | None = None  # [B, Tk]: keys that nobody sees and whose content is not read
+    sequence: tuple[Tensor, Tensor] | None = None  # packed: the sequence of each query [Tq] and key [Tk]
 
     @staticmethod
     def of(
@@ -291,6 +296,8 @@ class Mask:
         cu_seqlens_k: Tensor | None = None,
     ) -> Mask:
         rows, keys = q.shape[2], k.shape[2]
+        if left < 0 and right < 0 and key_lengths is None and cu_seqlens_q is None:
+            return NO_MASK
         row, key = torch.arange(rows, device=q.device), torch.arange(keys, device=q.device)
         if cu_seqlens_q is not None and cu_seqlens_k is not None:
             sequence_q, sequence_k = (torch.searchsorted(cu, at, right=True) - 1 for cu, at in ((cu_seqlens_q, row), (cu_seqlens_k, key)))
@@ -329,7 +336,7 @@ class Mask:
     def _hidden(self, part: Part) -> Iterator[Tensor]:
         if self.unread is not None:
             yield self.unread[part.batch, None, None, :]
-        if self.position is not None:
+        if self.position is not None and self.key_position is not None:
             position = self.position[part.batch if self.position.shape[0] > 1 else slice(None), None, part.rows, None]
             if self.right >= 0:
                 yield self.key_position > position + self.right
@@ -337,6 +344,9 @@ class Mask:
                 yield self.key_position < position - self.left
         if self.sequence is not None:
             yield self.sequence[0][part.rows, None] != self.sequence[1]
+
+
+NO_MASK = Mask()
 
 
 # -- dropout ----------------------------------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ def distill_forward(
     for part in blocks(q.shape[0], q.shape[2], (q.shape[1] + teacher_q.shape[1]) * k.shape[2]):
         p, total, teacher_lse = exponentials(_scores(part, teacher_q, teacher_k, mask, teacher_scale, wide))
         target = _mean_map(p.div_(total), groups)
-        s = dot(part.of(q), k[part.batch], scale * LOG2E).to(wide)
+        s = dot(part.of(q), part.keys(k), scale * LOG2E).to(wide)
         hiding = mask.hiding(part, s)
         e, total, lse = exponentials(s.clone() if hiding is None else s + hiding)
         log_target = target.clamp(min=torch.finfo(wide).tiny).log2_()
@@ -40,7 +40,7 @@ def distill_forward(
         kl = LN2 * terms.sum(-1).view(lse.shape)
         results = [kl, lse, teacher_lse]
         if v is not None:
-            results.insert(0, product(e.to(v.dtype), v[part.batch]).div_(total))
+            results.insert(0, product(e.to(v.dtype), part.keys(v)).div_(total))
         found.append((part, results))
     dtypes = [q.dtype] * (v is not None) + [accumulation_dtype(q.dtype)] * 2 + [accumulation_dtype(teacher_q.dtype)]
     return tuple(join([(part, results[i]) for part, results in found]).to(dtype) for i, dtype in enumerate(dtypes))
@@ -74,13 +74,13 @@ def distill_backward(
     sums = Sums()
     for part in blocks(q.shape[0], q.shape[2], (q.shape[1] + teacher_q.shape[1]) * k.shape[2]):
         q_part = part.of(q).contiguous()
-        p = dot(q_part, k[part.batch], scale * LOG2E).to(wide)
+        p = dot(q_part, part.keys(k), scale * LOG2E).to(wide)
         hiding = mask.hiding(part, p)
         p = (p if hiding is None else p.add_(hiding)).sub_(part.of(lse2)).exp2_()
         dp = None
         if grad_out is not None and v is not None:
             g = part.of(grad_out).contiguous()
-            dp = dot(g, v[part.batch], 1.0)
+            dp = dot(g, part.keys(v), 1.0)
             if needs[2]:
                 sums.add("v", part, product_t(p.to(v.dtype), g, v.shape[1]))
         pull = None
@@ -90,7 +90,7 @@ def distill_backward(
         ds = grad_scores(p, dp, None if grad_lse is None else part.of(grad_lse))
         ds = (ds if pull is None else ds.add_(pull)).to(q.dtype)
         if needs[0]:
-            sums.add("q", part, product(ds, k[part.batch], scale), rows=True)
+            sums.add("q", part, product(ds, part.keys(k), scale), rows=True)
         if needs[1]:
             sums.add("k", part, product_t(ds, q_part, k.shape[1], scale))
     dq = sums.total("q", q) if needs[0] else not_needed(q)
@@ -151,7 +151,7 @@ def _wide(q: Tensor, teacher_q: Tensor) -> torch.dtype:
 
 def _scores(part: Part, q: Tensor, k: Tensor, mask: Mask, scale: float, dtype: torch.dtype) -> Tensor:
     """The block's masked scores times log2(e)."""
-    s = dot(part.of(q), k[part.batch], scale * LOG2E).to(dtype)
+    s = dot(part.of(q), part.keys(k), scale * LOG2E).to(dtype)
     hiding = mask.hiding(part, s)
     return s if hiding is None else s.add_(hiding)
 
