@@ -51,8 +51,14 @@ add_library(cvmk_cpu STATIC csrc/common/cpu_features.cpp csrc/sketch/sketch.cpp)
 target_include_directories(cvmk_cpu PUBLIC csrc)
 target_link_libraries(cvmk_cpu PRIVATE cvmk_warnings)
 
+# Folders of csrc with kernels; each has csrc/bindings/<folder>.cpp too.
+include(cpu_isa)
+set(CVMK_KERNELS distill gemm)
+cvmk_kernels(cvmk_cpu ${CVMK_KERNELS})
+list(TRANSFORM CVMK_KERNELS REPLACE "(.+)" "csrc/bindings/\\1.cpp" OUTPUT_VARIABLE CVMK_BINDINGS)
+
 # NO_EXTRAS: link-time optimisation could move code compiled for one instruction set into code that runs on all.
-pybind11_add_module(_native NO_EXTRAS csrc/bindings/cpu.cpp)
+pybind11_add_module(_native NO_EXTRAS csrc/bindings/cpu.cpp ${CVMK_BINDINGS})
 target_link_libraries(_native PRIVATE cvmk_cpu cvmk_warnings)
 target_compile_definitions(_native PRIVATE CVMK_VERSION="${PROJECT_VERSION}")
 install(TARGETS _native LIBRARY DESTINATION cvmk)

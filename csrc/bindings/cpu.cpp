@@ -14,6 +14,9 @@
 namespace py = pybind11;
 using namespace py::literals;
 
+void bind_distill(py::module_& m);
+void bind_gemm(py::module_& m);
+
 namespace {
 
 using cvmk::sketch::Priority;
@@ -140,4 +143,6 @@ PYBIND11_MODULE(_native, m) {
   m.def("detected_level", [] { return cvmk::level_name(cvmk::level_of(cvmk::cpu_features())); }, "The level of the processor");
   m.def("dispatch_level", [] { return cvmk::level_name(cvmk::dispatch_level()); }, "The level of the processor, capped by CVMK_CPU_ISA");
   bind_sketch(m);
+  bind_distill(m);
+  bind_gemm(m);
 }

@@ -1,0 +1,128 @@
+// Bindings of the distillation losses: addresses, sizes and strides in, nothing of torch.
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <memory>
+#include <stdexcept>
+#include <string>
+
+#include "distill/distill.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using namespace cvmk::distill;
+
+template <typename T>
+T* pointer(std::uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// Targets as the kernels take them: -1 where a row does not count. Throws std::invalid_argument for one outside of the vocabulary.
+struct Targets {
+  std::unique_ptr<std::int64_t[]> values;
+  std::int64_t count = 0;  // rows that count
+
+  Targets(std::uintptr_t address, bool wide, std::int64_t rows, std::int64_t vocabulary, std::int64_t ignore_index)
+      : values(new std::int64_t[static_cast<std::size_t>(rows)]) {
+    for (std::int64_t i = 0; i < rows; ++i) {
+      const std::int64_t y = wide ? pointer<const std::int64_t>(address)[i] : pointer<const std::int32_t>(address)[i];
+      const bool valid = y != ignore_index;
+      if (valid && (y < 0 || y >= vocabulary))
+        throw std::invalid_argument("target holds " + std::to_string(y) + ", which is neither in the vocabulary 0.." + std::to_string(vocabulary - 1) +
+                                    " nor ignore_index (" + std::to_string(ignore_index) + ")");
+      values[static_cast<std::size_t>(i)] = valid ? y : -1;
+      count += valid ? 1 : 0;
+    }
+  }
+};
+
+// The sum over the rows in their order, in double precision.
+double sum(const float* values, std::int64_t n) {
+  double total = 0;
+  for (std::int64_t i = 0; i < n; ++i) total += static_cast<double>(values[i]);
+  return total;
+}
+
+// Loss, T^2 D, CE and the normaliser from the losses of the rows; a part of weight 0 is left out of the loss, for it may be infinite.
+void write_totals(const float* kd_rows, const float* ce_rows, std::int64_t rows, std::int64_t valid, std::uintptr_t normalizer, float temperature, double alpha,
+                  std::uintptr_t loss, std::uintptr_t kd, std::uintptr_t ce, std::uintptr_t count) {
+  const double divisor = normalizer != 0 ? static_cast<double>(*pointer<const float>(normalizer)) : static_cast<double>(valid > 1 ? valid : 1);
+  const double t = static_cast<double>(temperature);
+  const double kd_total = t * t * sum(kd_rows, rows) / divisor, ce_total = sum(ce_rows, rows) / divisor;
+  *pointer<float>(kd) = static_cast<float>(kd_total);
+  *pointer<float>(ce) = static_cast<float>(ce_total);
+  *pointer<float>(count) = static_cast<float>(divisor);
+  const double total = alpha == 0 ? ce_total : alpha == 1 ? kd_total : alpha * kd_total + (1 - alpha) * ce_total;
+  *pointer<float>(loss) = static_cast<float>(total);
+}
+
+struct Scales {
+  float kd = 0, ce = 0;
+  bool with_kd = false, with_ce = false;
+};
+
+// What a row's divergence slope and cross-entropy gradient are multiplied by. An address of 0: no such gradient.
+Scales scales_of(std::uintptr_t g_loss, std::uintptr_t g_kd, std::uintptr_t g_ce, std::uintptr_t count, bool has_teacher, double alpha, float temperature) {
+  Scales scales;
+  const auto read = [](std::uintptr_t address) { return address == 0 ? 0.0 : static_cast<double>(*pointer<const float>(address)); };
+  const double divisor = read(count);
+  scales.with_kd = has_teacher && ((g_loss != 0 && alpha != 0) || g_kd != 0);
+  scales.with_ce = (g_loss != 0 && alpha != 1) || g_ce != 0;
+  if (scales.with_kd) scales.kd = static_cast<float>(static_cast<double>(temperature) * ((alpha != 0 ? alpha * read(g_loss) : 0.0) + read(g_kd)) / divisor);
+  if (scales.with_ce) scales.ce = static_cast<float>(((alpha != 1 ? (1 - alpha) * read(g_loss) : 0.0) + read(g_ce)) / divisor);
+  return scales;
+}
+
+void kd_loss(std::uintptr_t student, std::int64_t student_stride, int student_type, std::uintptr_t teacher, std::int64_t teacher_stride, int teacher_type,
+             std::uintptr_t target, bool wide_target, std::int64_t rows, std::int64_t vocabulary, std::int64_t ignore_index, float temperature, double alpha,
+             int divergence, float mixture, float smoothing, std::uintptr_t normalizer, std::uintptr_t stats, std::uintptr_t loss, std::uintptr_t kd,
+             std::uintptr_t ce, std::uintptr_t count) {
+  const py::gil_scoped_release release;
+  const Targets targets(target, wide_target, rows, vocabulary, ignore_index);
+  const std::unique_ptr<float[]> values(new float[static_cast<std::size_t>(2 * rows)]);
+  LossPass pass;
+  pass.in = {{pointer<const void>(student), student_stride, student_type},
+             {pointer<const void>(teacher), teacher_stride, teacher_type},
+             targets.values.get(),
+             rows,
+             vocabulary,
+             pointer<float>(stats),
+             {temperature, divergence, mixture, smoothing}};
+  pass.kd = values.get();
+  pass.ce = values.get() + rows;
+  losses(pass);
+  write_totals(pass.kd, pass.ce, rows, targets.count, normalizer, temperature, alpha, loss, kd, ce, count);
+}
+
+void kd_loss_gradient(std::uintptr_t student, std::int64_t student_stride, int student_type, std::uintptr_t teacher, std::int64_t teacher_stride,
+                      int teacher_type, std::uintptr_t target, bool wide_target, std::int64_t rows, std::int64_t vocabulary, std::int64_t ignore_index,
+                      float temperature, double alpha, int divergence, float mixture, float smoothing, std::uintptr_t stats, std::uintptr_t count,
+                      std::uintptr_t g_loss, std::uintptr_t g_kd, std::uintptr_t g_ce, std::uintptr_t gradient) {
+  const py::gil_scoped_release release;
+  const Targets targets(target, wide_target, rows, vocabulary, ignore_index);
+  const Scales scales = scales_of(g_loss, g_kd, g_ce, count, teacher != 0, alpha, temperature);
+  GradientPass pass;
+  pass.in = {{pointer<const void>(student), student_stride, student_type},
+             {pointer<const void>(teacher), teacher_stride, teacher_type},
+             targets.values.get(),
+             rows,
+             vocabulary,
+             pointer<float>(stats),
+             {temperature, divergence, mixture, smoothing}};
+  pass.kd_scale = scales.kd;
+  pass.ce_scale = scales.ce;
+  pass.with_kd = scales.with_kd;
+  pass.with_ce = scales.with_ce;
+  pass.gradient = pointer<void>(gradient);
+  advise_large_pages(pass.gradient, rows * vocabulary * (student_type == kFloat32 ? 4 : 2));
+  gradients(pass);
+}
+
+}  // namespace
+
+void bind_distill(py::module_& m) {
+  m.def("kd_loss", &kd_loss, "Losses and statistics of rows of logits");
+  m.def("kd_loss_gradient", &kd_loss_gradient, "Gradient of rows of logits");
+}

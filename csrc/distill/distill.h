@@ -1,0 +1,14 @@
+// The distillation-loss kernels at the level of this processor.
+#pragma once
+
+#include "distill/params.h"
+
+namespace cvmk::distill {
+
+void losses(const LossPass& pass);
+void gradients(const GradientPass& pass);
+
+// Asks for large pages behind a big buffer that nobody has written yet: fewer page faults. A hint without effect on what is read.
+void advise_large_pages(void* data, int64_t bytes);
+
+}  // namespace cvmk::distill

@@ -1,0 +1,54 @@
+// What the distillation-loss kernels are given. No torch, no STL: kernel files for one instruction set include this.
+#pragma once
+
+#include <stdint.h>
+
+namespace cvmk {
+namespace distill {
+
+enum Type { kFloat32 = 0, kBFloat16 = 1, kHalf = 2 };
+
+enum Divergence { kForwardKl = 0, kReverseKl = 1, kJs = 2, kSkewKl = 3, kSkewReverseKl = 4 };
+
+// What a row's loss is made of; the formulas are derived in cvmk/ops/kd_loss.py.
+struct Terms {
+  float temperature;
+  int divergence;
+  float mixture;
+  float smoothing;
+};
+
+// Rows of logits: row i begins at data + i * stride elements.
+struct Logits {
+  const void* data;  // null: there is no teacher
+  int64_t stride;
+  int type;
+};
+
+// The statistics of row i, [5, rows]: log-sum-exp of the student at temperature 1, at T, of the teacher at T, the divergence's row
+// reduction R, and the count V' of entries that are not -inf (0 without label smoothing).
+struct Rows {
+  Logits student, teacher;
+  const int64_t* target;  // -1: the row counts nothing and is not read
+  int64_t rows, vocabulary;
+  float* stats;
+  Terms terms;
+};
+
+// Divergence (without T^2) and cross-entropy of every row, 0 for rows that do not count, and their statistics.
+struct LossPass {
+  Rows in;
+  float* kd;
+  float* ce;
+};
+
+// gradient = kd_scale * q (g - sum q g) + ce_scale * dCE/dz, 0 for rows that do not count. A scale of 0 leaves its part out.
+struct GradientPass {
+  Rows in;
+  float kd_scale, ce_scale;
+  bool with_kd, with_ce;
+  void* gradient;  // [rows, vocabulary], contiguous, of the student's type
+};
+
+}  // namespace distill
+}  // namespace cvmk
