@@ -25,7 +25,7 @@ def model_config(width: int, heads: int, encoder: int, decoder: int) -> ModelCon
     return ModelConfig(d_model=width, ffn=16, heads=heads, encoder_layers=encoder, decoder_layers=decoder, dropout=0.0)
 
 
-STUDENT, TEACHER, TWIN = model_config(8, 2, 2, 1), model_config(16, 4, 4, 2), model_config(8, 4, 2, 1)
+STUDENT, TEACHER, TWIN = model_config(8, 2, 2, 1), model_config(24, 4, 4, 2), model_config(8, 4, 2, 1)
 
 
 def make_batch(pairs: list[tuple[int, int]], pad: int = 0) -> Batch:

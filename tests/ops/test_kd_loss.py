@@ -219,14 +219,15 @@ def test_path_of_other_devices_is_the_same(name: str, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
-def test_masked_vocabulary(name: str) -> None:
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_masked_vocabulary(name: str, smoothing: float) -> None:
     """Entries of -inf in both: value and gradient are those of the vocabulary without them, smoothing included."""
     student, teacher, target = make(6, vocabulary=5)
     wide_student, wide_teacher = F.pad(student, (0, 3), value=-INF), F.pad(teacher, (0, 3), value=-INF)
     results = []
     for z, t in ((student, teacher), (wide_student, wide_teacher)):
         z = z.clone().requires_grad_()
-        loss = ops.kd_loss(z, t, target, temperature=2.0, divergence=name, label_smoothing=0.1)
+        loss = ops.kd_loss(z, t, target, temperature=2.0, divergence=name, label_smoothing=smoothing)
         loss.backward()
         assert z.grad is not None
         results.append((loss.detach(), z.grad))
