@@ -14,7 +14,7 @@ def environment() -> dict[str, Any]:
     """Versions of cvmk, Python and the packages that matter, and the machine, as JSON-ready values."""
     from cvmk import __version__
 
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in _PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)

@@ -37,7 +37,6 @@ def test_native_unit_tests(tmp_path: Path, sanitize: str):
         options.append(f"-DCMAKE_CXX_FLAGS={sanitize} -g1")
     build = str(tmp_path / "build")
     run("cmake", "-S", str(ROOT), "-B", build, *options)
-    targets = ["test_cpu_features", "test_sketch"] if sanitize else ["all"]  # all: the bindings compile without a warning too
-    run("cmake", "--build", build, "--parallel", "2", "--target", *targets)
+    run("cmake", "--build", build, "--parallel", "2", "--target", "native_tests")
     said = run("ctest", "--test-dir", build, "--output-on-failure", "--no-tests=error")
-    assert "100% tests passed" in said and "out of 2" in said
+    assert "100% tests passed" in said
