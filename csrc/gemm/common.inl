@@ -1,0 +1,256 @@
+// What the quantised linear kernels share: elements of any dtype, the epilogue, and how work is split. Included in every level's file.
+#pragma once
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wuninitialized"  // GCC 12 finds it in its own intrinsics (its bug 105593)
+#endif
+
+#include <stdlib.h>
+
+#include "common/simd.h"
+#include "common/threads.h"
+#include "gemm/params.h"
+
+#if defined(__AMX_TILE__) && defined(__AMX_INT8__) && defined(__AMX_BF16__)
+#define CVMK_GEMM_TILES 1
+#else
+#define CVMK_GEMM_TILES 0
+#endif
+
+namespace {
+
+using namespace cvmk::gemm;
+using simd::F;
+using simd::H;
+using simd::I;
+using simd::kLanes;
+
+constexpr int kMostPanels = 9;             // of one item: 8, and one more for halves of a gated pair that start within a panel
+
+inline int64_t up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// -- elements of any dtype ---------------------------------------------------------------------------------------------------------
+CVMK_INLINE H load_h_some(const uint16_t* p, int n) {
+#if defined(__AVX512F__)
+  return simd::bits<H>(_mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << n) - 1u), p));
+#else
+  return simd::load_h_n(p, n);
+#endif
+}
+
+CVMK_INLINE void store_h_some(uint16_t* p, H v, int n) {
+#if defined(__AVX512F__)
+  _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1u << n) - 1u), simd::bits<__m256i>(v));
+#else
+  simd::store_h_n(p, v, n);
+#endif
+}
+
+CVMK_INLINE H narrow_bf16(F v) {
+#if defined(__AVX512BF16__)
+  return simd::bits<H>(_mm512_cvtneps_pbh(simd::bits<__m512>(v)));
+#else
+  return simd::to_bf16(v);
+#endif
+}
+
+// Elements i ... i + kLanes - 1 as floats.
+template <int kDtype>
+CVMK_INLINE F load_as(const void* p, int64_t i) {
+  if (kDtype == kFloat32) return simd::load(static_cast<const float*>(p) + i);
+  const H h = simd::load_h(static_cast<const uint16_t*>(p) + i);
+  return kDtype == kBfloat16 ? simd::from_bf16(h) : simd::from_half(h);
+}
+
+// The first n of them, 0 <= n <= kLanes; the rest is 0 and not read.
+template <int kDtype>
+CVMK_INLINE F load_some(const void* p, int64_t i, int n) {
+  if (n == kLanes) return load_as<kDtype>(p, i);
+  if (kDtype == kFloat32) return simd::load_n(static_cast<const float*>(p) + i, n);
+  const H h = load_h_some(static_cast<const uint16_t*>(p) + i, n);
+  return kDtype == kBfloat16 ? simd::from_bf16(h) : simd::from_half(h);
+}
+
+CVMK_INLINE F load_any(const void* p, int dtype, int64_t i, int n) {
+  if (dtype == kFloat32) return load_some<kFloat32>(p, i, n);
+  return dtype == kBfloat16 ? load_some<kBfloat16>(p, i, n) : load_some<kFloat16>(p, i, n);
+}
+
+CVMK_INLINE void store_any(void* p, int dtype, int64_t i, F v, int n) {
+  if (dtype == kFloat32) {
+    float* to = static_cast<float*>(p) + i;
+    n == kLanes ? simd::store(to, v) : simd::store_n(to, v, n);
+  } else if (dtype == kFloat64) {
+    double* to = static_cast<double*>(p) + i;
+    float from[kLanes];
+    simd::store(from, v);
+    for (int j = 0; j < n; ++j) to[j] = static_cast<double>(from[j]);
+  } else {
+    uint16_t* to = static_cast<uint16_t*>(p) + i;
+    const H h = dtype == kBfloat16 ? narrow_bf16(v) : simd::to_half(v);
+    n == kLanes ? simd::store_h(to, h) : store_h_some(to, h, n);
+  }
+}
+
+inline int64_t element_bytes(int dtype) { return dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2; }
+
+// -- activations -------------------------------------------------------------------------------------------------------------------
+CVMK_INLINE F silu(F y) { return y / (1.0f + simd::exp(-y)); }
+
+// y * Phi(y), Phi the normal distribution: its lower tail is exp(-t^2 / 2) P(w), w = 1 / (1 + t / 4), with a relative error of P of
+// 2e-8 for t up to 14, where the tail is below the smallest float.
+CVMK_INLINE F gelu(F y) {
+  const F t = simd::abs(y);
+  const F w = 1.0f / (1.0f + 0.25f * t);
+  F p = simd::set(0.033946896459581606f);
+  p = p * w - 0.1961782096582793f;
+  p = p * w + 0.3950033856818909f;
+  p = p * w - 0.33347168059206755f;
+  p = p * w + 0.304488757208436f;
+  p = p * w - 0.0203849914126591f;
+  p = p * w + 0.12156823875862423f;
+  p = p * w + 0.09482019174012975f;
+  p = p * w + 0.10022900503057311f;
+  p = p * w - 2.1600410307569676e-5f;
+  const F tail = p * simd::exp(-0.5f * t * t);
+  const F phi = y < 0.0f ? tail : 1.0f - tail;
+  return y * phi;
+}
+
+template <int kAct>
+CVMK_INLINE F activate(F y) {
+  if (kAct == kRelu) return y < 0.0f ? F{} : y;  // NaN stays
+  if (kAct == kGelu) return gelu(y);
+  if (kAct == kSilu) return silu(y);
+  return y;
+}
+
+// -- items of work -----------------------------------------------------------------------------------------------------------------
+// Output columns [column, column + 16 * width) of a linear and the weight panels that they need. For a gated pair the gate's panels
+// come first, then those that hold the up half: its columns start `shift` columns into them.
+struct Item {
+  int64_t column;
+  int width, count, shift;
+  int64_t panels[kMostPanels];
+};
+
+inline int64_t out_columns(const Linear& p) { return p.activation == kSwiglu ? p.outputs / 2 : p.outputs; }
+
+inline Item item_of(const Linear& p, int64_t column, int width) {
+  Item item;
+  const int64_t columns = out_columns(p), panels = up(p.outputs, kPanel) / kPanel;
+  item.column = column;
+  item.width = static_cast<int>(least(width, up(columns - column, kPanel) / kPanel));
+  item.count = item.width;
+  item.shift = 0;
+  for (int i = 0; i < item.width; ++i) item.panels[i] = column / kPanel + i;
+  if (p.activation == kSwiglu) {
+    const int64_t first = (columns + column) / kPanel;
+    item.shift = static_cast<int>((columns + column) % kPanel);
+    const int64_t more = least(item.width + (item.shift != 0), panels - first);
+    for (int64_t i = 0; i < more; ++i) item.panels[item.count++] = first + i;
+  }
+  return item;
+}
+
+CVMK_INLINE F sums_of(const int32_t* p) {
+  I v;
+  memcpy(&v, p, sizeof v);
+  return __builtin_convertvector(v, F);
+}
+CVMK_INLINE F sums_of(const float* p) { return simd::load(p); }
+
+// (row scale, column scale) of int8; int4 has both in its sums.
+CVMK_INLINE F scaled(const int32_t* sum, float row, F column) { return sums_of(sum) * row * column; }
+CVMK_INLINE F scaled(const float* sum, float, F) { return sums_of(sum); }
+
+// Rows of sums -> activation(scaled sum + bias) in the output. `sums` is [rows][stride], `row_scales` [rows] (int8 only).
+template <int kAct, typename Sum>
+CVMK_INLINE void finish_as(const Linear& p, const Item& item, const Sum* sums, int64_t stride, const float* row_scales, int64_t row, int64_t rows) {
+  const int64_t columns = out_columns(p);
+  char* out = static_cast<char*>(p.out) + row * columns * element_bytes(p.out_dtype);
+  constexpr bool kInt8 = sizeof(Sum) == sizeof(int32_t) && static_cast<Sum>(0.5f) == 0;
+  for (int v = 0; v < item.width * kPanel; v += 2 * kLanes) {  // two vectors at a time: a whole line of bfloat16
+    F column_scale[2], bias[2], up_scale[2], up_bias[2];
+    int n[2];
+    for (int j = 0; j < 2; ++j) {
+      const int64_t c = item.column + v + j * kLanes, left = columns - c;
+      n[j] = v + j * kLanes >= item.width * kPanel || left <= 0 ? 0 : static_cast<int>(least(left, kLanes));
+      const bool there = n[j] > 0;
+      column_scale[j] = kInt8 && there ? simd::load(p.scales + c) : F{};
+      bias[j] = p.bias && there ? load_any(p.bias, p.bias_dtype, c, n[j]) : F{};
+      if (kAct == kSwiglu) {
+        up_scale[j] = kInt8 && there ? simd::load(p.scales + columns + c) : F{};
+        up_bias[j] = p.bias && there ? load_any(p.bias, p.bias_dtype, columns + c, n[j]) : F{};
+      }
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      const Sum* s = sums + r * stride + v;
+      const float row_scale = kInt8 ? row_scales[r] : 1.0f;
+      for (int j = 0; j < 2; ++j) {
+        if (n[j] == 0) break;
+        F y = scaled(s + j * kLanes, row_scale, column_scale[j]) + bias[j];
+        if (kAct == kSwiglu) {
+          const F u = scaled(s + j * kLanes + item.width * kPanel + item.shift, row_scale, up_scale[j]) + up_bias[j];
+          y = silu(y) * u;
+        } else {
+          y = activate<kAct>(y);
+        }
+        store_any(out, p.out_dtype, r * columns + item.column + v + j * kLanes, y, n[j]);
+      }
+    }
+  }
+}
+
+template <typename Sum>
+inline __attribute__((noinline)) void finish(const Linear& p, const Item& item, const Sum* sums, int64_t stride, const float* row_scales, int64_t row, int64_t rows) {
+  switch (p.activation) {
+    case kRelu: return finish_as<kRelu>(p, item, sums, stride, row_scales, row, rows);
+    case kGelu: return finish_as<kGelu>(p, item, sums, stride, row_scales, row, rows);
+    case kSilu: return finish_as<kSilu>(p, item, sums, stride, row_scales, row, rows);
+    case kSwiglu: return finish_as<kSwiglu>(p, item, sums, stride, row_scales, row, rows);
+    default: return finish_as<kNone>(p, item, sums, stride, row_scales, row, rows);
+  }
+}
+
+// -- threads -----------------------------------------------------------------------------------------------------------------------
+// before(i) for i in [0, first) on the threads, then, when all are done, body(i, thread) for i in [0, second). `enter` and `leave` run
+// once in every thread around its share of the second loop. `width` threads at most.
+template <typename Before, typename Enter, typename Body, typename Leave>
+inline void two_loops(int width, int64_t first, const Before& before, int64_t second, const Enter& enter, const Body& body, const Leave& leave) {
+#if defined(_OPENMP)
+  if (width > 1) {
+#pragma omp parallel num_threads(width)
+    {
+      if (first > 0) {
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < first; ++i) before(i);
+      }
+      enter();
+#pragma omp for schedule(dynamic, 1) nowait
+      for (int64_t i = 0; i < second; ++i) body(i, threads::index());
+      leave();
+    }
+    return;
+  }
+#endif
+  for (int64_t i = 0; i < first; ++i) before(i);
+  enter();
+  for (int64_t i = 0; i < second; ++i) body(i, 0);
+  leave();
+}
+
+// Scratch memory, aligned to lines: `base` is null where there is none, and given back with free().
+struct Scratch {
+  char* base;
+  int64_t used;
+  template <typename T>
+  T* take(int64_t count) {
+    T* found = reinterpret_cast<T*>(base + used);
+    used += up(count * static_cast<int64_t>(sizeof(T)), 64);
+    return found;
+  }
+};
+inline Scratch scratch_of(int64_t bytes) { return Scratch{static_cast<char*>(aligned_alloc(64, static_cast<size_t>(up(bytes, 64)))), 0}; }
+
+}  // namespace

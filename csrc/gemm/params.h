@@ -1,0 +1,46 @@
+// What the quantised linear kernels take: pointers, sizes and strides, no torch. Layouts are described in cvmk/ops/native/_linear.py.
+#pragma once
+
+#include <stdint.h>
+
+namespace cvmk::gemm {
+
+enum Dtype : int { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
+enum Activation : int { kNone = 0, kRelu = 1, kGelu = 2, kSilu = 3, kSwiglu = 4 };
+
+constexpr int kPanel = 16;  // weight rows (outputs) of a panel
+constexpr int kStep = 64;   // bytes of inputs in one row of a tile: 64 int8 or 32 bfloat16
+
+// What both linears share. Vectors of outputs that hold the weight's scales are padded with zeros to whole panels and one panel more.
+struct Linear {
+  const void* x;         // [rows, inputs], inputs contiguous
+  int64_t x_stride;      // elements between rows
+  void* out;             // [rows, outputs], contiguous; outputs / 2 columns for kSwiglu
+  const void* bias;      // [outputs] or null
+  const float* scales;
+  int64_t rows, inputs, outputs;
+  int x_dtype, out_dtype, bias_dtype, activation;
+};
+
+struct Int8Linear {
+  Linear linear;
+  const int8_t* weight;     // [panels][steps][16 quads of inputs][16 outputs][4 inputs], then int32 [panels * 16]: -128 * the row sums
+  const void* smooth_scale;  // [inputs] or null
+  int smooth_dtype;
+  int vnni;  // whether vpdpbusd may be used; set by the dispatcher
+};
+
+struct Int4Linear {
+  Linear linear;  // scales [panels][groups][16]
+  // [panels][inputs / 8][16 words of 32 bits]; nibble j of word i is output 8 (j % 2) + i / 2 of the panel and input 2 (j / 2) + i % 2.
+  const uint32_t* weight;
+  const uint8_t* zeros;   // [panels][groups][16] or null: then 8
+  const int32_t* order;   // [inputs] or null: stored input k is x[order[k]]
+  int64_t group;
+};
+
+// 0, or 1 where scratch memory could not be had.
+int int8_linear(Int8Linear p);
+int int4_linear(const Int4Linear& p);
+
+}  // namespace cvmk::gemm

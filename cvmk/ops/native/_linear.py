@@ -1,0 +1,64 @@
+"""What the quantised linears on the CPU library share: types, activations, and how weights are packed for them.
+
+The layouts, for N outputs and K inputs, in panels of 16 outputs (P = N / 16 rounded up, the last one filled with zeros):
+
+"native_int8"  values  int8: [P][steps of 64 inputs][16 quads][16 outputs][4 inputs], inputs filled up with zeros; then, as bytes, int32
+                       [16 P]: -128 times the sum of every row of the weight. A step is an AMX tile, a quad an operand of vpdpbusd.
+               scales  float32 [16 P + 16]
+"native_int4"  values  uint8, little-endian words of 32 bits [P][K / 8][16]: nibble j of word i is output 8 (j mod 2) + i div 2 of the panel
+                       and input 2 (j div 2) + i mod 2 of the eight. Spread over two vectors of 16 floats, words are an AMX tile's row.
+               scales  float32 [P, G, 16]; zeros uint8 [P, G, 16] or None; order int32 [K] or None
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from cvmk.ops import native
+from cvmk.ops.quantize import QuantizedWeight
+
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+"""Types of elements, as `csrc/gemm/params.h` numbers them."""
+INPUT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+ACTIVATIONS = {None: 0, "relu": 1, "gelu": 2, "silu": 3, "swiglu": 4}
+PANEL = 16
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """x with contiguous inputs."""
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+
+
+def vector(tensor: Tensor | None) -> tuple[Tensor | None, int, int]:
+    """An optional vector as the kernels read it, with its address and type."""
+    if tensor is None:
+        return None, 0, 0
+    if tensor.dtype not in INPUT_TYPES:
+        tensor = tensor.float()
+    tensor = tensor.contiguous()
+    return tensor, tensor.data_ptr(), TYPES[tensor.dtype]
+
+
+def reason() -> str | None:
+    """Why the linears of the CPU library cannot run in this process, or None."""
+    library = native.library()
+    if library is None:
+        return native.reason()
+    return None if hasattr(library, "int8_linear") else "cvmk._native is an older build without the linears: install the package again"
+
+
+def pack_reasons(weight: QuantizedWeight) -> list[str]:
+    """Why a weight is not packed for the CPU library; empty where it can be."""
+    missing = reason()
+    if missing is not None:
+        return [missing]
+    return [] if weight.device.type == "cpu" else [f"the weight is on {weight.device}"]
+
+
+def panels(tensor: Tensor) -> Tensor:
+    """[N, ...] -> [P, 16, ...], filled up with zeros."""
+    missing = -tensor.shape[0] % PANEL
+    tensor = F.pad(tensor, (*(0, 0) * (tensor.dim() - 1), 0, missing)) if missing else tensor
+    return tensor.reshape(-1, PANEL, *tensor.shape[1:])

@@ -1,0 +1,93 @@
+"""`int4_linear` on the CPU library: one packed layout for one row and for a thousand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cvmk.ops import native
+from cvmk.ops._dispatch import Backend
+from cvmk.ops.native._linear import ACTIVATIONS, INPUT_TYPES, PANEL, TYPES, pack_reasons, panels, reason, rows_of, vector
+from cvmk.ops.quantize import PLAIN, Layout, QuantizedWeight, outputs, pack_int4, unpack_int4
+
+
+def _word_order(values: Tensor) -> Tensor:
+    """uint8 [N, K] -> [P, K / 8, 16 words, 8 nibbles]."""
+    tiles = panels(values)  # output 8 h + w, input 8 b + 2 t + e -> word 2 w + e, nibble 2 t + h
+    return tiles.view(-1, 2, 8, values.shape[1] // 8, 4, 2).permute(0, 3, 2, 5, 4, 1).reshape(-1, values.shape[1] // 8, PANEL, 8)
+
+
+def pack(weight: QuantizedWeight) -> QuantizedWeight:
+    """A canonical weight in the layout "native_int4" (`_linear` describes it)."""
+    words = _word_order(unpack_int4(weight.values))
+    values = pack_int4(words.reshape(-1, 8)).flatten()  # the even nibble of a byte is the low one
+    scales, zeros = (None if tensor is None else panels(tensor).transpose(1, 2).contiguous() for tensor in (weight.scales, weight.zeros))
+    assert scales is not None
+    order = None if weight.order is None else weight.order.contiguous()
+    return replace(weight, values=values, scales=scales, zeros=zeros, order=order, layout=LAYOUT.name)
+
+
+def unpack(weight: QuantizedWeight) -> QuantizedWeight:
+    """The inverse of `pack`."""
+    rows, columns = weight.out_features, weight.in_features
+    nibbles = unpack_int4(weight.values.view(-1, 4)).view(-1, columns // 8, 8, 2, 4, 2)  # panel, eight, w, e, t, h
+    values = nibbles.permute(0, 5, 2, 1, 4, 3).reshape(-1, columns)[:rows]
+    scales, zeros = (None if t is None else t.transpose(1, 2).reshape(-1, t.shape[1])[:rows].contiguous() for t in (weight.scales, weight.zeros))
+    assert scales is not None
+    return replace(weight, values=pack_int4(values), scales=scales, zeros=zeros, layout=PLAIN)
+
+
+LAYOUT = Layout("native_int4", 4, pack, unpack, pack_reasons)
+LAYOUTS = (LAYOUT,)
+
+
+def forward(
+    x: Tensor,
+    values: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    order: Tensor | None,
+    bias: Tensor | None,
+    layout: str,
+    out_features: int,
+    group_size: int,
+    activation: str | None,
+) -> Tensor:
+    rows, inputs = x.shape
+    out = torch.empty((rows, outputs(out_features, activation)), dtype=x.dtype)
+    x = rows_of(x)
+    bias, bias_address, bias_type = vector(bias)
+    library = native.library()
+    assert library is not None
+    library.int4_linear(
+        x.data_ptr(),
+        TYPES[x.dtype],
+        x.stride(0),
+        rows,
+        inputs,
+        out_features,
+        out.data_ptr(),
+        TYPES[x.dtype],
+        scales.data_ptr(),
+        bias_address,
+        bias_type,
+        ACTIVATIONS[activation],
+        values.data_ptr(),
+        0 if zeros is None else zeros.data_ptr(),
+        0 if order is None else order.data_ptr(),
+        group_size,
+    )
+    return out
+
+
+def limits(which: str, arguments: Mapping[str, Any]) -> list[str]:
+    if arguments["layout"] != LAYOUT.name:
+        return [f"the weight is in the layout {arguments['layout']!r}, not {LAYOUT.name!r}: pack it with weight.pack()"]
+    return []
+
+
+BACKENDS = (Backend("int4_linear", "native", forward, dtypes=INPUT_TYPES, devices=("cpu",), limits=limits, unavailable=reason),)
