@@ -16,6 +16,7 @@ using namespace py::literals;
 
 void bind_distill(py::module_& m);
 void bind_gemm(py::module_& m);
+void bind_scan(py::module_& m);
 
 namespace {
 
@@ -145,4 +146,5 @@ PYBIND11_MODULE(_native, m) {
   bind_sketch(m);
   bind_distill(m);
   bind_gemm(m);
+  bind_scan(m);
 }

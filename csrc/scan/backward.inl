@@ -1,0 +1,390 @@
+// Backward pass of the selective scan. An item of work is up to kBlocks blocks of W channels of one group, for some rows of the batch.
+//
+// Chunks are taken from the last to the first. Within one, for each block and kStates states: the states and decays of the chunk are computed
+// again from the state before it and kept (64 KB at 16 states, in the second-level cache), then the adjoint recurrence runs back over them:
+//
+//     h = C dy + carry,  carry = a h,  w = carry x_before,  and the sums of cvmk/ops/selective_scan.py
+//
+// dB and dC are sums over channels: products are added up lane by lane over the blocks of an item ([states][kChunk][W]), then across the lanes
+// once a chunk, and the items' sums in a second pass. dA, dD, d bias and the gradients of constant B and C are summed over time within a lane,
+// then over the parts of the batch. All orders depend on the sizes alone: the number of channels for dB and dC, that of rows for the others.
+
+#include "scan/forward.inl"
+
+namespace {
+namespace scan {
+
+constexpr int64_t kMostBlocks = 4;      // blocks of an item: the sums across lanes are shared by so many
+constexpr int64_t kMostBatchParts = 64;  // parts of the batch whose sums over time are kept apart
+
+// Offsets of the sums over batch and time within one part: dA, dD, d bias, constant dB, constant dC; each of [channels, ...].
+struct Sums {
+  int64_t A, D, bias, B, C, size;
+  explicit CVMK_INLINE Sums(const Scan& s) {
+    const int64_t square = s.channels * s.states;
+    A = 0;
+    D = square;
+    bias = D + s.channels;
+    B = bias + s.channels;
+    C = B + (s.B.constant != nullptr ? square : 0);
+    size = C + (s.C.constant != nullptr ? square : 0);
+  }
+};
+
+// How the work is cut; a function of the sizes alone.
+struct Cut {
+  int64_t blocks;       // of W channels in a group
+  int64_t per_item;     // blocks of an item
+  int64_t items;        // in a group
+  int64_t batch_parts;  // each of rows_of_part rows but for the last
+  int64_t rows_of_part;
+  explicit CVMK_INLINE Cut(const Scan& s) {
+    blocks = blocks_of_group(s);
+    per_item = blocks / 8 < 1 ? 1 : blocks / 8 > kMostBlocks ? kMostBlocks : blocks / 8;
+    items = (blocks + per_item - 1) / per_item;
+    rows_of_part = (s.batch + kMostBatchParts - 1) / kMostBatchParts;
+    batch_parts = rows_of_part == 0 ? 0 : (s.batch + rows_of_part - 1) / rows_of_part;
+  }
+};
+
+struct BackwardScratch {
+  float *u, *step, *drive, *g, *dy, *slope, *y, *z;  // [kChunk][W]; slope is the derivative of softplus
+  float *du, *dstep;                                 // [kChunk][W]: sum_n h B, sum_n w A log2(e)
+  float *decays, *before;                            // [kChunk][kStates][W], the second with one step more
+  float *entry, *A;                                  // [states][W]
+  float *B, *C;                                      // [states][kChunk], or constant [states][W]
+  float *dB, *dC;                                    // [states][kChunk][W], sums of the item in one chunk
+  float* carry;                                      // [kMostBlocks][states][W]
+  float *dA, *dD, *dbias, *constant_dB, *constant_dC;  // [kMostBlocks][states][W] or [kMostBlocks][W], sums of the item
+
+  CVMK_INLINE BackwardScratch(const Scan& s, Arena* a) {
+    const int64_t tile = kChunk * W, square = s.states * W;
+    u = a->take(tile);
+    step = a->take(tile);
+    drive = a->take(tile);
+    g = a->take(tile);
+    dy = a->take(tile);
+    slope = a->take(tile);
+    y = a->take(tile);
+    z = a->take(tile);
+    du = a->take(tile);
+    dstep = a->take(tile);
+    decays = a->take(tile * kStates);
+    before = a->take((kChunk + 1) * W * kStates);
+    entry = a->take(square);
+    A = a->take(square);
+    B = a->take(s.states * kChunk);
+    C = a->take(s.states * kChunk);
+    dB = a->take(s.B.constant != nullptr ? 0 : s.states * tile);
+    dC = a->take(s.C.constant != nullptr ? 0 : s.states * tile);
+    carry = a->take(square * kMostBlocks);
+    dA = a->take(square * kMostBlocks);
+    dD = a->take(W * kMostBlocks);
+    dbias = a->take(W * kMostBlocks);
+    constant_dB = a->take(square * kMostBlocks);
+    constant_dC = a->take(square * kMostBlocks);
+  }
+};
+
+// The parts of the scratch of one block that an inner loop needs.
+struct Inner {
+  const float *step, *drive, *dy, *A, *B, *C, *entry;
+  float *y, *du, *dstep, *decays, *before, *dB, *dC, *carry, *dA, *constant_dB, *constant_dC;
+};
+
+template <int kCount, bool kConstantB, bool kConstantC, bool kOutput>
+CVMK_INLINE void retreat(const Inner& k, int64_t n, int begin, int end) {
+  F x[kCount], A[kCount], B[kCount], C[kCount];
+  for (int j = 0; j < kCount; ++j) {
+    x[j] = simd::load(k.entry + (n + j) * W);
+    A[j] = simd::load(k.A + (n + j) * W);
+    if (kConstantB) B[j] = simd::load(k.B + (n + j) * W);
+    if (kConstantC) C[j] = simd::load(k.C + (n + j) * W);
+  }
+  for (int t = begin; t < end; ++t) {
+    const F step = simd::load(k.step + t * W), drive = simd::load(k.drive + t * W);
+    F y = kOutput ? simd::load(k.y + t * W) : F{};
+    for (int j = 0; j < kCount; ++j) {
+      simd::store(k.before + (t * kCount + j) * W, x[j]);
+      const F decay = exp2(step * A[j]);
+      simd::store(k.decays + (t * kCount + j) * W, decay);
+      const F added = drive * (kConstantB ? B[j] : simd::set(k.B[(n + j) * kChunk + t]));
+      x[j] = decay * x[j] + added;
+      if (kOutput) y += x[j] * (kConstantC ? C[j] : simd::set(k.C[(n + j) * kChunk + t]));
+    }
+    if (kOutput) simd::store(k.y + t * W, y);
+  }
+  F carry[kCount], dA[kCount], dB[kCount], dC[kCount];
+  for (int j = 0; j < kCount; ++j) {
+    carry[j] = simd::load(k.carry + (n + j) * W);
+    dA[j] = dB[j] = dC[j] = F{};
+  }
+  for (int t = end - 1; t >= begin; --t) {
+    const F step = simd::load(k.step + t * W), drive = simd::load(k.drive + t * W), dy = simd::load(k.dy + t * W);
+    F du = simd::load(k.du + t * W), dstep = simd::load(k.dstep + t * W);
+    for (int j = 0; j < kCount; ++j) {
+      const int64_t at = ((n + j) * kChunk + t) * W;
+      const F h = dy * (kConstantC ? C[j] : simd::set(k.C[(n + j) * kChunk + t])) + carry[j];
+      if (kConstantC) dC[j] += dy * x[j];
+      else simd::store(k.dC + at, simd::load(k.dC + at) + dy * x[j]);
+      if (kConstantB) dB[j] += drive * h;
+      else simd::store(k.dB + at, simd::load(k.dB + at) + drive * h);
+      du += h * (kConstantB ? B[j] : simd::set(k.B[(n + j) * kChunk + t]));
+      carry[j] = h * simd::load(k.decays + (t * kCount + j) * W);
+      x[j] = simd::load(k.before + (t * kCount + j) * W);
+      const F w = carry[j] * x[j];
+      dstep += w * A[j];
+      dA[j] += w * step;
+    }
+    simd::store(k.du + t * W, du);
+    simd::store(k.dstep + t * W, dstep);
+  }
+  for (int j = 0; j < kCount; ++j) {
+    const int64_t at = (n + j) * W;
+    simd::store(k.carry + at, carry[j]);
+    simd::store(k.dA + at, simd::load(k.dA + at) + dA[j]);
+    if (kConstantB) simd::store(k.constant_dB + at, simd::load(k.constant_dB + at) + dB[j]);
+    if (kConstantC) simd::store(k.constant_dC + at, simd::load(k.constant_dC + at) + dC[j]);
+  }
+}
+
+template <bool kConstantB, bool kConstantC, bool kOutput>
+inline __attribute__((noinline)) void retreat_all(const Inner& k, int64_t states, int begin, int end) {
+  int64_t n = 0;
+  for (; n + kStates <= states; n += kStates) retreat<kStates, kConstantB, kConstantC, kOutput>(k, n, begin, end);
+  for (; n < states; ++n) retreat<1, kConstantB, kConstantC, kOutput>(k, n, begin, end);
+}
+typedef void (*RetreatAll)(const Inner&, int64_t, int, int);
+template <bool kOutput>
+CVMK_INLINE RetreatAll choose_retreat(const Scan& s) {
+  if (s.B.constant != nullptr) return s.C.constant != nullptr ? retreat_all<true, true, kOutput> : retreat_all<true, false, kOutput>;
+  return s.C.constant != nullptr ? retreat_all<false, true, kOutput> : retreat_all<false, false, kOutput>;
+}
+
+// Load one chunk of one block and compute what its inner loops read.
+CVMK_INLINE void enter_chunk(const ScanBackward& p, const Block& b, const Extent& e, const BackwardScratch& k, F bias, F D) {
+  const Scan& s = p.scan;
+  load_steps(s, s.u, b, e, k.u);
+  load_steps(s, s.delta, b, e, k.step);
+  load_steps(s, p.grad_out, b, e, k.g);
+  if (s.z.data != nullptr) load_steps(s, s.z, b, e, k.z);
+  for (int t = 0; t < e.steps; ++t) {
+    const F u = simd::load(k.u + t * W), raw = simd::load(k.step + t * W) + bias, g = simd::load(k.g + t * W);
+    F step = raw;
+    if (s.softplus) {
+      const F x = simd::exp(-simd::abs(raw));
+      step = softplus_of(raw, x);
+      simd::store(k.slope + t * W, sigmoid_of(raw, x));
+      simd::store(k.step + t * W, step);
+    } else {
+      simd::store(k.step + t * W, step);
+    }
+    simd::store(k.drive + t * W, step * u);
+    simd::store(k.du + t * W, F{});
+    simd::store(k.dstep + t * W, F{});
+    simd::store(k.y + t * W, D * u);
+    if (s.z.data != nullptr) {
+      const F z = simd::load(k.z + t * W);
+      simd::store(k.dy + t * W, g * (z * sigmoid(z)));
+    } else {
+      simd::store(k.dy + t * W, g);
+    }
+  }
+}
+
+// Turn the sums over the states into the gradients of this chunk's steps and write them.
+CVMK_INLINE void leave_chunk(const ScanBackward& p, const Block& b, const Extent& e, const BackwardScratch& k, int64_t m, F D) {
+  const Scan& s = p.scan;
+  F dD{}, dbias{};
+  for (int t = 0; t < e.steps; ++t) {
+    const F u = simd::load(k.u + t * W), dy = simd::load(k.dy + t * W), from_input = simd::load(k.du + t * W);
+    F ddelta = from_input * u + simd::load(k.dstep + t * W) * kLn2;
+    if (s.softplus) ddelta *= simd::load(k.slope + t * W);
+    F du = from_input * simd::load(k.step + t * W);
+    if (s.D != nullptr) du += D * dy;
+    dD += dy * u;
+    dbias += ddelta;
+    simd::store(k.du + t * W, du);
+    simd::store(k.dstep + t * W, ddelta);
+  }
+  simd::store(k.dD + m * W, simd::load(k.dD + m * W) + dD);
+  simd::store(k.dbias + m * W, simd::load(k.dbias + m * W) + dbias);
+  if (p.du != nullptr) store_steps(s, p.du, s.u.dtype, b, e, k.du);
+  if (p.ddelta != nullptr) store_steps(s, p.ddelta, s.delta.dtype, b, e, k.dstep);
+  if (p.dz != nullptr) {
+    for (int t = 0; t < e.steps; ++t) {
+      const F z = simd::load(k.z + t * W), gate = sigmoid(z);
+      simd::store(k.y + t * W, simd::load(k.g + t * W) * simd::load(k.y + t * W) * gate * (1.0f + z * (1.0f - gate)));
+    }
+    store_steps(s, p.dz, s.z.dtype, b, e, k.y);
+  }
+}
+
+CVMK_INLINE void retreat_block(const ScanBackward& p, const Spans& spans, int64_t c, const Block& b, const BackwardScratch& k, int64_t m, RetreatAll run) {
+  const Scan& s = p.scan;
+  const int64_t square = s.states * W;
+  const F bias = load_channels(s.bias, b, 0.0f), D = load_channels(s.D, b, 0.0f);
+  load_states(s, s.A, b.channel, b.lanes, k.A);
+  scaled(k.A, square, kLog2e);
+  if (s.B.constant != nullptr) load_states(s, s.B.constant, b.channel, b.lanes, k.B);
+  if (s.C.constant != nullptr) load_states(s, s.C.constant, b.channel, b.lanes, k.C);
+  const Inner inner{k.step, k.drive, k.dy, k.A, k.B, k.C, k.entry, k.y, k.du, k.dstep, k.decays, k.before, k.dB, k.dC,
+                    k.carry + m * square, k.dA + m * square, k.constant_dB + m * square, k.constant_dC + m * square};
+  const Extent e = extent(s, c);
+  enter_chunk(p, b, e, k, bias, D);
+  for (int64_t i = spans.starts[c + 1] - 1; i >= spans.starts[c]; --i) {
+    const Span& span = spans.spans[i];
+    const int64_t row = (span.sequence < 0 ? b.batch : span.sequence) * s.channels + b.channel;
+    if (span.final) load_states(s, p.grad_last, row, b.lanes, inner.carry);
+    if (span.first) load_states(s, s.initial, row, b.lanes, k.entry);
+    else load_states(s, p.kept, (b.batch * spans.chunks + c) * s.channels + b.channel, b.lanes, k.entry);
+    run(inner, s.states, static_cast<int>(span.begin - c * kChunk), static_cast<int>(span.end - c * kChunk));
+    if (span.first && p.dinitial != nullptr) store_states(s, p.dinitial, row, b.lanes, inner.carry);
+  }
+  leave_chunk(p, b, e, k, m, D);
+}
+
+// The sums over an item's channels, [states][length] at `to`.
+CVMK_INLINE void store_lane_sums(const Scan& s, const Extent& e, const float* sums, float* to) {
+  for (int64_t n = 0; n < s.states; ++n) {
+    for (int t = 0; t < e.steps; t += W) {
+      const int count = e.steps - t < W ? e.steps - t : W;
+      F v[W];
+      for (int i = 0; i < W; ++i) v[i] = i < count ? simd::load(sums + (n * kChunk + t + i) * W) : F{};
+      const F total = row_sums(v);
+      float* row = to + n * s.length + e.time;
+      if (!s.reverse) simd::store_n(row + t, total, count);
+      else
+        for (int i = 0; i < count; ++i) row[e.steps - 1 - t - i] = total[i];
+    }
+  }
+}
+
+struct Parts {
+  float *dB, *dC;  // [batch, groups, items, states, length], or null
+  float* sums;     // [batch_parts, Sums::size]
+};
+
+CVMK_INLINE void backward_item(const ScanBackward& p, const Spans& spans, const Cut& cut, int64_t part, int64_t group, int64_t item, const BackwardScratch& k,
+                               const Parts& parts) {
+  const Scan& s = p.scan;
+  const int64_t square = s.states * W, first = item * cut.per_item;
+  const int64_t count = cut.blocks - first < cut.per_item ? cut.blocks - first : cut.per_item;
+  const RetreatAll run = p.dz != nullptr ? choose_retreat<true>(s) : choose_retreat<false>(s);
+  fill(k.dA, count * square, 0.0f);
+  fill(k.dD, count * W, 0.0f);
+  fill(k.dbias, count * W, 0.0f);
+  fill(k.constant_dB, count * square, 0.0f);
+  fill(k.constant_dC, count * square, 0.0f);
+  const int64_t from = part * cut.rows_of_part, to = from + cut.rows_of_part < s.batch ? from + cut.rows_of_part : s.batch;
+  for (int64_t batch = from; batch < to; ++batch) {
+    for (int64_t c = spans.chunks - 1; c >= 0; --c) {
+      const Extent e = extent(s, c);
+      const int64_t place = ((batch * s.groups + group) * cut.items + item) * s.states * s.length;
+      if (s.B.constant == nullptr) {
+        load_weights(s, s.B, batch, group, e, k.B);
+        fill(k.dB, s.states * kChunk * W, 0.0f);
+      }
+      if (s.C.constant == nullptr) {
+        load_weights(s, s.C, batch, group, e, k.C);
+        fill(k.dC, s.states * kChunk * W, 0.0f);
+      }
+      for (int64_t m = 0; m < count; ++m) retreat_block(p, spans, c, block_at(s, batch, group, first + m), k, m, run);
+      if (parts.dB != nullptr) store_lane_sums(s, e, k.dB, parts.dB + place);
+      if (parts.dC != nullptr) store_lane_sums(s, e, k.dC, parts.dC + place);
+    }
+  }
+  const Sums sums(s);
+  float* out = parts.sums + part * sums.size;
+  for (int64_t m = 0; m < count; ++m) {
+    const Block b = block_at(s, 0, group, first + m);
+    store_states(s, out + sums.A, b.channel, b.lanes, k.dA + m * square);
+    simd::store_n(out + sums.D + b.channel, simd::load(k.dD + m * W), b.lanes);
+    simd::store_n(out + sums.bias + b.channel, simd::load(k.dbias + m * W), b.lanes);
+    if (s.B.constant != nullptr) store_states(s, out + sums.B, b.channel, b.lanes, k.constant_dB + m * square);
+    if (s.C.constant != nullptr) store_states(s, out + sums.C, b.channel, b.lanes, k.constant_dC + m * square);
+  }
+}
+
+// The parts of the batch added up, one after the other, in double precision.
+CVMK_INLINE void add_parts(const float* parts, int64_t count, int64_t pitch, int64_t size, float* out) {
+  if (out == nullptr) return;
+  for (int64_t i = 0; i < size; ++i) {
+    double total = 0.0;
+    for (int64_t part = 0; part < count; ++part) total += static_cast<double>(parts[part * pitch + i]);
+    out[i] = static_cast<float>(total);
+  }
+}
+
+// One row [length] of dB or dC from the sums of the items of its group.
+template <int kType>
+CVMK_INLINE void add_items_as(const float* parts, int64_t items, int64_t pitch, int64_t length, void* out) {
+  for (int64_t t = 0; t < length; t += W) {
+    const int n = static_cast<int>(length - t < W ? length - t : W);
+    F total = simd::load_n(parts + t, n);
+    for (int64_t item = 1; item < items; ++item) total += simd::load_n(parts + item * pitch + t, n);
+    write_n<kType>(element(out, kType, t), total, n);
+  }
+}
+CVMK_INLINE void add_items(const Scan& s, const Cut& cut, const float* parts, void* out, int64_t dtype, int64_t row) {
+  const int64_t pitch = s.states * s.length;
+  const float* from = parts + (row / s.states * cut.items * s.states + row % s.states) * s.length;
+  void* to = element(out, dtype, row * s.length);
+  if (dtype == kFloat32) add_items_as<kFloat32>(from, cut.items, pitch, s.length, to);
+  else if (dtype == kBFloat16) add_items_as<kBFloat16>(from, cut.items, pitch, s.length, to);
+  else add_items_as<kFloat16>(from, cut.items, pitch, s.length, to);
+}
+
+inline __attribute__((unused)) int run_backward(const ScanBackward& p) {
+  const Scan& s = p.scan;
+  pass_empty(s, p.grad_last, p.dinitial);
+  const Cut cut(s);
+  const Sums sums(s);
+  const int64_t rows = s.batch * s.groups * s.states;
+  Arena count{nullptr, 0}, shared{nullptr, 0};
+  BackwardScratch(s, &count);
+  const auto place = [&](Arena* arena) {
+    Parts parts{nullptr, nullptr, nullptr};
+    if (p.dB != nullptr && s.B.constant == nullptr) parts.dB = arena->take(rows * cut.items * s.length);
+    if (p.dC != nullptr && s.C.constant == nullptr) parts.dC = arena->take(rows * cut.items * s.length);
+    parts.sums = arena->take(cut.batch_parts * sums.size);
+    return parts;
+  };
+  place(&shared);
+  char* memory = reserve(shared.used + count.used * threads::limit());
+  Spans spans;
+  if (memory == nullptr || !make_spans(s, &spans)) {
+    free(memory);
+    return 1;
+  }
+  Arena arena{memory, 0};
+  const Parts parts = place(&arena);
+  if (s.length == 0) fill(parts.sums, cut.batch_parts * sums.size, 0.0f);
+  threads::each(s.length == 0 ? 0 : cut.batch_parts * s.groups * cut.items, [&](int64_t item) {
+    const unsigned mode = flush_subnormals();
+    Arena own{memory + shared.used + threads::index() * count.used, 0};
+    const BackwardScratch scratch(s, &own);
+    backward_item(p, spans, cut, item / cut.items / s.groups, item / cut.items % s.groups, item % cut.items, scratch, parts);
+    restore_subnormals(mode);
+  });
+  for (int which = 0; which < 2; ++which) {
+    const float* from = which == 0 ? parts.dB : parts.dC;
+    if (from == nullptr) continue;
+    threads::each((rows + 15) / 16, [&](int64_t some) {
+      for (int64_t row = some * 16; row < rows && row < some * 16 + 16; ++row)
+        add_items(s, cut, from, which == 0 ? p.dB : p.dC, which == 0 ? s.B.varying.dtype : s.C.varying.dtype, row);
+    });
+  }
+  const int64_t square = s.channels * s.states;
+  add_parts(parts.sums + sums.A, cut.batch_parts, sums.size, square, p.dA);
+  add_parts(parts.sums + sums.D, cut.batch_parts, sums.size, s.channels, p.dD);
+  add_parts(parts.sums + sums.bias, cut.batch_parts, sums.size, s.channels, p.dbias);
+  if (s.B.constant != nullptr) add_parts(parts.sums + sums.B, cut.batch_parts, sums.size, square, static_cast<float*>(p.dB));
+  if (s.C.constant != nullptr) add_parts(parts.sums + sums.C, cut.batch_parts, sums.size, square, static_cast<float*>(p.dC));
+  free(spans.spans);
+  free(memory);
+  return 0;
+}
+
+}  // namespace scan
+}  // namespace

@@ -1,0 +1,2 @@
+#define CVMK_LEVEL avx2
+#include "scan/kernels.inl"

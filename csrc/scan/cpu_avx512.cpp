@@ -1,0 +1,2 @@
+#define CVMK_LEVEL avx512
+#include "scan/kernels.inl"

@@ -1,0 +1,2 @@
+#define CVMK_LEVEL base
+#include "scan/kernels.inl"
