@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -17,6 +17,13 @@ from cvmk.ops.reference import kd_loss as reference
 
 DIVERGENCES = ["forward_kl", "reverse_kl", "js", "skew_kl", "skew_reverse_kl"]
 INF = float("inf")
+
+
+@pytest.fixture(autouse=True)
+def the_law() -> Iterator[None]:
+    """These are the tests of the reference, whatever other backends this machine has."""
+    with ops.use("reference"):
+        yield
 
 
 def make(*rows: int, vocabulary: int = 7, dtype: torch.dtype = torch.float64, ignored: float = 0.3, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,6 +17,13 @@ from cvmk.ops.linear_kd_loss import op, prepare
 from cvmk.ops.reference import linear_kd_loss as reference
 
 DIVERGENCES = ["forward_kl", "reverse_kl", "js", "skew_kl", "skew_reverse_kl"]
+
+
+@pytest.fixture(autouse=True)
+def the_law() -> Iterator[None]:
+    """These are the tests of the reference, whatever other backends this machine has."""
+    with ops.use("reference"):
+        yield
 
 
 class Case:

@@ -16,7 +16,7 @@ from torch import Tensor
 from cvmk.ops._dispatch import Backend, accumulation_dtype, not_needed
 
 Rows = slice | Tensor
-CPU_CHUNK, GPU_CHUNK = 2**17, 2**25
+CPU_CHUNK, GPU_CHUNK = 2**16, 2**25
 """Logits of a chunk. On the CPU the five or so temporaries of a chunk stay in the second-level cache."""
 
 
