@@ -16,6 +16,7 @@ CVMK_DISTILL_LEVEL(base)
 #if defined(CVMK_HAVE_ISA_LEVELS)
 CVMK_DISTILL_LEVEL(avx2)
 CVMK_DISTILL_LEVEL(avx512)
+CVMK_DISTILL_LEVEL(amx)
 #endif
 }
 #undef CVMK_DISTILL_LEVEL
@@ -23,8 +24,9 @@ CVMK_DISTILL_LEVEL(avx512)
 namespace cvmk::distill {
 
 #if defined(CVMK_HAVE_ISA_LEVELS)
-#define CVMK_PICK(name)                                                  \
-  const IsaLevel level = dispatch_level();                               \
+#define CVMK_PICK(name)                                                       \
+  const IsaLevel level = dispatch_level();                                    \
+  if (level >= IsaLevel::kAmx) return cvmk_distill_##name##_amx(&pass);       \
   if (level >= IsaLevel::kAvx512) return cvmk_distill_##name##_avx512(&pass); \
   if (level >= IsaLevel::kAvx2) return cvmk_distill_##name##_avx2(&pass);     \
   cvmk_distill_##name##_base(&pass)

@@ -1,0 +1,6 @@
+#include "distill/rows.inl"
+
+extern "C" {
+void cvmk_distill_losses_amx(const cvmk::distill::LossPass* pass) { distill::losses(*pass); }
+void cvmk_distill_gradients_amx(const cvmk::distill::GradientPass* pass) { distill::gradients(*pass); }
+}
