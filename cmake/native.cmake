@@ -53,7 +53,7 @@ target_link_libraries(cvmk_cpu PRIVATE cvmk_warnings)
 
 # Folders of csrc with kernels; each has csrc/bindings/<folder>.cpp too.
 include(cpu_isa)
-set(CVMK_KERNELS distill gemm scan)
+set(CVMK_KERNELS attention distill gemm scan)
 cvmk_kernels(cvmk_cpu ${CVMK_KERNELS})
 list(TRANSFORM CVMK_KERNELS REPLACE "(.+)" "csrc/bindings/\\1.cpp" OUTPUT_VARIABLE CVMK_BINDINGS)
 

@@ -14,6 +14,7 @@
 namespace py = pybind11;
 using namespace py::literals;
 
+void bind_attention(py::module_& m);
 void bind_distill(py::module_& m);
 void bind_gemm(py::module_& m);
 void bind_scan(py::module_& m);
@@ -144,6 +145,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("detected_level", [] { return cvmk::level_name(cvmk::level_of(cvmk::cpu_features())); }, "The level of the processor");
   m.def("dispatch_level", [] { return cvmk::level_name(cvmk::dispatch_level()); }, "The level of the processor, capped by CVMK_CPU_ISA");
   bind_sketch(m);
+  bind_attention(m);
   bind_distill(m);
   bind_gemm(m);
   bind_scan(m);

@@ -1,0 +1,144 @@
+// Products of float32 blocks on vector registers. Operands: `a` is row-major [rows][width]; `t` (a transposed right operand) is
+// [key / kPanel][width][kPanel]; `b` (a right operand whose rows are keys) is [key / kKeys][width / W][kKeys][W], W = min(kPanel, width).
+// Widths are padded to vectors, and everything that is padded holds zeros.
+#pragma once
+#include "attention/math.inl"
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kTileVectors = 4;
+#else
+constexpr int kTileVectors = 2;
+#endif
+constexpr int kTileRows = 6;
+
+// c[R][C vectors] (+)= a[r * am + k * ak] b[k * bk + ...], sums in order of k.
+template <int R, int C>
+__attribute__((noinline, unused)) void micro(int64_t depth, const float* a, int64_t am, int64_t ak, const float* b, int64_t bk, float* c, int64_t ldc, bool add) {
+  F sum[R][C];
+#pragma GCC unroll 6
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int j = 0; j < C; ++j) sum[r][j] = add ? simd::load(c + r * ldc + j * kLanes) : F{};
+  for (int64_t k = 0; k < depth; ++k) {
+    F right[C];
+#pragma GCC unroll 4
+    for (int j = 0; j < C; ++j) right[j] = simd::load(b + j * kLanes);
+#pragma GCC unroll 6
+    for (int r = 0; r < R; ++r) {
+      const F left = simd::set(a[r * am]);
+#pragma GCC unroll 4
+      for (int j = 0; j < C; ++j) sum[r][j] += left * right[j];
+    }
+    a += ak;
+    b += bk;
+  }
+#pragma GCC unroll 6
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int j = 0; j < C; ++j) simd::store(c + r * ldc + j * kLanes, sum[r][j]);
+}
+
+template <int C>
+inline void micro_rows(int rows, int64_t depth, const float* a, int64_t am, int64_t ak, const float* b, int64_t bk, float* c, int64_t ldc, bool add) {
+  switch (rows) {
+    case 6: return micro<6, C>(depth, a, am, ak, b, bk, c, ldc, add);
+    case 5: return micro<5, C>(depth, a, am, ak, b, bk, c, ldc, add);
+    case 4: return micro<4, C>(depth, a, am, ak, b, bk, c, ldc, add);
+    case 3: return micro<3, C>(depth, a, am, ak, b, bk, c, ldc, add);
+    case 2: return micro<2, C>(depth, a, am, ak, b, bk, c, ldc, add);
+    default: return micro<1, C>(depth, a, am, ak, b, bk, c, ldc, add);
+  }
+}
+
+// c[m][n] (+)= a b over `depth`; n a multiple of the lanes; column panel p of b starts at b + p * bp.
+inline void multiply(int64_t m, int64_t n, int64_t depth, const float* a, int64_t am, int64_t ak, const float* b, int64_t bp, int64_t bk, float* c, int64_t ldc,
+                     bool add) {
+  constexpr int64_t kWide = kTileVectors * kLanes;
+  for (int64_t j = 0; j < n; j += kWide, b += bp) {
+    const int vectors = static_cast<int>(least(n - j, kWide)) / kLanes;
+    for (int64_t i = 0; i < m; i += kTileRows) {
+      const int rows = static_cast<int>(least(m - i, kTileRows));
+      const float* left = a + i * am;
+      float* out = c + i * ldc + j;
+      switch (vectors) {
+#if defined(__AVX512F__)
+        case 4: micro_rows<4>(rows, depth, left, am, ak, b, bk, out, ldc, add); break;
+        case 3: micro_rows<3>(rows, depth, left, am, ak, b, bk, out, ldc, add); break;
+#endif
+        case 2: micro_rows<2>(rows, depth, left, am, ak, b, bk, out, ldc, add); break;
+        default: micro_rows<1>(rows, depth, left, am, ak, b, bk, out, ldc, add); break;
+      }
+    }
+  }
+}
+
+struct FloatEngine {
+  typedef float Element;
+  static constexpr bool kPrecise = true;
+  static constexpr bool kTiles = false;
+  static constexpr int kGroup = 32;  // rows packed at a time
+  static constexpr int kRows = 96, kKeys = 128, kGradRows = 96, kGradKeys = 128;
+  static constexpr int kPanel = kTileVectors * kLanes;
+
+  static void begin() {}
+  static void end() {}
+  static int64_t padded(int64_t width) { return up(width, kLanes); }
+  static int64_t key_step() { return kLanes; }
+  static int64_t t_size(int64_t keys, int64_t width) { return up(keys, kPanel) * width; }
+  static int64_t b_size(int64_t keys, int64_t width) { return up(keys, kKeys) * up(width, width < kPanel ? width : kPanel); }
+
+  // Rows j to j + 31 of the pack from 32 rows of n numbers; a null row is zeros.
+  static void pack_t(float* pack, int64_t j, const char* const* rows, int64_t dtype, int64_t n, int64_t width) {
+    for (int64_t first = 0; first < kGroup; first += kLanes) {
+      float* dst = pack + (j + first) / kPanel * width * kPanel + (j + first) % kPanel;
+      for (int64_t i = 0; i < n; i += kLanes) {
+        const int count = static_cast<int>(least(n - i, kLanes));
+        float block[kLanes][kLanes] __attribute__((aligned(64)));
+        for (int r = 0; r < kLanes; ++r) {
+          const char* row = rows[first + r];
+          simd::store(block[r], row == nullptr ? F{} : count == kLanes ? load_any(row, dtype, i) : load_any_n(row, dtype, i, count));
+        }
+#if defined(__AVX512F__)
+        __m512i x[16];
+        for (int r = 0; r < 16; ++r) x[r] = _mm512_load_si512(block[r]);
+        transpose16(x);
+        for (int r = 0; r < 16; ++r) _mm512_storeu_si512(dst + (i + r) * kPanel, x[r]);
+#else
+        for (int c = 0; c < kLanes; ++c)
+          for (int r = 0; r < kLanes; ++r) dst[(i + c) * kPanel + r] = block[r][c];
+#endif
+      }
+    }
+  }
+
+  static void pack_b(float* pack, int64_t j, const char* const* rows, int64_t dtype, int64_t n, int64_t width) {
+    const int64_t panel = width < kPanel ? width : kPanel;
+    float* block = pack + j / kKeys * kKeys * up(width, panel);
+    for (int64_t r = 0; r < kGroup; ++r) {
+      for (int64_t i = 0; i < width; i += panel) {
+        float* dst = block + i * kKeys + (j % kKeys + r) * panel;
+        const int64_t take = rows[r] == nullptr ? 0 : most(0, least(n - i, panel));
+        to_floats(dst, rows[r] == nullptr ? nullptr : rows[r] + i * width_of(dtype), dtype, take, least(width - i, panel));
+      }
+    }
+  }
+
+  static void pack_a(float* dst, const char* const* rows, int64_t count, int64_t dtype, int64_t n, int64_t width) {
+    for (int64_t r = 0; r < count; ++r) to_floats(dst + r * width, rows[r], dtype, n, width);
+  }
+
+  // s[rows][keys] = a t, for keys from j on.
+  static void scores(const float* a, int64_t rows, const float* t, int64_t j, int64_t keys, int64_t width, float* s, int64_t lds) {
+    multiply(rows, up(keys, kLanes), width, a, width, 1, t + j / kPanel * width * kPanel, kPanel * width, kPanel, s, lds, false);
+  }
+
+  // out[rows][width] (+)= p b, for keys from j (a multiple of kKeys) on.
+  static void weigh(const float* p, int64_t ldp, int64_t rows, const float* b, int64_t j, int64_t keys, int64_t width, float* out, bool add) {
+    const int64_t panel = width < kPanel ? width : kPanel;
+    multiply(rows, width, up(keys, kLanes), p, ldp, 1, b + j * up(width, panel), kKeys * panel, panel, out, width, add);
+  }
+};
+
+}  // namespace

@@ -1,0 +1,291 @@
+// The forward pass. Keys are taken in blocks of kKeys with a running maximum and sum; every kSplit keys the state is closed and folded
+// into the row's result, so that a row comes out the same to the bit whether its splits are done in turn or by several threads.
+#pragma once
+#include "attention/softmax.inl"
+
+namespace {
+
+constexpr int64_t kSplit = 1024;
+
+// The state of a block of rows: sum of weighted values, running maximum (of scores times log2(e)) and sum.
+struct State {
+  float *out, *top, *total;
+};
+
+template <class Engine>
+struct ForwardScratch {
+  typename Engine::Element *a, *keys, *values;
+  float* scores;
+  State part, whole;
+
+  ForwardScratch(Arena* arena, int64_t pack_keys, int64_t dp, int64_t dvp) {
+    a = arena->take<typename Engine::Element>(up(Engine::kRows, 32) * dp);
+    scores = arena->take<float>(static_cast<int64_t>(Engine::kRows) * Engine::kKeys);
+    part = take_state(arena, dvp);
+    whole = take_state(arena, dvp);
+    keys = arena->take<typename Engine::Element>(Engine::t_size(pack_keys, dp));
+    values = arena->take<typename Engine::Element>(Engine::b_size(pack_keys, dvp));
+  }
+
+  static State take_state(Arena* arena, int64_t dvp) {
+    State s;
+    s.out = arena->take<float>(Engine::kRows * dvp);
+    s.top = arena->take<float>(Engine::kRows);
+    s.total = arena->take<float>(Engine::kRows);
+    return s;
+  }
+};
+
+inline float power(float x) {
+  float lanes[kLanes];
+  simd::store(lanes, exp2<true>(simd::set(x)));
+  return lanes[0];
+}
+
+// into += from, for one row. A part that saw nothing changes nothing.
+inline void fold_row(const State& into, const State& from, int64_t r, int64_t dvp) {
+  if (from.total[r] == 0.0f) return;
+  float *a = into.out + r * dvp, *b = from.out + r * dvp;
+  if (into.total[r] == 0.0f) {
+    memcpy(a, b, static_cast<size_t>(dvp) * sizeof(float));
+    into.top[r] = from.top[r];
+    into.total[r] = from.total[r];
+    return;
+  }
+  const float now = into.top[r] > from.top[r] ? into.top[r] : from.top[r];
+  const float wa = power(into.top[r] - now), wb = power(from.top[r] - now);
+  for (int64_t i = 0; i < dvp; i += kLanes) simd::store(a + i, simd::load(a + i) * wa + simd::load(b + i) * wb);
+  into.total[r] = into.total[r] * wa + from.total[r] * wb;
+  into.top[r] = now;
+}
+
+inline void clear(const State& s, int64_t rows) {
+  for (int64_t r = 0; r < rows; ++r) {
+    s.top[r] = -kInf;
+    s.total[r] = 0.0f;
+  }
+}
+
+// out and lse of one row.
+inline void write_row(const Params& p, const Segment& g, const Row& row, const float* out, float top, float total) {
+  char* to = row_of_mutable(p.out, width_of(p.dtype), g.b, row.head, g.q0 + row.i);
+  float* lse = reinterpret_cast<float*>(row_of_mutable(p.lse, 4, g.b, row.head, g.q0 + row.i));
+  if (total == 0.0f) {
+    memset(to, 0, static_cast<size_t>(p.dv * width_of(p.dtype)));
+    *lse = -kInf;
+    return;
+  }
+  from_floats(to, p.dtype, out, p.keep_factor / total, p.dv);
+  float lanes[kLanes];
+  simd::store(lanes, simd::log(simd::set(total)));
+  *lse = total < kInf ? top * kLn2 + lanes[0] : total + top;
+}
+
+// Packs the keys and values [from, to) of a key head; from is a multiple of kKeys and the first row of the packs.
+template <class Engine>
+void pack_keys(const Params& p, const Segment& g, int64_t kv_head, int64_t from, int64_t to, typename Engine::Element* keys, typename Engine::Element* values) {
+  const int64_t width = width_of(p.dtype), dp = Engine::padded(p.d), dvp = Engine::padded(p.dv);
+  const char* rows[Engine::kGroup];
+  for (int64_t j = from; j < to; j += Engine::kGroup) {
+    row_pointers(p.k, width, g.b, kv_head, g.k0, j, to, Engine::kGroup, rows);
+    Engine::pack_t(keys, j - from, rows, p.dtype, p.d, dp);
+    row_pointers(p.v, width, g.b, kv_head, g.k0, j, to, Engine::kGroup, rows);
+    Engine::pack_b(values, j - from, rows, p.dtype, p.dv, dvp);
+  }
+}
+
+// One block of keys into the state of the part.
+template <class Engine>
+void attend_block(const Params& p, const Segment& g, const Row* rows, int64_t count, int64_t j, int64_t n, const typename Engine::Element* keys,
+                  const typename Engine::Element* values, int64_t base, const ForwardScratch<Engine>& w, bool first) {
+  const int64_t dp = Engine::padded(p.d), dvp = Engine::padded(p.dv), padded = up(n, Engine::key_step());
+  const bool special = special_scores(p);
+  const float factor = special ? 1.0f : p.scale * kLog2E;
+  uint32_t columns[Engine::kKeys];
+  column_hashes(p, g.k0 + j, n, columns);
+  Engine::scores(w.a, count, keys, j - base, n, dp, w.scores, Engine::kKeys);
+  for (int64_t r = 0; r < count; ++r) {
+    float* s = w.scores + r * Engine::kKeys;
+    const int64_t a = most(0, least(rows[r].lo - j, n)), b = most(a, least(rows[r].hi - j, n));
+    if (special && a < b) finish_scores(p, g, rows[r], j, a, b, s, nullptr);
+    float* top = w.part.top + r;
+    float* total = w.part.total + r;
+    const float change =
+        p.dropout_limit != 0
+            ? softmax_row<Engine::kPrecise, Engine::kTiles, true>(s, padded, a, b, factor, top, total, columns, rows[r].hash, p.dropout_limit)
+            : softmax_row<Engine::kPrecise, Engine::kTiles, false>(s, padded, a, b, factor, top, total, columns, 0, 0);
+    if (first || change == 1.0f) continue;
+    float* out = w.part.out + r * dvp;
+    for (int64_t i = 0; i < dvp; i += kLanes) simd::store(out + i, simd::load(out + i) * change);
+  }
+  Engine::weigh(w.scores, Engine::kKeys, count, values, j - base, n, dvp, w.part.out, !first);
+}
+
+// Rows [first, first + count) of an item over the keys [from, to). keys and values are packs that begin at key `base`. Where `state` is
+// null the rows are finished and written, else their state is left there.
+template <class Engine>
+void attend_rows(const Params& p, const Segment& g, int64_t kv_head, int64_t first, int64_t count, int64_t from, int64_t to,
+                 const typename Engine::Element* keys, const typename Engine::Element* values, int64_t base, const ForwardScratch<Engine>& w,
+                 const State* state) {
+  const int64_t width = width_of(p.dtype), dp = Engine::padded(p.d), dvp = Engine::padded(p.dv);
+  Row rows[Engine::kRows];
+  const char* q[Engine::kRows];
+  int64_t lo = to, hi = from;
+  for (int64_t r = 0; r < count; ++r) {
+    rows[r] = row_at(p, g, kv_head, first + r);
+    q[r] = row_of(p.q, width, g.b, rows[r].head, g.q0 + rows[r].i);
+    if (rows[r].lo < rows[r].hi) {
+      lo = least(lo, rows[r].lo);
+      hi = most(hi, rows[r].hi);
+    }
+  }
+  lo = most(lo, from);
+  hi = least(hi, to);
+  const State& whole = state == nullptr ? w.whole : *state;
+  clear(whole, count);
+  if (lo < hi) Engine::pack_a(w.a, q, count, p.dtype, p.d, dp);
+  for (int64_t split = lo / kSplit * kSplit; split < hi; split += kSplit) {
+    const int64_t begin = most(split, lo) / Engine::kKeys * Engine::kKeys, end = least(split + kSplit, hi);
+    clear(w.part, count);
+    for (int64_t j = begin; j < end; j += Engine::kKeys)
+      attend_block<Engine>(p, g, rows, count, j, least(Engine::kKeys, end - j), keys, values, base, w, j == begin);
+    for (int64_t r = 0; r < count; ++r) fold_row(whole, w.part, r, dvp);
+  }
+  if (state != nullptr) return;
+  for (int64_t r = 0; r < count; ++r) write_row(p, g, rows[r], whole.out + r * dvp, whole.top[r], whole.total[r]);
+}
+
+// The keys that any row of a segment sees: the bounds rise from row to row.
+inline void seen_keys(const Params& p, const Segment& g, int64_t* lo, int64_t* hi) {
+  int64_t unused;
+  *lo = *hi = 0;
+  if (g.rows == 0) return;
+  visible_keys(p, g, 0, lo, &unused);
+  visible_keys(p, g, g.rows - 1, &unused, hi);
+  *hi = most(*hi, *lo);
+}
+
+// Rows of packed tensors that belong to no sequence.
+inline void write_outside(const Params& p) {
+  if (p.sequences < 0) return;
+  const Segment g{0, 0, p.rows, 0, 0, 0, 0};
+  const int64_t first = p.sequences == 0 ? p.rows : most(0, least(at(p.cu_q, 0), p.rows));
+  const int64_t last = p.sequences == 0 ? p.rows : most(first, least(at(p.cu_q, p.sequences), p.rows));
+  for (int64_t h = 0; h < p.heads; ++h)
+    for (int64_t i = 0; i < p.rows; ++i)
+      if (i < first || i >= last) write_row(p, g, Row{h, i, 0, 0, 0}, nullptr, -kInf, 0.0f);
+}
+
+// How a call is cut. An item whose rows fit one block is cut into splits of its keys; others, where items are few, into blocks of rows.
+struct ForwardPlan {
+  int64_t items, units, splits, blocks;  // units = items * (splits or blocks)
+  bool rows_apart;
+};
+
+template <class Engine>
+ForwardPlan plan_forward(const Params& p) {
+  ForwardPlan plan;
+  const int64_t group = p.heads / p.kv_heads, count = segments(p);
+  int64_t most_rows = 0, most_keys = 0;
+  for (int64_t s = 0; s < count; ++s) {
+    const Segment g = segment(p, s);
+    most_rows = most(most_rows, g.rows * group);
+    most_keys = most(most_keys, g.visible);
+  }
+  plan.items = count * p.kv_heads;
+  const bool fits = most_rows <= Engine::kRows;
+  plan.splits = fits ? most(1, (most_keys + kSplit - 1) / kSplit) : 1;
+  plan.rows_apart = !fits && plan.items < 2 * threads::limit() && plan.items % threads::limit() != 0;
+  plan.blocks = plan.rows_apart ? (most_rows + Engine::kRows - 1) / Engine::kRows : 1;
+  plan.units = plan.items * plan.splits * plan.blocks;
+  return plan;
+}
+
+// The keys of an item that a split takes.
+inline void split_keys(const Params& p, const Segment& g, const ForwardPlan& plan, int64_t split, int64_t* from, int64_t* to) {
+  seen_keys(p, g, from, to);
+  if (plan.splits == 1) return;
+  *from = most(*from, split * kSplit);
+  *to = most(*from, least(*to, (split + 1) * kSplit));
+}
+
+template <class Engine>
+int forward(const Params& p) {
+  typedef typename Engine::Element Element;
+  const int64_t dp = Engine::padded(p.d), dvp = Engine::padded(p.dv), group = p.kv_heads > 0 ? p.heads / p.kv_heads : 0;
+  write_outside(p);
+  if (segments(p) == 0 || p.heads == 0 || p.rows == 0) return cvmk::attention::kDone;
+  const ForwardPlan plan = plan_forward<Engine>(p);
+  const int64_t workers = least(plan.units, threads::limit());
+  const int64_t longest = up(plan.splits > 1 ? least(p.keys, kSplit) : p.keys, Engine::kKeys);
+
+  Arena arena{nullptr, 0};
+  const ForwardScratch<Engine> sizes(&arena, plan.rows_apart ? 0 : longest, dp, dvp);
+  const int64_t scratch_bytes = up(arena.used, 4096);
+  arena.used = 0;
+  const int64_t shared_keys = plan.rows_apart ? Engine::t_size(longest, dp) : 0, shared_values = plan.rows_apart ? Engine::b_size(longest, dvp) : 0;
+  arena.take<Element>((shared_keys + shared_values) * plan.items);
+  const int64_t state_size = plan.splits > 1 ? up(Engine::kRows * (dvp + 2), 16) : 0;
+  arena.take<float>(state_size * plan.units);
+  const int64_t shared_bytes = up(arena.used, 4096);
+  char* memory = allocate(scratch_bytes * workers + shared_bytes);
+  if (memory == nullptr) return cvmk::attention::kNoMemory;
+  Arena shared{memory + scratch_bytes * workers, 0};
+  Element* packs = shared.take<Element>((shared_keys + shared_values) * plan.items);
+  float* states = shared.take<float>(state_size * plan.units);
+  const auto state_of = [=](int64_t unit) {
+    float* base = states + unit * state_size;
+    return State{base + 2 * Engine::kRows, base, base + Engine::kRows};
+  };
+
+  if (plan.rows_apart) {
+    const int64_t chunks = longest / Engine::kKeys;
+    threads::each(plan.items * chunks, [&](int64_t index) {
+      const int64_t item = index / chunks, chunk = index % chunks;
+      const Segment g = segment(p, item / p.kv_heads);
+      int64_t lo, hi;
+      seen_keys(p, g, &lo, &hi);
+      Element* pack = packs + item * (shared_keys + shared_values);
+      const int64_t from = chunk * Engine::kKeys, to = least(from + Engine::kKeys, hi);
+      if (to <= lo) return;
+      Engine::begin();
+      pack_keys<Engine>(p, g, item % p.kv_heads, from, to, pack + Engine::t_size(from, dp), pack + shared_keys + Engine::b_size(from, dvp));
+      Engine::end();
+    });
+  }
+
+  threads::each(plan.units, [&](int64_t index) {
+    Arena own{memory + scratch_bytes * threads::index(), 0};
+    const ForwardScratch<Engine> w(&own, plan.rows_apart ? 0 : longest, dp, dvp);
+    const int64_t unit = plan.units - 1 - index, item = unit / (plan.splits * plan.blocks), part = unit % (plan.splits * plan.blocks);
+    const Segment g = segment(p, item / p.kv_heads);
+    const int64_t kv_head = item % p.kv_heads, rows = g.rows * group;
+    int64_t from, to;
+    split_keys(p, g, plan, part, &from, &to);
+    const int64_t base = plan.rows_apart ? 0 : from / Engine::kKeys * Engine::kKeys;
+    const Element* keys = plan.rows_apart ? packs + item * (shared_keys + shared_values) : w.keys;
+    const Element* values = plan.rows_apart ? keys + shared_keys : w.values;
+    Engine::begin();
+    if (!plan.rows_apart && from < to) pack_keys<Engine>(p, g, kv_head, base, to, w.keys, w.values);
+    const int64_t first = plan.rows_apart ? part * Engine::kRows : 0, last = plan.rows_apart ? least(first + Engine::kRows, rows) : rows;
+    const State state = state_of(unit);
+    for (int64_t r = first; r < last; r += Engine::kRows)
+      attend_rows<Engine>(p, g, kv_head, r, least(Engine::kRows, last - r), from, to, keys, values, base, w, plan.splits > 1 ? &state : nullptr);
+    Engine::end();
+  });
+
+  if (plan.splits > 1) {
+    threads::each(plan.items, [&](int64_t item) {
+      const Segment g = segment(p, item / p.kv_heads);
+      const State whole = state_of(item * plan.splits);
+      for (int64_t r = 0; r < g.rows * group; ++r) {
+        for (int64_t split = 1; split < plan.splits; ++split) fold_row(whole, state_of(item * plan.splits + split), r, dvp);
+        write_row(p, g, row_at(p, g, item % p.kv_heads, r), whole.out + r * dvp, whole.top[r], whole.total[r]);
+      }
+    });
+  }
+  free(memory);
+  return cvmk::attention::kDone;
+}
+
+}  // namespace

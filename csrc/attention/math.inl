@@ -1,0 +1,194 @@
+// Powers of two, tanh, hashes, row conversions and 16 x 16 transpositions for the attention kernels.
+#pragma once
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "attention/params.h"
+#include "common/simd.h"
+#include "common/threads.h"
+
+namespace {
+
+using cvmk::attention::Bias;
+using cvmk::attention::Integers;
+using cvmk::attention::Matrix;
+using cvmk::attention::Params;
+using simd::F;
+using simd::H;
+using simd::I;
+using simd::U;
+constexpr int kLanes = simd::kLanes;
+constexpr float kLog2E = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
+constexpr float kInf = __builtin_inff();
+
+CVMK_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+CVMK_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+CVMK_INLINE int64_t up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+CVMK_INLINE I lane_index() {
+  I v{};
+  for (int i = 0; i < kLanes; ++i) v[i] = i;
+  return v;
+}
+
+// 2^x for x <= 127: 0 below -126 (also for -inf), NaN stays NaN, 2^0 is exactly 1. Relative error of the polynomial (minimax with a fixed
+// constant term on [-1/2, 1/2]): kPrecise 2e-9, so that rounding decides (1 ulp); else 3e-6, for results that are rounded to bfloat16.
+template <bool kPrecise>
+CVMK_INLINE F exp2(F x) {
+  const F magic = simd::set(12582912.0f);  // 1.5 * 2^23: the low bits of the sum are the nearest integer
+  const F shifted = x + magic;
+  const F f = x - (shifted - magic);
+  F p;
+  if (kPrecise) {
+    p = simd::set(1.5353361959569156e-4f);
+    p = p * f + 1.3398875016719103e-3f;
+    p = p * f + 9.61843691766262e-3f;
+    p = p * f + 5.5503323674201965e-2f;
+    p = p * f + 2.4022647738456726e-1f;
+    p = p * f + 6.931471824645996e-1f;
+  } else {
+    p = simd::set(9.582852944731712e-3f);
+    p = p * f + 5.5906426161527634e-2f;
+    p = p * f + 2.4024099111557007e-1f;
+    p = p * f + 6.931241750717163e-1f;
+  }
+  p = p * f + 1.0f;
+  const F y = simd::bits<F>(simd::bits<I>(p) + (simd::bits<I>(shifted) << 23));
+  return x < -126.0f ? F{} : (x == x ? y : x);
+}
+
+// tanh, relative error about 2 ulp: an odd polynomial below 0.625 (Cephes), 1 - 2 / (e^2x + 1) above.
+CVMK_INLINE F tanh(F x) {
+  const F a = simd::abs(x);
+  const F z = x * x;
+  F p = simd::set(-5.70498872745e-3f);
+  p = p * z + 2.06390887954e-2f;
+  p = p * z - 5.37397155531e-2f;
+  p = p * z + 1.33314422036e-1f;
+  p = p * z - 3.33332819422e-1f;
+  const F small = p * z * x + x;
+  const F far = a > 10.0f ? simd::set(10.0f) : a;
+  const F big = 1.0f - 2.0f / (exp2<true>(far * (2.0f * kLog2E)) + 1.0f);
+  const F y = a < 0.625f ? small : (x < 0.0f ? -big : big);
+  return x == x ? y : x;
+}
+
+// The finaliser of MurmurHash3 (Appleby), on one word and on vectors of them.
+template <typename T>
+CVMK_INLINE T mix(T x) {
+  x ^= x >> 16;
+  x *= 0x85ebca6bu;
+  x ^= x >> 13;
+  x *= 0xc2b2ae35u;
+  return x ^ (x >> 16);
+}
+
+CVMK_INLINE float sum_lanes(F v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps(simd::bits<__m512>(v));
+#else
+  return simd::sum(v);
+#endif
+}
+CVMK_INLINE float max_lanes(F v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps(simd::bits<__m512>(v));
+#else
+  return simd::max_lane(v);
+#endif
+}
+
+// To the nearest bfloat16; the instruction takes subnormal numbers for 0.
+CVMK_INLINE H round_bf16(F x) {
+#if defined(__AVX512BF16__)
+  return simd::bits<H>(_mm512_cvtneps_pbh(simd::bits<__m512>(x)));
+#else
+  return simd::to_bf16(x);
+#endif
+}
+
+CVMK_INLINE int64_t at(const Integers& x, int64_t i) {
+  return x.wide ? static_cast<const int64_t*>(x.data)[i * x.stride] : static_cast<const int32_t*>(x.data)[i * x.stride];
+}
+
+CVMK_INLINE int width_of(int64_t dtype) { return dtype == cvmk::attention::kFloat32 ? 4 : dtype == cvmk::attention::kFloat64 ? 8 : 2; }
+
+CVMK_INLINE const char* row_of(const Matrix& m, int64_t width, int64_t b, int64_t h, int64_t t) {
+  return static_cast<const char*>(m.data) + (b * m.batch + h * m.head + t * m.row) * width;
+}
+CVMK_INLINE char* row_of_mutable(const Matrix& m, int64_t width, int64_t b, int64_t h, int64_t t) {
+  return static_cast<char*>(m.data) + (b * m.batch + h * m.head + t * m.row) * width;
+}
+
+CVMK_INLINE F load_any(const void* src, int64_t dtype, int64_t i) {
+  const uint16_t* half = static_cast<const uint16_t*>(src) + i;
+  if (dtype == cvmk::attention::kFloat32) return simd::load(static_cast<const float*>(src) + i);
+  return dtype == cvmk::attention::kBFloat16 ? simd::from_bf16(simd::load_h(half)) : simd::from_half(simd::load_h(half));
+}
+CVMK_INLINE F load_any_n(const void* src, int64_t dtype, int64_t i, int n) {
+  const uint16_t* half = static_cast<const uint16_t*>(src) + i;
+  if (dtype == cvmk::attention::kFloat32) return simd::load_n(static_cast<const float*>(src) + i, n);
+  return dtype == cvmk::attention::kBFloat16 ? simd::from_bf16(simd::load_h_n(half, n)) : simd::from_half(simd::load_h_n(half, n));
+}
+
+// n numbers as floats, with zeros up to `padded`.
+inline void to_floats(float* dst, const void* src, int64_t dtype, int64_t n, int64_t padded) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) simd::store(dst + i, load_any(src, dtype, i));
+  if (i < n) {
+    simd::store(dst + i, load_any_n(src, dtype, i, static_cast<int>(n - i)));
+    i += kLanes;
+  }
+  for (; i < padded; i += kLanes) simd::store(dst + i, F{});
+}
+
+// dst[0, n) = factor * src, rounded to the dtype.
+inline void from_floats(void* dst, int64_t dtype, const float* src, float factor, int64_t n) {
+  const F f = simd::set(factor);
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const int count = static_cast<int>(least(n - i, kLanes));
+    const F x = simd::load_n(src + i, count) * f;
+    if (dtype == cvmk::attention::kFloat32) {
+      simd::store_n(static_cast<float*>(dst) + i, x, count);
+      continue;
+    }
+    const H h = dtype == cvmk::attention::kBFloat16 ? simd::to_bf16(x) : simd::to_half(x);
+    if (count == kLanes)
+      simd::store_h(static_cast<uint16_t*>(dst) + i, h);
+    else
+      simd::store_h_n(static_cast<uint16_t*>(dst) + i, h, count);
+  }
+}
+
+#if defined(__AVX512F__)
+// 16 x 16 words of 32 bits, in registers.
+CVMK_INLINE void transpose16(__m512i r[16]) {
+  __m512i t[16];
+  for (int i = 0; i < 8; ++i) {
+    t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+    t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+    r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+    r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+    r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+  }
+  for (int i = 0; i < 4; ++i) {
+    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+    r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
+    r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
+  }
+}
+#endif
+
+}  // namespace
