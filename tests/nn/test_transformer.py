@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from oracle import OracleTransformer
+from transformer_oracle import OracleTransformer
 
 from cvmk.config.schema import ModelConfig
 from cvmk.errors import ConfigError

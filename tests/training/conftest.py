@@ -1,14 +1,12 @@
 from __future__ import annotations
 
-import json
-import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from runs import command
 
 from cvmk.text.phrasebook import phrasebook
 
@@ -114,19 +112,3 @@ def cvmk() -> Callable[..., subprocess.CompletedProcess[str]]:
         return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=100, **options)
 
     return run
-
-
-def command(*arguments: Any) -> list[str]:
-    return [sys.executable, "-m", "cvmk", *map(str, arguments)]
-
-
-def events(folder: Path, kind: str) -> list[dict[str, Any]]:
-    lines = (folder / "events.jsonl").read_text(encoding="utf-8").splitlines()
-    return [event for event in map(json.loads, lines) if event["event"] == kind]
-
-
-def last_step(folder: Path) -> int:
-    try:
-        return int(os.readlink(folder / "checkpoints" / "last").removeprefix("step-"))
-    except OSError:
-        return -1

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import command, events, last_step
+from runs import command, events, last_step
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import events
+from runs import events
 
 from cvmk.config.loading import load_train_config
 from cvmk.errors import ConfigError, DataError, DivergedError
