@@ -7,7 +7,7 @@ config.json
     vocab_size, pad_id, parameters
     tokenizer         fingerprint of the tokenizer
     languages         {"source": code, "target": code}, or null
-    weights_sha256    checksum of model.safetensors
+    weights_sha256    checksum of model.safetensors; a checkpoint has null
     and whatever else the writer adds.
 
 model.safetensors holds the state dict of CVMTransformer (shared matrices once; see Embeddings for the names):
@@ -76,7 +76,13 @@ def save_model_folder(path: str | os.PathLike[str], model: CVMTransformer, token
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _description(model: CVMTransformer, tokenizer: Tokenizer, checksum: str, extra: dict[str, Any]) -> dict[str, Any]:
+def describe_model(folder: Path, model: CVMTransformer, tokenizer: Tokenizer, extra: dict[str, Any] | None = None) -> None:
+    """Write what a model's folder has besides weights and card, so that a folder with `model.safetensors` becomes one."""
+    tokenizer.save(folder)
+    write_json(folder / CONFIG, _description(model, tokenizer, None, extra or {}))
+
+
+def _description(model: CVMTransformer, tokenizer: Tokenizer, checksum: str | None, extra: dict[str, Any]) -> dict[str, Any]:
     from cvmk.nn import count_parameters
 
     config = {
@@ -171,32 +177,37 @@ def load_model_folder(path: str | os.PathLike[str]) -> tuple[CVMTransformer, Tok
     """
     folder, config, info = read_model_config(path)
     tokenizer = load_model_tokenizer(folder, info)
+    import torch
+
     from cvmk.nn import CVMTransformer
 
-    model = CVMTransformer(config, info["vocab_size"], info["pad_id"])
-    weights = _read_weights(folder / WEIGHTS, info.get("weights_sha256"))
-    _load_weights(model, weights, folder / WEIGHTS)
+    weights = read_weights(folder / WEIGHTS, info.get("weights_sha256"))
+    with torch.device("meta"):  # nothing is allocated before the sizes are known to be those of the weights
+        shapes = CVMTransformer(config, info["vocab_size"], info["pad_id"]).state_dict()
+    _check_weights(shapes, weights, folder / WEIGHTS)
+    model = CVMTransformer(config, info["vocab_size"], info["pad_id"]).to(next(iter(weights.values())).dtype)
+    model.load_state_dict(weights)
     return model.eval(), tokenizer, info
 
 
-def _read_weights(file: Path, checksum: str | None) -> dict[str, Any]:
+def read_weights(file: Path, checksum: str | None = None, remedy: str = "restore it or save the model again") -> dict[str, Any]:
+    """The tensors of a safetensors file by name. Raises DataError, with the remedy, where it is missing, corrupt or not of that sha256."""
     from safetensors import SafetensorError
     from safetensors.torch import load
 
     if not file.is_file():
-        raise DataError(f"{file} is missing: restore it or save the model again")
+        raise DataError(f"{file} is missing: {remedy}")
     data = read_bytes(file)
     try:
         weights = load(data)
     except (SafetensorError, ValueError, KeyError, OverflowError) as error:
-        raise DataError(f"{file} is truncated or corrupt ({error}): restore it or save the model again") from error
+        raise DataError(f"{file} is truncated or corrupt ({error}): {remedy}") from error
     if checksum is not None and hashlib.sha256(data).hexdigest() != checksum:
-        raise DataError(f"{file} is corrupt (its checksum differs from {CONFIG}): restore it or save the model again")
+        raise DataError(f"{file} is corrupt (its checksum differs from {CONFIG}): {remedy}")
     return weights
 
 
-def _load_weights(model: CVMTransformer, weights: dict[str, Any], file: Path) -> None:
-    expected = model.state_dict()
+def _check_weights(expected: dict[str, Any], weights: dict[str, Any], file: Path) -> None:
     missing, unknown = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
     if missing or unknown:
         what = f"lacks the tensor {missing[0]}" if missing else f"has the unknown tensor {unknown[0]}"
@@ -206,5 +217,3 @@ def _load_weights(model: CVMTransformer, weights: dict[str, Any], file: Path) ->
             raise DataError(f"{file} has {name} of shape {list(tensor.shape)} where {CONFIG} asks for {list(expected[name].shape)}: restore both")
         if not tensor.is_floating_point() or not tensor.isfinite().all():
             raise DataError(f"{file} has values in {name} that are no finite numbers: the training diverged or the file is damaged; use another checkpoint")
-    model.to(next(iter(weights.values())).dtype)
-    model.load_state_dict(weights)

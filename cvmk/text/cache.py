@@ -99,7 +99,7 @@ def _encode(
         targets = tokenizer.encode_many(corpus.targets[start : start + CHUNK])
         flat: list[int] = []
         for row, (source, target) in enumerate(zip(sources, targets, strict=True), start):
-            if problem := _over_long(len(source), len(target), max_tokens, max_ratio):
+            if problem := over_long(len(source), len(target), max_tokens, max_ratio):
                 kind, numbers, key = problem
                 if on_bad_line == "error":
                     raise DataError(f'{corpus.where(row)}: {kind} ({numbers}); raise {key}, or set data.on_bad_line = "skip" to leave such pairs out')
@@ -118,7 +118,7 @@ def _encode(
     return np.array(rows, np.int64), offsets, np.concatenate(parts), report
 
 
-def _over_long(source: int, target: int, max_tokens: int, max_ratio: float) -> tuple[str, str, str] | None:
+def over_long(source: int, target: int, max_tokens: int, max_ratio: float) -> tuple[str, str, str] | None:
     """Kind, numbers and key where a pair is over-long, else None."""
     if max(source, target) > max_tokens:
         return "over-long pair", f"{source} and {target} tokens, at most {max_tokens}", "data.max_tokens_per_sentence"

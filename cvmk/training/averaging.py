@@ -8,8 +8,8 @@ import safetensors.torch
 import torch
 
 from cvmk.files import explained, write_bytes
+from cvmk.inference.model_folder import read_weights
 from cvmk.nn import CVMTransformer
-from cvmk.training.checkpoint import load_weights
 
 
 class WeightHistory:
@@ -43,7 +43,7 @@ class WeightHistory:
         total: dict[str, torch.Tensor] = {}
         dtypes: dict[str, torch.dtype] = {}
         for step in steps:
-            for name, tensor in load_weights(self._path(step)).items():
+            for name, tensor in read_weights(self._path(step), remedy="remove it: the average is then one of fewer weights").items():
                 dtypes[name] = tensor.dtype
                 total[name] = total[name] + tensor.double() if name in total else tensor.double()
         return {name: (tensor / len(steps)).to(dtypes[name]) for name, tensor in total.items()}

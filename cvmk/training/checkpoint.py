@@ -1,6 +1,7 @@
 """Checkpoints of a run: `checkpoints/step-N/{model.safetensors, state.pt, state.json}`, and the links `best` and `last`.
 
-A checkpoint is written under a temporary name and renamed, so a name always stands for a whole one; the links move by rename.
+A checkpoint is written under a temporary name and renamed, and renamed before it is removed, so a name always stands for a whole
+one; the links move by rename. Beside the weights stands what makes the folder a model that can be translated with.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import io
 import os
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +21,10 @@ import torch
 
 from cvmk.errors import DataError
 from cvmk.files import explained, read_bytes, read_json, sync_folder, write_bytes, write_json
+from cvmk.inference.model_folder import read_weights
 
 _STEP = re.compile(r"step-(\d+)$")
+_REMEDY = "remove this checkpoint's folder to resume from the one before it, or start again"
 
 
 @dataclass
@@ -36,10 +40,13 @@ class Checkpoint:
 
 
 class CheckpointStore:
-    """The checkpoints of one run. Raises DataError for whatever cannot be written or read."""
+    """The checkpoints of one run. Raises DataError for whatever cannot be written or read.
 
-    def __init__(self, folder: Path, keep: int) -> None:
-        self.folder, self._keep = folder, keep
+    `describe` writes what a model's folder has besides the weights into the folder that it is given.
+    """
+
+    def __init__(self, folder: Path, keep: int, describe: Callable[[Path], None] | None = None) -> None:
+        self.folder, self._keep, self._describe = folder, keep, describe
 
     def save(self, step: int, checkpoint: Checkpoint, *, best: bool = False) -> None:
         """Write `step-N` whole, point `last` (and `best`) at it, and drop what is no longer pointed at nor among the newest."""
@@ -55,13 +62,15 @@ class CheckpointStore:
                 torch.save(checkpoint.tensors, buffer)
                 write_bytes(temporary / "state.pt", buffer.getvalue())
                 write_json(temporary / "state.json", checkpoint.values)
+                if self._describe is not None:
+                    self._describe(temporary)
                 self._swap(temporary, final)
             except BaseException:
                 shutil.rmtree(temporary, ignore_errors=True)
                 raise
-            self._link("last", final.name)
+            self.link("last", step)
             if best:
-                self._link("best", final.name)
+                self.link("best", step)
             self._prune()
 
     def _swap(self, temporary: Path, final: Path) -> None:
@@ -74,20 +83,28 @@ class CheckpointStore:
         sync_folder(self.folder)
         shutil.rmtree(aside, ignore_errors=True)
 
-    def _link(self, name: str, target: str) -> None:
+    def link(self, name: str, step: int) -> None:
+        """Let `name` ("best" or "last") point at `step-N`."""
         temporary = self.folder / f".{name}.link"
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
-        temporary.symlink_to(target)
-        os.replace(temporary, self.folder / name)
-        sync_folder(self.folder)
+        with explained(self.folder / name, "write the link"):
+            with contextlib.suppress(FileNotFoundError):
+                temporary.unlink()
+            temporary.symlink_to(f"step-{step}")
+            os.replace(temporary, self.folder / name)
+            sync_folder(self.folder)
 
     def _prune(self) -> None:
         linked = {self.target("best"), self.target("last")}
         steps = sorted(self.steps())
         for step in steps[: -self._keep]:
             if step not in linked:
-                shutil.rmtree(self.folder / f"step-{step}")
+                self._remove(step)
+
+    def _remove(self, step: int) -> None:
+        gone = self.folder / f".step-{step}.gone"
+        shutil.rmtree(gone, ignore_errors=True)
+        os.rename(self.folder / f"step-{step}", gone)
+        shutil.rmtree(gone)
 
     def steps(self) -> list[int]:
         """The steps that have a checkpoint."""
@@ -108,42 +125,38 @@ class CheckpointStore:
         with explained(self.folder, "remove old checkpoints in"):
             for later in self.steps():
                 if later > step:
-                    shutil.rmtree(self.folder / f"step-{later}")
+                    self._remove(later)
 
     def newest(self) -> int | None:
         """The step to resume from: `last`, or, where a crash fell between two renames, the newest whole checkpoint."""
-        self._restore_moved_aside()
+        self._tidy()
         target = self.target("last")
         if target is not None and (self.folder / f"step-{target}" / "state.json").exists():
             return target
         whole = [step for step in self.steps() if (self.folder / f"step-{step}" / "state.json").exists()]
         return max(whole, default=None)
 
-    def _restore_moved_aside(self) -> None:
+    def _tidy(self) -> None:
+        """Undo what a crash left half done: put back what was moved aside, drop what was half written or half removed."""
         if not self.folder.is_dir():
             return
-        for entry in self.folder.iterdir():
-            if entry.name.endswith(".old") and (name := entry.name[1 : -len(".old")]) and not (self.folder / name).exists():
-                os.rename(entry, self.folder / name)
+        with explained(self.folder, "tidy up the checkpoints in"):
+            for entry in list(self.folder.glob(".step-*")):
+                if entry.suffix == ".old" and not (name := self.folder / entry.stem[1:]).exists():
+                    os.rename(entry, name)
+                else:
+                    shutil.rmtree(entry)
 
     def load(self, step: int) -> Checkpoint:
         """Read `step-N`. Raises DataError naming the file that is missing, truncated or corrupt."""
         folder = self.folder / f"step-{step}"
-        weights = load_weights(folder / "model.safetensors")
+        weights = read_weights(folder / "model.safetensors", remedy=_REMEDY)
         path = folder / "state.pt"
         try:
             tensors = torch.load(io.BytesIO(read_bytes(path)), weights_only=True)
         except DataError:
             raise
         except Exception as error:  # torch.load raises many kinds for a corrupt file
-            raise DataError(f"{path} is corrupt or truncated ({type(error).__name__}): resume from another checkpoint or start again") from error
+            raise DataError(f"{path} is corrupt or truncated ({type(error).__name__}): {_REMEDY}") from error
         return Checkpoint(weights, tensors, read_json(folder / "state.json"))
-
-
-def load_weights(path: Path) -> dict[str, torch.Tensor]:
-    """A safetensors file as tensors. Raises DataError where it is missing or corrupt."""
-    try:
-        return safetensors.torch.load(read_bytes(path))
-    except safetensors.SafetensorError as error:
-        raise DataError(f"{path} is corrupt or truncated ({error}): restore it or choose another checkpoint") from error
 

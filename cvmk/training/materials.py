@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cvmk.config import DataConfig, TokenizerConfig
-from cvmk.files import explained, write_text
+from cvmk.files import explained, read_bytes, write_text
 from cvmk.inference import Translator
 from cvmk.telemetry import Reporter
 from cvmk.text.corpus import ParallelCorpus, check_language, read_corpus
@@ -64,12 +64,12 @@ def teacher_translations(
     """
     key = hashlib.sha256(json.dumps([fingerprint, beam_size, list(sources)]).encode()).hexdigest()[:16]
     path = folder / f"teacher-{name}-{key}.jsonl"
-    done = _whole_lines(path)
+    done, size = _whole_lines(path)
     if len(done) < len(sources):
         with explained(path, "write"):
             folder.mkdir(parents=True, exist_ok=True)
-            with open(path, "w", encoding="utf-8") as file, reporter.progress(f"teacher translates {name}", len(sources), len(done)) as bar:
-                file.writelines(json.dumps(text, ensure_ascii=False) + "\n" for text in done)
+            with open(path, "a", encoding="utf-8") as file, reporter.progress(f"teacher translates {name}", len(sources), len(done)) as bar:
+                file.truncate(size)
                 for start in range(len(done), len(sources), _CHUNK):
                     found = translator.translate(list(sources[start : start + _CHUNK]), beam_size=beam_size, on_long="truncate")
                     texts = [" ".join(one.text.split()) for one in found]
@@ -80,14 +80,18 @@ def teacher_translations(
     return done
 
 
-def _whole_lines(path: Path) -> list[str]:
-    if not path.exists():
-        return []
-    texts = []
-    with explained(path, "read"), open(path, encoding="utf-8", errors="replace") as file:
-        for line in file:
+def _whole_lines(path: Path) -> tuple[list[str], int]:
+    """The strings on the whole lines at the beginning of a file, and how many bytes these lines are."""
+    texts: list[str] = []
+    size = 0
+    if path.exists():
+        for line in read_bytes(path).splitlines(keepends=True):
             try:
-                texts.append(json.loads(line))
-            except json.JSONDecodeError:
+                text = json.loads(line)
+            except ValueError:
                 break
-    return texts
+            if not isinstance(text, str) or not line.endswith(b"\n"):
+                break
+            texts.append(text)
+            size += len(line)
+    return texts, size

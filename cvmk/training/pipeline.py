@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +13,13 @@ import torch
 from cvmk.config import DistillationConfig, TrainConfig
 from cvmk.config.schema import Recipe
 from cvmk.distill import DistillationObjective, check_vocabularies
-from cvmk.errors import ConfigError
+from cvmk.errors import ConfigError, DataError
 from cvmk.files import read_json, write_json
 from cvmk.inference import Translator
 from cvmk.inference.model_folder import load_model_folder, save_model_folder
 from cvmk.nn import CVMTransformer, count_parameters
 from cvmk.telemetry import Reporter, RunLog
-from cvmk.text.cache import TokenizedCorpus, tokenized
+from cvmk.text.cache import TokenizedCorpus, over_long, tokenized
 from cvmk.text.corpus import CorpusReport, ParallelCorpus
 from cvmk.text.tokenizer import Tokenizer
 from cvmk.training.materials import Corpora, load_corpora, prepare_tokenizer, teacher_translations
@@ -100,7 +101,7 @@ def _finished_teacher(config: TrainConfig, device: torch.device) -> Teacher | No
 
 def _load_teacher(path: Path, device: torch.device) -> Teacher:
     model, tokenizer, _ = load_model_folder(path)
-    model = model.to(device).eval()
+    model = model.float().to(device).eval()
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     return Teacher(model, tokenizer, path, _fingerprint(model))
@@ -152,6 +153,7 @@ def _train_one(job: Job, recipe: Recipe, folder: Path, title: str, tokenizer: To
             log=log,
             reporter=job.reporter,
             title=title,
+            languages=(config.data.source_language, config.data.target_language),
         )
         step = trainer.resume()
         parameters = count_parameters(model)
@@ -168,8 +170,7 @@ def _train_one(job: Job, recipe: Recipe, folder: Path, title: str, tokenizer: To
             config, recipe, title, trainer, parameters=parameters, corpus=corpus, final=final, chosen=chosen, test=test,
             teacher=_teacher_facts(teacher),
         )
-        extra = {"source_language": config.data.source_language, "target_language": config.data.target_language}
-        save_model_folder(folder / "model", model.eval(), tokenizer, model_card(report), extra)
+        save_model_folder(folder / "model", model.eval(), tokenizer, model_card(report), {"languages": trainer.languages})
         write_json(folder / REPORT, report)
         log.event("end", report=report)
         return report
@@ -182,8 +183,9 @@ def _training_corpus(job: Job, tokenizer: Tokenizer, teacher: Teacher | None) ->
     corpus = job.corpora.train
     if teacher is not None and sequence.enabled:
         outputs = teacher_translations(teacher.translator(), teacher.fingerprint, corpus.sources, sequence.beam_size, job.cache, "train", job.reporter)
-        lengths = [len(ids) for ids in tokenizer.encode_many(outputs)]
-        usable = [0 < length <= data.max_tokens_per_sentence for length in lengths]  # a teacher may say nothing, or not stop
+        sizes = zip(map(len, tokenizer.encode_many(corpus.sources)), map(len, tokenizer.encode_many(outputs)), strict=True)
+        # a teacher may say nothing, or not stop
+        usable = [target > 0 and not over_long(source, target, data.max_tokens_per_sentence, data.max_length_ratio) for source, target in sizes]
         kept = [pair for pair, good in zip(zip(corpus.sources, outputs, strict=True), usable, strict=True) if good]
         pairs = kept if sequence.mix == "replace" else [*zip(corpus.sources, corpus.targets, strict=True), *kept]
         job.reporter.say(f"sequence-level distillation: {len(kept)} of {len(outputs)} translations of the teacher are usable, {len(pairs)} pairs in all")
@@ -211,14 +213,18 @@ def _validator(job: Job, recipe: Recipe, corpus: ParallelCorpus, name: str, fold
 
 def _final_weights(trainer: Trainer) -> tuple[ValidationResult, str]:
     """Leave the better of the best checkpoint and the average of the last ones in the trainer's model; its validation and name."""
-    best = trainer.validator.best
+    validator, best = trainer.validator, trainer.validator.best
     assert best is not None
     mean = trainer.averages.mean()
     if mean is not None:
         trainer.model.load_state_dict(mean)
-        averaged = trainer.validator.run(trainer.translator(), trainer.progress.step, on_long="truncate")
-        if trainer.validator.better(averaged, best):
-            return averaged, f"average of the weights at iterations {', '.join(map(str, trainer.averages.steps()))}"
+        # a validator of its own: the history holds what training went through, once each
+        judge = DistillationValidator(validator.config, validator.sources, validator.references, validator.teacher_outputs)
+        averaged = judge.run(trainer.translator(), trainer.progress.step, on_long="truncate")
+        steps = ", ".join(map(str, trainer.averages.steps()))
+        trainer.log.event("average", iterations=trainer.averages.steps(), **averaged.to_dict())
+        if validator.better(averaged, best):
+            return averaged, f"average of the weights at iterations {steps}"
     trainer.model.load_state_dict(trainer.store.load(best.step).weights)
     return best, f"checkpoint at iteration {best.step}"
 
@@ -228,7 +234,7 @@ def _teacher_facts(teacher: Teacher | None) -> dict[str, Any] | None:
         return None
     facts: dict[str, Any] = {"path": str(teacher.path), "fingerprint": teacher.fingerprint, "parameters": count_parameters(teacher.model)}
     for report in (teacher.path / REPORT, teacher.path.parent / REPORT):
-        if report.exists():
+        with contextlib.suppress(DataError, KeyError, TypeError):  # a damaged report of the teacher must not cost the student
             found = read_json(report)
             return facts | {"validation": found["validation"]["scores"], "test": found["test"]["scores"] if found["test"] else None}
     return facts

@@ -11,12 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from cvmk.config import TrainConfig
-from cvmk.errors import ConfigError
+from cvmk.errors import ConfigError, DataError
 from cvmk.files import explained, read_json, write_json, write_text
 from cvmk.telemetry import environment
 
 RESOLVED = "config.resolved.json"
-_MAY_CHANGE = ("run.", "training.iterations", "training.log_every", "training.save_every", "training.keep", "validation.", "guard.", "teacher.validation.")
+_MAY_CHANGE = (
+    *("run.folder", "run.device", "run.threads", "data.cache", "guard."),
+    *(f"training.{key}" for key in ("iterations", "log_every", "save_every", "keep")),
+    *(f"validation.{key}" for key in ("validate_every", "metrics", "patience", "min_delta", "bootstrap", "confidence")),
+)
+"""What a resumed run may have otherwise; anything else would make its past another's."""
 
 
 @contextlib.contextmanager
@@ -41,12 +46,12 @@ def open_run(config: TrainConfig, text: str, *, resume: bool, restart: bool) -> 
                     f"{folder} already holds a run: add --resume to go on with it, --restart to set it aside and start anew, or --set run.folder=..."
                 )
             _check_unchanged(folder, read_json(folder / RESOLVED), resolved)
-        elif folder.exists() and any(entry.name != ".lock" for entry in folder.iterdir()):
+        elif folder.exists() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
             raise ConfigError(f"{folder} is not empty and holds no run: choose another run.folder")
         folder.mkdir(parents=True, exist_ok=True)
         with _claimed(folder):
+            write_json(folder / RESOLVED, resolved)  # first: it makes the folder a run's
             write_text(folder / "config.toml", text)
-            write_json(folder / RESOLVED, resolved)
             write_json(folder / "environment.json", environment())
             yield folder
 
@@ -72,7 +77,9 @@ def _unused(folder: Path) -> Path:
     return other
 
 
-def _check_unchanged(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+def _check_unchanged(folder: Path, before: Any, now: dict[str, Any]) -> None:
+    if not isinstance(before, dict):
+        raise DataError(f"{folder / RESOLVED} describes no run: restore it, or --restart")
     old, new = dict(_flat(before)), dict(_flat(now))
     changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key) and not key.startswith(_MAY_CHANGE))
     if changed:

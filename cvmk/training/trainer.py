@@ -15,8 +15,9 @@ import torch
 
 from cvmk.config.schema import Recipe
 from cvmk.distill import DistillationObjective
-from cvmk.errors import DivergedError
+from cvmk.errors import DataError, DivergedError
 from cvmk.inference import Translator
+from cvmk.inference.model_folder import describe_model
 from cvmk.nn import CVMTransformer
 from cvmk.telemetry import Reporter, RunLog
 from cvmk.text.batching import Batch, TokenBatchSampler, collate
@@ -71,6 +72,7 @@ class Trainer:
         log: RunLog,
         reporter: Reporter,
         title: str,
+        languages: tuple[str, str],
     ) -> None:
         self.recipe, self.config = recipe, recipe.training
         self.model, self.teacher, self.objective = model, teacher, objective
@@ -81,7 +83,10 @@ class Trainer:
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.sampler = TokenBatchSampler(corpus.lengths, self.config.max_tokens, seed)
         self.guard = DivergenceGuard(recipe.guard)
-        self.store = CheckpointStore(folder / "checkpoints", self.config.keep)
+        self.languages = {"source": languages[0], "target": languages[1]}
+        self.store = CheckpointStore(
+            folder / "checkpoints", self.config.keep, lambda into: describe_model(into, self.model, self.tokenizer, {"languages": self.languages})
+        )
         self.averages = WeightHistory(folder / "checkpoints" / "average", self.config.average)
         self.progress = Progress()
         self._signal: int | None = None
@@ -97,22 +102,29 @@ class Trainer:
                 started = time.monotonic()
                 losses, norm = self._step()
                 self.progress.seconds += time.monotonic() - started
+                step, interrupted = self.progress.step, self._signal is not None
+                validates = step % self.recipe.validation.validate_every == 0 or step == iterations
+                saves = interrupted or step % config.save_every == 0
                 problem = self.guard.check(losses["loss"], norm)
+                if problem is None and (validates or saves) and not self._sound():
+                    problem = "a weight is not finite"
                 if problem is not None:
                     self._roll_back(problem)
                     continue
                 self._record(bar, losses, norm)
-                step = self.progress.step
-                validated = step % self.recipe.validation.validate_every == 0 or step == iterations
-                if validated:
+                if validates:
                     self._validate()
-                elif step % config.save_every == 0:
+                elif saves:
                     self.save()
-                if self._signal is not None:
-                    if not validated and step % config.save_every != 0:
-                        self.save()
+                if interrupted:
                     self.log.event("interrupted", step=step)
                     raise Interrupted(f"interrupted at iteration {step}; a checkpoint was written")
+            if self.validator.best is None:  # resumed with fewer iterations than it has behind it
+                self._validate()
+
+    def _sound(self) -> bool:
+        """Whether every weight is finite: what is saved or validated must not be what the next loss would tell to be lost."""
+        return all(bool(torch.isfinite(parameter).all()) for parameter in self.parameters)
 
     def _step(self) -> tuple[dict[str, float], float]:
         """One optimiser step. Returns the losses and the gradient norm before clipping; a non-finite one changes no weight."""
@@ -202,7 +214,7 @@ class Trainer:
         self.save(best=better)
 
     def _roll_back(self, problem: str) -> None:
-        """Return to the best checkpoint (or the newest before the first validation) with a smaller rate and another data order."""
+        """Return to the best checkpoint (before the first validation: the oldest that is kept) with a smaller rate and another data order."""
         guard, step = self.recipe.guard, self.progress.step
         count = self.progress.rollbacks + 1
         target = self.store.target("best")
@@ -243,22 +255,45 @@ class Trainer:
     def _restore(self, step: int) -> Checkpoint:
         """Take the state of the checkpoint `step-N`, random generators included, but for the validator's memory."""
         checkpoint = self.store.load(step)
-        self.model.load_state_dict(checkpoint.weights)
-        self.optimizer.load_state_dict(checkpoint.tensors["optimizer"])
-        self.objective.load_state_dict(checkpoint.tensors["objective"])
-        _set_random_state(checkpoint.tensors["random"])
-        self.progress = Progress(**checkpoint.values["progress"])
-        self.sampler.load_state_dict(checkpoint.values["sampler"])
-        self.guard.load_state_dict(checkpoint.values["guard"])
+        try:
+            self.model.load_state_dict(checkpoint.weights)
+            self.optimizer.load_state_dict(checkpoint.tensors["optimizer"])
+            self.objective.load_state_dict(checkpoint.tensors["objective"])
+            _set_random_state(checkpoint.tensors["random"])
+            self.progress = Progress(**checkpoint.values["progress"])
+            self.sampler.load_state_dict(checkpoint.values["sampler"])
+            self.guard.load_state_dict(checkpoint.values["guard"])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise self._foreign(step, error) from error
         return checkpoint
 
     def resume(self) -> int | None:
-        """Go back to the last checkpoint; its step, or None where there is none."""
+        """Go back to the last checkpoint; its step, or None where there is none.
+
+        A crash may have fallen between the writing of a checkpoint and that of the links and averages: they are made to fit it.
+        """
         step = self.store.newest()
         if step is not None:
-            self.validator.load_state_dict(self._restore(step).values["validator"])
+            checkpoint = self._restore(step)
+            try:
+                self.validator.load_state_dict(checkpoint.values["validator"])
+            except (KeyError, TypeError) as error:
+                raise self._foreign(step, error) from error
+            best, patience = self.validator.best, self.recipe.validation.patience
+            if best is not None and self.store.target("best") != best.step:
+                self.store.link("best", best.step)
+            self.store.drop_after(step)
+            self.averages.drop_after(step)
+            self.progress.finished = 0 < patience <= self.progress.stale
             self.log.event("resumed", step=step)
         return step
+
+    def _foreign(self, step: int, error: Exception) -> DataError:
+        reason = str(error).splitlines()[0]
+        return DataError(
+            f"{self.store.folder / f'step-{step}'} is corrupt or of another cvmk ({type(error).__name__}: {reason}): "
+            "remove this folder to resume from the checkpoint before it, or --restart"
+        )
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
