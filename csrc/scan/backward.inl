@@ -48,8 +48,8 @@ struct Cut {
 };
 
 struct BackwardScratch {
-  float *u, *step, *drive, *g, *dy, *slope, *y, *z;  // [kChunk][W]; slope is the derivative of softplus
-  float *du, *dstep;                                 // [kChunk][W]: sum_n h B, sum_n w A log2(e)
+  float *u, *step, *rate, *drive, *g, *dy, *slope, *y, *z;  // [kChunk][W]; rate and drive as forward, slope is the derivative of softplus
+  float *du, *dstep;                                 // [kChunk][W]: sum_n h B, sum_n w A
   float *decays, *before;                            // [kChunk][kStates][W], the second with one step more
   float *entry, *A;                                  // [states][W]
   float *B, *C;                                      // [states][kChunk], or constant [states][W]
@@ -61,6 +61,7 @@ struct BackwardScratch {
     const int64_t tile = kChunk * W, square = s.states * W;
     u = a->take(tile);
     step = a->take(tile);
+    rate = a->take(tile);
     drive = a->take(tile);
     g = a->take(tile);
     dy = a->take(tile);
@@ -88,7 +89,7 @@ struct BackwardScratch {
 
 // The parts of the scratch of one block that an inner loop needs.
 struct Inner {
-  const float *step, *drive, *dy, *A, *B, *C, *entry;
+  const float *rate, *drive, *dy, *A, *B, *C, *entry;
   float *y, *du, *dstep, *decays, *before, *dB, *dC, *carry, *dA, *constant_dB, *constant_dC;
 };
 
@@ -102,11 +103,11 @@ CVMK_INLINE void retreat(const Inner& k, int64_t n, int begin, int end) {
     if (kConstantC) C[j] = simd::load(k.C + (n + j) * W);
   }
   for (int t = begin; t < end; ++t) {
-    const F step = simd::load(k.step + t * W), drive = simd::load(k.drive + t * W);
+    const F rate = simd::load(k.rate + t * W), drive = simd::load(k.drive + t * W);
     F y = kOutput ? simd::load(k.y + t * W) : F{};
     for (int j = 0; j < kCount; ++j) {
       simd::store(k.before + (t * kCount + j) * W, x[j]);
-      const F decay = exp2(step * A[j]);
+      const F decay = exp2(rate * A[j]);
       simd::store(k.decays + (t * kCount + j) * W, decay);
       const F added = drive * (kConstantB ? B[j] : simd::set(k.B[(n + j) * kChunk + t]));
       x[j] = decay * x[j] + added;
@@ -120,7 +121,7 @@ CVMK_INLINE void retreat(const Inner& k, int64_t n, int begin, int end) {
     dA[j] = dB[j] = dC[j] = F{};
   }
   for (int t = end - 1; t >= begin; --t) {
-    const F step = simd::load(k.step + t * W), drive = simd::load(k.drive + t * W), dy = simd::load(k.dy + t * W);
+    const F rate = simd::load(k.rate + t * W), drive = simd::load(k.drive + t * W), dy = simd::load(k.dy + t * W);
     F du = simd::load(k.du + t * W), dstep = simd::load(k.dstep + t * W);
     for (int j = 0; j < kCount; ++j) {
       const int64_t at = ((n + j) * kChunk + t) * W;
@@ -134,7 +135,7 @@ CVMK_INLINE void retreat(const Inner& k, int64_t n, int begin, int end) {
       x[j] = simd::load(k.before + (t * kCount + j) * W);
       const F w = carry[j] * x[j];
       dstep += w * A[j];
-      dA[j] += w * step;
+      dA[j] += w * rate;
     }
     simd::store(k.du + t * W, du);
     simd::store(k.dstep + t * W, dstep);
@@ -142,7 +143,7 @@ CVMK_INLINE void retreat(const Inner& k, int64_t n, int begin, int end) {
   for (int j = 0; j < kCount; ++j) {
     const int64_t at = (n + j) * W;
     simd::store(k.carry + at, carry[j]);
-    simd::store(k.dA + at, simd::load(k.dA + at) + dA[j]);
+    simd::store(k.dA + at, simd::load(k.dA + at) + dA[j] * kLn2);
     if (kConstantB) simd::store(k.constant_dB + at, simd::load(k.constant_dB + at) + dB[j]);
     if (kConstantC) simd::store(k.constant_dC + at, simd::load(k.constant_dC + at) + dC[j]);
   }
@@ -175,10 +176,9 @@ CVMK_INLINE void enter_chunk(const ScanBackward& p, const Block& b, const Extent
       const F x = simd::exp(-simd::abs(raw));
       step = softplus_of(raw, x);
       simd::store(k.slope + t * W, sigmoid_of(raw, x));
-      simd::store(k.step + t * W, step);
-    } else {
-      simd::store(k.step + t * W, step);
     }
+    simd::store(k.step + t * W, step);
+    simd::store(k.rate + t * W, times_log2e(step));
     simd::store(k.drive + t * W, step * u);
     simd::store(k.du + t * W, F{});
     simd::store(k.dstep + t * W, F{});
@@ -198,7 +198,7 @@ CVMK_INLINE void leave_chunk(const ScanBackward& p, const Block& b, const Extent
   F dD{}, dbias{};
   for (int t = 0; t < e.steps; ++t) {
     const F u = simd::load(k.u + t * W), dy = simd::load(k.dy + t * W), from_input = simd::load(k.du + t * W);
-    F ddelta = from_input * u + simd::load(k.dstep + t * W) * kLn2;
+    F ddelta = from_input * u + simd::load(k.dstep + t * W);
     if (s.softplus) ddelta *= simd::load(k.slope + t * W);
     F du = from_input * simd::load(k.step + t * W);
     if (s.D != nullptr) du += D * dy;
@@ -225,10 +225,9 @@ CVMK_INLINE void retreat_block(const ScanBackward& p, const Spans& spans, int64_
   const int64_t square = s.states * W;
   const F bias = load_channels(s.bias, b, 0.0f), D = load_channels(s.D, b, 0.0f);
   load_states(s, s.A, b.channel, b.lanes, k.A);
-  scaled(k.A, square, kLog2e);
   if (s.B.constant != nullptr) load_states(s, s.B.constant, b.channel, b.lanes, k.B);
   if (s.C.constant != nullptr) load_states(s, s.C.constant, b.channel, b.lanes, k.C);
-  const Inner inner{k.step, k.drive, k.dy, k.A, k.B, k.C, k.entry, k.y, k.du, k.dstep, k.decays, k.before, k.dB, k.dC,
+  const Inner inner{k.rate, k.drive, k.dy, k.A, k.B, k.C, k.entry, k.y, k.du, k.dstep, k.decays, k.before, k.dB, k.dC,
                     k.carry + m * square, k.dA + m * square, k.constant_dB + m * square, k.constant_dC + m * square};
   const Extent e = extent(s, c);
   enter_chunk(p, b, e, k, bias, D);
@@ -354,7 +353,7 @@ inline __attribute__((unused)) int run_backward(const ScanBackward& p) {
   char* memory = reserve(shared.used + count.used * threads::limit());
   Spans spans;
   if (memory == nullptr || !make_spans(s, &spans)) {
-    free(memory);
+    release(memory);
     return 1;
   }
   Arena arena{memory, 0};
@@ -382,7 +381,7 @@ inline __attribute__((unused)) int run_backward(const ScanBackward& p) {
   if (s.B.constant != nullptr) add_parts(parts.sums + sums.B, cut.batch_parts, sums.size, square, static_cast<float*>(p.dB));
   if (s.C.constant != nullptr) add_parts(parts.sums + sums.C, cut.batch_parts, sums.size, square, static_cast<float*>(p.dC));
   free(spans.spans);
-  free(memory);
+  release(memory);
   return 0;
 }
 

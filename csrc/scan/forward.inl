@@ -1,7 +1,7 @@
 // Forward pass of the selective scan: one item of work is W channels of one row of the batch, over the whole length.
 //
 // Lanes are channels. Decay and state of one (channel, state) pair are a lane of a register that walks through a chunk of 64 steps; kStates
-// states go together, so that their chains of multiply-adds overlap; step and step * u of the chunk lie in the first-level cache, B and C are
+// states go together, so that their chains of multiply-adds overlap; what depends on step and u alone lies in the first-level cache, B and C are
 // broadcast from memory. Nothing is summed across lanes. Lanes = states was the alternative: it needs a sum across the lanes for every output
 // (3 instructions a vector of decays) and wastes lanes where the number of states is no multiple of W.
 
@@ -17,13 +17,13 @@ constexpr int kStates = 2;
 #endif
 
 struct ForwardScratch {
-  float *u, *step, *drive, *y;  // [kChunk][W]; drive is step * u
-  float *x, *A;                 // [states][W]; A times log2(e)
+  float *u, *rate, *drive, *y;  // [kChunk][W]; rate is step times log2(e), drive step times u
+  float *x, *A;                 // [states][W]
   float *B, *C;                 // [states][kChunk], or constant [states][W]
 
   CVMK_INLINE ForwardScratch(const Scan& s, Arena* a) {
     u = a->take(kChunk * W);
-    step = a->take(kChunk * W);
+    rate = a->take(kChunk * W);
     drive = a->take(kChunk * W);
     y = a->take(kChunk * W);
     x = a->take(s.states * W);
@@ -44,11 +44,11 @@ CVMK_INLINE void advance(const ForwardScratch& k, int64_t n, int begin, int end)
     if (kConstantC) C[j] = simd::load(k.C + (n + j) * W);
   }
   for (int t = begin; t < end; ++t) {
-    const F step = simd::load(k.step + t * W), drive = simd::load(k.drive + t * W);
+    const F rate = simd::load(k.rate + t * W), drive = simd::load(k.drive + t * W);
     F y = simd::load(k.y + t * W);
     for (int j = 0; j < kCount; ++j) {
       const F added = drive * (kConstantB ? B[j] : simd::set(k.B[(n + j) * kChunk + t]));
-      x[j] = exp2(step * A[j]) * x[j] + added;
+      x[j] = exp2(rate * A[j]) * x[j] + added;
       y += x[j] * (kConstantC ? C[j] : simd::set(k.C[(n + j) * kChunk + t]));
     }
     simd::store(k.y + t * W, y);
@@ -66,7 +66,6 @@ inline __attribute__((noinline)) void advance_all(const ForwardScratch& k, int64
 CVMK_INLINE void forward_block(const ScanForward& p, const Spans& spans, const Block& b, const ForwardScratch& k) {
   const Scan& s = p.scan;
   load_states(s, s.A, b.channel, b.lanes, k.A);
-  scaled(k.A, s.states * W, kLog2e);
   if (s.B.constant != nullptr) load_states(s, s.B.constant, b.channel, b.lanes, k.B);
   if (s.C.constant != nullptr) load_states(s, s.C.constant, b.channel, b.lanes, k.C);
   const F bias = load_channels(s.bias, b, 0.0f), D = load_channels(s.D, b, 0.0f);
@@ -78,13 +77,13 @@ CVMK_INLINE void forward_block(const ScanForward& p, const Spans& spans, const B
     const Extent e = extent(s, c);
     if (p.kept != nullptr) store_states(s, p.kept, (b.batch * spans.chunks + c) * s.channels + b.channel, b.lanes, k.x);
     load_steps(s, s.u, b, e, k.u);
-    load_steps(s, s.delta, b, e, k.step);
+    load_steps(s, s.delta, b, e, k.rate);
     if (s.B.constant == nullptr) load_weights(s, s.B, b.batch, b.group, e, k.B);
     if (s.C.constant == nullptr) load_weights(s, s.C, b.batch, b.group, e, k.C);
     for (int t = 0; t < e.steps; ++t) {
-      const F u = simd::load(k.u + t * W), raw = simd::load(k.step + t * W) + bias;
+      const F u = simd::load(k.u + t * W), raw = simd::load(k.rate + t * W) + bias;
       const F step = s.softplus ? softplus(raw) : raw;
-      simd::store(k.step + t * W, step);
+      simd::store(k.rate + t * W, times_log2e(step));
       simd::store(k.drive + t * W, step * u);
       simd::store(k.y + t * W, s.D == nullptr ? F{} : D * u);
     }
@@ -116,7 +115,7 @@ inline __attribute__((unused)) int run_forward(const ScanForward& p) {
   char* memory = reserve(count.used * threads::limit());
   Spans spans;
   if (memory == nullptr || !make_spans(s, &spans)) {
-    free(memory);
+    release(memory);
     return 1;
   }
   threads::each(items, [&](int64_t item) {
@@ -127,7 +126,7 @@ inline __attribute__((unused)) int run_forward(const ScanForward& p) {
     restore_subnormals(mode);
   });
   free(spans.spans);
-  free(memory);
+  release(memory);
   return 0;
 }
 

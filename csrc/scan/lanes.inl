@@ -22,7 +22,6 @@ using simd::F;
 using simd::H;
 using simd::I;
 constexpr int W = simd::kLanes;
-constexpr float kLog2e = 1.44269504088896341f;
 constexpr float kLn2 = 0.693147180559945309f;
 
 // Numbers below the smallest normal one (1.2e-38) count as 0 between these two: a state that decays over a stretch of zeros would otherwise
@@ -46,7 +45,8 @@ CVMK_INLINE void restore_subnormals(unsigned before) {
 
 // 2^v. At most 1 ulp of error (0.55 measured over all v of [-1, 1], where the decays of a scan are); NaN gives NaN, results below the smallest
 // normal number are 0, those from 2^128 on infinite. v = n + r with n the nearest integer, so that r is exact and |r| <= 1/2; a polynomial
-// 1 + r q(r) of degree 6, relative error 2.6e-9 (Remez); times 2^n by the exponent.
+// 1 + r q(r) of degree 6, relative error 3.0e-9, whose linear coefficient is ln 2 itself: an error there would be the same in every decay near 1,
+// and a long scan multiplies thousands of them; times 2^n by the exponent.
 CVMK_INLINE F exp2(F v) {
 #if defined(__AVX512F__)
   const F r = simd::bits<F>(_mm512_reduce_ps(simd::bits<__m512>(v), 0));  // 0 where v is infinite
@@ -59,12 +59,12 @@ CVMK_INLINE F exp2(F v) {
   const F n = simd::round(v);
   const F r = v - n;
 #endif
-  F p = simd::set(1.5594678163e-4f);
-  p = p * r + 1.3406643902e-3f;
-  p = p * r + 9.617692973e-3f;
-  p = p * r + 5.550310551e-2f;
-  p = p * r + 2.4022652783e-1f;
-  p = p * r + 6.9314721497e-1f;
+  F p = simd::set(1.5326471475e-4f);
+  p = p * r + 1.3390806270e-3f;
+  p = p * r + 9.6185058355e-3f;
+  p = p * r + 5.5503599346e-2f;
+  p = p * r + 2.4022647738e-1f;
+  p = p * r + kLn2;
   p = p * r + 1.0f;
 #if defined(__AVX512F__)
   return simd::bits<F>(_mm512_maskz_scalef_ps(0xFFFF, simd::bits<__m512>(p), simd::bits<__m512>(n)));
@@ -75,9 +75,9 @@ CVMK_INLINE F exp2(F v) {
 #endif
 }
 
-struct Gate {
-  F softplus, sigmoid;
-};
+// log2(e) x in one rounding where the level has FMA. Decays are 2^(rate A) with rate = log2(e) step: rounding the steps errs to both sides over
+// time, while a rounded log2(e) A would err to one side at every step.
+CVMK_INLINE F times_log2e(F x) { return x * 1.44269502162933350f + x * 1.92596299e-8f; }
 
 // log(1 + e^v) and its derivative, v by itself above 20 (where they are the same number). With e = e^-|v|: softplus = max(v, 0) + log1p(e),
 // log1p(e) = 2 artanh(e / (2 + e)) as an odd polynomial of degree 13 in an argument of at most 1/3 (truncation 2e-9).
@@ -314,7 +314,26 @@ struct Arena {
     return part;
   }
 };
-CVMK_INLINE char* reserve(int64_t bytes) { return static_cast<char*>(aligned_alloc(64, static_cast<size_t>((bytes + 127) / 64 * 64))); }
+// Scratch memory is kept from call to call, up to kKept bytes, for fresh pages cost more than the kernels that use them.
+constexpr int64_t kKept = 16 << 20;
+constexpr int64_t kHeader = 64;
+char* kept_memory = nullptr;  // its size stands in front
+
+CVMK_INLINE char* reserve(int64_t bytes) {
+  char* memory = __atomic_exchange_n(&kept_memory, static_cast<char*>(nullptr), __ATOMIC_ACQ_REL);
+  if (memory != nullptr && *reinterpret_cast<int64_t*>(memory - kHeader) >= bytes) return memory;
+  if (memory != nullptr) free(memory - kHeader);
+  const int64_t size = (bytes + kHeader + 63) / 64 * 64;
+  memory = static_cast<char*>(aligned_alloc(64, static_cast<size_t>(size)));
+  if (memory == nullptr) return nullptr;
+  *reinterpret_cast<int64_t*>(memory) = size - kHeader;
+  return memory + kHeader;
+}
+CVMK_INLINE void release(char* memory) {
+  if (memory == nullptr) return;
+  if (*reinterpret_cast<int64_t*>(memory - kHeader) <= kKept) memory = __atomic_exchange_n(&kept_memory, memory, __ATOMIC_ACQ_REL);
+  if (memory != nullptr) free(memory - kHeader);
+}
 
 CVMK_INLINE void fill(float* p, int64_t n, float value) {
   for (int64_t i = 0; i < n; ++i) p[i] = value;

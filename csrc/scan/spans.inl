@@ -106,9 +106,6 @@ CVMK_INLINE void load_states(const Scan& s, const float* data, int64_t row, int 
 CVMK_INLINE void store_states(const Scan& s, float* data, int64_t row, int lanes, const float* values) {
   store_tile(plane(data + row * s.states, s.states), lanes, static_cast<int>(s.states), false, values);
 }
-CVMK_INLINE void scaled(float* p, int64_t n, float factor) {
-  for (int64_t i = 0; i < n; ++i) p[i] *= factor;
-}
 
 CVMK_INLINE int64_t blocks_of_group(const Scan& s) { return (s.channels / s.groups + W - 1) / W; }
 CVMK_INLINE Block block_at(const Scan& s, int64_t batch, int64_t group, int64_t block) {

@@ -79,14 +79,14 @@ inline __attribute__((noinline)) void update_rows(const Update& p, int64_t batch
       if (++row == p.dim) row = 0, ++head;
     }
     const F x = gather(p.x, at, flat_x), raw = gather(p.dt, at, flat_dt) + gather(p.bias, at, flat_bias);
-    const F step = p.softplus ? softplus(raw) : raw, drive = step * x;
+    const F step = p.softplus ? softplus(raw) : raw, drive = step * x, rate = times_log2e(step);
     F decay{};
     if (tied) {  // one A for all states of a row: one exponential for it
       for (int i = 0; i < at.count; ++i) decay[i] = static_cast<const float*>(p.A)[at.head[i] * p.A_head + at.row[i] * p.A_row];
-      decay = exp2(step * (decay * kLog2e));
+      decay = exp2(rate * decay);
     }
-    float steps[W], drives[W], decays[W];
-    simd::store(steps, step * kLog2e);
+    float rates[W], drives[W], decays[W];
+    simd::store(rates, rate);
     simd::store(drives, drive);
     simd::store(decays, decay);
     F products[W];
@@ -103,7 +103,7 @@ inline __attribute__((noinline)) void update_rows(const Update& p, int64_t batch
       for (int64_t n = 0; n < p.states; n += W) {
         const int count = static_cast<int>(p.states - n < W ? p.states - n : W);
         char* here = element(state, kStateType, n * p.state_column);
-        const F a = tied ? simd::set(decays[i]) : exp2(simd::set(steps[i]) * read_states<kFloat32>(element(A, kFloat32, n * p.A_column), p.A_column, count));
+        const F a = tied ? simd::set(decays[i]) : exp2(simd::set(rates[i]) * read_states<kFloat32>(element(A, kFloat32, n * p.A_column), p.A_column, count));
         const F added = simd::set(drives[i]) * simd::load_n(k.B + n, count);
         const F next = a * read_states<kStateType>(here, p.state_column, count) + added;
         write_states<kStateType>(here, p.state_column, next, count);
@@ -139,7 +139,7 @@ inline __attribute__((unused)) int run_update(const Update& p) {
     run(p, item / items, first, last, scratch);
     restore_subnormals(mode);
   });
-  free(memory);
+  release(memory);
   return 0;
 }
 
