@@ -2,9 +2,12 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <cstring>
 #include <memory>
+#include <new>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 
 #include "distill/distill.h"
 
@@ -120,9 +123,74 @@ void kd_loss_gradient(std::uintptr_t student, std::int64_t student_stride, int s
   gradients(pass);
 }
 
+// hidden, weight, bias: addresses; width, hidden_stride, weight_stride.
+using LayerArguments = std::tuple<std::uintptr_t, std::uintptr_t, std::uintptr_t, std::int64_t, std::int64_t, std::int64_t>;
+
+Layer layer_of(const LayerArguments& x) {
+  return {pointer<const std::uint16_t>(std::get<0>(x)), pointer<const std::uint16_t>(std::get<1>(x)), pointer<const std::uint16_t>(std::get<2>(x)),
+          std::get<3>(x), std::get<4>(x), std::get<5>(x)};
+}
+
+struct Free {
+  void operator()(char* p) const { ::operator delete(p, std::align_val_t{4096}); }
+};
+
+// The losses, and with the scales given the gradients. Rows that do not count get zeros in stats and d_hidden.
+void linear_kd_loss(const LayerArguments& student, const LayerArguments& teacher, std::uintptr_t target, bool wide_target, std::int64_t rows,
+                    std::int64_t vocabulary, std::int64_t ignore_index, float temperature, double alpha, int divergence, float mixture, float smoothing,
+                    std::uintptr_t normalizer, std::uintptr_t g_loss, std::uintptr_t g_kd, std::uintptr_t g_ce, std::uintptr_t divisor, std::uintptr_t stats,
+                    std::uintptr_t loss, std::uintptr_t kd, std::uintptr_t ce, std::uintptr_t count, std::uintptr_t d_hidden, std::uintptr_t d_weight,
+                    std::uintptr_t d_bias) {
+  const py::gil_scoped_release release;
+  const Targets targets(target, wide_target, rows, vocabulary, ignore_index);
+  const auto n = static_cast<std::size_t>(rows);
+  const std::unique_ptr<float[]> values(new float[2 * n]());
+  const std::unique_ptr<std::int64_t[]> index(new std::int64_t[n]);
+  LinearPass pass{};
+  pass.student = layer_of(student);
+  pass.teacher = layer_of(teacher);
+  pass.index = index.get();
+  pass.target = targets.values.get();
+  for (std::int64_t i = 0; i < rows; ++i)
+    if (pass.target[i] >= 0) index[static_cast<std::size_t>(pass.count++)] = i;
+  pass.rows = rows;
+  pass.vocabulary = vocabulary;
+  pass.terms = {temperature, divergence, mixture, smoothing};
+  const Scales scales = scales_of(g_loss, g_kd, g_ce, divisor, pass.teacher.hidden != nullptr, alpha, temperature);
+  pass.with_kd = scales.with_kd;
+  pass.with_ce = scales.with_ce;
+  pass.kd_scale = scales.kd;
+  pass.ce_scale = scales.ce;
+  pass.stats = pointer<float>(stats);
+  pass.kd = values.get();
+  pass.ce = values.get() + n;
+  pass.d_hidden = pointer<float>(d_hidden);
+  pass.d_weight = pointer<float>(d_weight);
+  pass.d_bias = pointer<float>(d_bias);
+  const std::int64_t width = pass.student.width;
+  if (pass.count < rows) {
+    std::memset(pass.stats, 0, 5 * n * sizeof(float));
+    if (d_hidden != 0) std::memset(pass.d_hidden, 0, n * static_cast<std::size_t>(width) * sizeof(float));
+  }
+  if (pass.count == 0 || !(pass.with_kd || pass.with_ce)) {
+    if (d_hidden != 0) std::memset(pass.d_hidden, 0, n * static_cast<std::size_t>(width) * sizeof(float));
+    if (d_weight != 0) std::memset(pass.d_weight, 0, static_cast<std::size_t>(vocabulary * width) * sizeof(float));
+    if (d_bias != 0) std::memset(pass.d_bias, 0, static_cast<std::size_t>(vocabulary) * sizeof(float));
+  }
+  if (d_weight != 0) advise_large_pages(pass.d_weight, vocabulary * width * 4);
+  if (pass.count > 0) {
+    const std::unique_ptr<char, Free> scratch(static_cast<char*>(::operator new(static_cast<std::size_t>(linear_scratch(pass)), std::align_val_t{4096})));
+    pass.scratch = scratch.get();
+    linear(pass);
+  }
+  if (loss != 0) write_totals(pass.kd, pass.ce, rows, pass.count, normalizer, temperature, alpha, loss, kd, ce, count);
+}
+
 }  // namespace
 
 void bind_distill(py::module_& m) {
+  m.def("has_linear_kd_loss", &has_linear, "Whether linear_kd_loss runs at the present level");
+  m.def("linear_kd_loss", &linear_kd_loss, "Losses, statistics and gradients from hidden states, in bfloat16");
   m.def("kd_loss", &kd_loss, "Losses and statistics of rows of logits");
   m.def("kd_loss_gradient", &kd_loss_gradient, "Gradient of rows of logits");
 }

@@ -7,6 +7,8 @@
 #endif
 
 #include "common/cpu_features.h"
+#include "common/threads.h"
+#include "distill/linear_plan.h"
 
 #define CVMK_DISTILL_LEVEL(level)                                            \
   void cvmk_distill_losses_##level(const cvmk::distill::LossPass* pass); \
@@ -17,6 +19,7 @@ CVMK_DISTILL_LEVEL(base)
 CVMK_DISTILL_LEVEL(avx2)
 CVMK_DISTILL_LEVEL(avx512)
 CVMK_DISTILL_LEVEL(amx)
+void cvmk_distill_linear_amx(const cvmk::distill::LinearPass* pass);
 #endif
 }
 #undef CVMK_DISTILL_LEVEL
@@ -38,6 +41,19 @@ void losses(const LossPass& pass) { CVMK_PICK(losses); }
 void gradients(const GradientPass& pass) { CVMK_PICK(gradients); }
 
 #undef CVMK_PICK
+
+#if defined(CVMK_HAVE_ISA_LEVELS)
+bool has_linear() { return dispatch_level() >= IsaLevel::kAmx; }
+void linear(const LinearPass& pass) { cvmk_distill_linear_amx(&pass); }
+#else
+bool has_linear() { return false; }
+void linear(const LinearPass&) {}
+#endif
+
+int64_t linear_scratch(const LinearPass& pass) {
+  const LinearPlan plan = linear_plan(pass);
+  return plan.shared + threads::limit() * plan.own;
+}
 
 void advise_large_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)

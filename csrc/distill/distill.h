@@ -8,6 +8,12 @@ namespace cvmk::distill {
 void losses(const LossPass& pass);
 void gradients(const GradientPass& pass);
 
+// Whether the products of linear_kd_loss run at this level: on AMX tiles only.
+bool has_linear();
+void linear(const LinearPass& pass);
+// Bytes of scratch that `linear` needs on as many threads as it may use now.
+int64_t linear_scratch(const LinearPass& pass);
+
 // Asks for large pages behind a big buffer that nobody has written yet: fewer page faults. A hint without effect on what is read.
 void advise_large_pages(void* data, int64_t bytes);
 

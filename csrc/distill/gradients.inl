@@ -1,4 +1,5 @@
 // The gradient of one row of logits, from its statistics. Formulas: cvmk/ops/kd_loss.py.
+#pragma once
 
 #include "distill/losses.inl"
 
@@ -14,9 +15,9 @@ struct Slope {
   float at_target;  // ce_scale * (1 - smoothing), taken from the target's
 };
 
-// kd_scale q (g - R).
-template <int kDivergence>
-CVMK_INLINE F divergence_gradient(const Slope& w, F log_q, F log_p, F q, F p) {
+// kd_scale q (g - R). W holds the row's kd_scale and reduction, or vectors of those of several rows.
+template <int kDivergence, typename W>
+CVMK_INLINE F divergence_gradient(const W& w, F log_q, F log_p, F q, F p) {
   if (kDivergence == kForwardKl) return (q - p) * w.kd_scale;
   F slope{};
   if (kDivergence == kReverseKl) slope = zero_where(q == F{}, log_q - log_p);

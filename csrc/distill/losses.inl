@@ -1,5 +1,6 @@
 // Statistics and losses of one row of logits. Sums over a row are sums of its blocks' float32 sums in float64, in an order that depends on
 // nothing but the vocabulary. A row is read from memory once; the divergences of a mixture read it again from the second-level cache.
+#pragma once
 
 #include "distill/vectors.inl"
 
@@ -93,40 +94,44 @@ __attribute__((noinline)) void first_pass(const Terms& terms, int64_t vocabulary
   }
 }
 
-// The divergence D of a mixture and the reduction R of one row, from the log-sum-exps.
+// Adds to the two sums that the divergence D of a mixture and its reduction R are made of.
+template <int kDivergence>
+CVMK_INLINE void mixture_terms(F log_q, F log_p, float weight, F& x, F& y) {
+  const F q = exp_below(log_q), p = exp_below(log_p);
+  const F mixed = kDivergence == kSkewReverseKl ? mix(q, p, weight) : mix(p, q, weight);
+  const F log_m = simd::log(mixed);
+  if (kDivergence == kSkewReverseKl) x = q * zero_where(q == F{}, log_q - log_m);
+  else x = p * zero_where(p == F{}, log_p - log_m);
+  if (kDivergence == kJs) y = q * zero_where(q == F{}, log_q - log_m);
+  if (kDivergence == kSkewKl) y = q * (p / mixed);
+  if (kDivergence == kSkewReverseKl) y = q * (q / mixed);
+}
+
+CVMK_INLINE void mixture_value(const Terms& terms, double first, double second, double& value, double& reduction) {
+  const double w = static_cast<double>(terms.mixture);
+  reduction = terms.divergence == kJs ? (1 - w) * second : terms.divergence == kSkewKl ? (w - 1) * second : first + 1 - w * second;
+  value = terms.divergence == kJs ? w * first + reduction : first;
+}
+
+// The divergence of a mixture of one row and its reduction, from the log-sum-exps.
 template <int kDivergence, typename S, typename T>
 __attribute__((noinline)) void second_pass(const Terms& terms, int64_t vocabulary, const S& s, const T& t, float lse_q, float lse_p, double& value,
                                            double& reduction) {
-  const float inverse = 1.0f / terms.temperature, weight = terms.mixture;
+  const float inverse = 1.0f / terms.temperature;
   double first = 0, second = 0;
   for (int64_t begin = 0; begin < vocabulary; begin += kBlock) {
     const int64_t end = begin + kBlock < vocabulary ? begin + kBlock : vocabulary;
     F a{}, b{};
     vectors(begin, end, [&](int64_t i, int n, auto kind) __attribute__((always_inline)) {
-      const F log_q = s.load(i, n, kind) * inverse - lse_q, log_p = t.load(i, n, kind) * inverse - lse_p;
-      const F q = exp_below(log_q), p = exp_below(log_p);
-      const F mixed = kDivergence == kSkewReverseKl ? mix(q, p, weight) : mix(p, q, weight);
-      const F log_m = simd::log(mixed);
       F x, y;
-      if (kDivergence == kJs) {
-        x = p * zero_where(p == F{}, log_p - log_m);
-        y = q * zero_where(q == F{}, log_q - log_m);
-      } else if (kDivergence == kSkewKl) {
-        x = p * zero_where(p == F{}, log_p - log_m);
-        y = q * (p / mixed);
-      } else {
-        x = q * zero_where(q == F{}, log_q - log_m);
-        y = q * (q / mixed);
-      }
+      mixture_terms<kDivergence>(s.load(i, n, kind) * inverse - lse_q, t.load(i, n, kind) * inverse - lse_p, terms.mixture, x, y);
       a += within(x, n, kind);
       b += within(y, n, kind);
     });
     first += static_cast<double>(simd::sum(a));
     second += static_cast<double>(simd::sum(b));
   }
-  const double w = static_cast<double>(weight);
-  reduction = kDivergence == kJs ? (1 - w) * second : kDivergence == kSkewKl ? (w - 1) * second : first + 1 - w * second;
-  value = kDivergence == kJs ? w * first + reduction : first;
+  mixture_value(terms, first, second, value, reduction);
 }
 
 template <typename S, typename T>
@@ -139,35 +144,51 @@ CVMK_INLINE void sum_row(const Terms& terms, int64_t vocabulary, const S& s, con
   first_pass<kAtAny, kForward>(terms, vocabulary, s, t, sums);
 }
 
-// The losses of a row with target y, and its statistics at stats[0], stats[step], ... stats[4 * step].
+// Losses and statistics of one row. `value` and `reduction` of the divergences of a mixture are another sweep's.
+struct RowResult {
+  double lse, lse_q, lse_p, value, reduction, entropy, count;
+};
+
+CVMK_INLINE RowResult result_of(const Terms& terms, const Sums& sums, bool with_teacher, float at_target) {
+  const double temperature = static_cast<double>(terms.temperature), smoothing = static_cast<double>(terms.smoothing);
+  RowResult row{};
+  row.lse = row.lse_q = static_cast<double>(sums.top_s) + ::log(sums.at_one);
+  if (with_teacher) {
+    row.lse_q = static_cast<double>(sums.top_s) / temperature + ::log(sums.at_t);
+    row.lse_p = static_cast<double>(sums.top_t) / temperature + ::log(sums.teacher);
+    if (terms.divergence == kForwardKl) row.value = sums.cross / (sums.teacher * temperature) - row.lse_p + row.lse_q;
+    if (terms.divergence == kReverseKl) row.value = row.reduction = sums.cross / (sums.at_t * temperature) - row.lse_q + row.lse_p;
+  }
+  row.entropy = row.lse - (1 - smoothing) * static_cast<double>(at_target);
+  if (smoothing > 0) row.entropy -= smoothing / sums.count * sums.logits;
+  row.count = sums.count;
+  return row;
+}
+
+// Statistics go to stats[0], stats[step], ... stats[4 * step].
+CVMK_INLINE void write_result(const RowResult& row, float* stats, int64_t step, float* kd, float* ce) {
+  *kd = static_cast<float>(row.value);
+  *ce = static_cast<float>(row.entropy);
+  stats[0] = static_cast<float>(row.lse);
+  stats[step] = static_cast<float>(row.lse_q);
+  stats[2 * step] = static_cast<float>(row.lse_p);
+  stats[3 * step] = static_cast<float>(row.reduction);
+  stats[4 * step] = static_cast<float>(row.count);
+}
+
+// The losses of a row with target y, and its statistics.
 template <typename S, typename T>
 void row_losses(const Terms& terms, int64_t vocabulary, const S& s, const T& t, bool with_teacher, int64_t y, float* stats, int64_t step, float* kd, float* ce) {
   Sums sums;
   sum_row(terms, vocabulary, s, t, with_teacher, sums);
-  const double temperature = static_cast<double>(terms.temperature), smoothing = static_cast<double>(terms.smoothing);
-  const double lse = static_cast<double>(sums.top_s) + ::log(sums.at_one);
-  double lse_q = lse, lse_p = 0, value = 0, reduction = 0;
+  RowResult row = result_of(terms, sums, with_teacher, entry(s, y));
   if (with_teacher) {
-    lse_q = static_cast<double>(sums.top_s) / temperature + ::log(sums.at_t);
-    lse_p = static_cast<double>(sums.top_t) / temperature + ::log(sums.teacher);
-    const float q = static_cast<float>(lse_q), p = static_cast<float>(lse_p);
-    switch (terms.divergence) {
-      case kForwardKl: value = sums.cross / (sums.teacher * temperature) - lse_p + lse_q; break;
-      case kReverseKl: value = reduction = sums.cross / (sums.at_t * temperature) - lse_q + lse_p; break;
-      case kJs: second_pass<kJs>(terms, vocabulary, s, t, q, p, value, reduction); break;
-      case kSkewKl: second_pass<kSkewKl>(terms, vocabulary, s, t, q, p, value, reduction); break;
-      default: second_pass<kSkewReverseKl>(terms, vocabulary, s, t, q, p, value, reduction);
-    }
+    const float q = static_cast<float>(row.lse_q), p = static_cast<float>(row.lse_p);
+    if (terms.divergence == kJs) second_pass<kJs>(terms, vocabulary, s, t, q, p, row.value, row.reduction);
+    if (terms.divergence == kSkewKl) second_pass<kSkewKl>(terms, vocabulary, s, t, q, p, row.value, row.reduction);
+    if (terms.divergence == kSkewReverseKl) second_pass<kSkewReverseKl>(terms, vocabulary, s, t, q, p, row.value, row.reduction);
   }
-  double entropy = lse - (1 - smoothing) * static_cast<double>(entry(s, y));
-  if (smoothing > 0) entropy -= smoothing / sums.count * sums.logits;
-  *kd = static_cast<float>(value);
-  *ce = static_cast<float>(entropy);
-  stats[0] = static_cast<float>(lse);
-  stats[step] = static_cast<float>(lse_q);
-  stats[2 * step] = static_cast<float>(lse_p);
-  stats[3 * step] = static_cast<float>(reduction);
-  stats[4 * step] = static_cast<float>(sums.count);
+  write_result(row, stats, step, kd, ce);
 }
 
 }  // namespace distill

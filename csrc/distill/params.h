@@ -50,5 +50,32 @@ struct GradientPass {
   void* gradient;  // [rows, vocabulary], contiguous, of the student's type
 };
 
+// One output layer: hidden [., width] rows of `hidden_stride` elements, weight [vocabulary, width] of rows of `weight_stride`, all bfloat16,
+// and a bias [vocabulary] or null.
+struct Layer {
+  const uint16_t* hidden;  // null: there is no teacher
+  const uint16_t* weight;
+  const uint16_t* bias;
+  int64_t width, hidden_stride, weight_stride;
+};
+
+// linear_kd_loss in bfloat16. Results of the rows named in `index` only; outputs of other rows are not touched.
+struct LinearPass {
+  Layer student, teacher;
+  const int64_t* index;   // [count] rows that count
+  const int64_t* target;  // [rows]
+  int64_t count, rows, vocabulary;
+  Terms terms;
+  bool with_kd, with_ce;  // parts of the gradient
+  float kd_scale, ce_scale;
+  float* stats;  // [5, rows]
+  float* kd;     // [rows]
+  float* ce;
+  float* d_hidden;  // [rows, width], contiguous; null where it is not wanted, as the next two
+  float* d_weight;  // [vocabulary, width]
+  float* d_bias;    // [vocabulary]
+  char* scratch;    // linear_scratch() bytes for this many threads, 64-byte aligned
+};
+
 }  // namespace distill
 }  // namespace cvmk

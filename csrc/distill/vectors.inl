@@ -1,4 +1,5 @@
 // Rows of logits as vectors of floats, and the exponential of a logit minus the greatest one.
+#pragma once
 
 #include <float.h>
 #include <math.h>

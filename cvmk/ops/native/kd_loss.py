@@ -30,7 +30,8 @@ def _rows(logits: Tensor | None) -> tuple[Tensor | None, int, int, int]:
     return rows, rows.data_ptr(), rows.stride(0), TYPES[rows.dtype]
 
 
-def _address(x: Tensor | None) -> int:
+def address(x: Tensor | None) -> int:
+    """Where the tensor is; 0 for None."""
     return 0 if x is None else x.data_ptr()
 
 
@@ -66,7 +67,7 @@ def _forward(
         DIVERGENCES[divergence],
         mixture,
         label_smoothing,
-        _address(normalizer),
+        address(normalizer),
         stats.data_ptr(),
         loss.data_ptr(),
         kd.data_ptr(),
@@ -120,9 +121,9 @@ def _backward(
         label_smoothing,
         stats.data_ptr(),
         count.data_ptr(),
-        _address(g_loss),
-        _address(g_kd),
-        _address(g_ce),
+        address(g_loss),
+        address(g_kd),
+        address(g_ce),
         gradient.data_ptr(),
     )
     return gradient

@@ -1,0 +1,117 @@
+"""`linear_kd_loss` on the CPU library: bfloat16 products on AMX tiles, with the losses and gradients made while the logits are in the cache.
+
+Logits exist a block at a time and are made once for the sums and once more for the gradients, which are those of the loss by itself,
+before the normaliser: the backward pass multiplies them into fresh tensors. Where a part is differentiated too, it runs again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cvmk.ops import native
+from cvmk.ops._dispatch import Backend, not_needed
+from cvmk.ops.native.kd_loss import DIVERGENCES, address
+
+Layer = tuple[int, int, int, int, int, int]
+_ONE = torch.ones((), dtype=torch.float32)
+
+
+def _matrix(x: Tensor) -> Tensor:
+    """[rows, width] with a contiguous last dimension."""
+    x = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _run(
+    tensors: tuple[Tensor | None, ...],
+    target: Tensor,
+    normalizer: Tensor | None,
+    options: tuple[Any, ...],
+    grads: tuple[Tensor | None, Tensor | None, Tensor | None],
+    divisor: Tensor,
+    wanted: list[bool],
+    scalars: tuple[Tensor, ...] | None,
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """Statistics and the gradients in float32 of those that are wanted; the loss, its parts and the normaliser go to `scalars`."""
+    temperature, alpha, divergence, mixture, label_smoothing, ignore_index = options
+    student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias = tensors
+    assert student_hidden is not None and student_weight is not None
+    kept: list[Tensor] = []
+
+    def layer(hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> Layer:
+        if hidden is None or weight is None:
+            return 0, 0, 0, 0, 0, 0
+        rows, matrix = _matrix(hidden), _matrix(weight)
+        bias = None if bias is None else bias.contiguous()
+        kept.extend(x for x in (rows, matrix, bias) if x is not None)
+        return rows.data_ptr(), matrix.data_ptr(), address(bias), rows.shape[1], rows.stride(0), matrix.stride(0)
+
+    y = target.reshape(-1).contiguous()
+    stats = torch.empty((5, y.shape[0]), dtype=torch.float32)
+    shapes = (student_hidden.shape, student_weight.shape, student_weight.shape[:1])
+    found = tuple(torch.empty(shape, dtype=torch.float32) if want else None for want, shape in zip(wanted, shapes, strict=True))
+    library = native.library()
+    assert library is not None
+    library.linear_kd_loss(
+        layer(student_hidden, student_weight, student_bias),
+        layer(teacher_hidden, teacher_weight, teacher_bias),
+        y.data_ptr(),
+        y.dtype == torch.int64,
+        y.shape[0],
+        student_weight.shape[0],
+        ignore_index,
+        temperature,
+        alpha,
+        DIVERGENCES[divergence],
+        mixture,
+        label_smoothing,
+        address(normalizer),
+        *(address(g) for g in grads),
+        divisor.data_ptr(),
+        stats.data_ptr(),
+        *((0, 0, 0, 0) if scalars is None else (x.data_ptr() for x in scalars)),
+        *(address(x) for x in found),
+    )
+    return stats, found
+
+
+def _forward(*arguments: Any) -> tuple[Tensor, ...]:
+    tensors, target, normalizer, options, wanted = arguments[:6], arguments[6], arguments[7], arguments[8:14], arguments[14]
+    loss, kd, ce, count = (torch.empty((), dtype=torch.float32) for _ in range(4))
+    stats, found = _run(tensors, target, normalizer, options, (_ONE, None, None), _ONE, wanted, (loss, kd, ce, count))
+    return loss, kd, ce, count, stats, *(not_needed(stats) if x is None else x for x in found)
+
+
+def _backward(*arguments: Any) -> tuple[Tensor, ...]:
+    g_loss, g_kd, g_ce = arguments[:3]
+    tensors, target, normalizer, count = arguments[8:14], arguments[14], arguments[15], arguments[16]
+    sums, options, wanted, needs = arguments[18:21], arguments[21:27], arguments[27], arguments[28]
+    needed = [need and x is not None for need, x in zip(needs, tensors[:3], strict=False)]
+    if g_kd is None and g_ce is None and g_loss is not None and all(have or not need for have, need in zip(wanted, needed, strict=True)):
+        scale = g_loss / count
+    else:
+        scale = None
+        sums = _run(tensors, target, normalizer, options, (g_loss, g_kd, g_ce), count, needed, None)[1]
+    found = []
+    for need, x, total in zip(needed, tensors, sums, strict=False):
+        if not need:
+            found.append(not_needed(tensors[0]))
+        else:
+            found.append((total if scale is None else total * scale).to(x.dtype))
+    return tuple(found)
+
+
+def _limits(which: str, arguments: Mapping[str, Any]) -> list[str]:
+    library = native.library()
+    assert library is not None
+    if not library.has_linear_kd_loss():
+        return [f"its products need AMX tiles, and the level is {native.isa_level()}"]
+    teacher = arguments["teacher_weight"]
+    return [f"teacher_weight is {teacher.dtype}, not bfloat16"] if teacher is not None and teacher.dtype != torch.bfloat16 else []
+
+
+BACKENDS = (Backend("linear_kd_loss", "native", _forward, _backward, dtypes=(torch.bfloat16,), devices=("cpu",), limits=_limits, unavailable=native.reason),)
