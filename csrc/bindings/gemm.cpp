@@ -33,6 +33,7 @@ Linear linear(std::uintptr_t x, int x_dtype, std::int64_t x_stride, std::int64_t
   l.out_dtype = out_dtype;
   l.bias_dtype = bias_dtype;
   l.activation = activation;
+  l.scratch = nullptr;
   return l;
 }
 
@@ -57,7 +58,7 @@ void int4(std::uintptr_t x, int x_dtype, std::int64_t x_stride, std::int64_t row
           std::int64_t group) {
   Int4Linear p;
   p.linear = linear(x, x_dtype, x_stride, rows, inputs, outputs, out, out_dtype, scales, bias, bias_dtype, activation);
-  p.weight = pointer<std::uint32_t>(weight);
+  p.weight = pointer<std::uint16_t>(weight);
   p.zeros = pointer<std::uint8_t>(zeros);
   p.order = pointer<std::int32_t>(order);
   p.group = group;

@@ -4,8 +4,6 @@
 #pragma GCC diagnostic ignored "-Wuninitialized"  // GCC 12 finds it in its own intrinsics (its bug 105593)
 #endif
 
-#include <stdlib.h>
-
 #include "common/simd.h"
 #include "common/threads.h"
 #include "gemm/params.h"
@@ -160,46 +158,54 @@ CVMK_INLINE F sums_of(const int32_t* p) {
 }
 CVMK_INLINE F sums_of(const float* p) { return simd::load(p); }
 
-// (row scale, column scale) of int8; int4 has both in its sums.
-CVMK_INLINE F scaled(const int32_t* sum, float row, F column) { return sums_of(sum) * row * column; }
-CVMK_INLINE F scaled(const float* sum, float, F) { return sums_of(sum); }
+template <typename Sum>
+CVMK_INLINE F scaled(const Sum* sum, float row, F column) {
+  return sums_of(sum) * row * column;
+}
+
+// The lines of the output that rows [row, row + rows) of an item will fill, asked for while their sums are still being computed.
+CVMK_INLINE void expect(const Linear& p, const Item& item, int64_t row, int64_t rows) {
+  const int64_t bytes = element_bytes(p.out_dtype), columns = out_columns(p), width = least(item.width * kPanel, columns - item.column) * bytes;
+  const char* out = static_cast<const char*>(p.out) + (row * columns + item.column) * bytes;
+  for (int64_t r = 0; r < rows; ++r, out += columns * bytes)
+    for (int64_t i = 0; i < width; i += 64) __builtin_prefetch(out + i, 1);
+}
 
 // Rows of sums -> activation(scaled sum + bias) in the output. `sums` is [rows][stride], `row_scales` [rows] (int8 only).
-template <int kAct, typename Sum>
+template <int kAct, bool kBias, typename Sum>
 CVMK_INLINE void finish_as(const Linear& p, const Item& item, const Sum* sums, int64_t stride, const float* row_scales, int64_t row, int64_t rows) {
-  const int64_t columns = out_columns(p);
-  char* out = static_cast<char*>(p.out) + row * columns * element_bytes(p.out_dtype);
-  constexpr bool kInt8 = sizeof(Sum) == sizeof(int32_t) && static_cast<Sum>(0.5f) == 0;
-  for (int v = 0; v < item.width * kPanel; v += 2 * kLanes) {  // two vectors at a time: a whole line of bfloat16
-    F column_scale[2], bias[2], up_scale[2], up_bias[2];
-    int n[2];
-    for (int j = 0; j < 2; ++j) {
-      const int64_t c = item.column + v + j * kLanes, left = columns - c;
-      n[j] = v + j * kLanes >= item.width * kPanel || left <= 0 ? 0 : static_cast<int>(least(left, kLanes));
-      const bool there = n[j] > 0;
-      column_scale[j] = kInt8 && there ? simd::load(p.scales + c) : F{};
-      bias[j] = p.bias && there ? load_any(p.bias, p.bias_dtype, c, n[j]) : F{};
+  constexpr bool kInt8 = static_cast<Sum>(0.5f) == 0;
+  constexpr int kHalves = kAct == kSwiglu ? 2 : 1;
+  const int64_t columns = out_columns(p), width = least(item.width * kPanel, columns - item.column), up_at = item.width * kPanel + item.shift;
+  float bias[2][kMostPanels * kPanel];
+  if (kBias)
+    for (int h = 0; h < kHalves; ++h)
+      for (int64_t v = 0; v < width; v += kLanes)
+        simd::store(bias[h] + v, load_any(p.bias, p.bias_dtype, h * columns + item.column + v, static_cast<int>(least(kLanes, width - v))));
+  for (int64_t r = 0; r < rows; ++r) {
+    const float row_scale = kInt8 ? row_scales[r] : 1.0f;
+    const Sum* s = sums + r * stride;
+    const int64_t out = (row + r) * columns + item.column;
+    for (int64_t v = 0; v < width; v += kLanes) {
+      const float* scales = p.scales + item.column + v;
+      F y = kInt8 ? scaled(s + v, row_scale, simd::load(scales)) : sums_of(s + v);
+      if (kBias) y += simd::load(bias[0] + v);
       if (kAct == kSwiglu) {
-        up_scale[j] = kInt8 && there ? simd::load(p.scales + columns + c) : F{};
-        up_bias[j] = p.bias && there ? load_any(p.bias, p.bias_dtype, columns + c, n[j]) : F{};
+        F u = kInt8 ? scaled(s + up_at + v, row_scale, simd::load(scales + columns)) : sums_of(s + up_at + v);
+        if (kBias) u += simd::load(bias[1] + v);
+        y = silu(y) * u;
+      } else {
+        y = activate<kAct>(y);
       }
-    }
-    for (int64_t r = 0; r < rows; ++r) {
-      const Sum* s = sums + r * stride + v;
-      const float row_scale = kInt8 ? row_scales[r] : 1.0f;
-      for (int j = 0; j < 2; ++j) {
-        if (n[j] == 0) break;
-        F y = scaled(s + j * kLanes, row_scale, column_scale[j]) + bias[j];
-        if (kAct == kSwiglu) {
-          const F u = scaled(s + j * kLanes + item.width * kPanel + item.shift, row_scale, up_scale[j]) + up_bias[j];
-          y = silu(y) * u;
-        } else {
-          y = activate<kAct>(y);
-        }
-        store_any(out, p.out_dtype, r * columns + item.column + v + j * kLanes, y, n[j]);
-      }
+      store_any(p.out, p.out_dtype, out + v, y, static_cast<int>(least(kLanes, width - v)));
     }
   }
+}
+
+template <int kAct, typename Sum>
+CVMK_INLINE void finish_as(const Linear& p, const Item& item, const Sum* sums, int64_t stride, const float* row_scales, int64_t row, int64_t rows) {
+  if (p.bias) finish_as<kAct, true>(p, item, sums, stride, row_scales, row, rows);
+  else finish_as<kAct, false>(p, item, sums, stride, row_scales, row, rows);
 }
 
 template <typename Sum>
@@ -240,17 +246,15 @@ inline void two_loops(int width, int64_t first, const Before& before, int64_t se
   leave();
 }
 
-// Scratch memory, aligned to lines: `base` is null where there is none, and given back with free().
+// A bump pointer through scratch memory.
 struct Scratch {
-  char* base;
-  int64_t used;
+  char* next;
   template <typename T>
   T* take(int64_t count) {
-    T* found = reinterpret_cast<T*>(base + used);
-    used += up(count * static_cast<int64_t>(sizeof(T)), 64);
+    T* found = reinterpret_cast<T*>(next);
+    next += up(count * static_cast<int64_t>(sizeof(T)), 64);
     return found;
   }
 };
-inline Scratch scratch_of(int64_t bytes) { return Scratch{static_cast<char*>(aligned_alloc(64, static_cast<size_t>(up(bytes, 64)))), 0}; }
 
 }  // namespace

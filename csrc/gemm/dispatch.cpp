@@ -1,4 +1,7 @@
 // Picks the level of the quantised linears.
+#include <cstdlib>
+#include <memory>
+
 #include "common/cpu_features.h"
 #include "gemm/params.h"
 
@@ -19,9 +22,30 @@ int cvmk_int4_linear_amx(const Int4Linear*);
 }
 
 namespace cvmk::gemm {
+namespace {
+
+struct Free {
+  void operator()(void* p) const { std::free(p); }
+};
+
+// Kept from call to call, for fresh pages cost more than a small product.
+void* scratch(int64_t bytes) {
+  static thread_local std::unique_ptr<void, Free> held;
+  static thread_local int64_t size = 0;
+  if (bytes > size) {
+    const int64_t wanted = (bytes + 4095) / 4096 * 4096;
+    held.reset();
+    held.reset(std::aligned_alloc(4096, static_cast<std::size_t>(wanted)));
+    size = held ? wanted : 0;
+  }
+  return held.get();
+}
+
+}  // namespace
 
 int int8_linear(Int8Linear p) {
   p.vnni = 0;
+  p.linear.scratch = scratch;
 #if defined(CVMK_HAVE_ISA_LEVELS)
   const IsaLevel level = dispatch_level();
   p.vnni = level >= IsaLevel::kAvx512 && cpu_features().avx512_vnni;
@@ -32,7 +56,8 @@ int int8_linear(Int8Linear p) {
   return cvmk_int8_linear_base(&p);
 }
 
-int int4_linear(const Int4Linear& p) {
+int int4_linear(Int4Linear p) {
+  p.linear.scratch = scratch;
 #if defined(CVMK_HAVE_ISA_LEVELS)
   const IsaLevel level = dispatch_level();
   if (level == IsaLevel::kAmx) return cvmk_int4_linear_amx(&p);

@@ -29,6 +29,45 @@ CVMK_INLINE I larger(I a, I b) {
 #endif
 }
 
+#if defined(__AVX512F__)
+// The magnitude's bits of the largest of `inputs` 16-bit numbers, widened to those of a float; NaN counts as the largest.
+template <int kType>
+inline int32_t largest_half(const uint16_t* x, int64_t inputs) {
+  const __m512i mask = _mm512_set1_epi16(0x7FFF);
+  __m512i a = _mm512_setzero_si512(), b = a;
+  int64_t k = 0;
+  for (; k + 64 <= inputs; k += 64) {
+    a = _mm512_max_epu16(a, _mm512_and_si512(_mm512_loadu_si512(x + k), mask));
+    b = _mm512_max_epu16(b, _mm512_and_si512(_mm512_loadu_si512(x + k + 32), mask));
+  }
+  for (; k < inputs; k += 32) {
+    const __mmask32 some = inputs - k >= 32 ? 0xFFFFFFFFu : (1u << (inputs - k)) - 1u;
+    a = _mm512_max_epu16(a, _mm512_and_si512(_mm512_maskz_loadu_epi16(some, x + k), mask));
+  }
+  a = _mm512_max_epu16(a, b);
+  const __m256i half = _mm256_max_epu16(_mm512_castsi512_si256(a), _mm512_extracti64x4_epi64(a, 1));
+  const __m128i quarter = _mm_max_epu16(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+  const __m128i flipped = _mm_minpos_epu16(_mm_xor_si128(quarter, _mm_set1_epi16(-1)));  // the least of the complements
+  const uint32_t bits = ~static_cast<uint32_t>(_mm_extract_epi16(flipped, 0)) & 0x7FFFu;
+  if (kType == kBfloat16) return static_cast<int32_t>(bits << 16);
+  return simd::bits<int32_t>(simd::half_to_float(static_cast<uint16_t>(bits)));
+}
+
+// quantise_chunk for 64 bfloat16 numbers: even and odd ones apart, for both are floats in place.
+CVMK_INLINE void quantise_chunk_bf16(const uint16_t* x, float step, uint8_t flip, uint8_t* to) {
+  __m512i words[2];
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    const __m512i both = _mm512_loadu_si512(x + 32 * i);
+    const __m512 even = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16)), odd = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(-65536)));
+    const __m512i low = _mm512_cvtps_epi32(_mm512_mul_ps(even, _mm512_set1_ps(step))), high = _mm512_cvtps_epi32(_mm512_mul_ps(odd, _mm512_set1_ps(step)));
+    words[i] = _mm512_mask_blend_epi16(0xAAAAAAAAu, low, _mm512_slli_epi32(high, 16));
+  }
+  const __m512i bytes = _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7), _mm512_packs_epi16(words[0], words[1]));
+  _mm512_storeu_si512(to, _mm512_xor_si512(bytes, _mm512_set1_epi8(static_cast<char>(flip))));
+}
+#endif
+
 // 64 inputs of a row times `step`, rounded, as signed bytes (plus 128 where `flip` is 0x80).
 template <int kType>
 CVMK_INLINE void quantise_chunk(const void* x, const float* inverse, int64_t k, int64_t left, float step, uint8_t flip, uint8_t* to) {
@@ -56,10 +95,13 @@ CVMK_INLINE void quantise_chunk(const void* x, const float* inverse, int64_t k, 
 #endif
 }
 
-// A row as bytes: chunk c of 64 inputs at to + c * chunk_stride, zeros behind the last input. Returns a / 127, NaN where the row is not finite.
+// The bits of the largest magnitude of a row, which order as the magnitudes do; NaN counts as the largest.
 template <int kType>
-inline float quantise_row(const void* x, const float* inverse, int64_t inputs, uint8_t flip, uint8_t* to, int64_t chunk_stride) {
-  I most[2] = {I{}, I{}};  // of the magnitudes' bits, which order as the numbers do, NaN last
+inline int32_t largest_bits(const void* x, const float* inverse, int64_t inputs) {
+#if defined(__AVX512F__)
+  if (kType != kFloat32 && !inverse) return largest_half<kType>(static_cast<const uint16_t*>(x), inputs);
+#endif
+  I most[2] = {I{}, I{}};
   int64_t k = 0;
   for (; k + 2 * kLanes <= inputs; k += 2 * kLanes)
     for (int j = 0; j < 2; ++j) {
@@ -77,9 +119,25 @@ inline float quantise_row(const void* x, const float* inverse, int64_t inputs, u
   int32_t lanes[kLanes], bits = 0;
   memcpy(lanes, &most[0], sizeof lanes);
   for (int i = 0; i < kLanes; ++i) bits = lanes[i] > bits ? lanes[i] : bits;
+  return bits;
+}
+
+// A row as bytes: chunk c of 64 inputs at to + c * chunk_stride, zeros behind the last input. Returns a / 127, NaN where the row is not finite.
+template <int kType>
+inline float quantise_row(const void* x, const float* inverse, int64_t inputs, uint8_t flip, uint8_t* to, int64_t chunk_stride) {
+  const int32_t bits = largest_bits<kType>(x, inverse, inputs);
   const bool finite = bits < 0x7F800000;
   const float found = finite ? simd::bits<float>(bits) : 1.0f, largest = found > kSmallest ? found : kSmallest, step = 127.0f / largest;
-  for (k = 0; k + kStep <= inputs; k += kStep, to += chunk_stride) quantise_chunk<kType>(x, inverse, k, kStep, step, flip, to);
+  int64_t k = 0;
+  for (; k + kStep <= inputs; k += kStep, to += chunk_stride) {
+#if defined(__AVX512F__)
+    if (kType == kBfloat16 && !inverse) {
+      quantise_chunk_bf16(static_cast<const uint16_t*>(x) + k, step, flip, to);
+      continue;
+    }
+#endif
+    quantise_chunk<kType>(x, inverse, k, kStep, step, flip, to);
+  }
   if (k < inputs) quantise_chunk<kType>(x, inverse, k, inputs - k, step, flip, to);
   return finite ? largest / 127.0f : __builtin_nanf("");
 }
@@ -231,8 +289,9 @@ inline void tiled_item(const Int8Linear& p, const Item& item, const uint8_t* a, 
   const auto panels = [&](int first, int n, int64_t step, int64_t, const char** b) {
     for (int i = 0; i < n; ++i) b[i] = reinterpret_cast<const char*>(p.weight) + (item.panels[first + i] * steps + step) * kTile;
   };
+  const auto before = [&](int64_t r, int64_t n) { expect(p.linear, item, row + r, n); };
   const auto done = [&](int64_t r, int64_t n, const int32_t* found) { finish(p.linear, item, found, item.count * kPanel, scales + r, row + r, n); };
-  tile_item<false>(reinterpret_cast<const char*>(a), steps, rows, item.count, sums, whole ? 32 : kSumRows, whole ? steps : kStepsInL1, panels, done);
+  tile_item<false>(reinterpret_cast<const char*>(a), steps, rows, item.count, sums, whole ? 32 : kSumRows, whole ? steps : kStepsInL1, panels, before, done);
 }
 #endif
 
@@ -247,8 +306,8 @@ inline int int8_linear_as(const Int8Linear& p) {
   const int64_t round = least(up(l.rows, 32), kRoundBytes / padded / 32 * 32 > 32 ? kRoundBytes / padded / 32 * 32 : 32);
   const int threads = l.rows * l.inputs * l.outputs <= kAlone ? 1 : threads::limit();
   const int64_t sums_each = up((tiles ? kSumRows : 24) * kMostPanels * kPanel, 16);
-  Scratch scratch = scratch_of(round * padded + up(round, 16) * 4 + (p.smooth_scale ? padded * 4 : 0) + threads * sums_each * 4 + 256);
-  if (!scratch.base) return 1;
+  Scratch scratch{static_cast<char*>(l.scratch(round * padded + up(round, 16) * 4 + (p.smooth_scale ? padded * 4 : 0) + threads * sums_each * 4 + 256))};
+  if (!scratch.next) return 1;
   uint8_t* a = scratch.take<uint8_t>(round * padded);
   float* row_scales = scratch.take<float>(round);
   int32_t* all_sums = scratch.take<int32_t>(threads * sums_each);
@@ -256,7 +315,7 @@ inline int int8_linear_as(const Int8Linear& p) {
   if (p.smooth_scale) invert(p, inverse = scratch.take<float>(padded), padded);
 
   const bool gated = l.activation == kSwiglu;
-  const int width = tiles && l.rows > kPanel ? (gated ? 1 : 2) : (gated ? 2 : 4);
+  const int width = gated ? 2 : 4;
   const uint8_t flip = kVnni && !tiles ? 0x80 : 0;
   const int64_t items = up(columns, width * kPanel) / (width * kPanel);
   for (int64_t start = 0; start < l.rows; start += round) {
@@ -290,7 +349,6 @@ inline int int8_linear_as(const Int8Linear& p) {
     };
     two_loops(threads, shared, quantise_one, items, enter, one_item, leave);
   }
-  free(scratch.base);
   return 0;
 }
 

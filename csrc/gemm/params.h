@@ -20,6 +20,7 @@ struct Linear {
   const float* scales;
   int64_t rows, inputs, outputs;
   int x_dtype, out_dtype, bias_dtype, activation;
+  void* (*scratch)(int64_t bytes);  // memory of the calling thread, aligned to 64 bytes, valid until the next request; null where there is none
 };
 
 struct Int8Linear {
@@ -32,8 +33,8 @@ struct Int8Linear {
 
 struct Int4Linear {
   Linear linear;  // scales [panels][groups][16]
-  // [panels][inputs / 8][16 words of 32 bits]; nibble j of word i is output 8 (j % 2) + i / 2 of the panel and input 2 (j / 2) + i % 2.
-  const uint32_t* weight;
+  // [panels][blocks of 128 inputs][16 outputs][32 words of 16 bits]: nibble j of word i is input 32 j + i of the block.
+  const uint16_t* weight;
   const uint8_t* zeros;   // [panels][groups][16] or null: then 8
   const int32_t* order;   // [inputs] or null: stored input k is x[order[k]]
   int64_t group;
@@ -41,6 +42,6 @@ struct Int4Linear {
 
 // 0, or 1 where scratch memory could not be had.
 int int8_linear(Int8Linear p);
-int int4_linear(const Int4Linear& p);
+int int4_linear(Int4Linear p);
 
 }  // namespace cvmk::gemm

@@ -8,7 +8,7 @@
 namespace {
 
 constexpr int64_t kTile = kPanel * kStep;
-constexpr int64_t kStepsInL1 = 16;  // of two panels: 32 KiB of B stay in the first cache while the rows pass
+constexpr int64_t kStepsInL1 = 8;  // of two panels: 32 KiB of B stay in the first cache while the rows pass
 
 struct alignas(64) TileConfig {
   uint8_t palette, start_row, reserved[14];
@@ -127,10 +127,11 @@ inline void tile_block(const char* a, int64_t a_next, int tiles, const char* con
 }
 
 // All rows of A times `count` panels. panels(first, n, step, steps, b) sets b[0 ... n) to the tiles of panels first ... at that step, for as
-// many steps; it is called once for every `part` of the steps and `block` of rows. done(r, n, sums) gets the sums of rows r ... r + n
-// as [n][count * 16]. `sums` has room for `block` rows (a multiple of 32).
-template <bool kBf16, typename Sum, typename Panels, typename Done>
-inline void tile_item(const char* a, int64_t steps, int64_t rows, int count, Sum* sums, int64_t block, int64_t part, const Panels& panels, const Done& done) {
+// many steps; it is called once for every `part` of the steps and `block` of rows. before(r, n) is called before the last products of rows
+// r ... r + n, done(r, n, sums) gets their sums as [n][count * 16]. `sums` has room for `block` rows (a multiple of 32).
+template <bool kBf16, typename Sum, typename Panels, typename Before, typename Done>
+inline void tile_item(const char* a, int64_t steps, int64_t rows, int count, Sum* sums, int64_t block, int64_t part, const Panels& panels,
+                      const Before& before, const Done& done) {
   const int64_t stride = count * kPanel, a_next = steps * kTile;
   const int group = rows > kPanel ? 2 : 4;
   for (int64_t m = 0; m < rows; m += block) {
@@ -144,8 +145,10 @@ inline void tile_item(const char* a, int64_t steps, int64_t rows, int count, Sum
         for (int64_t r = m; r < end; r += 32) {
           Sum* to = sums + (r - m) * stride;
           const char* from = a + r / kPanel * a_next + s * kTile;
+          const bool last = s + n == steps && g + width == count;
+          if (last) before(r, least(32, end - r));
           tile_block<kBf16>(from, a_next, end - r > kPanel ? 2 : 1, b, width, n, to + g * kPanel, stride * 4, s == 0);
-          if (s + n == steps && g + width == count) done(r, least(32, end - r), to);
+          if (last) done(r, least(32, end - r), to);
         }
       }
     }

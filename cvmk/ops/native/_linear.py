@@ -5,8 +5,8 @@ The layouts, for N outputs and K inputs, in panels of 16 outputs (P = N / 16 rou
 "native_int8"  values  int8: [P][steps of 64 inputs][16 quads][16 outputs][4 inputs], inputs filled up with zeros; then, as bytes, int32
                        [16 P]: -128 times the sum of every row of the weight. A step is an AMX tile, a quad an operand of vpdpbusd.
                scales  float32 [16 P + 16]
-"native_int4"  values  uint8, little-endian words of 32 bits [P][K / 8][16]: nibble j of word i is output 8 (j mod 2) + i div 2 of the panel
-                       and input 2 (j div 2) + i mod 2 of the eight. Spread over two vectors of 16 floats, words are an AMX tile's row.
+"native_int4"  values  uint8, little-endian words of 16 bits [P][blocks of 128 inputs][16 outputs][32]: nibble j of word i is input 32 j + i
+                       of the block, inputs filled up with zeros. A table of an output's sixteen values turns words into a tile's row.
                scales  float32 [P, G, 16]; zeros uint8 [P, G, 16] or None; order int32 [K] or None
 """
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from cvmk.ops import native
 from cvmk.ops._dispatch import Backend
@@ -15,16 +16,15 @@ from cvmk.ops.native._linear import ACTIVATIONS, INPUT_TYPES, PANEL, TYPES, pack
 from cvmk.ops.quantize import PLAIN, Layout, QuantizedWeight, outputs, pack_int4, unpack_int4
 
 
-def _word_order(values: Tensor) -> Tensor:
-    """uint8 [N, K] -> [P, K / 8, 16 words, 8 nibbles]."""
-    tiles = panels(values)  # output 8 h + w, input 8 b + 2 t + e -> word 2 w + e, nibble 2 t + h
-    return tiles.view(-1, 2, 8, values.shape[1] // 8, 4, 2).permute(0, 3, 2, 5, 4, 1).reshape(-1, values.shape[1] // 8, PANEL, 8)
+BLOCK = 128
+"""Inputs that stand together."""
 
 
 def pack(weight: QuantizedWeight) -> QuantizedWeight:
     """A canonical weight in the layout "native_int4" (`_linear` describes it)."""
-    words = _word_order(unpack_int4(weight.values))
-    values = pack_int4(words.reshape(-1, 8)).flatten()  # the even nibble of a byte is the low one
+    codes = panels(F.pad(unpack_int4(weight.values), (0, -weight.in_features % BLOCK)))
+    nibbles = codes.view(-1, PANEL, codes.shape[2] // BLOCK, 4, BLOCK // 4).permute(0, 2, 1, 4, 3)  # panel, block, output, word, nibble
+    values = pack_int4(nibbles.reshape(-1, 4)).flatten()  # the even nibble of a byte is the low one
     scales, zeros = (None if tensor is None else panels(tensor).transpose(1, 2).contiguous() for tensor in (weight.scales, weight.zeros))
     assert scales is not None
     order = None if weight.order is None else weight.order.contiguous()
@@ -34,8 +34,9 @@ def pack(weight: QuantizedWeight) -> QuantizedWeight:
 def unpack(weight: QuantizedWeight) -> QuantizedWeight:
     """The inverse of `pack`."""
     rows, columns = weight.out_features, weight.in_features
-    nibbles = unpack_int4(weight.values.view(-1, 4)).view(-1, columns // 8, 8, 2, 4, 2)  # panel, eight, w, e, t, h
-    values = nibbles.permute(0, 5, 2, 1, 4, 3).reshape(-1, columns)[:rows]
+    blocks = (columns + BLOCK - 1) // BLOCK
+    nibbles = unpack_int4(weight.values.view(-1, 2)).view(-1, blocks, PANEL, BLOCK // 4, 4)
+    values = nibbles.permute(0, 2, 1, 4, 3).reshape(-1, blocks * BLOCK)[:rows, :columns]
     scales, zeros = (None if t is None else t.transpose(1, 2).reshape(-1, t.shape[1])[:rows].contiguous() for t in (weight.scales, weight.zeros))
     assert scales is not None
     return replace(weight, values=pack_int4(values), scales=scales, zeros=zeros, layout=PLAIN)
