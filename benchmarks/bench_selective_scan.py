@@ -1,9 +1,9 @@
 """selective_scan and selective_state_update beside plain PyTorch: the loop over time, and the step written down.
 
-The limit of a scan is the issue rate of vector instructions (two multiply-adds of 16 lanes a cycle, CVMK_LIMIT_TFLOPS_FP32): a state and step takes 13 in the forward
-pass (10 for 2^x, 3 for the recurrence and the output) and 20 more in the backward pass (the decay again, 2 for the state, 8 for the adjoint). What is
-done once for all states of a channel (softplus, gate, transpositions) comes on top and is not counted. A single step is bound by memory: the
-state is read and written.
+The limit of a scan is the issue rate of vector instructions (two multiply-adds of 16 lanes a cycle, CVMK_LIMIT_TFLOPS_FP32): a state and
+step takes 13 in the forward pass (10 for 2^x, 3 for the recurrence and the output) and 20 more in the backward pass (the decay again, 2 for
+the state, 8 for the adjoint). What is done once for all states of a channel (softplus, gate, transpositions) comes on top and is not
+counted. A single step is bound by memory: the state is read and written.
 """
 
 from __future__ import annotations
