@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import shutil
 import subprocess
+import sys
 from dataclasses import dataclass, field
 from typing import Any
 
 from cvmk import libraries
 from cvmk.errors import ConfigError
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # <malloc.h>
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,19 @@ def cpu() -> Cpu:
         error=error,
         threads=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
     )
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep large blocks that it frees, for the next tensors of that size; elsewhere than with glibc nothing happens.
+
+    By default glibc gives blocks beyond some 100 KB back to the system at once, and every new tensor's pages are then faulted in anew.
+    """
+    if sys.platform != "linux":
+        return
+    with contextlib.suppress(OSError, AttributeError):  # another C library has no mallopt
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_MMAP_THRESHOLD, 1 << 30)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def gpus() -> Gpus:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from cvmk.errors import ConfigError, DataError, QualityGateError
 from cvmk.files import open_maybe_gzip
+from cvmk.hardware import keep_freed_memory
 
 if TYPE_CHECKING:
     from cvmk.validation.bootstrap import PairedResult
@@ -83,6 +84,7 @@ def _report(arguments: argparse.Namespace, metrics: list[str], limits: list[tupl
     from cvmk.inference import Translator
     from cvmk.validation.bootstrap import paired_of
 
+    keep_freed_memory()
     translator = Translator(arguments.model, device=arguments.device)
     baseline = None if arguments.baseline is None else Translator(arguments.baseline, device=arguments.device)
     system, measurements = _system(arguments, arguments.model, translator, metrics, sources, references)
