@@ -141,7 +141,9 @@ def explain_config() -> str:
             continue
         section, _, key = name.rpartition(".")
         scalars.setdefault(section, []).append(f"{_default(key, field)}  # {field.description} [{_type(field)}]")
-    for section, keys in scalars.items():
+    first = ["run", "data", "tokenizer"]
+    ordered = [*(name for name in scalars if name.split(".")[0] in first), *(name for name in scalars if name.split(".")[0] not in first)]
+    for section, keys in ((name, scalars[name]) for name in ordered):
         lines += [f"# {titles[section]}", f"[{section}]", *keys]
         if section == "teacher":
             inner = ", ".join(f"[teacher.{name}]" for name, _, t in walk(TrainConfig) if t is not None and _model_at(["teacher", name]) is not None)

@@ -13,19 +13,21 @@ Mixer = Literal["attention"]
 Divergence = Literal["forward_kl", "reverse_kl", "js", "skew_kl", "skew_reverse_kl"]
 LayerMap = Literal["uniform", "last"] | list[tuple[int, int]]
 Metric = Literal["bleu", "chrf", "ter", "rouge", "bertscore"]
+Share = Annotated[float, Field(ge=0, lt=1)]
+MAX_THREADS = 1024
 
 
 class Section(BaseModel):
     """A table of the TOML file. Unknown keys are errors, values are not coerced across types."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class RunConfig(Section):
     folder: str = Field("runs/run", description="Folder of this run: configuration, logs, checkpoints, reports. Relative to the working directory.")
-    seed: int = Field(1, ge=0, description="Seed of everything random: initial weights, data order, dropout.")
+    seed: int = Field(1, ge=0, lt=2**32, description="Seed of everything random: initial weights, data order, dropout.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to train; auto takes a GPU where there is one.")
-    threads: int = Field(0, ge=0, description="CPU threads; 0 leaves the choice to PyTorch.")
+    threads: int = Field(0, ge=0, le=MAX_THREADS, description="CPU threads; 0 leaves the choice to PyTorch.")
 
 
 class CorpusConfig(Section):
@@ -56,7 +58,10 @@ class DataConfig(Section):
     test: CorpusConfig | None = Field(None, description="Held-out pairs, scored once at the end.")
     jsonl_source: str = Field("source", description="Key of the source sentence in JSONL files.")
     jsonl_target: str = Field("target", description="Key of the target sentence in JSONL files.")
-    on_bad_line: Literal["error", "skip"] = Field("error", description="What to do with invalid UTF-8, empty lines, and over-long pairs of the training data: stop, or skip and count them.")
+    on_bad_line: Literal["error", "skip"] = Field(
+        "error",
+        description="What to do with invalid UTF-8, empty lines, and over-long pairs of the training data: stop, or skip and count them.",
+    )
     max_tokens_per_sentence: int = Field(256, ge=2, description="A training pair with a longer side is over-long.")
     max_length_ratio: float = Field(0.0, ge=0, description="A training pair whose token counts differ by more than this factor is over-long; 0 = no limit.")
     cache: str = Field("", description="Folder of the tokenised cache; empty = `cache` beside the run's checkpoints.")
@@ -71,21 +76,27 @@ class DataConfig(Section):
 
 
 class TokenizerConfig(Section):
-    kind: Literal["bpe", "unigram", "fallback"] = Field("bpe", description="SentencePiece BPE or unigram, or the plain-Python fallback; the SentencePiece kinds need the package sentencepiece.")
+    kind: Literal["bpe", "unigram", "fallback"] = Field(
+        "bpe",
+        description="SentencePiece BPE or unigram, or the plain-Python fallback; the SentencePiece kinds need the package sentencepiece.",
+    )
     path: str | None = Field(None, description="Folder with a tokenizer to use; without it one is trained on the training data.")
     vocabulary: int = Field(8000, ge=64, le=256000, description="Pieces, special ones included, when it is trained; source and target share them.")
     character_coverage: float = Field(1.0, gt=0.9, le=1.0, description="Share of characters that get a piece of their own; others are spelt in bytes.")
 
 
 class ModelConfig(Section):
-    d_model: int = Field(256, ge=8, description="Width of the residual stream.")
-    ffn: int = Field(1024, ge=8, description="Width of the feed-forward layers.")
+    d_model: int = Field(256, ge=8, le=65536, description="Width of the residual stream.")
+    ffn: int = Field(1024, ge=8, le=262144, description="Width of the feed-forward layers.")
     heads: int = Field(4, ge=1, description="Attention heads.")
     kv_heads: int | None = Field(None, ge=1, description="Key and value heads (grouped-query attention); default: as many as heads.")
-    encoder_layers: int = Field(4, ge=1, description="Encoder blocks.")
-    decoder_layers: int = Field(4, ge=1, description="Decoder blocks.")
+    encoder_layers: int = Field(4, ge=1, le=256, description="Encoder blocks.")
+    decoder_layers: int = Field(4, ge=1, le=256, description="Decoder blocks.")
     encoder_mixers: list[Mixer] = Field(["attention"], min_length=1, description="Mixers of the encoder blocks, repeated in this order to fill them.")
-    decoder_mixers: list[Mixer] = Field(["attention"], min_length=1, description="Self-mixers of the decoder blocks, repeated in this order to fill them; cross-attention is always attention.")
+    decoder_mixers: list[Mixer] = Field(
+        ["attention"], min_length=1,
+        description="Self-mixers of the decoder blocks, repeated in this order to fill them; cross-attention is always attention.",
+    )
     norm: Literal["layernorm", "rmsnorm"] = Field("layernorm", description="Normalisation before each sublayer and at the end of each stack.")
     norm_eps: float = Field(1e-5, gt=0, description="Epsilon of the normalisation.")
     positions: Literal["sinusoidal", "rotary"] = Field("sinusoidal", description="Absolute sinusoidal positions, or rotary ones in self-attention.")
@@ -95,7 +106,7 @@ class ModelConfig(Section):
     tie_embeddings: bool = Field(True, description="One matrix for source embeddings, target embeddings and output.")
     dropout: float = Field(0.1, ge=0, lt=1, description="Dropout of embeddings and sublayer outputs.")
     attention_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout of attention weights.")
-    max_length: int = Field(512, ge=8, description="Longest source or target in tokens.")
+    max_length: int = Field(512, ge=8, le=65536, description="Longest source or target in tokens.")
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> ModelConfig:
@@ -109,7 +120,10 @@ class ModelConfig(Section):
 
 
 class SequenceLevelConfig(Section):
-    enabled: bool = Field(False, description="Train on the teacher's beam-search translations of the training sources (Kim & Rush 2016); they are written once and reused.")
+    enabled: bool = Field(
+        False,
+        description="Train on the teacher's beam-search translations of the training sources (Kim & Rush 2016); they are written once and reused.",
+    )
     beam_size: Annotated[int, Field(ge=1, le=16)] = Field(4, description="Beam of the teacher.")
     mix: Literal["replace", "append"] = Field("append", description="Replace the references by the teacher's translations, or train on both.")
 
@@ -121,16 +135,22 @@ class DistillationConfig(Section):
     temperature: float = Field(1.0, gt=0, description="Temperature T of both distributions.")
     divergence: Divergence = Field("forward_kl", description="Divergence between the teacher's and the student's distributions.")
     mixture: float | None = Field(None, gt=0, lt=1, description="Mixing weight of js (default 0.5) and of the skew divergences (default 0.1).")
-    layer_map: LayerMap = Field("uniform", description='Which teacher layer a student layer imitates: "uniform", "last", or pairs [student, teacher], counted from 0.')
+    layer_map: LayerMap = Field(
+        "uniform",
+        description='Which teacher layer a student layer imitates: "uniform", "last", or pairs [student, teacher], counted from 0.',
+    )
     hidden: list[Literal["encoder", "decoder"]] = Field(["encoder", "decoder"], description="Stacks whose hidden states are compared.")
-    attention: list[Literal["encoder", "decoder", "cross"]] = Field(["encoder", "decoder", "cross"], description="Attention maps that are compared: encoder self, decoder self, cross.")
+    attention: list[Literal["encoder", "decoder", "cross"]] = Field(
+        ["encoder", "decoder", "cross"],
+        description="Attention maps that are compared: encoder self, decoder self, cross.",
+    )
     sequence_level: SequenceLevelConfig = Field(SequenceLevelConfig(), description="Sequence-level distillation.")
 
 
 class OptimizerConfig(Section):
     name: Literal["adamw"] = Field("adamw", description="Optimiser.")
     learning_rate: float = Field(1e-3, gt=0, description="Peak learning rate.")
-    betas: tuple[float, float] = Field((0.9, 0.98), description="Decay rates of Adam's moments.")
+    betas: tuple[Share, Share] = Field((0.9, 0.98), description="Decay rates of Adam's moments.")
     eps: float = Field(1e-9, gt=0, description="Epsilon of Adam.")
     weight_decay: float = Field(0.01, ge=0, description="Decoupled weight decay of the matrices; norms, biases and embeddings have none.")
 
@@ -150,7 +170,10 @@ class TrainingConfig(Section):
     precision: Literal["float32", "bfloat16"] = Field("float32", description="bfloat16 = autocast.")
     save_every: int = Field(500, ge=1, description="Iterations between checkpoints.")
     keep: int = Field(2, ge=1, description="Step checkpoints kept besides best and last.")
-    average: int = Field(5, ge=1, description="Checkpoint averaging: the final model is the mean of the weights at the last so many validations, if that scores better; 1 = off.")
+    average: int = Field(
+        5, ge=1,
+        description="Checkpoint averaging: the final model is the mean of the weights at the last so many validations, if that scores better; 1 = off.",
+    )
     log_every: int = Field(50, ge=1, description="Iterations between log lines.")
 
 
@@ -170,9 +193,15 @@ class GuardConfig(Section):
     max_rollbacks: int = Field(3, ge=0, description="Returns to the best checkpoint before the run stops with exit code 4.")
     learning_rate_factor: float = Field(0.5, gt=0, le=1, description="Learning rate factor after each rollback.")
     loss_factor: float = Field(4.0, gt=1, description="A loss above this multiple of its moving average, `window` times in a row, is divergence.")
-    gradient_factor: float = Field(1000.0, gt=1, description="A gradient norm above this multiple of its moving average, `window` times in a row, is divergence.")
+    gradient_factor: float = Field(
+        1000.0, gt=1,
+        description="A gradient norm above this multiple of its moving average, `window` times in a row, is divergence.",
+    )
     window: int = Field(10, ge=1, description="Iterations in a row that make an exploding loss or gradient a divergence; a non-finite one counts at once.")
-    rollback_on_regression: bool = Field(True, description="Return to the best checkpoint also when the validation metric drops outside its bootstrap interval.")
+    rollback_on_regression: bool = Field(
+        True,
+        description="Return to the best checkpoint also when the validation metric drops outside its bootstrap interval.",
+    )
 
 
 class Recipe(Section):
@@ -189,7 +218,10 @@ class Recipe(Section):
 class TeacherConfig(Recipe):
     """The teacher: a finished model's folder, or a recipe that is run first on the same data and tokenizer."""
 
-    path: str | None = Field(None, description="Folder of a finished run or model; without it the teacher is trained first, by the tables below, into `teacher` in the run's folder.")
+    path: str | None = Field(
+        None,
+        description="Folder of a finished run or model; without it the teacher is trained first, by the tables below, into `teacher` in the run's folder.",
+    )
 
 
 class TrainConfig(Recipe):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import tomllib
 from pathlib import Path
 
@@ -112,3 +113,32 @@ def test_every_key_is_explained_once() -> None:
     parsed = tomllib.loads(text)
     assert parsed["training"]["iterations"] == 10000
     assert parsed["validation"]["validate_every"] == 1000
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("optimizer.learning_rate=inf", "optimizer.learning_rate"),
+        ("optimizer.learning_rate=nan", "optimizer.learning_rate"),
+        ("optimizer.betas=[2.0, 0.9]", "optimizer.betas"),
+        ("run.seed=100000000000000000000000", "run.seed"),
+        ("run.threads=1000000000", "run.threads"),
+        ("model.d_model=10000000000", "model.d_model"),
+        ("model.max_length=10000000000", "model.max_length"),
+    ],
+)
+def test_numbers_that_no_run_survives(tmp_path: Path, override: str, key: str) -> None:
+    path = write(tmp_path, "")
+    with pytest.raises(ConfigError, match=re.escape(key)):
+        load_train_config(path, [override])
+
+
+def test_a_validation_or_warmup_beyond_the_end_is_legal(tmp_path: Path) -> None:
+    path = write(tmp_path, "")
+    config = load_train_config(path, ["training.iterations=10", "validation.validate_every=1000", "schedule.warmup=1000"])
+    assert config.validation.validate_every == 1000
+
+
+def test_explanation_begins_with_the_run_and_its_data() -> None:
+    sections = [line for line in explain_config().splitlines() if line.startswith("[")]
+    assert [name for name in sections if "." not in name][:4] == ["[run]", "[data]", "[tokenizer]", "[model]"]
