@@ -7,17 +7,20 @@ import argparse
 import importlib
 import os
 import pkgutil
+import re
 import sys
 from collections.abc import Sequence
 
 from cvmk import __version__
-from cvmk.errors import CvmkError
+from cvmk.errors import CvmkError, DataError
 
 INTERRUPTED = 130
+_OUT_OF_MEMORY = re.compile(r"can't allocate memory|not enough memory|out of memory", re.IGNORECASE)  # as torch says it
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb and return its exit code. A deliberate error is one sentence on stderr, never a traceback."""
+    _occupy_closed_descriptors()
     try:
         options = _parser().parse_args(arguments)
         return int(options.run(options))
@@ -32,9 +35,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        what = f" {error.filename}" if error.filename else ""
-        print(f"cvmk: cannot read or write{what}: {error.strerror or error}", file=sys.stderr)
-        return 5
+        what = error.filename or "standard output"
+        print(f"cvmk: cannot read or write {what}: {error.strerror or error}", file=sys.stderr)
+        return DataError.exit_code
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not _OUT_OF_MEMORY.search(str(error)):
+            raise
+        print("cvmk: not enough memory: use a smaller model, smaller batches or a smaller beam", file=sys.stderr)
+        return DataError.exit_code
+
+
+def _occupy_closed_descriptors() -> None:
+    """Where a standard stream was closed, the next file that is opened must not become it and get what is printed."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+    if sys.stderr is None:  # print(file=None) would mean standard output
+        sys.stderr = open(os.devnull, "w")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -25,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from cvmk.config.loading import explain_config, load_train_config
     from cvmk.errors import ConfigError
+    from cvmk.text.languages import check_language
 
     if arguments.explain_config:
         print(explain_config())
@@ -32,16 +33,20 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.config is None:
         raise ConfigError("name a configuration file, for example `cvmk train examples/quickstart.toml`")
     config = load_train_config(arguments.config, arguments.overrides)
+    for key in ("source_language", "target_language"):
+        check_language(getattr(config.data, key), f"data.{key}")
     if arguments.check:
         print(f"{arguments.config} is a valid configuration")
         return 0
     text = Path(arguments.config).read_text(encoding="utf-8")
     text += "".join(f"\n# --set {override}" for override in arguments.overrides)
 
+    from cvmk.hardware import keep_freed_memory
     from cvmk.telemetry import reporter
     from cvmk.training.pipeline import train
     from cvmk.training.trainer import Interrupted
 
+    keep_freed_memory()
     try:
         report = train(config, text, reporter(), resume=arguments.resume, restart=arguments.restart)
     except Interrupted as interruption:

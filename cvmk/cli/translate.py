@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from cvmk.errors import ConfigError, DataError
 from cvmk.files import atomic, explained
+from cvmk.hardware import keep_freed_memory
 
 if TYPE_CHECKING:
     from cvmk.inference import Translation, Translator
@@ -54,13 +55,18 @@ class Line:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from cvmk.config.schema import MAX_THREADS
     from cvmk.inference.options import SearchOptions
 
     search = {name: getattr(arguments, name) for name in ("beam_size", "n_best", "length_penalty", "no_repeat_ngram", "max_length_a", "max_length_b")}
     SearchOptions(**search)
-    for option in ("batch_tokens", "threads"):
-        if getattr(arguments, option) < (option == "batch_tokens"):
-            raise ConfigError(f"--{option.replace('_', '-')} is {getattr(arguments, option)}, and must be at least {int(option == 'batch_tokens')}")
+    if arguments.batch_tokens < 1:
+        raise ConfigError(f"--batch-tokens is {arguments.batch_tokens}, and must be at least 1")
+    if not 0 <= arguments.threads <= MAX_THREADS:
+        raise ConfigError(f"--threads is {arguments.threads}, and must be between 0 and {MAX_THREADS}")
+    for stream, wanted, option in ((sys.stdin, arguments.input, "--input"), (sys.stdout, arguments.output, "--output")):
+        if stream is None and not wanted:
+            raise DataError(f"standard {option[2:]} is closed: open it, or give {option} FILE")
     options = {**search, "max_batch_tokens": arguments.batch_tokens, "on_long": arguments.on_long}
     name = arguments.input or "standard input"
     with contextlib.ExitStack() as stack:
@@ -80,6 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _translator(arguments: argparse.Namespace) -> Translator:
     from cvmk.inference import Translator
 
+    keep_freed_memory()
     if arguments.threads:
         import torch
 

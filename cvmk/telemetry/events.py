@@ -30,7 +30,7 @@ class RunLog:
         with explained(folder, "write the logs in"):
             folder.mkdir(parents=True, exist_ok=True)
             self._mend_last_line()
-            self._events = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
+            self._events = open(self._path, "a", encoding="utf-8")
             handler = _LoudHandler(folder / "log.txt", maxBytes=_LOG_BYTES, backupCount=_LOG_FILES, encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         self._logger = logging.Logger(f"cvmk.run.{folder}", logging.INFO)

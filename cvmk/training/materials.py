@@ -30,8 +30,8 @@ class Corpora:
 
 def load_corpora(config: DataConfig) -> Corpora:
     """Read or generate what `[data]` names. Raises ConfigError for an unknown language, DataError for unusable files."""
-    for code in (config.source_language, config.target_language):
-        check_language(code)
+    check_language(config.source_language, "data.source_language")
+    check_language(config.target_language, "data.target_language")
     if config.embedded is not None:
         book = phrasebook(config.phrasebook_pairs)
         return Corpora(book.train, book.valid, book.test)

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from runs import command
 
 from cvmk.cli import main
 
@@ -34,3 +36,43 @@ def test_deliberate_errors_are_one_line(capsys: pytest.CaptureFixture[str]) -> N
 def test_start_is_light() -> None:
     code = "import sys, cvmk.cli; cvmk.cli._parser(); print('torch' in sys.modules, 'pydantic' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False False\n"
+
+
+def test_a_full_standard_output_is_named() -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command("train", "--explain-config"), stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 5
+    assert done.stderr == "cvmk: cannot read or write standard output: No space left on device\n"
+
+
+def test_a_check_knows_the_languages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "config.toml"
+    config.write_text('[data]\nembedded = "phrasebook"\nsource_language = "xx"\n')
+    assert main(["train", str(config), "--check"]) == 2
+    assert "data.source_language" in capsys.readouterr().err
+
+
+def test_nothing_is_opened_in_place_of_a_closed_stream(tmp_path: Path) -> None:
+    """With descriptors 1 and 2 closed the next file would get one of them, and what is printed would go into it."""
+    code = "import os, sys; from cvmk.cli import main; code = main(['train', 'nowhere.toml']); sys.exit(code if os.open('file', os.O_CREAT) > 2 else 99)"
+    done = subprocess.run(["sh", "-c", 'exec "$0" -c "$1" <&- >&- 2>&-', sys.executable, code], cwd=tmp_path)
+    assert done.returncode == 5
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried")])
+def test_too_little_memory_is_one_sentence(error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(arguments: object) -> int:
+        raise error
+
+    monkeypatch.setattr("cvmk.cli.doctor.run", fail)
+    assert main(["doctor"]) == 5
+    assert capsys.readouterr().err.startswith("cvmk: not enough memory")
+
+
+def test_other_runtime_errors_are_bugs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(arguments: object) -> int:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("cvmk.cli.doctor.run", fail)
+    with pytest.raises(RuntimeError, match="a bug"):
+        main(["doctor"])

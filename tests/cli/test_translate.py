@@ -146,3 +146,17 @@ def test_reader_stops_at_bad_bytes() -> None:
 
 def test_one_line() -> None:
     assert one_line("a\nb\r\nc") == "a b  c" and one_line("plain") == "plain"
+
+
+@pytest.mark.parametrize(("closed", "name"), [("<&-", "standard input"), (">&-", "standard output")])
+def test_a_closed_stream_is_named(model: Path, closed: str, name: str) -> None:
+    arguments = [sys.executable, "-m", "cvmk", "translate", str(model)]
+    done = subprocess.run(["sh", "-c", f'exec "$@" {closed}', "sh", *arguments], stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert done.returncode == 5
+    assert done.stderr.startswith(f"cvmk: {name} is closed") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("threads", ["-1", "999999999"])
+def test_impossible_numbers_of_threads(call, threads: str) -> None:
+    code, _, error = call(b"a man\n", "--threads", threads)
+    assert code == 2 and "--threads" in error
