@@ -16,7 +16,7 @@ from cvmk.distill import DistillationObjective, check_vocabularies
 from cvmk.errors import ConfigError, DataError
 from cvmk.files import read_json, write_json
 from cvmk.inference import Translator
-from cvmk.inference.model_folder import load_model_folder, save_model_folder
+from cvmk.inference.model_folder import load_model_folder, resolve_model_folder, save_model_folder
 from cvmk.nn import CVMTransformer, count_parameters
 from cvmk.telemetry import Reporter, RunLog
 from cvmk.text.cache import TokenizedCorpus, over_long, tokenized
@@ -233,8 +233,9 @@ def _teacher_facts(teacher: Teacher | None) -> dict[str, Any] | None:
     if teacher is None:
         return None
     facts: dict[str, Any] = {"path": str(teacher.path), "fingerprint": teacher.fingerprint, "parameters": count_parameters(teacher.model)}
-    for report in (teacher.path / REPORT, teacher.path.parent / REPORT):
+    folder = resolve_model_folder(teacher.path)
+    if folder.name == "model":  # of a finished run
         with contextlib.suppress(DataError, KeyError, TypeError):  # a damaged report of the teacher must not cost the student
-            found = read_json(report)
+            found = read_json(folder.parent / REPORT)
             return facts | {"validation": found["validation"]["scores"], "test": found["test"]["scores"] if found["test"] else None}
     return facts

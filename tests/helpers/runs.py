@@ -5,8 +5,17 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import pytest
+import torch
+
+from cvmk.config.loading import load_train_config
+from cvmk.telemetry import Reporter
+from cvmk.training import pipeline
+from cvmk.training.trainer import Trainer
 
 
 def command(*arguments: Any) -> list[str]:
@@ -25,3 +34,24 @@ def last_step(folder: Path) -> int:
         return int(os.readlink(folder / "checkpoints" / "last").removeprefix("step-"))
     except OSError:
         return -1
+
+
+def train(
+    path: Path, *overrides: str, on_step: Callable[[Trainer], None] | None = None, monkeypatch: pytest.MonkeyPatch | None = None, resume: bool = False
+) -> dict[str, Any]:
+    """Train in this process; `on_step` is called after every optimiser step, before anything looks at it."""
+    if on_step is not None:
+        assert monkeypatch is not None
+        original = Trainer._step
+
+        def step(trainer: Trainer) -> Any:
+            found = original(trainer)
+            on_step(trainer)
+            return found
+
+        monkeypatch.setattr(Trainer, "_step", step)
+    threads = torch.get_num_threads()
+    try:
+        return pipeline.train(load_train_config(path, overrides), path.read_text(), Reporter(), resume=resume)
+    finally:
+        torch.set_num_threads(threads)

@@ -184,3 +184,23 @@ def test_no_model_at_all(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="is a file"):
         load_model_folder(tmp_path / "file")
+
+
+@pytest.mark.parametrize(("key", "value"), [("d_model", 65536), ("encoder_layers", 200), ("ffn", 262144)])
+def test_a_model_larger_than_its_weights_is_told_before_it_is_built(saved: Path, key: str, value: int) -> None:
+    config = json.loads((saved / "config.json").read_text())
+    config["model"][key] = value
+    (saved / "config.json").write_text(json.dumps(config))
+    with pytest.raises(DataError, match="config.json"):
+        load_model_folder(saved)
+
+
+def test_a_described_folder_with_weights_is_a_model(tmp_path: Path, make_model, tokenizer: Tokenizer) -> None:
+    from cvmk.inference.model_folder import describe_model
+
+    model = make_model(tokenizer.vocab_size)
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    describe_model(tmp_path, model, tokenizer, {"languages": {"source": "en", "target": "de"}})
+    loaded, _, info = load_model_folder(tmp_path)
+    assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in model.state_dict().items())
+    assert info["languages"]["target"] == "de"

@@ -73,3 +73,22 @@ def test_damage_is_named(tmp_path: Path, name: str, damage: str) -> None:
     with pytest.raises(DataError) as caught:
         store.load(1)
     assert name in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_crash_while_removing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed in the middle of removing a folder: what is left of it no longer has the name of a checkpoint."""
+    store = CheckpointStore(tmp_path, keep=2)
+    for step in (1, 2):
+        store.save(step, checkpoint(step))
+
+    def killed(path: Path, **options: object) -> None:
+        if path.exists() and (path / "model.safetensors").exists():
+            (path / "model.safetensors").unlink()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("cvmk.training.checkpoint.shutil.rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            store.drop_after(1)
+    assert store.newest() == 1
+    assert [entry for entry in os.listdir(tmp_path) if entry.startswith(".")] == []

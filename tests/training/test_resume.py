@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import resource
 import signal
 import subprocess
@@ -10,7 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from runs import command, events, last_step
+from runs import command, events, last_step, train
+
+from cvmk.errors import ConfigError, DataError
+from cvmk.inference import Translator
+from cvmk.training.checkpoint import CheckpointStore
+from cvmk.training.trainer import Trainer
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -92,3 +98,135 @@ def test_damaged_checkpoint_is_named(config: Path, tmp_path: Path, cvmk: Run) ->
     failed = cvmk("train", config, "--set", "training.iterations=60", "--resume")
     assert failed.returncode == 5
     assert "state.pt is corrupt or truncated" in failed.stderr and "Traceback" not in failed.stderr
+
+
+# -- crash windows -------------------------------------------------------------------------------------------------------------
+class Killed(BaseException):
+    """Nothing between here and the top may answer it."""
+
+
+def test_killed_between_a_checkpoint_and_its_links(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`last` already points at a better checkpoint, `best` does not yet: it must not be pruned as one of many."""
+    original = CheckpointStore.link
+
+    def link(store: CheckpointStore, name: str, step: int) -> None:
+        if (name, step) == ("best", 20):
+            raise Killed
+        original(store, name, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointStore, "link", link)
+        with pytest.raises(Killed):
+            train(config)
+    assert (tmp_path / "run" / "checkpoints" / "step-20").is_dir()
+    monkeypatch.setattr("cvmk.validation.DistillationValidator.better", lambda self, result, best: best is None)  # 20 stays the best
+    report = train(config, "training.iterations=80", "guard.rollback_on_regression=false", resume=True)
+    assert report["weights"] == "checkpoint at iteration 20"
+
+
+def test_killed_during_the_final_evaluation(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(*arguments: object, **options: object) -> None:
+        raise Killed
+
+    straight = train(config, f"run.folder={tmp_path}/straight")
+    with monkeypatch.context() as patch:
+        patch.setattr("cvmk.training.pipeline.save_model_folder", killed)
+        with pytest.raises(Killed):
+            train(config)
+    resumed = train(config, resume=True)
+    assert resumed["validation"]["value"] == straight["validation"]["value"] and resumed["losses"] == straight["losses"]
+    assert weights(tmp_path / "run") == weights(tmp_path / "straight")
+    history = json.loads((tmp_path / "run" / "validation_history.json").read_text())
+    assert [result["step"] for result in history] == [20, 40]
+
+
+def test_killed_while_the_teacher_trains_and_translates(with_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ["training.iterations=10", "distillation.sequence_level.enabled=true", "distillation.sequence_level.beam_size=1", "teacher.training.save_every=5"]
+    train(with_teacher, *options, f"run.folder={tmp_path}/straight")
+
+    def strike(trainer: Trainer) -> None:
+        if trainer.title == "teacher" and trainer.progress.step == 13:
+            raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        train(with_teacher, *options, on_step=strike, monkeypatch=patch)
+    assert last_step(tmp_path / "run" / "teacher") == 10
+
+    original, calls = Translator.translate, []
+
+    def translate(self: object, texts: list[str], **search: object) -> object:
+        calls.append(len(texts))
+        if len(texts) == 100 and calls.count(100) == 2:
+            raise Killed
+        return original(self, texts, **search)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("cvmk.training.materials._CHUNK", 100)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Translator, "translate", translate)
+        train(with_teacher, *options, resume=True)
+    (unfinished,) = (tmp_path / "run" / "cache").glob("teacher-train-*.jsonl")
+    assert len(unfinished.read_text().splitlines()) == 100
+    with open(unfinished, "a") as file:
+        file.write('"half a li')
+    train(with_teacher, *options, resume=True)
+    (finished,) = (tmp_path / "straight" / "cache").glob("teacher-train-*.jsonl")
+    assert unfinished.name == finished.name and unfinished.read_bytes() == finished.read_bytes()
+    assert weights(tmp_path / "run") == weights(tmp_path / "straight")
+    assert weights(tmp_path / "run" / "teacher") == weights(tmp_path / "straight" / "teacher")
+
+
+# -- what may change under a resumed run -------------------------------------------------------------------------------------------
+def test_a_finished_run_resumed_stays_as_it_is(config: Path, tmp_path: Path) -> None:
+    report = train(config)
+    before = weights(tmp_path / "run")
+    again = train(config, resume=True)
+    assert weights(tmp_path / "run") == before and again["losses"] == report["losses"]
+    assert again["validation"]["scores"] == report["validation"]["scores"]
+
+
+def test_more_patience_wakes_a_run_that_stopped_early(config: Path) -> None:
+    options = ["optimizer.learning_rate=1e-12", "validation.validate_every=5", "training.iterations=30"]
+    assert train(config, *options, "validation.patience=2")["iterations"] == 15
+    assert train(config, *options, "validation.patience=2", resume=True)["iterations"] == 15
+    report = train(config, *options, "validation.patience=4", resume=True)
+    assert report["iterations"] == 25 and report["stopped_early"]
+
+
+def test_fewer_iterations_than_were_done_without_a_validation(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def strike(trainer: Trainer) -> None:
+        if trainer.progress.step == 12:
+            raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        train(config, on_step=strike, monkeypatch=patch)
+    report = train(config, "training.iterations=5", resume=True)
+    assert report["iterations"] == 10 and report["validation"]["step"] == 10
+
+
+@pytest.mark.parametrize("override", ["run.seed=2", "validation.metric=chrf", "validation.beam_size=2", "model.dropout=0.2"])
+def test_a_past_of_another_run_is_refused(config: Path, override: str) -> None:
+    train(config, "training.iterations=2")
+    with pytest.raises(ConfigError, match=override.split("=")[0]):
+        train(config, "training.iterations=2", override, resume=True)
+
+
+def test_best_checkpoint_is_a_model(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cvmk: Run) -> None:
+    def strike(trainer: Trainer) -> None:
+        if trainer.progress.step == 25:
+            raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        train(config, on_step=strike, monkeypatch=patch)
+    done = cvmk("translate", tmp_path / "run", input="It is nine o'clock.\n\n")
+    assert done.returncode == 0 and done.stdout.count("\n") == 2, done.stderr
+
+
+@pytest.mark.parametrize("key", ["progress", "sampler", "guard", "validator"])
+def test_a_state_that_lacks_something_is_named(config: Path, tmp_path: Path, key: str) -> None:
+    train(config, "training.iterations=2")
+    path = tmp_path / "run" / "checkpoints" / "last" / "state.json"
+    state = json.loads(path.read_text())
+    del state[key]
+    path.write_text(json.dumps(state))
+    with pytest.raises(DataError, match="step-2 is corrupt"):
+        train(config, "training.iterations=3", resume=True)

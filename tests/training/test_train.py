@@ -11,34 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from runs import events
+from runs import events, train
 
-from cvmk.config.loading import load_train_config
 from cvmk.errors import ConfigError, DataError, DivergedError
-from cvmk.telemetry import Reporter
 from cvmk.training import pipeline
 from cvmk.training.checkpoint import CheckpointStore
 from cvmk.training.trainer import Trainer
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
-
-
-def train(path: Path, *overrides: str, on_step: Callable[[Trainer], None] | None = None, monkeypatch: Any = None) -> dict[str, Any]:
-    """Train in this process; `on_step` is called after every optimiser step, before anything looks at it."""
-    if on_step is not None:
-        original = Trainer._step
-
-        def step(trainer: Trainer) -> Any:
-            found = original(trainer)
-            on_step(trainer)
-            return found
-
-        monkeypatch.setattr(Trainer, "_step", step)
-    threads = torch.get_num_threads()
-    try:
-        return pipeline.train(load_train_config(path, overrides), path.read_text(), Reporter())
-    finally:
-        torch.set_num_threads(threads)
 
 
 def test_teacher_and_student(with_teacher: Path, tmp_path: Path, cvmk: Run) -> None:
@@ -135,6 +115,21 @@ def test_divergence_before_the_first_validation(config: Path, tmp_path: Path, mo
     assert events(tmp_path / "run", "rollback")[0]["to"] == 0
 
 
+def test_weights_lost_just_before_a_validation_are_not_the_best(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss of iteration 20 is finite, its update is not, and iteration 20 is the first validation."""
+    struck: list[int] = []
+
+    def strike(trainer: Trainer) -> None:
+        if trainer.progress.step == 20 and not struck:
+            struck.append(20)
+            poison(trainer)
+
+    report = train(config, on_step=strike, monkeypatch=monkeypatch)
+    (rollback,) = events(tmp_path / "run", "rollback")
+    assert (rollback["step"], rollback["to"]) == (20, 0) and "weight" in rollback["problem"]
+    assert report["iterations"] == 40
+
+
 def test_divergence_again_and_again_stops_the_run(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def strike(trainer: Trainer) -> None:
         if trainer.progress.step >= 25:
@@ -228,7 +223,11 @@ def test_bfloat16(with_teacher: Path) -> None:
 def test_average_of_checkpoints_wins_only_when_better(config: Path, tmp_path: Path) -> None:
     report = train(config, "training.average=3", "validation.validate_every=10")
     history = json.loads((tmp_path / "run" / "validation_history.json").read_text())
-    assert report["validation"]["value"] == max(result["value"] for result in history)
+    assert [result["step"] for result in history] == [10, 20, 30, 40]  # the average's own validation is none of these
+    (average,) = events(tmp_path / "run", "average")
+    assert average["iterations"] == [20, 30, 40]
+    assert report["validation"]["value"] == max(average["value"], *(result["value"] for result in history))
+    assert report["weights"].startswith("average" if average["value"] > max(result["value"] for result in history) else "checkpoint")
     assert len(list((tmp_path / "run" / "checkpoints" / "average").iterdir())) == 3
 
 
@@ -250,6 +249,17 @@ def test_bad_input(config: Path, tmp_path: Path, overrides: list[str], error: ty
     with pytest.raises(error) as caught:
         train(config, *overrides)
     assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_facts_of_a_teacher(config: Path, tmp_path: Path) -> None:
+    report = train(config, "training.iterations=1")
+    run = tmp_path / "run"
+    for path in (run, run / "model"):
+        facts = pipeline._teacher_facts(pipeline._load_teacher(path, torch.device("cpu")))
+        assert facts is not None and facts["validation"] == report["validation"]["scores"] and facts["parameters"] == report["parameters"]
+    (run / "training_report.json").write_text("{")  # found out after the student's training: it must not cost it
+    facts = pipeline._teacher_facts(pipeline._load_teacher(run, torch.device("cpu")))
+    assert facts is not None and "validation" not in facts
 
 
 def test_a_failed_start_can_be_repeated(config: Path, tmp_path: Path) -> None:
