@@ -121,7 +121,16 @@ struct AmxGradient {
 
   static int64_t sum_size(int64_t keys, int64_t width) { return up(keys, kKeys) * width; }
 
-  static void write(const Matrix& m, const Params& p, const Segment& seg, int64_t kv_head, const float* sum, int64_t base, int64_t from, int64_t to, int64_t n,
+  static void clear(float* sum, int64_t keys, int64_t width) {
+    for (int64_t j = 0; j < keys; j += kKeys)
+      for (int64_t i = 0; i < width; ++i)
+        for (int64_t k = 0; k < least(keys - j, kKeys); k += 32) {
+          simd::store(sum + j * width + i * kKeys + k, F{});
+          simd::store(sum + j * width + i * kKeys + k + kLanes, F{});
+        }
+  }
+
+  static void write(const Matrix& m, const Params&, const Segment& seg, int64_t kv_head, const float* sum, int64_t base, int64_t from, int64_t to, int64_t n,
                     int64_t width, float factor) {
     for (int64_t j = from / 16 * 16; j < to; j += 16) {
       const float* block = sum + (j - base) / kKeys * kKeys * width + (j - base) % kKeys;
@@ -129,10 +138,11 @@ struct AmxGradient {
         __m512i x[16];
         for (int r = 0; r < 16; ++r) x[r] = _mm512_loadu_si512(block + (i + r) * kKeys);
         transpose16(x);
-        float lines[16][16] __attribute__((aligned(64)));
-        for (int r = 0; r < 16; ++r) _mm512_store_si512(lines[r], x[r]);
-        for (int64_t r = most(0, from - j); r < least(16, to - j); ++r)
-          from_floats(row_of_mutable(m, 2, seg.b, kv_head, seg.k0 + j + r) + i * 2, p.dtype, lines[r], factor, least(16, n - i));
+        const __mmask16 columns = static_cast<__mmask16>((1u << least(16, n - i)) - 1u);
+        for (int64_t r = most(0, from - j); r < least(16, to - j); ++r) {
+          const __m512 line = _mm512_mul_ps(_mm512_castsi512_ps(x[r]), _mm512_set1_ps(factor));
+          _mm256_mask_storeu_epi16(row_of_mutable(m, 2, seg.b, kv_head, seg.k0 + j + r) + i * 2, columns, simd::bits<__m256i>(_mm512_cvtneps_pbh(line)));
+        }
       }
     }
   }

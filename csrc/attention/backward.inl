@@ -85,8 +85,8 @@ void grad_keys(const Params& p, const Segment& g, int64_t kv_head, int64_t from,
   const int64_t dp = Gradient::Engine::padded(p.d), dvp = Gradient::Engine::padded(p.dv), rows = g.rows * (p.heads / p.kv_heads);
   const int64_t begin = most(from, lo), end = most(begin, least(to, hi)), base = begin / Gradient::kKeys * Gradient::kKeys;
   GradSums sums{with_dq && p.dq.data != nullptr ? w.dq : nullptr, p.dk.data != nullptr ? w.dk : nullptr, p.dv_.data != nullptr ? w.dv : nullptr, base};
-  if (sums.dk != nullptr) memset(sums.dk, 0, static_cast<size_t>(Gradient::sum_size(end - base, dp)) * sizeof(float));
-  if (sums.dv != nullptr) memset(sums.dv, 0, static_cast<size_t>(Gradient::sum_size(end - base, dvp)) * sizeof(float));
+  if (sums.dk != nullptr) Gradient::clear(sums.dk, end - base, dp);
+  if (sums.dv != nullptr) Gradient::clear(sums.dv, end - base, dvp);
   if (begin < end || sums.dq != nullptr) grad_rows<Gradient>(p, g, kv_head, 0, rows, begin, end, w, packs, sums);
   zero_rows(p.dk, p, g, kv_head, from, least(begin, to), p.d);
   zero_rows(p.dv_, p, g, kv_head, from, least(begin, to), p.dv);

@@ -83,6 +83,8 @@ struct FloatGradient {
   // Elements of a sum over `keys` keys.
   static int64_t sum_size(int64_t keys, int64_t width) { return up(keys, kKeys) * width; }
 
+  static void clear(float* sum, int64_t keys, int64_t width) { memset(sum, 0, static_cast<size_t>(keys * width) * sizeof(float)); }
+
   // Rows of a gradient from the sum of keys [from, to), which begins at key `base`.
   static void write(const Matrix& m, const Params& p, const Segment& seg, int64_t kv_head, const float* sum, int64_t base, int64_t from, int64_t to, int64_t n,
                     int64_t width, float factor) {

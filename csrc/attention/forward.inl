@@ -7,9 +7,9 @@ namespace {
 
 constexpr int64_t kSplit = 1024;
 
-// The state of a block of rows: sum of weighted values, running maximum (of scores times log2(e)) and sum.
+// The state of a block of rows: sum of weighted values, running maximum (of scores times log2(e)) and sum; and room for a logarithm each.
 struct State {
-  float *out, *top, *total;
+  float *out, *top, *total, *logs;
 };
 
 template <class Engine>
@@ -32,6 +32,7 @@ struct ForwardScratch {
     s.out = arena->take<float>(Engine::kRows * dvp);
     s.top = arena->take<float>(Engine::kRows);
     s.total = arena->take<float>(Engine::kRows);
+    s.logs = arena->take<float>(Engine::kRows);
     return s;
   }
 };
@@ -66,19 +67,22 @@ inline void clear(const State& s, int64_t rows) {
   }
 }
 
-// out and lse of one row.
-inline void write_row(const Params& p, const Segment& g, const Row& row, const float* out, float top, float total) {
-  char* to = row_of_mutable(p.out, width_of(p.dtype), g.b, row.head, g.q0 + row.i);
-  float* lse = reinterpret_cast<float*>(row_of_mutable(p.lse, 4, g.b, row.head, g.q0 + row.i));
-  if (total == 0.0f) {
-    memset(to, 0, static_cast<size_t>(p.dv * width_of(p.dtype)));
-    *lse = -kInf;
-    return;
+// out and lse of rows whose state is complete.
+inline void write_rows(const Params& p, const Segment& g, const Row* rows, int64_t count, const State& state, int64_t dvp) {
+  const int64_t width = width_of(p.dtype);
+  for (int64_t r = 0; r < count; ++r) {
+    if (r % kLanes == 0) simd::store(state.logs + r, simd::log(simd::load(state.total + r)));
+    const float total = state.total[r], top = state.top[r];
+    char* to = row_of_mutable(p.out, width, g.b, rows[r].head, g.q0 + rows[r].i);
+    float* lse = reinterpret_cast<float*>(row_of_mutable(p.lse, 4, g.b, rows[r].head, g.q0 + rows[r].i));
+    if (total == 0.0f) {
+      memset(to, 0, static_cast<size_t>(p.dv * width));
+      *lse = -kInf;
+      continue;
+    }
+    from_floats(to, p.dtype, state.out + r * dvp, p.keep_factor / total, p.dv);
+    *lse = total < kInf ? top * kLn2 + state.logs[r] : total + top;
   }
-  from_floats(to, p.dtype, out, p.keep_factor / total, p.dv);
-  float lanes[kLanes];
-  simd::store(lanes, simd::log(simd::set(total)));
-  *lse = total < kInf ? top * kLn2 + lanes[0] : total + top;
 }
 
 // Packs the keys and values [from, to) of a key head; from is a multiple of kKeys and the first row of the packs.
@@ -97,8 +101,8 @@ void pack_keys(const Params& p, const Segment& g, int64_t kv_head, int64_t from,
 // One block of keys into the state of the part.
 template <class Engine>
 void attend_block(const Params& p, const Segment& g, const Row* rows, int64_t count, int64_t j, int64_t n, const typename Engine::Element* keys,
-                  const typename Engine::Element* values, int64_t base, const ForwardScratch<Engine>& w, bool first) {
-  const int64_t dp = Engine::padded(p.d), dvp = Engine::padded(p.dv), padded = up(n, Engine::key_step());
+                  const typename Engine::Element* values, int64_t base, const ForwardScratch<Engine>& w, const State& state, bool first) {
+  const int64_t dp = Engine::padded(p.d), dvp = Engine::padded(p.dv), padded = up(n, most(Engine::key_step(), 2 * kLanes));
   const bool special = special_scores(p);
   const float factor = special ? 1.0f : p.scale * kLog2E;
   uint32_t columns[Engine::kKeys];
@@ -108,17 +112,17 @@ void attend_block(const Params& p, const Segment& g, const Row* rows, int64_t co
     float* s = w.scores + r * Engine::kKeys;
     const int64_t a = most(0, least(rows[r].lo - j, n)), b = most(a, least(rows[r].hi - j, n));
     if (special && a < b) finish_scores(p, g, rows[r], j, a, b, s, nullptr);
-    float* top = w.part.top + r;
-    float* total = w.part.total + r;
+    float* top = state.top + r;
+    float* total = state.total + r;
     const float change =
         p.dropout_limit != 0
             ? softmax_row<Engine::kPrecise, Engine::kTiles, true>(s, padded, a, b, factor, top, total, columns, rows[r].hash, p.dropout_limit)
             : softmax_row<Engine::kPrecise, Engine::kTiles, false>(s, padded, a, b, factor, top, total, columns, 0, 0);
     if (first || change == 1.0f) continue;
-    float* out = w.part.out + r * dvp;
+    float* out = state.out + r * dvp;
     for (int64_t i = 0; i < dvp; i += kLanes) simd::store(out + i, simd::load(out + i) * change);
   }
-  Engine::weigh(w.scores, Engine::kKeys, count, values, j - base, n, dvp, w.part.out, !first);
+  Engine::weigh(w.scores, Engine::kKeys, count, values, j - base, n, dvp, state.out, !first);
 }
 
 // Rows [first, first + count) of an item over the keys [from, to). keys and values are packs that begin at key `base`. Where `state` is
@@ -131,8 +135,8 @@ void attend_rows(const Params& p, const Segment& g, int64_t kv_head, int64_t fir
   Row rows[Engine::kRows];
   const char* q[Engine::kRows];
   int64_t lo = to, hi = from;
+  rows_at(p, g, kv_head, first, count, rows);
   for (int64_t r = 0; r < count; ++r) {
-    rows[r] = row_at(p, g, kv_head, first + r);
     q[r] = row_of(p.q, width, g.b, rows[r].head, g.q0 + rows[r].i);
     if (rows[r].lo < rows[r].hi) {
       lo = least(lo, rows[r].lo);
@@ -146,13 +150,16 @@ void attend_rows(const Params& p, const Segment& g, int64_t kv_head, int64_t fir
   if (lo < hi) Engine::pack_a(w.a, q, count, p.dtype, p.d, dp);
   for (int64_t split = lo / kSplit * kSplit; split < hi; split += kSplit) {
     const int64_t begin = most(split, lo) / Engine::kKeys * Engine::kKeys, end = least(split + kSplit, hi);
-    clear(w.part, count);
+    // The first split makes the whole's state itself.
+    const bool alone = split <= lo;
+    const State& part = alone ? whole : w.part;
+    if (!alone) clear(part, count);
     for (int64_t j = begin; j < end; j += Engine::kKeys)
-      attend_block<Engine>(p, g, rows, count, j, least(Engine::kKeys, end - j), keys, values, base, w, j == begin);
-    for (int64_t r = 0; r < count; ++r) fold_row(whole, w.part, r, dvp);
+      attend_block<Engine>(p, g, rows, count, j, least(Engine::kKeys, end - j), keys, values, base, w, part, j == begin);
+    for (int64_t r = 0; !alone && r < count; ++r) fold_row(whole, w.part, r, dvp);
   }
   if (state != nullptr) return;
-  for (int64_t r = 0; r < count; ++r) write_row(p, g, rows[r], whole.out + r * dvp, whole.top[r], whole.total[r]);
+  write_rows(p, g, rows, count, whole, dvp);
 }
 
 // The keys that any row of a segment sees: the bounds rise from row to row.
@@ -169,11 +176,16 @@ inline void seen_keys(const Params& p, const Segment& g, int64_t* lo, int64_t* h
 inline void write_outside(const Params& p) {
   if (p.sequences < 0) return;
   const Segment g{0, 0, p.rows, 0, 0, 0, 0};
+  float zeros[4][kLanes] = {};
+  const State nothing{zeros[0], zeros[1], zeros[2], zeros[3]};
   const int64_t first = p.sequences == 0 ? p.rows : most(0, least(at(p.cu_q, 0), p.rows));
   const int64_t last = p.sequences == 0 ? p.rows : most(first, least(at(p.cu_q, p.sequences), p.rows));
   for (int64_t h = 0; h < p.heads; ++h)
     for (int64_t i = 0; i < p.rows; ++i)
-      if (i < first || i >= last) write_row(p, g, Row{h, i, 0, 0, 0}, nullptr, -kInf, 0.0f);
+      if (i < first || i >= last) {
+        const Row row{h, i, 0, 0, 0};
+        write_rows(p, g, &row, 1, nothing, 0);
+      }
 }
 
 // How a call is cut. An item whose rows fit one block is cut into splits of its keys; others, where items are few, into blocks of rows.
@@ -225,7 +237,7 @@ int forward(const Params& p) {
   arena.used = 0;
   const int64_t shared_keys = plan.rows_apart ? Engine::t_size(longest, dp) : 0, shared_values = plan.rows_apart ? Engine::b_size(longest, dvp) : 0;
   arena.take<Element>((shared_keys + shared_values) * plan.items);
-  const int64_t state_size = plan.splits > 1 ? up(Engine::kRows * (dvp + 2), 16) : 0;
+  const int64_t state_size = plan.splits > 1 ? up(Engine::kRows * (dvp + 3), 16) : 0;
   arena.take<float>(state_size * plan.units);
   const int64_t shared_bytes = up(arena.used, 4096);
   char* memory = allocate(scratch_bytes * workers + shared_bytes);
@@ -235,7 +247,7 @@ int forward(const Params& p) {
   float* states = shared.take<float>(state_size * plan.units);
   const auto state_of = [=](int64_t unit) {
     float* base = states + unit * state_size;
-    return State{base + 2 * Engine::kRows, base, base + Engine::kRows};
+    return State{base + 3 * Engine::kRows, base, base + Engine::kRows, base + 2 * Engine::kRows};
   };
 
   if (plan.rows_apart) {
@@ -278,10 +290,11 @@ int forward(const Params& p) {
     threads::each(plan.items, [&](int64_t item) {
       const Segment g = segment(p, item / p.kv_heads);
       const State whole = state_of(item * plan.splits);
-      for (int64_t r = 0; r < g.rows * group; ++r) {
+      Row rows[Engine::kRows];
+      rows_at(p, g, item % p.kv_heads, 0, g.rows * group, rows);
+      for (int64_t r = 0; r < g.rows * group; ++r)
         for (int64_t split = 1; split < plan.splits; ++split) fold_row(whole, state_of(item * plan.splits + split), r, dvp);
-        write_row(p, g, row_at(p, g, item % p.kv_heads, r), whole.out + r * dvp, whole.top[r], whole.total[r]);
-      }
+      write_rows(p, g, rows, g.rows * group, whole, dvp);
     });
   }
   free(memory);

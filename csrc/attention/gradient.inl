@@ -27,9 +27,9 @@ void load_rows(const Params& p, const Segment& g, int64_t kv_head, int64_t first
   block->count = count;
   block->lo = g.visible;
   block->hi = 0;
+  rows_at(p, g, kv_head, first, count, block->rows);
   for (int64_t r = 0; r < count; ++r) {
-    Row& row = block->rows[r];
-    row = row_at(p, g, kv_head, first + r);
+    const Row& row = block->rows[r];
     const int64_t i = g.q0 + row.i;
     block->q[r] = row_of(p.q, width, g.b, row.head, i);
     block->g[r] = p.grad_out.data == nullptr ? nullptr : row_of(p.grad_out, width, g.b, row.head, i);

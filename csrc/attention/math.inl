@@ -33,11 +33,22 @@ CVMK_INLINE I lane_index() {
   return v;
 }
 
-// 2^x for x <= 127: 0 below -126 (also for -inf), NaN stays NaN, 2^0 is exactly 1. Relative error of the polynomial (minimax with a fixed
+// The larger; b where either is NaN.
+CVMK_INLINE F larger(F a, F b) {
+#if defined(__AVX512F__)
+  return simd::bits<F>(_mm512_max_ps(simd::bits<__m512>(a), simd::bits<__m512>(b)));
+#else
+  return simd::max(a, b);
+#endif
+}
+
+// 2^x for x <= 127: 0 below -126.5 (also for -inf), NaN stays NaN, 2^0 is exactly 1. Relative error of the polynomial (minimax with a fixed
 // constant term on [-1/2, 1/2]): kPrecise 2e-9, so that rounding decides (1 ulp); else 3e-6, for results that are rounded to bfloat16.
 template <bool kPrecise>
 CVMK_INLINE F exp2(F x) {
-  const F magic = simd::set(12582912.0f);  // 1.5 * 2^23: the low bits of the sum are the nearest integer
+  // 1.5 * 2^23 + 127: the low bits of the sum are the nearest integer plus the bias of the exponent, 0 where x is -127.
+  const F magic = simd::set(12583039.0f);
+  x = larger(simd::set(-127.0f), x);
   const F shifted = x + magic;
   const F f = x - (shifted - magic);
   F p;
@@ -55,8 +66,7 @@ CVMK_INLINE F exp2(F x) {
     p = p * f + 6.931241750717163e-1f;
   }
   p = p * f + 1.0f;
-  const F y = simd::bits<F>(simd::bits<I>(p) + (simd::bits<I>(shifted) << 23));
-  return x < -126.0f ? F{} : (x == x ? y : x);
+  return p * simd::bits<F>(simd::bits<I>(shifted) << 23);
 }
 
 // tanh, relative error about 2 ulp: an odd polynomial below 0.625 (Cephes), 1 - 2 / (e^2x + 1) above.
@@ -146,20 +156,22 @@ inline void to_floats(float* dst, const void* src, int64_t dtype, int64_t n, int
 
 // dst[0, n) = factor * src, rounded to the dtype.
 inline void from_floats(void* dst, int64_t dtype, const float* src, float factor, int64_t n) {
-  const F f = simd::set(factor);
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const int count = static_cast<int>(least(n - i, kLanes));
-    const F x = simd::load_n(src + i, count) * f;
-    if (dtype == cvmk::attention::kFloat32) {
-      simd::store_n(static_cast<float*>(dst) + i, x, count);
-      continue;
-    }
-    const H h = dtype == cvmk::attention::kBFloat16 ? simd::to_bf16(x) : simd::to_half(x);
-    if (count == kLanes)
-      simd::store_h(static_cast<uint16_t*>(dst) + i, h);
-    else
-      simd::store_h_n(static_cast<uint16_t*>(dst) + i, h, count);
+  float* single = static_cast<float*>(dst);
+  uint16_t* half = static_cast<uint16_t*>(dst);
+  int64_t i = 0;
+  if (dtype == cvmk::attention::kFloat32) {
+    for (; i + kLanes <= n; i += kLanes) simd::store(single + i, simd::load(src + i) * factor);
+    if (i < n) simd::store_n(single + i, simd::load_n(src + i, static_cast<int>(n - i)) * factor, static_cast<int>(n - i));
+    return;
   }
+  const bool bf16 = dtype == cvmk::attention::kBFloat16;
+  if (bf16)
+    for (; i + kLanes <= n; i += kLanes) simd::store_h(half + i, round_bf16(simd::load(src + i) * factor));
+  else
+    for (; i + kLanes <= n; i += kLanes) simd::store_h(half + i, simd::to_half(simd::load(src + i) * factor));
+  if (i == n) return;
+  const F x = simd::load_n(src + i, static_cast<int>(n - i)) * factor;
+  simd::store_h_n(half + i, bf16 ? round_bf16(x) : simd::to_half(x), static_cast<int>(n - i));
 }
 
 #if defined(__AVX512F__)

@@ -38,14 +38,20 @@ struct Row {
   uint32_t hash;       // of dropout
 };
 
-inline Row row_at(const Params& p, const Segment& g, int64_t kv_head, int64_t r) {
-  Row row;
-  row.head = kv_head * (p.heads / p.kv_heads) + r / g.rows;
-  row.i = r % g.rows;
-  visible_keys(p, g, row.i, &row.lo, &row.hi);
-  const uint32_t head = mix(p.dropout_key + static_cast<uint32_t>(g.b * p.heads + row.head));
-  row.hash = p.dropout_limit != 0 ? mix(head + static_cast<uint32_t>(g.q0 + row.i)) : 0;
-  return row;
+// Rows first to first + count - 1 of an item.
+inline void rows_at(const Params& p, const Segment& g, int64_t kv_head, int64_t first, int64_t count, Row* rows) {
+  int64_t head = kv_head * (p.heads / p.kv_heads) + first / g.rows, i = first % g.rows;
+  for (int64_t r = 0; r < count; ++r) {
+    Row& row = rows[r];
+    row.head = head;
+    row.i = i;
+    visible_keys(p, g, i, &row.lo, &row.hi);
+    row.hash = p.dropout_limit != 0 ? mix(mix(p.dropout_key + static_cast<uint32_t>(g.b * p.heads + head)) + static_cast<uint32_t>(g.q0 + i)) : 0;
+    if (++i == g.rows) {
+      i = 0;
+      ++head;
+    }
+  }
 }
 
 inline void column_hashes(const Params& p, int64_t first, int64_t n, uint32_t* hashes) {

@@ -61,56 +61,83 @@ CVMK_INLINE I kept(const uint32_t* columns, uint32_t row, uint32_t limit) {
   return simd::bits<I>(mix(c ^ row) >= limit);
 }
 
+// Two vectors of probabilities to memory, as floats or as bfloat16 numbers.
+template <bool kHalf>
+CVMK_INLINE void store_pair(float* s, uint16_t* half, F x, F y) {
+  if (!kHalf) {
+    simd::store(s, x);
+    simd::store(s + kLanes, y);
+    return;
+  }
+#if defined(__AVX512BF16__)
+  const __m512i both = simd::bits<__m512i>(_mm512_cvtne2ps_pbh(simd::bits<__m512>(y), simd::bits<__m512>(x)));
+  memcpy(half, &both, sizeof both);
+#else
+  simd::store_h(half, round_bf16(x));
+  simd::store_h(half + kLanes, round_bf16(y));
+#endif
+}
+
+// The maximum of columns [va, vb), whole pairs of vectors.
+CVMK_INLINE float row_maximum(const float* s, int64_t va, int64_t vb) {
+  F high[4] = {simd::set(-kInf), simd::set(-kInf), simd::set(-kInf), simd::set(-kInf)};
+  int64_t v = va;
+  for (; v + 4 * kLanes <= vb; v += 4 * kLanes)
+    for (int i = 0; i < 4; ++i) high[i] = larger(simd::load(s + v + i * kLanes), high[i]);
+  if (v < vb)
+    for (int i = 0; i < 2; ++i) high[i] = larger(simd::load(s + v + i * kLanes), high[i]);
+  return max_lanes(larger(larger(high[0], high[1]), larger(high[2], high[3])));
+}
+
+// Hides what lies outside [a, b) in the pairs of vectors at both ends.
+CVMK_INLINE void hide_edges(float* s, int64_t va, int64_t a, int64_t b, int64_t vb) {
+  const F hidden = simd::set(-kInf);
+  if (a > va)
+    for (int64_t v = va; v < va + 2 * kLanes; v += kLanes) simd::store(s + v, simd::select(inside(v, a, b), simd::load(s + v), hidden));
+  if (b < vb)
+    for (int64_t v = vb - 2 * kLanes; v < vb; v += kLanes) simd::store(s + v, simd::select(inside(v, a, b), simd::load(s + v), hidden));
+}
+
 // One row of forward: probabilities 2^(c s - top) of the columns [a, b) over the scores, zeros in the rest of [0, n), as floats or, where
 // kHalf, as bfloat16 numbers at the row's beginning. Updates the running maximum and sum; returns the factor for what is summed so far.
+// c is positive; n is a multiple of two vectors.
 template <bool kPrecise, bool kHalf, bool kDrop>
-inline float softmax_row(float* s, int64_t n, int64_t a, int64_t b, float c, float* top, float* total, const uint32_t* columns, uint32_t row, uint32_t limit) {
-  const int64_t va = a / kLanes * kLanes, vb = up(b, kLanes);
+CVMK_INLINE float softmax_row(float* s, int64_t n, int64_t a, int64_t b, float c, float* top, float* total, const uint32_t* columns, uint32_t row, uint32_t limit) {
+  const int64_t va = a < b ? a / (2 * kLanes) * (2 * kLanes) : n, vb = a < b ? up(b, 2 * kLanes) : n;
   uint16_t* half = reinterpret_cast<uint16_t*>(s);
   const F factor = simd::set(c);
-  F high[2] = {simd::set(-kInf), simd::set(-kInf)};
+  float now = *top;
+  const float old = now;
+  F sum0{}, sum1{};
   if (a < b) {
-    if (a > va) simd::store(s + va, simd::select(inside(va, a, b), simd::load(s + va), simd::set(-kInf)));
-    if (b < vb) simd::store(s + vb - kLanes, simd::select(inside(vb - kLanes, a, b), simd::load(s + vb - kLanes), simd::set(-kInf)));
-    int64_t v = va;
-    for (; v + 2 * kLanes <= vb; v += 2 * kLanes) {
-      high[0] = simd::max(simd::load(s + v) * factor, high[0]);
-      high[1] = simd::max(simd::load(s + v + kLanes) * factor, high[1]);
-    }
-    if (v < vb) high[0] = simd::max(simd::load(s + v) * factor, high[0]);
+    hide_edges(s, va, a, b, vb);
+    const float fresh = row_maximum(s, va, vb) * c;
+    now = fresh > old ? fresh : old;
   }
-  const float old = *top, fresh = max_lanes(simd::max(high[0], high[1]));
-  const float now = fresh > old ? fresh : old;
   const float base = now == -kInf ? 0.0f : now;
   const F shift = simd::set(base);
-  F sum{};
-  for (int64_t v = 0; v < va; v += kLanes)
-    if (!kHalf) simd::store(s + v, F{});
-  for (int64_t v = a < b ? va : 0; a < b && v < vb; v += kLanes) {
+  for (int64_t v = va; v < vb; v += 2 * kLanes) {
     F x = exp2<kPrecise>(simd::load(s + v) * factor - shift);
-    sum += x;
-    if (kDrop) x = simd::select(kept(columns + v, row, limit), x, F{});
-    if (kHalf)
-      simd::store_h(half + v, round_bf16(x));
-    else
-      simd::store(s + v, x);
+    F y = exp2<kPrecise>(simd::load(s + v + kLanes) * factor - shift);
+    sum0 += x;
+    sum1 += y;
+    if (kDrop) {
+      x = simd::select(kept(columns + v, row, limit), x, F{});
+      y = simd::select(kept(columns + v + kLanes, row, limit), y, F{});
+    }
+    store_pair<kHalf>(s + v, half + v, x, y);
   }
-  const int64_t rest = a < b ? vb : 0;
-  if (kHalf) {
-    for (int64_t v = 0; v < (a < b ? va : 0); v += kLanes) simd::store_h(half + v, H{});
-    for (int64_t v = rest; v < n; v += kLanes) simd::store_h(half + v, H{});
-  } else {
-    for (int64_t v = rest; v < n; v += kLanes) simd::store(s + v, F{});
-  }
-  *top = now;
+  for (int64_t v = 0; v < va; v += 2 * kLanes) store_pair<kHalf>(s + v, half + v, F{}, F{});
+  for (int64_t v = vb; v < n; v += 2 * kLanes) store_pair<kHalf>(s + v, half + v, F{}, F{});
   if (old == now) {
-    *total += sum_lanes(sum);
+    *total += sum_lanes(sum0 + sum1);
     return 1.0f;
   }
-  float scaled[kLanes];
-  simd::store(scaled, exp2<kPrecise>(simd::set(old == -kInf ? -kInf : old - base)));
-  *total = *total * scaled[0] + sum_lanes(sum);
-  return scaled[0];
+  float change[kLanes];
+  simd::store(change, exp2<kPrecise>(simd::set(old - base)));
+  *total = *total * change[0] + sum_lanes(sum0 + sum1);
+  *top = now;
+  return change[0];
 }
 
 // What a row of the backward pass needs, all relative to the block's first column.
