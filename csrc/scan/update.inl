@@ -67,7 +67,7 @@ inline __attribute__((noinline)) void update_rows(const Update& p, int64_t batch
   const int64_t heads_of_group = p.heads / p.groups;
   const bool tied = p.A_column == 0, flat_x = is_flat(p, p.x), flat_dt = is_flat(p, p.dt), flat_z = is_flat(p, p.z), flat_D = is_flat(p, p.D);
   const bool flat_bias = is_flat(p, p.bias);
-  int64_t group = -1;
+  int64_t group_end = 0;  // the head at which the next group begins
   Rows at;
   at.batch = batch;
   int64_t head = first / p.dim, row = first % p.dim;
@@ -93,8 +93,9 @@ inline __attribute__((noinline)) void update_rows(const Update& p, int64_t batch
     for (int i = 0; i < W; ++i) {
       products[i] = F{};
       if (i >= at.count) continue;
-      if (at.head[i] / heads_of_group != group) {
-        group = at.head[i] / heads_of_group;
+      if (at.head[i] >= group_end) {
+        const int64_t group = at.head[i] / heads_of_group;
+        group_end = (group + 1) * heads_of_group;
         load_rows(plane(p.B, batch, group, 0), 1, static_cast<int>(p.states), false, k.B, 0);
         load_rows(plane(p.C, batch, group, 0), 1, static_cast<int>(p.states), false, k.C, 0);
       }
