@@ -296,9 +296,36 @@ inline void small_item(const Int4Linear& p, const Item& item, const char* x, int
   finish(p.linear, item, static_cast<const float*>(turned), stride, nullptr, row, rows);
 }
 
-// An item for all rows of a round: sums [rows / 32][count * 16 outputs][32 rows], then room for one turned tile [32][count * 16].
+// Sums [count * 16 outputs][32 rows] of rows r ... r + rows of a round to the output; `turned` has room for [32][count * 16].
+inline void turn_and_finish(const Int4Linear& p, const Item& item, const float* sums, float* turned, int64_t row, int64_t rows) {
+  const int64_t stride = item.count * kPanel;
+  for (int i = 0; i < item.count; ++i)
+    for (int64_t j = 0; j < rows; j += kPanel)
+      transpose(reinterpret_cast<const char*>(sums + i * kPanel * 32 + j), 128, reinterpret_cast<char*>(turned + j * stride + i * kPanel), stride * 4);
+  finish(p.linear, item, static_cast<const float*>(turned), stride, nullptr, row, rows);
+}
+
+constexpr int64_t kWholeSteps = 32;  // so many steps of an item's panels stand dequantised at one time, in the second cache
+
+// An item for all rows of a round, where the inputs are few: its panels are dequantised once, and a tile of sums is finished at once.
+inline void whole_item(const Int4Linear& p, const Item& item, const char* x, int64_t row, int64_t rows, float* sums, char* weights) {
+  const int64_t steps = p.linear.inputs / kTileInputs, next = blocks_of(p) * kBlockTiles * kTile;
+  float* turned = sums + item.count * kPanel * 32;
+  for (int i = 0; i < item.count; ++i)
+    for (int64_t b = 0; b < blocks_of(p); ++b) dequantise_any(p, item.panels[i], b, weights + i * next + b * kBlockTiles * kTile);
+  for (int64_t r = 0; r < rows; r += 32) {
+    const char* b[2] = {x + r * steps * kStep, x + (r + kPanel) * steps * kStep};
+    expect(p.linear, item, row + r, least(32, rows - r));
+    for (int g = 0; g < item.count; g += 2)
+      tile_block<true>(weights + g * next, next, item.count - g < 2 ? 1 : 2, b, rows - r > kPanel ? 2 : 1, steps, sums + g * kPanel * 32, 128, true);
+    turn_and_finish(p, item, sums, turned, row + r, least(32, rows - r));
+  }
+}
+
+// An item for all rows of a round: a part of the inputs of two panels at a time, which stays in the first cache while the rows pass.
+// `sums` has room for [rows / 32][count * 16 outputs][32 rows] and one turned tile.
 inline void large_item(const Int4Linear& p, const Item& item, const char* x, int64_t row, int64_t rows, float* sums, char* weights) {
-  const int64_t steps = p.linear.inputs / kTileInputs, x_next = steps * kTile, stride = item.count * kPanel, each = stride * 32;
+  const int64_t steps = p.linear.inputs / kTileInputs, each = item.count * kPanel * 32;
   float* turned = sums + up(rows, 32) / 32 * each;
   for (int64_t s = 0; s < steps; s += kStepsInL1) {
     const int64_t n = least(kStepsInL1, steps - s);
@@ -306,18 +333,14 @@ inline void large_item(const Int4Linear& p, const Item& item, const char* x, int
       const int width = item.count - g < 2 ? 1 : 2;
       for (int i = 0; i < width; ++i)
         for (int64_t b = 0; b < up(n, kBlockTiles) / kBlockTiles; ++b)
-          dequantise_any(p, item.panels[g + i], s / kBlockTiles + b, weights + i * kStepsInL1 * kTile + b * kBlockTiles * kTile);
+          dequantise_any(p, item.panels[g + i], s / kBlockTiles + b, weights + (i * kStepsInL1 + b * kBlockTiles) * kTile);
+      const bool last = s + n == steps && g + width == item.count;
       for (int64_t r = 0; r < rows; r += 32) {
-        const int columns = rows - r > kPanel ? 2 : 1;
-        const char* b[2] = {x + r / kPanel * x_next + s * kTile, x + (r / kPanel + 1) * x_next + s * kTile};
+        const char* b[2] = {x + r * steps * kStep + s * kTile, x + (r + kPanel) * steps * kStep + s * kTile};
         float* to = sums + r / 32 * each;
-        if (s + n == steps && g + width == item.count) expect(p.linear, item, row + r, least(32, rows - r));
-        tile_block<true>(weights, kStepsInL1 * kTile, width, b, columns, n, to + g * kPanel * 32, 128, s == 0);
-        if (s + n < steps || g + width < item.count) continue;
-        for (int i = 0; i < item.count; ++i)
-          for (int j = 0; j < columns; ++j)
-            transpose(reinterpret_cast<const char*>(to + i * kPanel * 32 + j * kPanel), 128, reinterpret_cast<char*>(turned + j * kPanel * stride + i * kPanel), stride * 4);
-        finish(p.linear, item, static_cast<const float*>(turned), stride, nullptr, row + r, least(32, rows - r));
+        if (last) expect(p.linear, item, row + r, least(32, rows - r));
+        tile_block<true>(weights, kStepsInL1 * kTile, width, b, rows - r > kPanel ? 2 : 1, n, to + g * kPanel * 32, 128, s == 0);
+        if (last) turn_and_finish(p, item, to, turned, row + r, least(32, rows - r));
       }
     }
   }
@@ -380,13 +403,13 @@ inline int on_tiles(const Int4Linear& p) {
   const int64_t columns = out_columns(l), wanted = kRoundInputs / l.inputs / 32 * 32;
   const int64_t round = least(up(l.rows, 32), wanted < 32 ? 32 : wanted > 512 ? 512 : wanted);
   const int threads = l.rows * l.inputs * l.outputs <= (1 << 18) ? 1 : threads::limit();
-  const bool small = l.rows <= kPanel;
+  const bool small = l.rows <= kPanel, whole = !small && l.inputs <= kWholeSteps * kTileInputs;
   int width = small ? 4 : 8;
   while (width > 2 && up(columns, width * kPanel) / (width * kPanel) < 2 * threads) width /= 2;
   if (l.activation == kSwiglu) width /= 2;
   const int most = 2 * width + 1;  // panels of an item
-  const int64_t sums_each = (small ? kPanel : round + 32) * most * kPanel + kPanel * kPanel * most;
-  const int64_t weight_bytes = 2 * kStepsInL1 * kTile;
+  const int64_t sums_each = (small ? kPanel : whole ? 64 : round + 32) * most * kPanel + kPanel * kPanel * most;
+  const int64_t weight_bytes = whole ? most * blocks_of(p) * kBlockTiles * kTile : 2 * kBlockTiles * 4 * kTile;
   Scratch scratch{static_cast<char*>(l.scratch(round * l.inputs * 2 + threads * (sums_each * 4 + weight_bytes) + 256))};
   if (!scratch.next) return 1;
   char* x = scratch.take<char>(round * l.inputs * 2);
@@ -405,6 +428,7 @@ inline int on_tiles(const Int4Linear& p) {
       float* sums = all_sums + thread * sums_each;
       char* weights = all_weights + thread * weight_bytes;
       if (small) small_item(p, item, x, start, rows, sums, weights);
+      else if (whole) whole_item(p, item, x, start, rows, sums, weights);
       else large_item(p, item, x, start, rows, sums, weights);
     };
     two_loops(threads, shared ? bands : 0, pack, items, enter, one, leave);
