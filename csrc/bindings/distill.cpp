@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <mutex>
 #include <new>
 #include <stdexcept>
 #include <string>
@@ -131,8 +132,41 @@ Layer layer_of(const LayerArguments& x) {
           std::get<3>(x), std::get<4>(x), std::get<5>(x)};
 }
 
-struct Free {
-  void operator()(char* p) const { ::operator delete(p, std::align_val_t{4096}); }
+constexpr std::size_t kScratchAlignment = 4096;
+struct FreeScratch {
+  void operator()(char* p) const { ::operator delete(p, std::align_val_t{kScratchAlignment}); }
+};
+struct Block {
+  std::unique_ptr<char, FreeScratch> data;
+  std::size_t bytes = 0;
+};
+
+// Scratch that stays for the next call, up to kKept bytes: the pages of fresh memory would cost as much as the products.
+class Scratch {
+ public:
+  explicit Scratch(std::size_t bytes) : lock_(mutex_, std::try_to_lock) {
+    Block& block = lock_.owns_lock() ? kept_ : own_;
+    if (block.bytes < bytes) {
+      block.data.reset();
+      block.data.reset(static_cast<char*>(::operator new(bytes, std::align_val_t{kScratchAlignment})));
+      block.bytes = bytes;
+    }
+    data_ = block.data.get();
+  }
+  ~Scratch() {
+    if (lock_.owns_lock() && kept_.bytes > kKept) kept_ = Block{};
+  }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  char* data() const { return data_; }
+
+ private:
+  static constexpr std::size_t kKept = std::size_t{32} << 20;
+  static inline std::mutex mutex_;
+  static inline Block kept_;
+  std::unique_lock<std::mutex> lock_;
+  Block own_;
+  char* data_;
 };
 
 // The losses, and with the scales given the gradients. Rows that do not count get zeros in stats and d_hidden.
@@ -179,8 +213,8 @@ void linear_kd_loss(const LayerArguments& student, const LayerArguments& teacher
   }
   if (d_weight != 0) advise_large_pages(pass.d_weight, vocabulary * width * 4);
   if (pass.count > 0) {
-    const std::unique_ptr<char, Free> scratch(static_cast<char*>(::operator new(static_cast<std::size_t>(linear_scratch(pass)), std::align_val_t{4096})));
-    pass.scratch = scratch.get();
+    const Scratch scratch(static_cast<std::size_t>(linear_scratch(pass)));
+    pass.scratch = scratch.data();
     linear(pass);
   }
   if (loss != 0) write_totals(pass.kd, pass.ce, rows, pass.count, normalizer, temperature, alpha, loss, kd, ce, count);

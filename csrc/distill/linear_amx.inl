@@ -125,7 +125,7 @@ CVMK_INLINE void pack_pairs(const Half* const* rows, int64_t width, int64_t padd
 // -- one thread's view of a sweep ---------------------------------------------------------------------------------------------------------
 struct Own {
   Half *student_block, *teacher_block, *weight_pairs, *g_turned, *g_tiles;
-  float *s, *t, *d_weight, *student_bias, *teacher_bias, *unused;
+  float *s, *t, *d_weight, *student_bias, *teacher_bias;
 };
 
 CVMK_INLINE Own own_scratch(const LinearPass& pass, const LinearPlan& plan) {
@@ -142,8 +142,8 @@ CVMK_INLINE Own own_scratch(const LinearPass& pass, const LinearPlan& plan) {
   own.weight_pairs = reinterpret_cast<Half*>(take(kColumns * plan.width * 2));
   own.g_turned = reinterpret_cast<Half*>(take(kColumns * plan.chunk * 2));
   own.g_tiles = reinterpret_cast<Half*>(take(kColumns * plan.chunk * 2));
-  own.s = reinterpret_cast<float*>(take(kColumns * kRowBlock * 4));
-  own.t = reinterpret_cast<float*>(take(kColumns * kRowBlock * 4));
+  own.s = reinterpret_cast<float*>(take(kPart * kRowBlock * 4));
+  own.t = reinterpret_cast<float*>(take(kPart * kRowBlock * 4));
   own.d_weight = reinterpret_cast<float*>(take(kColumns * plan.width * 4));
   own.student_bias = reinterpret_cast<float*>(take(kColumns * 4));
   own.teacher_bias = reinterpret_cast<float*>(take(kColumns * 4));
@@ -183,27 +183,33 @@ struct Chunk {
 
 CVMK_INLINE F row_vector(const float* p) { return simd::load(p); }
 
-// Adds a block of logits to the sums of 16 rows (csrc/distill/losses.inl has them for a row at a time).
+// A part of a block: its logits without their biases are in own.s and own.t, [columns][kRowBlock].
+struct Piece {
+  int64_t at, columns;  // first entry, from the block's first, and how many
+};
+
+// Adds a piece to the sums of 16 rows (csrc/distill/losses.inl has them for a row at a time).
 template <int kTemperature, int kKind>
-CVMK_INLINE void add_columns(const Chunk& chunk, int64_t group, int64_t row, const Own& own, int64_t lane, int64_t columns, float inverse) {
+CVMK_INLINE void add_columns(const Chunk& chunk, int64_t group, int64_t row, const Own& own, int64_t lane, const Piece& piece, float inverse) {
+  const float *bias = own.student_bias + piece.at, *t_bias = own.teacher_bias + piece.at;
   const auto sum = [&](int kind) { return chunk.sum(group, kind) + row; };
   const float *s = own.s + lane, *t = own.t + lane;
   F max_s = row_vector(sum(kTopS)), max_t = row_vector(sum(kTopT));
   const F old_s = max_s, old_t = max_t;
-  for (int64_t v = 0; v < columns; ++v) {
-    max_s = simd::max(simd::load(s + v * kRowBlock) + own.student_bias[v], max_s);
-    if (kKind != kNoTeacher) max_t = simd::max(simd::load(t + v * kRowBlock) + own.teacher_bias[v], max_t);
+  for (int64_t v = 0; v < piece.columns; ++v) {
+    max_s = simd::max(simd::load(s + v * kRowBlock) + bias[v], max_s);
+    if (kKind != kNoTeacher) max_t = simd::max(simd::load(t + v * kRowBlock) + t_bias[v], max_t);
   }
   F one{}, at_t{}, teacher{}, cross{};
-  for (int64_t v = 0; v < columns; ++v) {
-    const F z = simd::load(s + v * kRowBlock) + own.student_bias[v];
+  for (int64_t v = 0; v < piece.columns; ++v) {
+    const F z = simd::load(s + v * kRowBlock) + bias[v];
     const F a = z - max_s;
     const F e = exp_below(kTemperature == kAtOne ? a : a * inverse);
     at_t += e;
     if (kTemperature == kAtTwo) one += e * e;
     if (kTemperature == kAtAny) one += exp_below(a);
     if (kKind == kNoTeacher) continue;
-    const F w = simd::load(t + v * kRowBlock) + own.teacher_bias[v];
+    const F w = simd::load(t + v * kRowBlock) + t_bias[v];
     const F b = w - max_t;
     const F p = exp_below(kTemperature == kAtOne ? b : b * inverse);
     teacher += p;
@@ -222,11 +228,12 @@ CVMK_INLINE void add_columns(const Chunk& chunk, int64_t group, int64_t row, con
 }
 
 // For label smoothing: the sum and number of the logits that are not -inf.
-CVMK_INLINE void add_present(const Chunk& chunk, int64_t group, int64_t row, const Own& own, int64_t lane, int64_t columns) {
+CVMK_INLINE void add_present(const Chunk& chunk, int64_t group, int64_t row, const Own& own, int64_t lane, const Piece& piece) {
+  const float* bias = own.student_bias + piece.at;
   F total = row_vector(chunk.sum(group, kLogits) + row), count = row_vector(chunk.sum(group, kPresent) + row), part{};
   const F low = simd::set(-__builtin_inff());
-  for (int64_t v = 0; v < columns; ++v) {
-    const F z = simd::load(own.s + lane + v * kRowBlock) + own.student_bias[v];
+  for (int64_t v = 0; v < piece.columns; ++v) {
+    const F z = simd::load(own.s + lane + v * kRowBlock) + bias[v];
     const I absent = z == low;
     part += zero_where(absent, z);
     count += zero_where(absent, simd::set(1.0f));
@@ -237,13 +244,14 @@ CVMK_INLINE void add_present(const Chunk& chunk, int64_t group, int64_t row, con
 
 // Adds a block to the sums of a mixture's divergence, kept in kAtOneSum and kAtTSum.
 template <int kDivergence>
-CVMK_INLINE void add_mixture(const Chunk& chunk, int64_t group, int64_t row, const Own& own, int64_t lane, int64_t columns, float inverse) {
+CVMK_INLINE void add_mixture(const Chunk& chunk, int64_t group, int64_t row, const Own& own, int64_t lane, const Piece& piece, float inverse) {
+  const float *bias = own.student_bias + piece.at, *t_bias = own.teacher_bias + piece.at;
   const float weight = chunk.pass.terms.mixture;
   const F lse_q = row_vector(chunk.value(kLseQ) + row), lse_p = row_vector(chunk.value(kLseP) + row);
   F a{}, b{};
-  for (int64_t v = 0; v < columns; ++v) {
-    const F log_q = (simd::load(own.s + lane + v * kRowBlock) + own.student_bias[v]) * inverse - lse_q;
-    const F log_p = (simd::load(own.t + lane + v * kRowBlock) + own.teacher_bias[v]) * inverse - lse_p;
+  for (int64_t v = 0; v < piece.columns; ++v) {
+    const F log_q = (simd::load(own.s + lane + v * kRowBlock) + bias[v]) * inverse - lse_q;
+    const F log_p = (simd::load(own.t + lane + v * kRowBlock) + t_bias[v]) * inverse - lse_p;
     F x, y;
     mixture_terms<kDivergence>(log_q, log_p, weight, x, y);
     a += x;
@@ -254,9 +262,11 @@ CVMK_INLINE void add_mixture(const Chunk& chunk, int64_t group, int64_t row, con
   simd::store(second, row_vector(second) + b);
 }
 
-// The gradient of a block: G^T [column][row of the chunk], and G in tiles [row / 16][column / 32].
+// The gradient of a piece and 16 rows: G^T [column][row of the chunk], and G in tiles [row / 16][column / 32].
 template <int kTemperature, int kDivergence, bool kKd, bool kCe>
-CVMK_INLINE void block_gradient(const Chunk& chunk, int64_t row, const Own& own, int64_t lane, int64_t first, int64_t columns, float* d_bias) {
+CVMK_INLINE void piece_gradient(const Chunk& chunk, int64_t row, const Own& own, int64_t lane, int64_t first, const Piece& piece, float* d_bias) {
+  const float *bias = own.student_bias + piece.at, *t_bias = own.teacher_bias + piece.at;
+  const int64_t columns = piece.columns;
   const auto value = [&](int kind) { return row_vector(chunk.value(kind) + row); };
   struct {
     F kd_scale, reduction;
@@ -270,10 +280,10 @@ CVMK_INLINE void block_gradient(const Chunk& chunk, int64_t row, const Own& own,
   I target;
   memcpy(&target, chunk.target + row, sizeof target);
   const auto gradient = [&](int64_t v) __attribute__((always_inline)) {
-    const F z = simd::load(own.s + lane + v * kRowBlock) + own.student_bias[v];
+    const F z = simd::load(own.s + lane + v * kRowBlock) + bias[v];
     F grad{};
     if (kKd) {
-      const F log_q = z * inverse - lse_q, log_p = (simd::load(own.t + lane + v * kRowBlock) + own.teacher_bias[v]) * inverse - lse_p;
+      const F log_q = z * inverse - lse_q, log_p = (simd::load(own.t + lane + v * kRowBlock) + t_bias[v]) * inverse - lse_p;
       const F q = exp_below(log_q), p = exp_below(log_p);
       grad = divergence_gradient<kDivergence>(w, log_q, log_p, q, p);
       if (kCe && kTemperature == kAtOne) grad += q * ce_scale;
@@ -282,24 +292,25 @@ CVMK_INLINE void block_gradient(const Chunk& chunk, int64_t row, const Own& own,
     if (kCe) {
       if (!kKd || kTemperature == kAtAny) grad += exp_below(z - lse) * ce_scale;
       if (smooth) grad -= zero_where(z == low, shared);
-      grad -= zero_where(target != simd::seti(static_cast<int>(first + v)), at_target);
+      grad -= zero_where(target != simd::seti(static_cast<int>(first + piece.at + v)), at_target);
     }
     return grad;
   };
   const int64_t stride = chunk.plan.chunk;
-  Half* tile = own.g_tiles + row / 16 * (kColumns / 32) * kTile;
+  Half* tile = own.g_tiles + (row / 16 * (kColumns / 32) + piece.at / 32) * kTile;
+  Half* turned = own.g_turned + piece.at * stride + row;
   for (int64_t v = 0; v < columns; v += 32, tile += kTile) {
     __m512i words[16];
     for (int k = 0; k < 16; ++k) {
       const int64_t c = v + 2 * k;
       const F even = c < columns ? gradient(c) : F{}, odd = c + 1 < columns ? gradient(c + 1) : F{};
       if (d_bias != nullptr) {
-        if (c < columns) d_bias[c] += simd::sum(even);
-        if (c + 1 < columns) d_bias[c + 1] += simd::sum(odd);
+        if (c < columns) d_bias[piece.at + c] += simd::sum(even);
+        if (c + 1 < columns) d_bias[piece.at + c + 1] += simd::sum(odd);
       }
       const __m256i e = simd::bits<__m256i>(_mm512_cvtneps_pbh(simd::bits<__m512>(even))), o = simd::bits<__m256i>(_mm512_cvtneps_pbh(simd::bits<__m512>(odd)));
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(own.g_turned + c * stride + row), e);
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(own.g_turned + (c + 1) * stride + row), o);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(turned + c * stride), e);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(turned + (c + 1) * stride), o);
       words[k] = _mm512_or_si512(_mm512_cvtepu16_epi32(e), _mm512_slli_epi32(_mm512_cvtepu16_epi32(o), 16));
     }
     turn(words);
@@ -307,14 +318,19 @@ CVMK_INLINE void block_gradient(const Chunk& chunk, int64_t row, const Own& own,
   }
 }
 
-// The logits of a block and kRowBlock rows, to own.s and own.t, without their biases.
-CVMK_INLINE void block_logits(const Chunk& chunk, int64_t row, int64_t columns, const Tiles& student, const Tiles& teacher, bool with_teacher, const Own& own) {
-  const LinearPlan& plan = chunk.plan;
-  const int64_t m = round_up(columns, 32);
-  multiply(m, kRowBlock, plan.width / 32, student, {chunk.turned + row * plan.width, kTile, 16 * plan.width, 64}, own.s, kRowBlock, false);
-  if (!with_teacher) return;
-  const int64_t wide = plan.teacher_width;
-  multiply(m, kRowBlock, wide / 32, teacher, {chunk.teacher + row * wide, kTile, 16 * wide, 64}, own.t, kRowBlock, false);
+// body(row, piece) with the logits of kRowBlock rows and a piece of the block in own.s and own.t.
+template <typename Body>
+CVMK_INLINE void each_piece(const Chunk& chunk, int64_t columns, const Tiles& student, const Tiles& teacher, bool with_teacher, const Own& own, const Body& body) {
+  const int64_t width = chunk.plan.width, wide = chunk.plan.teacher_width;
+  const auto from = [](const Tiles& tiles, int64_t at) { return Tiles{tiles.data + at / 16 * tiles.across, tiles.along, tiles.across, tiles.row_bytes}; };
+  for (int64_t row = 0; row < chunk.padded; row += kRowBlock)
+    for (int64_t at = 0; at < columns; at += kPart) {
+      const Piece piece{at, at + kPart < columns ? kPart : columns - at};
+      const int64_t m = round_up(piece.columns, 32);
+      multiply(m, kRowBlock, width / 32, from(student, at), {chunk.turned + row * width, kTile, 16 * width, 64}, own.s, kRowBlock, false);
+      if (with_teacher) multiply(m, kRowBlock, wide / 32, from(teacher, at), {chunk.teacher + row * wide, kTile, 16 * wide, 64}, own.t, kRowBlock, false);
+      body(row, piece);
+    }
 }
 
 // body(own, group, first, columns, student, teacher) for every block of the vocabulary; a group's blocks in their order, in one thread.
@@ -345,13 +361,12 @@ __attribute__((noinline)) void sweep_sums(const Chunk& chunk) {
   const bool smooth = chunk.pass.terms.smoothing > 0;
   const float inverse = 1.0f / chunk.pass.terms.temperature;
   each_block(chunk, kKind != kNoTeacher, [&](const Own& own, int64_t group, int64_t, int64_t columns, const Tiles& student, const Tiles& teacher) {
-    for (int64_t row = 0; row < chunk.padded; row += kRowBlock) {
-      block_logits(chunk, row, columns, student, teacher, kKind != kNoTeacher, own);
+    each_piece(chunk, columns, student, teacher, kKind != kNoTeacher, own, [&](int64_t row, const Piece& piece) __attribute__((always_inline)) {
       for (int64_t lane = 0; lane < kRowBlock; lane += kLanes) {
-        add_columns<kTemperature, kKind>(chunk, group, row + lane, own, lane, columns, inverse);
-        if (smooth) add_present(chunk, group, row + lane, own, lane, columns);
+        add_columns<kTemperature, kKind>(chunk, group, row + lane, own, lane, piece, inverse);
+        if (smooth) add_present(chunk, group, row + lane, own, lane, piece);
       }
-    }
+    });
   });
 }
 
@@ -359,10 +374,9 @@ template <int kDivergence>
 __attribute__((noinline)) void sweep_mixture(const Chunk& chunk) {
   const float inverse = 1.0f / chunk.pass.terms.temperature;
   each_block(chunk, true, [&](const Own& own, int64_t group, int64_t, int64_t columns, const Tiles& student, const Tiles& teacher) {
-    for (int64_t row = 0; row < chunk.padded; row += kRowBlock) {
-      block_logits(chunk, row, columns, student, teacher, true, own);
-      for (int64_t lane = 0; lane < kRowBlock; lane += kLanes) add_mixture<kDivergence>(chunk, group, row + lane, own, lane, columns, inverse);
-    }
+    each_piece(chunk, columns, student, teacher, true, own, [&](int64_t row, const Piece& piece) __attribute__((always_inline)) {
+      for (int64_t lane = 0; lane < kRowBlock; lane += kLanes) add_mixture<kDivergence>(chunk, group, row + lane, own, lane, piece, inverse);
+    });
   });
 }
 
@@ -388,11 +402,10 @@ __attribute__((noinline)) void sweep_gradients(const Chunk& chunk) {
   each_block(chunk, kKd, [&](const Own& own, int64_t group, int64_t first, int64_t columns, const Tiles& student, const Tiles& teacher) {
     float* d_bias = pass.d_bias == nullptr ? nullptr : pass.d_bias + first;
     if (d_bias != nullptr && chunk.first) memset(d_bias, 0, static_cast<size_t>(columns) * 4);
-    for (int64_t row = 0; row < chunk.padded; row += kRowBlock) {
-      block_logits(chunk, row, columns, student, teacher, kKd, own);
+    each_piece(chunk, columns, student, teacher, kKd, own, [&](int64_t row, const Piece& piece) __attribute__((always_inline)) {
       for (int64_t lane = 0; lane < kRowBlock; lane += kLanes)
-        block_gradient<kTemperature, kDivergence, kKd, kCe>(chunk, row + lane, own, lane, first, columns, d_bias);
-    }
+        piece_gradient<kTemperature, kDivergence, kKd, kCe>(chunk, row + lane, own, lane, first, piece, d_bias);
+    });
     if (pass.d_weight != nullptr) add_weight_gradient(chunk, own, first, columns);
     if (pass.d_hidden == nullptr) return;
     for (int64_t v = 0; v < columns; v += 32) {

@@ -6,9 +6,10 @@
 namespace cvmk {
 namespace distill {
 
-// Logits are made in blocks of kColumns entries of the vocabulary and kRowBlock rows; the blocks of a vocabulary belong to at most kGroups
-// groups, each the work of one thread at a time and with a partial sum of the hidden states' gradient of its own.
-constexpr int64_t kColumns = 256, kRowBlock = 32, kGroups = 16;
+// Gradients of logits are made in blocks of kColumns entries of the vocabulary, logits in parts of a block, kPart entries and kRowBlock rows,
+// that stay in the first-level cache. The blocks of a vocabulary belong to at most kGroups groups, each the work of one thread at a time
+// and with a partial sum of the hidden states' gradient of its own.
+constexpr int64_t kColumns = 256, kPart = 128, kRowBlock = 32, kGroups = 8;
 
 struct LinearPlan {
   int64_t chunk;                     // rows of a chunk, a multiple of 32
@@ -24,7 +25,7 @@ inline __attribute__((always_inline)) LinearPlan linear_plan(const LinearPass& p
   LinearPlan plan;
   plan.width = round_up(pass.student.width, 32);
   plan.teacher_width = pass.teacher.hidden == nullptr ? 0 : round_up(pass.teacher.width, 32);
-  const int64_t rows = 262144 / plan.width / 32 * 32;
+  const int64_t rows = 524288 / plan.width / 32 * 32;
   plan.chunk = rows < 64 ? 64 : rows > 1024 ? 1024 : rows;
   if (plan.chunk > round_up(pass.count, 32)) plan.chunk = round_up(pass.count, 32);
   plan.blocks = (pass.vocabulary + kColumns - 1) / kColumns;
@@ -46,7 +47,7 @@ inline __attribute__((always_inline)) LinearPlan linear_plan(const LinearPass& p
   plan.shared = at;
   const int64_t wide = plan.width > plan.teacher_width ? plan.width : plan.teacher_width;
   // Two padded blocks of weights, the student's in pairs, logits of both, gradient twice, a block of d_weight, two biases.
-  plan.own = round_up(kColumns * (2 * wide + plan.width) * 2 + 2 * kColumns * kRowBlock * 4 + 2 * kColumns * plan.chunk * 2 + kColumns * plan.width * 4 + 3 * kColumns * 4,
+  plan.own = round_up(kColumns * (2 * wide + plan.width) * 2 + 2 * kPart * kRowBlock * 4 + 2 * kColumns * plan.chunk * 2 + kColumns * plan.width * 4 + 3 * kColumns * 4,
                       4096) + 4096;
   return plan;
 }

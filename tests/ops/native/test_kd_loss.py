@@ -1,0 +1,205 @@
+"""kd_loss on the CPU library, at every level of this machine, against the float64 reference and beside the reference of the same dtype."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from cvmk import ops
+from cvmk.ops import native
+from cvmk.ops.kd_loss import DIVERGENCES
+
+pytestmark = pytest.mark.skipif(native.library() is None, reason="the native library is not there")
+AVAILABLE = native.LEVELS[: native.LEVELS.index(native.isa_level()) + 1] if native.library() is not None else ()
+INF = float("inf")
+
+
+@pytest.fixture(params=AVAILABLE)
+def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("CVMK_CPU_ISA", request.param)
+    return str(request.param)
+
+
+def make(rows: int, vocabulary: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    student, teacher = (torch.randn(rows, vocabulary, generator=g).mul_(3).to(dtype) for _ in range(2))
+    target = torch.randint(vocabulary, (rows,), generator=g)
+    target[::5] = -100
+    return student, teacher, target
+
+
+def run(backend: str, student: Tensor, teacher: Tensor | None, target: Tensor, part: int = 0, **options: Any) -> tuple[Tensor, Tensor]:
+    student = student.detach().requires_grad_()
+    with ops.use(backend):
+        value = ops.kd_loss(student, teacher, target, return_parts=True, **options)[part]
+        (grad,) = torch.autograd.grad(value, student)
+    return value.detach(), grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", DIVERGENCES)
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 3.0])
+def test_two_baselines(level: str, dtype: torch.dtype, name: str, temperature: float) -> None:
+    """Root-mean-square error against float64 of the same values: at most that of the reference of the same dtype, twice (loss) or thrice."""
+    errors: dict[str, list[Tensor]] = {"native": [], "reference": []}
+    losses: dict[str, float] = {"native": 0.0, "reference": 0.0}
+    for vocabulary in (3, 17, 64, 333, 2051, 4500):
+        student, teacher, target = make(12, vocabulary, dtype, seed=vocabulary)
+        options: dict[str, Any] = {"temperature": temperature, "divergence": name, "label_smoothing": 0.1}
+        exact = run("reference", student.double(), teacher.double(), target, **options)
+        for backend in errors:
+            loss, grad = run(backend, student, teacher, target, **options)
+            assert loss.dtype == torch.float32 and grad.dtype == dtype
+            losses[backend] += ((loss.double() - exact[0]) / exact[0]).item() ** 2
+            errors[backend].append((grad.double() - exact[1]).flatten() / exact[1].abs().max())
+    ours, theirs = (torch.cat(errors[backend]).square().mean().sqrt() for backend in ("native", "reference"))
+    assert ours <= 3 * theirs + 3e-8
+    assert losses["native"] ** 0.5 <= 2 * losses["reference"] ** 0.5 + 3e-7
+
+
+@pytest.mark.parametrize("part", [0, 1, 2])
+def test_parts_and_no_teacher(level: str, part: int) -> None:
+    student, teacher, target = make(9, 70)
+    for temperature in (1.0, 2.0, 0.7):
+        exact = run("reference", student.double(), teacher.double(), target, part, temperature=temperature, alpha=0.3)
+        torch.testing.assert_close([x.double() for x in run("native", student, teacher, target, part, temperature=temperature, alpha=0.3)], list(exact), rtol=2e-6, atol=3e-8)
+    if part != 1:
+        exact = run("reference", student.double(), None, target, part, alpha=0.0, label_smoothing=0.2)
+        found = run("native", student, None, target, part, alpha=0.0, label_smoothing=0.2)
+        torch.testing.assert_close([x.double() for x in found], list(exact), rtol=2e-6, atol=3e-8)
+
+
+def test_types_may_differ_and_strides(level: str) -> None:
+    student, teacher, target = make(20, 101)
+    wide = torch.full((20, 150), float("nan"))
+    wide[:, 7:108] = student
+    expected = run("native", student, teacher.bfloat16().float(), target, temperature=2.0)
+    found = run("native", wide[:, 7:108], teacher.bfloat16(), target.int(), temperature=2.0)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
+    every = run("native", student[::2], teacher[::2], target[::2])
+    torch.testing.assert_close(every, run("native", student[::2].contiguous(), teacher[::2].contiguous(), target[::2].contiguous()), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_ignored_rows_are_not_read(level: str, dtype: torch.dtype, name: str) -> None:
+    student, teacher, target = make(11, 40, dtype)
+    expected = run("native", student, teacher, target, divergence=name, label_smoothing=0.1)
+    student[target == -100] = float("nan")
+    teacher[target == -100] = INF
+    found = run("native", student, teacher, target, divergence=name, label_smoothing=0.1)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert not found[1][target == -100].any()
+    target.fill_(-100)
+    loss, grad = run("native", student, teacher, target, divergence=name)
+    assert loss == 0 and not grad.any()
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 3.0])
+def test_masked_vocabulary(level: str, name: str, temperature: float) -> None:
+    """Entries of -inf in both sides are as if they were not there, even where whole blocks of a row are."""
+    student, teacher, target = make(8, 90)
+    student[:, 80:] = teacher[:, 80:] = -INF
+    target = target.clamp(max=79)
+    wide_student, wide_teacher = (torch.nn.functional.pad(x, (0, 5000), value=-INF) for x in (student, teacher))
+    options: dict[str, Any] = {"divergence": name, "temperature": temperature, "label_smoothing": 0.1}
+    expected = run("reference", student[:, :80].double(), teacher[:, :80].double(), target, **options)
+    loss, grad = run("native", wide_student, wide_teacher, target, **options)
+    assert loss.item() == pytest.approx(expected[0].item(), rel=2e-6)
+    torch.testing.assert_close(grad[:, :80].double(), expected[1], rtol=1e-4, atol=1e-7)
+    assert not grad[:, 80:].any()
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+@pytest.mark.parametrize("who", ["student", "teacher"])
+def test_masked_on_one_side_only(level: str, name: str, who: str) -> None:
+    student, teacher, target = make(6, 50)
+    target.clamp_(max=48)
+    target[0] = 1
+    (student if who == "student" else teacher)[:, 49] = -INF
+    exact = ops.kd_loss(student.double(), teacher.double(), target, divergence=name, return_parts=True)[1].item()
+    with ops.use("native"):
+        found = ops.kd_loss(student, teacher, target, divergence=name, return_parts=True)[1].item()
+    assert found == pytest.approx(exact, rel=2e-6)
+    assert (found == INF) == ((name, who) in (("forward_kl", "student"), ("reverse_kl", "teacher")))
+
+
+def test_extreme_logits(level: str) -> None:
+    for scale in (1e4, 3e38):
+        student = torch.tensor([[scale, 0.0, -scale, *[-scale] * 18]])
+        for name in DIVERGENCES:
+            loss, grad = run("native", student, student.clone(), torch.tensor([0]), part=1, divergence=name)
+            assert loss.item() == pytest.approx(0, abs=1e-6) and grad.abs().max() < 1e-6
+    loss, grad = run("native", torch.tensor([[0.0, float("nan"), 1.0]]), torch.zeros(1, 3), torch.tensor([0]))
+    assert loss.isnan() and grad.isnan().any()
+
+
+def test_a_row_is_the_same_in_any_batch_and_run(level: str) -> None:
+    student, teacher, target = make(33, 777, torch.bfloat16)
+    options: dict[str, Any] = {"temperature": 2.0, "normalizer": 8.0}
+    whole = run("native", student, teacher, target, **options)
+    assert all(torch.equal(a, b) for a, b in zip(whole, run("native", student, teacher, target, **options), strict=True))
+    for rows in (slice(3, 4), slice(10, 31)):
+        assert torch.equal(run("native", student[rows], teacher[rows], target[rows], **options)[1], whole[1][rows])
+
+
+def test_empty_and_wrong_targets(level: str) -> None:
+    loss, grad = run("native", torch.empty(0, 9), torch.empty(0, 9), torch.empty(0, dtype=torch.int64))
+    assert loss == 0 and grad.shape == (0, 9)
+    with ops.use("native"), pytest.raises(ValueError, match=r"target holds 9, which is neither in the vocabulary 0\.\.8"):
+        ops.kd_loss(torch.zeros(1, 9), torch.zeros(1, 9), torch.tensor([9]))
+
+
+def test_backward_twice_and_poisoned_memory(level: str) -> None:
+    student, teacher, target = make(40, 512)
+    student.requires_grad_()
+    with ops.use("native"):
+        loss = ops.kd_loss(student, teacher, target)
+        (first,) = torch.autograd.grad(loss, student, retain_graph=True)
+        kept = first.clone()
+        first.fill_(float("nan"))
+        del first
+        (second,) = torch.autograd.grad(loss * 2, student)
+    assert torch.equal(second, kept * 2)
+
+
+def test_what_is_declined() -> None:
+    student, teacher, target = make(3, 5)
+    chosen = {e.backend: e for e in ops.explain("kd_loss", student, teacher, target)}
+    assert chosen["native"].chosen
+    chosen = {e.backend: e for e in ops.explain("kd_loss", student, teacher.double(), target)}
+    assert chosen["reference"].chosen and "teacher is torch.float64" in chosen["native"].reasons[0]
+    assert not {e.backend: e for e in ops.explain("kd_loss", student.double(), teacher, target)}["native"].chosen
+
+
+_THREADS = """
+import torch
+from cvmk import ops
+g = torch.Generator().manual_seed(0)
+z, t = torch.randn(70, 3001, generator=g).requires_grad_(), torch.randn(70, 3001, generator=g)
+h, w = torch.randn(70, 48, generator=g).bfloat16().requires_grad_(), torch.randn(3001, 48, generator=g).bfloat16().requires_grad_()
+y = torch.randint(3001, (70,), generator=g)
+with ops.use("native", "reference"):
+    ops.kd_loss(z, t, y, divergence="js").backward()
+    results = [z.grad]
+    if not [e for e in ops.explain("linear_kd_loss", h, w, h, w, y) if e.chosen and e.backend != "native"]:
+        ops.linear_kd_loss(h, w, h.detach() * 2, w.detach(), y, temperature=2.0).backward()
+        results += [h.grad, w.grad]
+import hashlib
+print(hashlib.sha256(b"".join(x.float().numpy().tobytes() for x in results)).hexdigest())
+"""
+
+
+def test_any_number_of_threads() -> None:
+    found = set()
+    for threads in ("1", "2", "3"):
+        done = subprocess.run([sys.executable, "-c", _THREADS], env={**os.environ, "OMP_NUM_THREADS": threads}, capture_output=True, text=True, check=True)
+        found.add(done.stdout)
+    assert len(found) == 1

@@ -1,0 +1,180 @@
+"""linear_kd_loss on the CPU library (AMX tiles) against the float64 reference and beside the reference of the same dtype."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from cvmk import ops
+from cvmk.ops import native
+from cvmk.ops.kd_loss import DIVERGENCES
+
+library = native.library()
+pytestmark = pytest.mark.skipif(library is None or not library.has_linear_kd_loss(), reason="no AMX tiles")
+Case = tuple[Tensor, ...]
+
+
+def make(rows: int, vocabulary: int, width: int, teacher_width: int, bias: bool = True, seed: int = 0) -> Case:
+    """hidden, weight, bias, teacher's hidden, weight, bias (bfloat16), target."""
+    g = torch.Generator().manual_seed(seed)
+    sides = []
+    for d in (width, teacher_width):
+        hidden, weight = torch.randn(rows, d, generator=g), torch.randn(vocabulary, d, generator=g) * 3 * d**-0.5
+        sides += [hidden.bfloat16(), weight.bfloat16(), torch.randn(vocabulary, generator=g).bfloat16() * float(bias)]
+    target = torch.randint(vocabulary, (rows,), generator=g)
+    target[1::4] = -100
+    return *sides, target
+
+
+def run(backend: str, case: Case, part: int = 0, double: bool = False, **options: Any) -> list[Tensor]:
+    """The loss and the gradients of hidden, weight and bias."""
+    *tensors, target = case
+    if double:
+        tensors = [x.double() for x in tensors]
+    leaves = [x.detach().requires_grad_() for x in tensors[:3]]
+    with ops.use(backend):
+        value = ops.linear_kd_loss(
+            leaves[0], leaves[1], tensors[3], tensors[4], target, student_bias=leaves[2], teacher_bias=tensors[5], return_parts=True, **options
+        )[part]
+        return [value.detach(), *torch.autograd.grad(value, leaves)]
+
+
+SHAPES = [(5, 7, 3, 9), (33, 300, 40, 64), (70, 1000, 128, 96), (130, 2500, 64, 64), (1, 256, 32, 32), (1100, 130, 36, 8)]
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 3.0])
+def test_two_baselines(name: str, temperature: float) -> None:
+    """Root-mean-square error against float64 over odd shapes: at most that of the reference of the same dtype, twice (loss) or thrice."""
+    errors: dict[str, list[list[Tensor]]] = {"native": [[], [], [], []], "reference": [[], [], [], []]}
+    for seed, shape in enumerate(SHAPES):
+        case = make(*shape, seed=seed)
+        options: dict[str, Any] = {"temperature": temperature, "divergence": name, "label_smoothing": 0.1}
+        exact = run("reference", case, double=True, **options)
+        for backend, found in errors.items():
+            for i, (value, right) in enumerate(zip(run(backend, case, **options), exact, strict=True)):
+                found[i].append((value.double() - right).flatten() / right.abs().max())
+    for i, factor in enumerate((2, 3, 3, 3)):
+        ours, theirs = (torch.cat(errors[backend][i]).square().mean().sqrt() for backend in ("native", "reference"))
+        assert ours <= factor * theirs + 3e-7, i
+
+
+@pytest.mark.parametrize("part", [0, 1, 2])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_parts(part: int, temperature: float) -> None:
+    case = make(40, 300, 48, 32)
+    exact, found = (run(backend, case, part, double, temperature=temperature, alpha=0.3) for backend, double in (("reference", True), ("native", False)))
+    assert found[0].item() == pytest.approx(exact[0].item(), rel=3e-6)
+    for value, right in zip(found[1:], exact[1:], strict=True):
+        assert (value.double() - right).abs().max() <= 0.02 * right.abs().max()
+
+
+def test_agrees_with_kd_loss_and_without_a_teacher() -> None:
+    hidden, weight, _, teacher_hidden, teacher_weight, _, target = make(50, 700, 64, 32, bias=False)
+    with ops.use("native"):
+        found = ops.linear_kd_loss(hidden, weight, teacher_hidden, teacher_weight, target, temperature=2.0)
+        alone = ops.linear_kd_loss(hidden, weight, None, None, target, alpha=0.0, label_smoothing=0.1)
+    z, t = hidden.double() @ weight.double().t(), teacher_hidden.double() @ teacher_weight.double().t()
+    assert found.item() == pytest.approx(ops.kd_loss(z, t, target, temperature=2.0).item(), rel=3e-6)
+    assert alone.item() == pytest.approx(ops.kd_loss(z, None, target, alpha=0.0, label_smoothing=0.1).item(), rel=3e-6)
+
+
+def test_ignored_rows_are_not_read_and_strides() -> None:
+    hidden, weight, _, teacher_hidden, teacher_weight, _, target = make(37, 300, 64, 64)
+    ignored = target == -100
+
+    def both(h: Tensor, w: Tensor, th: Tensor) -> list[Tensor]:
+        h, w = h.detach().requires_grad_(), w.detach().requires_grad_()
+        with ops.use("native"):
+            loss = ops.linear_kd_loss(h, w, th, teacher_weight, target)
+            return [loss.detach(), *torch.autograd.grad(loss, (h, w))]
+
+    expected = both(hidden, weight, teacher_hidden)
+    assert not expected[1][ignored].any() and expected[1][~ignored].any()
+    poisoned, poisoned_teacher = hidden.clone(), teacher_hidden.clone()
+    poisoned[ignored] = float("nan")
+    poisoned_teacher[ignored] = float("inf")
+    for found in (
+        both(poisoned, weight, poisoned_teacher),
+        both(torch.cat([torch.full_like(hidden, float("nan")), hidden], 1)[:, 64:], torch.cat([weight, weight * float("nan")], 1)[:, :64], teacher_hidden),
+        both(hidden.t().contiguous().t(), weight, teacher_hidden),
+    ):
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_a_row_is_the_same_in_any_batch_and_run() -> None:
+    case = make(1100, 520, 64, 64)
+    whole = run("native", case, normalizer=9.0)
+    assert all(torch.equal(a, b) for a, b in zip(whole, run("native", case, normalizer=9.0), strict=True))
+    for rows in (slice(2, 3), slice(1020, 1100)):
+        hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, target = case
+        part = (hidden[rows], weight, bias, teacher_hidden[rows], teacher_weight, teacher_bias, target[rows])
+        assert torch.equal(run("native", part, normalizer=9.0)[1], whole[1][rows])
+
+
+def test_nothing_to_learn_from() -> None:
+    *tensors, target = make(6, 40, 8, 8)
+    for found in (run("native", (*tensors, target.fill_(-100))), run("native", (*[x[:0] if i % 3 == 0 else x for i, x in enumerate(tensors)], target[:0]))):
+        assert not any(x.any() for x in found)
+
+
+def test_frozen_operands_and_backward_twice() -> None:
+    hidden, weight, bias, teacher_hidden, teacher_weight, _, target = make(20, 90, 16, 16)
+    for leaf in range(3):
+        tensors = [hidden.detach(), weight.detach(), bias.detach()]
+        tensors[leaf].requires_grad_()
+        with ops.use("native"):
+            loss = ops.linear_kd_loss(tensors[0], tensors[1], teacher_hidden, teacher_weight, target, student_bias=tensors[2])
+            (first,) = torch.autograd.grad(loss, tensors[leaf], retain_graph=True)
+            (second,) = torch.autograd.grad(loss * 2, tensors[leaf])
+        assert torch.equal(second, first * 2) and first.any()
+
+
+def test_masked_vocabulary() -> None:
+    """A bias of -inf on both sides takes entries out."""
+    hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, target = make(30, 300, 32, 32)
+    target = target.clamp(max=199)
+    target[::3] = -100
+    short = (hidden, weight[:200], bias[:200], teacher_hidden, teacher_weight[:200], teacher_bias[:200], target)
+    bias[200:] = teacher_bias[200:] = -float("inf")
+    for name in DIVERGENCES:
+        full = run("native", (hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, target), divergence=name, label_smoothing=0.1)
+        expected = run("reference", short, double=True, divergence=name, label_smoothing=0.1)
+        assert full[0].item() == pytest.approx(expected[0].item(), rel=3e-6)
+        assert (full[1].double() - expected[1]).abs().max() <= 0.02 * expected[1].abs().max()
+        assert not full[2][200:].any() and not full[3][200:].any()
+
+
+def test_what_is_declined(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, weight, _, teacher_hidden, teacher_weight, _, target = make(3, 5, 8, 8)
+    found = {e.backend: e for e in ops.explain("linear_kd_loss", hidden.float(), weight.float(), None, None, target, alpha=0.0)}
+    assert found["reference"].chosen
+    monkeypatch.setenv("CVMK_CPU_ISA", "avx512")
+    found = {e.backend: e for e in ops.explain("linear_kd_loss", hidden, weight, teacher_hidden, teacher_weight, target)}
+    assert "AMX" in found["native"].reasons[0] and found["reference"].chosen
+
+
+_MEMORY = """
+import resource, torch
+from cvmk import ops
+n, v, d = 2048, 16000, 128
+h, w = torch.randn(n, d).bfloat16().requires_grad_(), torch.randn(v, d).bfloat16().requires_grad_()
+th, tw, y = h.detach().clone(), w.detach().clone(), torch.randint(v, (n,))
+ops.linear_kd_loss(h[:64], w, th[:64], tw, y[:64]).backward()
+h.grad = w.grad = None
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+ops.linear_kd_loss(h, w, th, tw, y, temperature=2.0).backward()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def test_memory() -> None:
+    """The logits would be 2 x 131 MB; all that grows is under 40 MiB."""
+    done = subprocess.run([sys.executable, "-c", _MEMORY], capture_output=True, text=True, check=True)
+    unit = 1 if sys.platform == "darwin" else 1024
+    assert int(done.stdout) * unit < 40 * 2**20
