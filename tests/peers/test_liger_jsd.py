@@ -53,7 +53,10 @@ def check(found: list[Tensor], expected: list[Tensor], dtype: torch.dtype) -> No
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("temperature", "beta", "alpha", "ignore_index"), [(1.0, 0.5, 0.5, -100), (2.0, 0.8, 0.5, 42), (0.5, 0.2, 0.9, -100), (1.0, 0.0, 1.0, 42), (2.0, 1.0, 0.0, -100)])
+@pytest.mark.parametrize(
+    ("temperature", "beta", "alpha", "ignore_index"),
+    [(1.0, 0.5, 0.5, -100), (2.0, 0.8, 0.5, 42), (0.5, 0.2, 0.9, -100), (1.0, 0.0, 1.0, 42), (2.0, 1.0, 0.0, -100)],
+)
 @pytest.mark.parametrize("bias", [False, True])
 def test_chunked_jsd_loss(
     shape: tuple[int, int, int, int], dtype: torch.dtype, temperature: float, beta: float, alpha: float, ignore_index: int, bias: bool
