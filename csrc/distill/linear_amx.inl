@@ -39,6 +39,11 @@ __attribute__((noinline)) void multiply(int64_t m, int64_t n, int64_t depth, con
       float* to = c + i * stride + j;
       const Half *left = a.data + i / 16 * a.across, *right = b.data + j / 16 * b.across;
       if (add) {
+        const float* next = i + 32 < m ? to + 32 * stride : c + j + 32;  // sums that lie in memory are fetched while a tile is multiplied
+        for (int64_t r = 0; r < 32; ++r) {
+          __builtin_prefetch(next + r * stride);
+          __builtin_prefetch(next + r * stride + 16);
+        }
         _tile_loadd(0, to, bytes);
         _tile_loadd(1, to + 16, bytes);
         _tile_loadd(2, to + 16 * stride, bytes);
@@ -140,7 +145,7 @@ CVMK_INLINE Own own_scratch(const LinearPass& pass, const LinearPlan& plan) {
   own.student_block = reinterpret_cast<Half*>(take(kColumns * wide * 2));
   own.teacher_block = reinterpret_cast<Half*>(take(kColumns * wide * 2));
   own.weight_pairs = reinterpret_cast<Half*>(take(kColumns * plan.width * 2));
-  own.g_turned = reinterpret_cast<Half*>(take(kColumns * plan.chunk * 2));
+  own.g_turned = reinterpret_cast<Half*>(take(kColumns * (plan.chunk + kSkew) * 2));
   own.g_tiles = reinterpret_cast<Half*>(take(kColumns * plan.chunk * 2));
   own.s = reinterpret_cast<float*>(take(kPart * kRowBlock * 4));
   own.t = reinterpret_cast<float*>(take(kPart * kRowBlock * 4));
@@ -296,7 +301,7 @@ CVMK_INLINE void piece_gradient(const Chunk& chunk, int64_t row, const Own& own,
     }
     return grad;
   };
-  const int64_t stride = chunk.plan.chunk;
+  const int64_t stride = chunk.plan.chunk + kSkew;
   Half* tile = own.g_tiles + (row / 16 * (kColumns / 32) + piece.at / 32) * kTile;
   Half* turned = own.g_turned + piece.at * stride + row;
   for (int64_t v = 0; v < columns; v += 32, tile += kTile) {
@@ -318,12 +323,21 @@ CVMK_INLINE void piece_gradient(const Chunk& chunk, int64_t row, const Own& own,
   }
 }
 
+// Fetches a share of the weights of the block behind `first` to the second-level cache: step `step` of `steps`.
+CVMK_INLINE void fetch_next(const Layer& layer, int64_t vocabulary, int64_t first, int64_t step, int64_t steps) {
+  const int64_t share = (kColumns + steps - 1) / steps, begin = first + kColumns + step * share;
+  for (int64_t v = begin; v < begin + share && v < first + 2 * kColumns && v < vocabulary; ++v)
+    for (int64_t i = 0; i < layer.width; i += 32) __builtin_prefetch(layer.weight + v * layer.weight_stride + i, 0, 2);
+}
+
 // body(row, piece) with the logits of kRowBlock rows and a piece of the block in own.s and own.t.
 template <typename Body>
-CVMK_INLINE void each_piece(const Chunk& chunk, int64_t columns, const Tiles& student, const Tiles& teacher, bool with_teacher, const Own& own, const Body& body) {
+CVMK_INLINE void each_piece(const Chunk& chunk, int64_t first, int64_t columns, const Tiles& student, const Tiles& teacher, bool with_teacher, const Own& own, const Body& body) {
   const int64_t width = chunk.plan.width, wide = chunk.plan.teacher_width;
   const auto from = [](const Tiles& tiles, int64_t at) { return Tiles{tiles.data + at / 16 * tiles.across, tiles.along, tiles.across, tiles.row_bytes}; };
-  for (int64_t row = 0; row < chunk.padded; row += kRowBlock)
+  for (int64_t row = 0; row < chunk.padded; row += kRowBlock) {
+    fetch_next(chunk.pass.student, chunk.pass.vocabulary, first, row / kRowBlock, chunk.padded / kRowBlock);
+    if (with_teacher) fetch_next(chunk.pass.teacher, chunk.pass.vocabulary, first, row / kRowBlock, chunk.padded / kRowBlock);
     for (int64_t at = 0; at < columns; at += kPart) {
       const Piece piece{at, at + kPart < columns ? kPart : columns - at};
       const int64_t m = round_up(piece.columns, 32);
@@ -331,6 +345,7 @@ CVMK_INLINE void each_piece(const Chunk& chunk, int64_t columns, const Tiles& st
       if (with_teacher) multiply(m, kRowBlock, wide / 32, from(teacher, at), {chunk.teacher + row * wide, kTile, 16 * wide, 64}, own.t, kRowBlock, false);
       body(row, piece);
     }
+  }
 }
 
 // body(own, group, first, columns, student, teacher) for every block of the vocabulary; a group's blocks in their order, in one thread.
@@ -360,8 +375,8 @@ template <int kTemperature, int kKind>
 __attribute__((noinline)) void sweep_sums(const Chunk& chunk) {
   const bool smooth = chunk.pass.terms.smoothing > 0;
   const float inverse = 1.0f / chunk.pass.terms.temperature;
-  each_block(chunk, kKind != kNoTeacher, [&](const Own& own, int64_t group, int64_t, int64_t columns, const Tiles& student, const Tiles& teacher) {
-    each_piece(chunk, columns, student, teacher, kKind != kNoTeacher, own, [&](int64_t row, const Piece& piece) __attribute__((always_inline)) {
+  each_block(chunk, kKind != kNoTeacher, [&](const Own& own, int64_t group, int64_t first, int64_t columns, const Tiles& student, const Tiles& teacher) {
+    each_piece(chunk, first, columns, student, teacher, kKind != kNoTeacher, own, [&](int64_t row, const Piece& piece) __attribute__((always_inline)) {
       for (int64_t lane = 0; lane < kRowBlock; lane += kLanes) {
         add_columns<kTemperature, kKind>(chunk, group, row + lane, own, lane, piece, inverse);
         if (smooth) add_present(chunk, group, row + lane, own, lane, piece);
@@ -373,8 +388,8 @@ __attribute__((noinline)) void sweep_sums(const Chunk& chunk) {
 template <int kDivergence>
 __attribute__((noinline)) void sweep_mixture(const Chunk& chunk) {
   const float inverse = 1.0f / chunk.pass.terms.temperature;
-  each_block(chunk, true, [&](const Own& own, int64_t group, int64_t, int64_t columns, const Tiles& student, const Tiles& teacher) {
-    each_piece(chunk, columns, student, teacher, true, own, [&](int64_t row, const Piece& piece) __attribute__((always_inline)) {
+  each_block(chunk, true, [&](const Own& own, int64_t group, int64_t first, int64_t columns, const Tiles& student, const Tiles& teacher) {
+    each_piece(chunk, first, columns, student, teacher, true, own, [&](int64_t row, const Piece& piece) __attribute__((always_inline)) {
       for (int64_t lane = 0; lane < kRowBlock; lane += kLanes) add_mixture<kDivergence>(chunk, group, row + lane, own, lane, piece, inverse);
     });
   });
@@ -384,7 +399,8 @@ __attribute__((noinline)) void sweep_mixture(const Chunk& chunk) {
 CVMK_INLINE void add_weight_gradient(const Chunk& chunk, const Own& own, int64_t first, int64_t columns) {
   const LinearPass& pass = chunk.pass;
   const LinearPlan& plan = chunk.plan;
-  const Tiles left{own.g_turned, 32, 16 * plan.chunk, plan.chunk * 2}, right{chunk.pairs, kTile * (plan.width / 16), kTile, 64};
+  const int64_t stride = plan.chunk + kSkew;
+  const Tiles left{own.g_turned, 32, 16 * stride, stride * 2}, right{chunk.pairs, kTile * (plan.width / 16), kTile, 64};
   float* to = pass.d_weight + first * pass.student.width;
   if (columns % 32 == 0 && pass.student.width == plan.width) return multiply(columns, plan.width, chunk.padded / 32, left, right, to, plan.width, !chunk.first);
   multiply(round_up(columns, 32), plan.width, chunk.padded / 32, left, right, own.d_weight, plan.width, false);
@@ -402,7 +418,7 @@ __attribute__((noinline)) void sweep_gradients(const Chunk& chunk) {
   each_block(chunk, kKd, [&](const Own& own, int64_t group, int64_t first, int64_t columns, const Tiles& student, const Tiles& teacher) {
     float* d_bias = pass.d_bias == nullptr ? nullptr : pass.d_bias + first;
     if (d_bias != nullptr && chunk.first) memset(d_bias, 0, static_cast<size_t>(columns) * 4);
-    each_piece(chunk, columns, student, teacher, kKd, own, [&](int64_t row, const Piece& piece) __attribute__((always_inline)) {
+    each_piece(chunk, first, columns, student, teacher, kKd, own, [&](int64_t row, const Piece& piece) __attribute__((always_inline)) {
       for (int64_t lane = 0; lane < kRowBlock; lane += kLanes)
         piece_gradient<kTemperature, kDivergence, kKd, kCe>(chunk, row + lane, own, lane, first, piece, d_bias);
     });

@@ -10,6 +10,7 @@ namespace distill {
 // that stay in the first-level cache. The blocks of a vocabulary belong to at most kGroups groups, each the work of one thread at a time
 // and with a partial sum of the hidden states' gradient of its own.
 constexpr int64_t kColumns = 256, kPart = 128, kRowBlock = 32, kGroups = 8;
+constexpr int64_t kSkew = 32;  // what rows of G^T are longer than a chunk, so that they do not all fall into the same sets of the cache
 
 struct LinearPlan {
   int64_t chunk;                     // rows of a chunk, a multiple of 32
@@ -47,7 +48,7 @@ inline __attribute__((always_inline)) LinearPlan linear_plan(const LinearPass& p
   plan.shared = at;
   const int64_t wide = plan.width > plan.teacher_width ? plan.width : plan.teacher_width;
   // Two padded blocks of weights, the student's in pairs, logits of both, gradient twice, a block of d_weight, two biases.
-  plan.own = round_up(kColumns * (2 * wide + plan.width) * 2 + 2 * kPart * kRowBlock * 4 + 2 * kColumns * plan.chunk * 2 + kColumns * plan.width * 4 + 3 * kColumns * 4,
+  plan.own = round_up(kColumns * (2 * wide + plan.width) * 2 + 2 * kPart * kRowBlock * 4 + 2 * kColumns * (plan.chunk + kSkew) * 2 + kColumns * plan.width * 4 + 3 * kColumns * 4,
                       4096) + 4096;
   return plan;
 }
