@@ -53,7 +53,7 @@ op = Op(
 def prepare(x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None = None, *, activation: str | None = None) -> tuple[Any, ...]:
     check_linear("int4_linear", 4, x, weight, bias, activation)
     x, bias = autocast_lower(x, bias)  # type: ignore[assignment]
-    flat = x.reshape(-1, weight.in_features)
+    flat = x if x.dim() == 2 else x.reshape(-1, weight.in_features)
     return flat, weight.values, weight.scales, weight.zeros, weight.order, bias, weight.layout, weight.out_features, weight.group_size, activation
 
 
@@ -69,4 +69,4 @@ def int4_linear(x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | N
     Returns [..., N] ([..., N / 2] for swiglu) in x's dtype. Raises TypeError and ValueError for arguments that do not fit.
     """
     out = op(*prepare(x, weight, bias, activation=activation))
-    return out.view(*x.shape[:-1], outputs(weight.out_features, activation))
+    return out if x.dim() == 2 else out.view(*x.shape[:-1], outputs(weight.out_features, activation))

@@ -81,7 +81,7 @@ def prepare(
         raise TypeError(f"int8_linear: out_dtype is {out_dtype}; it must be floating")
     (lowered,) = autocast_lower(x)
     assert lowered is not None
-    flat = lowered.reshape(-1, weight.in_features)
+    flat = lowered if lowered.dim() == 2 else lowered.reshape(-1, weight.in_features)
     smooth_scale = None if smooth_scale is None else smooth_scale.detach()
     return flat, weight.values, weight.scales, bias, smooth_scale, weight.layout, weight.out_features, activation, out_dtype or flat.dtype
 
@@ -108,4 +108,4 @@ def int8_linear(
     Returns [..., N] ([..., N / 2] for swiglu). Raises TypeError and ValueError for arguments that do not fit.
     """
     out = op(*prepare(x, weight, bias, smooth_scale=smooth_scale, activation=activation, out_dtype=out_dtype))
-    return out.view(*x.shape[:-1], outputs(weight.out_features, activation))
+    return out if x.dim() == 2 else out.view(*x.shape[:-1], outputs(weight.out_features, activation))

@@ -32,7 +32,7 @@ def formats(rows: int = 6, columns: int = 128) -> list[QuantizedWeight]:
 
 def dense(w: QuantizedWeight) -> np.ndarray:
     """The docstring's formula, one number at a time, in float64."""
-    found = np.zeros(w.shape)
+    w, found = w.plain(), np.zeros(w.shape)
     for n in range(w.shape[0]):
         for k in range(w.shape[1]):
             byte = int(w.values[n, k // 2])
@@ -83,7 +83,7 @@ def test_narrow_dtypes(dtype, shape):
 
 
 def test_activation_order_is_a_permutation_of_the_inputs():
-    x, w = random(4, 64), quantised(6, 64)
+    x, w = random(4, 64), quantised(6, 64).plain()
     unordered = QuantizedWeight(w.values, w.scales, w.zeros, None, 6, 64, 4, 32)
     assert torch.equal(int4_linear(x, w), int4_linear(x[:, w.order.long()], unordered))
 
@@ -193,7 +193,7 @@ def test_only_what_asks_gets_a_gradient():
 @pytest.mark.parametrize("options", [(True, False, False, None), (False, True, True, "gelu"), (False, False, True, "swiglu")])
 def test_opcheck(dtype, options):
     symmetric, ordered, has_bias, activation = options
-    w = quantised(6, 64, 32, symmetric, ordered)
+    w = quantised(6, 64, 32, symmetric, ordered).plain()
     bias = random(6, dtype=dtype) if has_bias else None
     for rows in (5, 0) if dtype == torch.float32 else (5,):
         arguments = (random(rows, 80, dtype=dtype)[:, :64], w.values, w.scales, w.zeros, w.order, bias, "plain", 6, 32, activation)

@@ -50,8 +50,8 @@ def oracle(x, weight, bias=None, smooth_scale=None, activation=None):
         largest = acc(max(acc(2.0**-100), np.abs(row).max()))
         q[m] = np.clip(np.rint(row * (acc(127) / largest)), -127, 127)
         a[m] = largest
-    p = q @ weight.values.numpy().astype(np.int64).T
-    y = p * (a[:, None] / 127) * weight.scales.double().numpy()
+    p = q @ weight.plain().values.numpy().astype(np.int64).T
+    y = p * (a[:, None] / 127) * weight.plain().scales.double().numpy()
     if bias is not None:
         y = y + bias.double().numpy()
     return q, p, act(y, activation)
@@ -67,7 +67,7 @@ def test_integers_are_the_laws(shape, dtype):
         q, p, _ = oracle(x, weight, smooth_scale=s)
         values, scales = reference.quantize_rows(reference.smoothed(x, s))
         assert np.array_equal(values.numpy(), q) and scales.shape == (m, 1)
-        product = reference.exact_product(values, weight.values)
+        product = reference.exact_product(values, weight.plain().values)
         assert product.dtype == torch.int32 and np.array_equal(product.numpy(), p)
 
 
@@ -92,7 +92,7 @@ def test_close_to_the_float_layer():
     """The error of row m and output n is at most half a step of x times |w| plus half a step of w times |x|, plus their product."""
     x, w = random(6, 96), random(8, 96, seed=1)
     weight = quantize_int8(w)
-    step_x, step_w = x.abs().amax(1, keepdim=True) / 127, weight.scales
+    step_x, step_w = x.abs().amax(1, keepdim=True) / 127, weight.plain().scales
     bound = step_x / 2 * w.abs().sum(1) + step_w / 2 * x.abs().sum(1, keepdim=True) + step_x * step_w / 4 * 96
     assert ((int8_linear(x, weight) - x @ w.t()).abs() <= bound).all()
 
@@ -122,7 +122,7 @@ def test_leading_dimensions_strides_and_out_dtype():
 
 
 def test_strided_weights():
-    wide, x = quantize_int8(random(8, 40)), random(3, 20)
+    wide, x = quantize_int8(random(8, 40)).plain(), random(3, 20)
     strided = QuantizedWeight(wide.values[:, ::2], wide.scales, None, None, 8, 20, 8, 20)
     dense = QuantizedWeight(wide.values[:, ::2].contiguous(), wide.scales, None, None, 8, 20, 8, 20)
     assert torch.equal(int8_linear(x, strided), int8_linear(x, dense))
@@ -213,7 +213,7 @@ def test_both_ways_agree(monkeypatch):
 # -- gradients -----------------------------------------------------------------------------------------------------------------------------
 def straight_through(x, weight, bias, smooth_scale, activation):
     """activation(y) where y has the quantised layer's value and the dequantised layer's derivative."""
-    wide = weight.values.to(x.dtype) * weight.scales.to(x.dtype)[:, None]
+    wide = weight.dequantize(torch.float64).to(x.dtype)
     u = x if smooth_scale is None else x / smooth_scale
     path = u @ wide.t()
     value = torch.from_numpy(oracle(x.detach(), weight, None, smooth_scale)[2]).to(x.dtype)
@@ -308,7 +308,7 @@ def test_out_dtype_gradient():
 @pytest.mark.parametrize("options", [(False, False, None), (True, True, "gelu"), (True, False, "swiglu")])
 def test_opcheck(dtype, options):
     has_bias, has_smooth, activation = options
-    weight = quantize_int8(random(6, 20))
+    weight = quantize_int8(random(6, 20)).plain()
     bias, s = random(6, dtype=dtype) if has_bias else None, smooth(20) if has_smooth else None
     for rows in (5, 0) if dtype == torch.float32 else (5,):
         arguments = (random(rows, 30, dtype=dtype)[:, :20], weight.values, weight.scales, bias, s, "plain", 6, activation, torch.bfloat16)
@@ -350,7 +350,7 @@ def test_export_with_any_batch_and_length():
 
 def test_a_weight_made_of_buffers():
     """A module may keep the tensors as buffers and put the weight together in its forward."""
-    weight, x = quantize_int8(random(6, 20)), random(3, 20)
+    weight, x = quantize_int8(random(6, 20)).plain(), random(3, 20)
 
     class FromBuffers(torch.nn.Module):
         def forward(self, x, values, scales):

@@ -15,6 +15,12 @@ from cvmk.ops import quantize
 from cvmk.ops.quantize import Layout, QuantizedWeight, order_of_groups, pack_int4, quantize_int4, quantize_int8, unpack_int4
 
 
+@pytest.fixture(autouse=True)
+def canonical(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These tests are about the canonical layout: no backend's own is known, except where a test brings one."""
+    monkeypatch.setattr(quantize, "layouts", dict)
+
+
 def weight(rows: int, columns: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
     values = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     values[:, ::5] *= 10

@@ -1,0 +1,126 @@
+// The quantised linears against loops over single numbers, at every level that this processor has.
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+
+#include "common/cpu_features.h"
+#include "gemm/params.h"
+#include "tests/check.h"
+
+namespace {
+
+using namespace cvmk::gemm;
+
+struct Random {
+  std::uint64_t state = 1;
+  int below(int n) {
+    state = state * 6364136223846793005u + 1442695040888963407u;
+    return static_cast<int>((state >> 33) % static_cast<std::uint64_t>(n));
+  }
+};
+
+std::size_t padded(int n, int to) { return static_cast<std::size_t>((n + to - 1) / to * to); }
+
+// Small whole numbers: every sum is exact in float32, so the results must be equal.
+Linear linear_of(const std::vector<float>& x, std::vector<float>& out, const std::vector<float>& scales, int m, int k, int n) {
+  Linear l;
+  std::memset(&l, 0, sizeof l);
+  l.x = x.data();
+  l.x_stride = k;
+  l.out = out.data();
+  l.scales = scales.data();
+  l.rows = m;
+  l.inputs = k;
+  l.outputs = n;
+  return l;
+}
+
+void int8_is_exact(int m, int k, int n) {
+  Random random;
+  const std::size_t steps = padded(k, kStep), panels = padded(n, kPanel);
+  std::vector<float> x(static_cast<std::size_t>(m) * static_cast<std::size_t>(k)), out(static_cast<std::size_t>(m * n), -1.0f), scales(panels + kPanel, 0.0f);
+  std::vector<int> w(static_cast<std::size_t>(n * k));
+  for (float& v : x) v = static_cast<float>(random.below(255) - 127);
+  for (int r = 0; r < m; ++r) x[static_cast<std::size_t>(r * k)] = 127;  // so the step is 1
+  for (int& v : w) v = random.below(255) - 127;
+  for (int i = 0; i < n; ++i) scales[static_cast<std::size_t>(i)] = 1.0f;
+  std::vector<std::int8_t> packed(panels * steps + panels * 4, 0);
+  for (int i = 0; i < n; ++i) {
+    std::int32_t sum = 0;
+    for (int j = 0; j < k; ++j) {
+      const int value = w[static_cast<std::size_t>(i * k + j)];
+      sum += value;
+      packed[static_cast<std::size_t>(i / 16 * 16) * steps + static_cast<std::size_t>(j / 4 * 64 + i % 16 * 4 + j % 4)] = static_cast<std::int8_t>(value);
+    }
+    sum *= -128;
+    std::memcpy(packed.data() + panels * steps + static_cast<std::size_t>(i) * 4, &sum, 4);
+  }
+  Int8Linear p;
+  std::memset(&p, 0, sizeof p);
+  p.linear = linear_of(x, out, scales, m, k, n);
+  p.weight = packed.data();
+  CHECK(int8_linear(p) == 0);
+  bool equal = true;
+  for (int r = 0; r < m; ++r)
+    for (int c = 0; c < n; ++c) {
+      std::int64_t sum = 0;
+      for (int j = 0; j < k; ++j) sum += static_cast<std::int64_t>(x[static_cast<std::size_t>(r * k + j)]) * w[static_cast<std::size_t>(c * k + j)];
+      equal = equal && out[static_cast<std::size_t>(r * n + c)] == static_cast<float>(sum);
+    }
+  CHECK(equal);
+}
+
+void int4_is_exact(int m, int k, int n, int group, bool bfloat16) {
+  Random random;
+  const std::size_t blocks = padded(k, 128) / 128, panels = padded(n, kPanel), groups = static_cast<std::size_t>(k / group);
+  std::vector<float> x(static_cast<std::size_t>(m * k)), out(static_cast<std::size_t>(m * n), -1.0f), scales(panels * groups, 0.0f);
+  std::vector<std::uint16_t> halves(x.size());
+  std::vector<int> q(static_cast<std::size_t>(n * k));
+  std::vector<std::uint16_t> packed(panels * blocks * 32, 0);
+  for (std::size_t i = 0; i < x.size(); ++i) {
+    x[i] = static_cast<float>(random.below(17) - 8);
+    std::uint32_t bits;
+    std::memcpy(&bits, &x[i], 4);
+    halves[i] = static_cast<std::uint16_t>(bits >> 16);
+  }
+  for (int& v : q) v = random.below(16);
+  for (int i = 0; i < n; ++i) {
+    for (std::size_t g = 0; g < groups; ++g) scales[(static_cast<std::size_t>(i / 16) * groups + g) * 16 + static_cast<std::size_t>(i % 16)] = static_cast<float>(1 << g % 3);
+    for (int j = 0; j < k; ++j) {
+      const std::size_t word = ((static_cast<std::size_t>(i / 16) * blocks + static_cast<std::size_t>(j / 128)) * 16 + static_cast<std::size_t>(i % 16)) * 32 + static_cast<std::size_t>(j % 32);
+      packed[word] = static_cast<std::uint16_t>(packed[word] | q[static_cast<std::size_t>(i * k + j)] << 4 * (j % 128 / 32));
+    }
+  }
+  Int4Linear p;
+  std::memset(&p, 0, sizeof p);
+  p.linear = linear_of(x, out, scales, m, k, n);
+  if (bfloat16) {
+    p.linear.x = halves.data();
+    p.linear.x_dtype = kBfloat16;
+  }
+  p.weight = packed.data();
+  p.group = group;
+  CHECK(int4_linear(p) == 0);
+  bool equal = true;
+  for (int r = 0; r < m; ++r)
+    for (int c = 0; c < n; ++c) {
+      double sum = 0;
+      for (int j = 0; j < k; ++j) sum += static_cast<double>(x[static_cast<std::size_t>(r * k + j)]) * (q[static_cast<std::size_t>(c * k + j)] - 8) * (1 << j / group % 3);
+      equal = equal && static_cast<double>(out[static_cast<std::size_t>(r * n + c)]) == sum;
+    }
+  CHECK(equal);
+}
+
+}  // namespace
+
+int main() {
+  const cvmk::IsaLevel detected = cvmk::level_of(cvmk::cpu_features());
+  for (int level = 0; level <= static_cast<int>(detected); ++level) {
+    setenv("CVMK_CPU_ISA", cvmk::level_name(static_cast<cvmk::IsaLevel>(level)), 1);
+    for (const auto& shape : {std::vector<int>{1, 1, 1}, {1, 65, 17}, {3, 130, 70}, {5, 64, 16}, {17, 200, 33}, {40, 1100, 48}, {70, 600, 100}}) int8_is_exact(shape[0], shape[1], shape[2]);
+    for (const auto& shape : {std::vector<int>{1, 32, 1, 32}, {1, 160, 17, 32}, {2, 128, 70, 64}, {16, 384, 33, 128}, {17, 96, 16, 32}, {40, 1152, 48, 64}, {70, 640, 100, 128}})
+      for (const bool bfloat16 : {false, true}) int4_is_exact(shape[0], shape[1], shape[2], shape[3], bfloat16);
+  }
+  return cvmk::testing::check_result();
+}
