@@ -13,9 +13,11 @@ struct AmxGradient {
   Half *p_b, *ds_b, *ds_a;  // probabilities, gradients of scores as right operands; the latter as left operand
   float *s, *dp_s, *slope;  // scores and products of a strip of rows
 
+  TeacherBlock<Engine> teacher;
   bool capped;  // whether gradients of scores include the derivative of the soft cap
 
-  void take(Arena* arena, int64_t dp, int64_t dvp) {
+  void take(Arena* arena, const Params& p, int64_t pack_keys, int64_t dp, int64_t dvp) {
+    teacher.take(arena, p, kRows, kKeys, pack_keys);
     capped = true;
     q = arena->take<Half>(kRows * dp);
     g = arena->take<Half>(kRows * dvp);
@@ -84,21 +86,24 @@ struct AmxGradient {
     const int64_t padded = up(n, 32);
     uint32_t columns[kKeys];
     column_hashes(p, seg.k0 + j, n, columns);
+    const bool pulled = p.teacher.grad_kl.data != nullptr;
     for (int64_t strip = 0; strip < block.count; strip += kStrip) {
       GradRow rows[kStrip];
       bool any = false;
       for (int64_t r = 0; r < kStrip; ++r) {
-        rows[r] = strip + r < block.count ? grad_row(block, strip + r, j, n) : GradRow{0, 0, 0.0f, 0.0f, 0};
+        rows[r] = strip + r < block.count ? grad_row(block, strip + r, j, n) : GradRow{0, 0, 0.0f, 0.0f, 0, nullptr, 0.0f};
+        if (pulled) rows[r].target = teacher.target + r * kKeys;
         any = any || rows[r].a < rows[r].b;
       }
       if (any) {
         Engine::scores(q + strip * dp, kStrip, keys.k_t, j - keys.base, n, dp, s, kKeys);
         Engine::scores(g + strip * dvp, kStrip, keys.v_t, j - keys.base, n, dvp, dp_s, kKeys);
+        if (pulled) teacher.make_target(p, block.rows, strip, least(kStrip, block.count - strip), j, n);
       }
       for (int64_t r = 0; r < kStrip; r += 2) {
         for (int64_t k = r; special && k < r + 2; ++k)
           if (rows[k].a < rows[k].b) finish_scores(p, seg, block.rows[strip + k], j, rows[k].a, rows[k].b, s + k * kKeys, slope + (k - r) * kKeys);
-        if (special || p.dropout_limit != 0)
+        if (special || pulled || p.dropout_limit != 0)
           pair<true>(p, rows[r], rows[r + 1], strip + r, padded, factor, columns);
         else
           pair<false>(p, rows[r], rows[r + 1], strip + r, padded, factor, columns);

@@ -26,8 +26,8 @@ struct BackwardScratch {
   float *dq, *dk, *dv;
   KeyPacks<Element> packs;
 
-  BackwardScratch(Arena* arena, int64_t pack_keys, int64_t sum_keys, int64_t dp, int64_t dvp) {
-    gradient.take(arena, dp, dvp);
+  BackwardScratch(Arena* arena, const Params& p, int64_t pack_keys, int64_t sum_keys, int64_t dp, int64_t dvp) {
+    gradient.take(arena, p, pack_keys, dp, dvp);
     rows = arena->take<GradRows<Gradient::kRows>>(1);
     dq = arena->take<float>(Gradient::kRows * dp);
     dk = arena->take<float>(Gradient::sum_size(sum_keys, dp));
@@ -53,14 +53,18 @@ void pack_grad_keys(const Params& p, const Segment& g, int64_t kv_head, int64_t 
 
 // Rows [first, last) of an item against the keys [from, to); sums where they are given.
 template <class Gradient>
-void grad_rows(const Params& p, const Segment& g, int64_t kv_head, int64_t first, int64_t last, int64_t from, int64_t to, const BackwardScratch<Gradient>& w,
+void grad_rows(const Params& p, const Segment& g, int64_t kv_head, int64_t first, int64_t last, int64_t from, int64_t to, BackwardScratch<Gradient>& w,
                const KeyPacks<typename Gradient::Engine::Element>& packs, const GradSums& sums) {
   const int64_t dp = Gradient::Engine::padded(p.d), dvp = Gradient::Engine::padded(p.dv);
-  for (int64_t r = first; r < last; r += Gradient::kRows) {
+  for (int64_t r = first; r < last; r += w.rows->count) {
     GradRows<Gradient::kRows>* rows = w.rows;
-    load_rows(p, g, kv_head, r, least(Gradient::kRows, last - r), rows);
+    load_rows(p, g, kv_head, r, block_rows(p, g, r, last, Gradient::kRows), rows);
     const int64_t lo = most(from, rows->lo), hi = least(to, rows->hi), begin = lo / Gradient::kKeys * Gradient::kKeys;
     if (lo < hi) w.gradient.load(p, *rows, dp, dvp);
+    if (lo < hi && p.teacher.grad_kl.data != nullptr) {
+      w.gradient.teacher.load_keys(p, g, rows->rows[0].head, packs.base, to);
+      w.gradient.teacher.load_rows(p, g, rows->rows, rows->count);
+    }
     for (int64_t j = begin; lo < hi && j < hi; j += Gradient::kKeys)
       w.gradient.block(p, g, *rows, j, least(Gradient::kKeys, hi - j), packs, sums, dp, dvp, j == begin);
     for (int64_t i = 0; sums.dq != nullptr && i < rows->count; ++i) {
@@ -80,7 +84,7 @@ inline void zero_rows(const Matrix& m, const Params& p, const Segment& g, int64_
 
 // dk and dv of the keys [from, to) of an item, from all its rows; keys outside [lo, hi) are seen by nobody.
 template <class Gradient>
-void grad_keys(const Params& p, const Segment& g, int64_t kv_head, int64_t from, int64_t to, int64_t lo, int64_t hi, const BackwardScratch<Gradient>& w,
+void grad_keys(const Params& p, const Segment& g, int64_t kv_head, int64_t from, int64_t to, int64_t lo, int64_t hi, BackwardScratch<Gradient>& w,
                const KeyPacks<typename Gradient::Engine::Element>& packs, bool with_dq) {
   const int64_t dp = Gradient::Engine::padded(p.d), dvp = Gradient::Engine::padded(p.dv), rows = g.rows * (p.heads / p.kv_heads);
   const int64_t begin = most(from, lo), end = most(begin, least(to, hi)), base = begin / Gradient::kKeys * Gradient::kKeys;
@@ -101,13 +105,13 @@ int backward_items(const Params& p) {
   const int64_t dp = Gradient::Engine::padded(p.d), dvp = Gradient::Engine::padded(p.dv), items = segments(p) * p.kv_heads;
   const int64_t longest = up(p.keys, Gradient::kKeys), workers = least(items, threads::limit());
   Arena arena{nullptr, 0};
-  const BackwardScratch<Gradient> sizes(&arena, longest, longest, dp, dvp);
+  const BackwardScratch<Gradient> sizes(&arena, p, longest, longest, dp, dvp);
   const int64_t bytes = up(arena.used, 4096);
   char* memory = allocate(bytes * workers);
   if (memory == nullptr) return cvmk::attention::kNoMemory;
   threads::each(items, [&](int64_t item) {
     Arena own{memory + bytes * threads::index(), 0};
-    BackwardScratch<Gradient> w(&own, longest, longest, dp, dvp);
+    BackwardScratch<Gradient> w(&own, p, longest, longest, dp, dvp);
     const Segment g = segment(p, item / p.kv_heads);
     int64_t lo, hi;
     seen_keys(p, g, &lo, &hi);
@@ -128,7 +132,7 @@ int backward_pieces(const Params& p) {
   const int64_t dp = Engine::padded(p.d), dvp = Engine::padded(p.dv), items = segments(p) * p.kv_heads, group = p.heads / p.kv_heads;
   const int64_t longest = up(p.keys, Gradient::kKeys), workers = threads::limit();
   Arena arena{nullptr, 0};
-  const BackwardScratch<Gradient> sizes(&arena, 0, kChunk, dp, dvp);
+  const BackwardScratch<Gradient> sizes(&arena, p, 0, kChunk, dp, dvp);
   const int64_t bytes = up(arena.used, 4096);
   arena.used = 0;
   take_packs<Gradient>(&arena, longest, dp, dvp);
@@ -156,7 +160,7 @@ int backward_pieces(const Params& p) {
     const int64_t rows = g.rows * group;
     if (first >= rows) return;
     Arena own{memory + bytes * threads::index(), 0};
-    const BackwardScratch<Gradient> w(&own, 0, kChunk, dp, dvp);
+    BackwardScratch<Gradient> w(&own, p, 0, kChunk, dp, dvp);
     int64_t lo, hi;
     seen_keys(p, g, &lo, &hi);
     Engine::begin();
@@ -169,7 +173,7 @@ int backward_pieces(const Params& p) {
       const Segment g = segment(p, item / p.kv_heads);
       if (from >= g.keys) return;
       Arena own{memory + bytes * threads::index(), 0};
-      const BackwardScratch<Gradient> w(&own, 0, kChunk, dp, dvp);
+      BackwardScratch<Gradient> w(&own, p, 0, kChunk, dp, dvp);
       int64_t lo, hi;
       seen_keys(p, g, &lo, &hi);
       Engine::begin();
@@ -185,7 +189,7 @@ template <class Gradient>
 int backward(const Params& p) {
   if (segments(p) == 0) return cvmk::attention::kDone;
   const int64_t items = segments(p) * p.kv_heads, workers = threads::limit();
-  const bool few = items % workers != 0 && items < 2 * workers && p.rows * (p.heads / p.kv_heads) > Gradient::kRows;
+  const bool few = !distills(p) && items % workers != 0 && items < 2 * workers && p.rows * (p.heads / p.kv_heads) > Gradient::kRows;
   return few ? backward_pieces<Gradient>(p) : backward_items<Gradient>(p);
 }
 

@@ -20,7 +20,7 @@ inline void write_bias(const Bias& bias, int64_t first, const float* sums, int64
 
 // One head of one segment into the sums [rows of the unit or 1][keys]; the unit's rows are [i0, i1) of the tensor.
 template <class Gradient>
-void bias_head(const Params& p, const Segment& g, int64_t head, int64_t i0, int64_t i1, const BackwardScratch<Gradient>& w, float* sums) {
+void bias_head(const Params& p, const Segment& g, int64_t head, int64_t i0, int64_t i1, BackwardScratch<Gradient>& w, float* sums) {
   typedef typename Gradient::Engine Engine;
   const int64_t dp = Engine::padded(p.d), dvp = Engine::padded(p.dv), group = p.heads / p.kv_heads, kv_head = head / group;
   const bool all_rows = p.bias.size[2] == 1;
@@ -53,7 +53,7 @@ int bias_grad(const Params& p) {
   const int64_t keys = p.keys, blocks = all_rows ? 1 : (p.rows + Gradient::kRows - 1) / Gradient::kRows;
   const int64_t units = bias.size[0] * bias.size[1] * blocks, workers = least(most(units, 1), threads::limit());
   Arena arena{nullptr, 0};
-  const BackwardScratch<Gradient> sizes(&arena, Gradient::kKeys, 0, dp, dvp);
+  const BackwardScratch<Gradient> sizes(&arena, p, Gradient::kKeys, 0, dp, dvp);
   const int64_t sum_size = (all_rows ? 1 : Gradient::kRows) * keys;
   arena.take<float>(sum_size);
   const int64_t bytes = up(arena.used, 4096);
@@ -61,7 +61,7 @@ int bias_grad(const Params& p) {
   if (memory == nullptr) return cvmk::attention::kNoMemory;
   threads::each(units, [&](int64_t unit) {
     Arena own{memory + bytes * threads::index(), 0};
-    BackwardScratch<Gradient> w(&own, Gradient::kKeys, 0, dp, dvp);
+    BackwardScratch<Gradient> w(&own, p, Gradient::kKeys, 0, dp, dvp);
     w.gradient.capped = false;
     float* sums = own.take<float>(sum_size);
     memset(sums, 0, static_cast<size_t>(sum_size) * sizeof(float));

@@ -13,14 +13,14 @@ constexpr int kTileVectors = 2;
 #endif
 constexpr int kTileRows = 6;
 
-// c[R][C vectors] (+)= a[r * am + k * ak] b[k * bk + ...], sums in order of k.
+// c[R][C vectors] (+)= a[r * am + k * ak] b[k * bk + ...], summed in order of k from 0 and then added, so that long sums stay exact.
 template <int R, int C>
 __attribute__((noinline, unused)) void micro(int64_t depth, const float* a, int64_t am, int64_t ak, const float* b, int64_t bk, float* c, int64_t ldc, bool add) {
   F sum[R][C];
 #pragma GCC unroll 6
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-    for (int j = 0; j < C; ++j) sum[r][j] = add ? simd::load(c + r * ldc + j * kLanes) : F{};
+    for (int j = 0; j < C; ++j) sum[r][j] = F{};
   for (int64_t k = 0; k < depth; ++k) {
     F right[C];
 #pragma GCC unroll 4
@@ -37,7 +37,10 @@ __attribute__((noinline, unused)) void micro(int64_t depth, const float* a, int6
 #pragma GCC unroll 6
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-    for (int j = 0; j < C; ++j) simd::store(c + r * ldc + j * kLanes, sum[r][j]);
+    for (int j = 0; j < C; ++j) {
+      float* to = c + r * ldc + j * kLanes;
+      simd::store(to, add ? simd::load(to) + sum[r][j] : sum[r][j]);
+    }
 }
 
 template <int C>
@@ -85,9 +88,10 @@ struct FloatEngine {
   static void begin() {}
   static void end() {}
   static int64_t padded(int64_t width) { return up(width, kLanes); }
+  static int64_t panel_of(int64_t width) { return width == 0 ? 1 : width < kPanel ? width : kPanel; }
   static int64_t key_step() { return kLanes; }
   static int64_t t_size(int64_t keys, int64_t width) { return up(keys, kPanel) * width; }
-  static int64_t b_size(int64_t keys, int64_t width) { return up(keys, kKeys) * up(width, width < kPanel ? width : kPanel); }
+  static int64_t b_size(int64_t keys, int64_t width) { return up(keys, kKeys) * up(width, panel_of(width)); }
 
   // Rows j to j + 31 of the pack from 32 rows of n numbers; a null row is zeros.
   static void pack_t(float* pack, int64_t j, const char* const* rows, int64_t dtype, int64_t n, int64_t width) {
@@ -114,7 +118,7 @@ struct FloatEngine {
   }
 
   static void pack_b(float* pack, int64_t j, const char* const* rows, int64_t dtype, int64_t n, int64_t width) {
-    const int64_t panel = width < kPanel ? width : kPanel;
+    const int64_t panel = panel_of(width);
     float* block = pack + j / kKeys * kKeys * up(width, panel);
     for (int64_t r = 0; r < kGroup; ++r) {
       for (int64_t i = 0; i < width; i += panel) {
@@ -136,7 +140,7 @@ struct FloatEngine {
 
   // out[rows][width] (+)= p b, for keys from j (a multiple of kKeys) on.
   static void weigh(const float* p, int64_t ldp, int64_t rows, const float* b, int64_t j, int64_t keys, int64_t width, float* out, bool add) {
-    const int64_t panel = width < kPanel ? width : kPanel;
+    const int64_t panel = panel_of(width);
     multiply(rows, width, up(keys, kLanes), p, ldp, 1, b + j * up(width, panel), kKeys * panel, panel, out, width, add);
   }
 };

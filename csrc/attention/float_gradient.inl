@@ -9,10 +9,12 @@ struct FloatGradient {
   typedef FloatEngine Engine;
   static constexpr int kRows = Engine::kGradRows, kKeys = Engine::kGradKeys;
   float *q, *g, *s, *ds, *slope;
+  TeacherBlock<Engine> teacher;
 
   bool capped;  // whether gradients of scores include the derivative of the soft cap
 
-  void take(Arena* arena, int64_t dp, int64_t dvp) {
+  void take(Arena* arena, const Params& p, int64_t pack_keys, int64_t dp, int64_t dvp) {
+    teacher.take(arena, p, kRows, kKeys, pack_keys);
     capped = true;
     q = arena->take<float>(kRows * dp);
     g = arena->take<float>(kRows * dvp);
@@ -40,8 +42,11 @@ struct FloatGradient {
     column_hashes(p, seg.k0 + j, n, columns);
     Engine::scores(q, block.count, keys.k_t, j - keys.base, n, dp, s, kKeys);
     Engine::scores(g, block.count, keys.v_t, j - keys.base, n, dvp, ds, kKeys);
+    const bool pulled = p.teacher.grad_kl.data != nullptr;
+    if (pulled) teacher.make_target(p, block.rows, 0, block.count, j, n);
     for (int64_t r = 0; r < block.count; ++r) {
-      const GradRow row = grad_row(block, r, j, n);
+      GradRow row = grad_row(block, r, j, n);
+      if (pulled) row.target = teacher.target + r * kKeys;
       float *x = s + r * kKeys, *y = ds + r * kKeys;
       const float* cap = capped && p.softcap > 0.0f ? slope : nullptr;
       if (special && row.a < row.b) finish_scores(p, seg, block.rows[r], j, row.a, row.b, x, slope);
@@ -50,7 +55,7 @@ struct FloatGradient {
         simd::store(x + v, F{});
         simd::store(y + v, F{});
       }
-      if (special || p.dropout_limit != 0)
+      if (special || pulled || p.dropout_limit != 0)
         row_gradients<true>(p, row, va, vb, factor, cap, columns, x, y);
       else
         row_gradients<false>(p, row, va, vb, factor, cap, columns, x, y);

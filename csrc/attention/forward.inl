@@ -1,7 +1,7 @@
 // The forward pass. Keys are taken in blocks of kKeys with a running maximum and sum; every kSplit keys the state is closed and folded
 // into the row's result, so that a row comes out the same to the bit whether its splits are done in turn or by several threads.
 #pragma once
-#include "attention/softmax.inl"
+#include "attention/teacher.inl"
 
 namespace {
 
@@ -10,6 +10,7 @@ constexpr int64_t kSplit = 1024;
 // The state of a block of rows: sum of weighted values, running maximum (of scores times log2(e)) and sum; and room for a logarithm each.
 struct State {
   float *out, *top, *total, *logs;
+  float *kl, *mass;  // of a distillation: sums of target * (log2 target - score), and of the target
 };
 
 template <class Engine>
@@ -17,8 +18,10 @@ struct ForwardScratch {
   typename Engine::Element *a, *keys, *values;
   float* scores;
   State part, whole;
+  TeacherBlock<Engine> teacher;
 
-  ForwardScratch(Arena* arena, int64_t pack_keys, int64_t dp, int64_t dvp) {
+  ForwardScratch(Arena* arena, const Params& p, int64_t pack_keys, int64_t dp, int64_t dvp) {
+    teacher.take(arena, p, Engine::kRows, Engine::kKeys, pack_keys);
     a = arena->take<typename Engine::Element>(up(Engine::kRows, 32) * dp);
     scores = arena->take<float>(static_cast<int64_t>(Engine::kRows) * Engine::kKeys);
     part = take_state(arena, dvp);
@@ -33,6 +36,8 @@ struct ForwardScratch {
     s.top = arena->take<float>(Engine::kRows);
     s.total = arena->take<float>(Engine::kRows);
     s.logs = arena->take<float>(Engine::kRows);
+    s.kl = arena->take<float>(Engine::kRows);
+    s.mass = arena->take<float>(Engine::kRows);
     return s;
   }
 };
@@ -46,6 +51,8 @@ inline float power(float x) {
 // into += from, for one row. A part that saw nothing changes nothing.
 inline void fold_row(const State& into, const State& from, int64_t r, int64_t dvp) {
   if (from.total[r] == 0.0f) return;
+  into.kl[r] += from.kl[r];
+  into.mass[r] += from.mass[r];
   float *a = into.out + r * dvp, *b = from.out + r * dvp;
   if (into.total[r] == 0.0f) {
     memcpy(a, b, static_cast<size_t>(dvp) * sizeof(float));
@@ -63,8 +70,15 @@ inline void fold_row(const State& into, const State& from, int64_t r, int64_t dv
 inline void clear(const State& s, int64_t rows) {
   for (int64_t r = 0; r < rows; ++r) {
     s.top[r] = -kInf;
-    s.total[r] = 0.0f;
+    s.total[r] = s.kl[r] = s.mass[r] = 0.0f;
   }
+}
+
+// KL of a row from its sums. The target is normalised once more, so that the rounding of the teacher's log-sum-exp drops out; its mass is
+// near 1, where log x = 2 (x - 1) / (x + 1) to the third order.
+inline float divergence_of(float sum, float mass, double lse) {
+  const double w = mass;
+  return static_cast<float>(sum * 0.6931471805599453 / w - 2.0 * (w - 1.0) / (w + 1.0) + lse);
 }
 
 // out and lse of rows whose state is complete.
@@ -75,6 +89,10 @@ inline void write_rows(const Params& p, const Segment& g, const Row* rows, int64
     const float total = state.total[r], top = state.top[r];
     char* to = row_of_mutable(p.out, width, g.b, rows[r].head, g.q0 + rows[r].i);
     float* lse = reinterpret_cast<float*>(row_of_mutable(p.lse, 4, g.b, rows[r].head, g.q0 + rows[r].i));
+    if (p.teacher.kl.data != nullptr) {
+      float* kl = reinterpret_cast<float*>(row_of_mutable(p.teacher.kl, 4, g.b, rows[r].head, g.q0 + rows[r].i));
+      *kl = total == 0.0f ? 0.0f : divergence_of(state.kl[r], state.mass[r], total < kInf ? static_cast<double>(top) * 0.6931471805599453 + state.logs[r] : total + top);
+    }
     if (total == 0.0f) {
       memset(to, 0, static_cast<size_t>(p.dv * width));
       *lse = -kInf;
@@ -108,10 +126,12 @@ void attend_block(const Params& p, const Segment& g, const Row* rows, int64_t co
   uint32_t columns[Engine::kKeys];
   column_hashes(p, g.k0 + j, n, columns);
   Engine::scores(w.a, count, keys, j - base, n, dp, w.scores, Engine::kKeys);
+  if (distills(p)) w.teacher.make_target(p, rows, 0, count, j, n);
   for (int64_t r = 0; r < count; ++r) {
     float* s = w.scores + r * Engine::kKeys;
     const int64_t a = most(0, least(rows[r].lo - j, n)), b = most(a, least(rows[r].hi - j, n));
     if (special && a < b) finish_scores(p, g, rows[r], j, a, b, s, nullptr);
+    if (distills(p)) w.teacher.divergence(p, r, a, b, s, factor, state.kl + r, state.mass + r);
     float* top = state.top + r;
     float* total = state.total + r;
     const float change =
@@ -129,7 +149,7 @@ void attend_block(const Params& p, const Segment& g, const Row* rows, int64_t co
 // null the rows are finished and written, else their state is left there.
 template <class Engine>
 void attend_rows(const Params& p, const Segment& g, int64_t kv_head, int64_t first, int64_t count, int64_t from, int64_t to,
-                 const typename Engine::Element* keys, const typename Engine::Element* values, int64_t base, const ForwardScratch<Engine>& w,
+                 const typename Engine::Element* keys, const typename Engine::Element* values, int64_t base, ForwardScratch<Engine>& w,
                  const State* state) {
   const int64_t width = width_of(p.dtype), dp = Engine::padded(p.d), dvp = Engine::padded(p.dv);
   Row rows[Engine::kRows];
@@ -148,6 +168,10 @@ void attend_rows(const Params& p, const Segment& g, int64_t kv_head, int64_t fir
   const State& whole = state == nullptr ? w.whole : *state;
   clear(whole, count);
   if (lo < hi) Engine::pack_a(w.a, q, count, p.dtype, p.d, dp);
+  if (lo < hi && distills(p)) {
+    w.teacher.load_keys(p, g, rows[0].head, base, to);
+    w.teacher.load_rows(p, g, rows, count);
+  }
   for (int64_t split = lo / kSplit * kSplit; split < hi; split += kSplit) {
     const int64_t begin = most(split, lo) / Engine::kKeys * Engine::kKeys, end = least(split + kSplit, hi);
     // The first split makes the whole's state itself.
@@ -176,8 +200,8 @@ inline void seen_keys(const Params& p, const Segment& g, int64_t* lo, int64_t* h
 inline void write_outside(const Params& p) {
   if (p.sequences < 0) return;
   const Segment g{0, 0, p.rows, 0, 0, 0, 0};
-  float zeros[4][kLanes] = {};
-  const State nothing{zeros[0], zeros[1], zeros[2], zeros[3]};
+  float zeros[6][kLanes] = {};
+  const State nothing{zeros[0], zeros[1], zeros[2], zeros[3], zeros[4], zeros[5]};
   const int64_t first = p.sequences == 0 ? p.rows : most(0, least(at(p.cu_q, 0), p.rows));
   const int64_t last = p.sequences == 0 ? p.rows : most(first, least(at(p.cu_q, p.sequences), p.rows));
   for (int64_t h = 0; h < p.heads; ++h)
@@ -205,9 +229,9 @@ ForwardPlan plan_forward(const Params& p) {
     most_keys = most(most_keys, g.visible);
   }
   plan.items = count * p.kv_heads;
-  const bool fits = most_rows <= Engine::kRows;
+  const bool fits = most_rows <= Engine::kRows && (!distills(p) || group == 1);
   plan.splits = fits ? most(1, (most_keys + kSplit - 1) / kSplit) : 1;
-  plan.rows_apart = !fits && plan.items < 2 * threads::limit() && plan.items % threads::limit() != 0;
+  plan.rows_apart = !fits && !distills(p) && plan.items < 2 * threads::limit() && plan.items % threads::limit() != 0;
   plan.blocks = plan.rows_apart ? (most_rows + Engine::kRows - 1) / Engine::kRows : 1;
   plan.units = plan.items * plan.splits * plan.blocks;
   return plan;
@@ -232,12 +256,12 @@ int forward(const Params& p) {
   const int64_t longest = up(plan.splits > 1 ? least(p.keys, kSplit) : p.keys, Engine::kKeys);
 
   Arena arena{nullptr, 0};
-  const ForwardScratch<Engine> sizes(&arena, plan.rows_apart ? 0 : longest, dp, dvp);
+  const ForwardScratch<Engine> sizes(&arena, p, plan.rows_apart ? 0 : longest, dp, dvp);
   const int64_t scratch_bytes = up(arena.used, 4096);
   arena.used = 0;
   const int64_t shared_keys = plan.rows_apart ? Engine::t_size(longest, dp) : 0, shared_values = plan.rows_apart ? Engine::b_size(longest, dvp) : 0;
   arena.take<Element>((shared_keys + shared_values) * plan.items);
-  const int64_t state_size = plan.splits > 1 ? up(Engine::kRows * (dvp + 3), 16) : 0;
+  const int64_t state_size = plan.splits > 1 ? up(Engine::kRows * (dvp + 5), 16) : 0;
   arena.take<float>(state_size * plan.units);
   const int64_t shared_bytes = up(arena.used, 4096);
   char* memory = allocate(scratch_bytes * workers + shared_bytes);
@@ -247,7 +271,7 @@ int forward(const Params& p) {
   float* states = shared.take<float>(state_size * plan.units);
   const auto state_of = [=](int64_t unit) {
     float* base = states + unit * state_size;
-    return State{base + 3 * Engine::kRows, base, base + Engine::kRows, base + 2 * Engine::kRows};
+    return State{base + 5 * Engine::kRows, base, base + Engine::kRows, base + 2 * Engine::kRows, base + 3 * Engine::kRows, base + 4 * Engine::kRows};
   };
 
   if (plan.rows_apart) {
@@ -268,7 +292,7 @@ int forward(const Params& p) {
 
   threads::each(plan.units, [&](int64_t index) {
     Arena own{memory + scratch_bytes * threads::index(), 0};
-    const ForwardScratch<Engine> w(&own, plan.rows_apart ? 0 : longest, dp, dvp);
+    ForwardScratch<Engine> w(&own, p, plan.rows_apart ? 0 : longest, dp, dvp);
     const int64_t unit = plan.units - 1 - index, item = unit / (plan.splits * plan.blocks), part = unit % (plan.splits * plan.blocks);
     const Segment g = segment(p, item / p.kv_heads);
     const int64_t kv_head = item % p.kv_heads, rows = g.rows * group;
@@ -281,8 +305,11 @@ int forward(const Params& p) {
     if (!plan.rows_apart && from < to) pack_keys<Engine>(p, g, kv_head, base, to, w.keys, w.values);
     const int64_t first = plan.rows_apart ? part * Engine::kRows : 0, last = plan.rows_apart ? least(first + Engine::kRows, rows) : rows;
     const State state = state_of(unit);
-    for (int64_t r = first; r < last; r += Engine::kRows)
-      attend_rows<Engine>(p, g, kv_head, r, least(Engine::kRows, last - r), from, to, keys, values, base, w, plan.splits > 1 ? &state : nullptr);
+    for (int64_t r = first; r < last;) {
+      const int64_t count = block_rows(p, g, r, last, Engine::kRows);
+      attend_rows<Engine>(p, g, kv_head, r, count, from, to, keys, values, base, w, plan.splits > 1 ? &state : nullptr);
+      r += count;
+    }
     Engine::end();
   });
 

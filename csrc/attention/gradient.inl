@@ -1,6 +1,6 @@
 // What both engines' backward passes share: the rows of a block, their statistics, and where gradients are gathered.
 #pragma once
-#include "attention/softmax.inl"
+#include "attention/teacher.inl"
 
 namespace {
 
@@ -9,7 +9,7 @@ template <int kRows>
 struct GradRows {
   int64_t count, lo, hi;
   Row rows[kRows];
-  float lse[kRows], delta[kRows];
+  float lse[kRows], delta[kRows], weight[kRows];
   const char *q[kRows], *g[kRows];
 };
 
@@ -38,6 +38,7 @@ void load_rows(const Params& p, const Segment& g, int64_t kv_head, int64_t first
     float delta = block->g[r] == nullptr ? 0.0f : dot_rows(block->g[r], row_of(p.out, width, g.b, row.head, i), p.dtype, p.dv);
     if (p.grad_lse.data != nullptr) delta -= *reinterpret_cast<const float*>(row_of(p.grad_lse, 4, g.b, row.head, i));
     block->delta[r] = delta;
+    block->weight[r] = p.teacher.grad_kl.data == nullptr ? 0.0f : *reinterpret_cast<const float*>(row_of(p.teacher.grad_kl, 4, g.b, row.head, i));
     if (row.lo < row.hi) {
       block->lo = least(block->lo, row.lo);
       block->hi = most(block->hi, row.hi);
@@ -50,7 +51,7 @@ template <int kRows>
 CVMK_INLINE GradRow grad_row(const GradRows<kRows>& block, int64_t r, int64_t j, int64_t n) {
   const Row& row = block.rows[r];
   const int64_t a = most(0, least(row.lo - j, n));
-  return GradRow{a, most(a, least(row.hi - j, n)), block.lse[r], block.delta[r], row.hash};
+  return GradRow{a, most(a, least(row.hi - j, n)), block.lse[r], block.delta[r], row.hash, nullptr, block.weight[r]};
 }
 
 // The packs of an item's keys, beginning at key `base`: k and v transposed, k as it is.

@@ -29,6 +29,15 @@ struct Bias {
   int64_t stride[4], size[4];
 };
 
+// The teacher of a distillation, in the dtype of the student: its maps are compared with those of the student's heads, group by group
+// (gcd of the head counts), each student head with the mean of its group's teacher heads. heads 0: no teacher.
+struct Teacher {
+  int64_t heads, kv_heads, d, groups;
+  Matrix q, k, lse;      // lse: float32 [batch, heads, rows]
+  Matrix kl, grad_kl;    // float32 [batch, student's heads, rows]; data null: none
+  float scale;
+};
+
 struct Params {
   int64_t dtype;               // of q, k, v, out and their gradients
   int64_t batch, heads, kv_heads, rows, keys, d, dv;  // packed: batch 1, rows and keys are the totals
@@ -42,6 +51,7 @@ struct Params {
   float softcap, scale;
   float keep_factor;           // 1 / (1 - dropout_p)
   uint32_t dropout_key, dropout_limit;  // an element stays where its hash >= limit; limit 0: no dropout
+  Teacher teacher;
 };
 
 // Results of a call.

@@ -145,6 +145,8 @@ struct GradRow {
   int64_t a, b;   // visible columns
   float lse, delta;  // log-sum-exp times log2(e); <dO, O> less the gradient of lse
   uint32_t hash;
+  const float* target;  // of a distillation: the teacher's map in the block, and the weight of the row's divergence
+  float weight;
 };
 
 // Probabilities and gradients of scores of one vector of columns. slope: of the soft cap, or null.
@@ -159,6 +161,7 @@ CVMK_INLINE void grad_vector(const Params& p, const GradRow& row, int64_t v, F s
     dp = simd::select(keep, dp * p.keep_factor, F{});
   }
   F g = x * (dp - row.delta);
+  if (kSpecial && row.target != nullptr) g += (x - simd::load(row.target + v)) * row.weight;
   if (kSpecial && slope != nullptr) g *= simd::load(slope + v);
   if (v < row.a || v + kLanes > row.b) g = simd::select(inside(v, row.a, row.b), g, F{});
   *prob = weighted;

@@ -106,6 +106,20 @@ void common(Reader& in, Params& p) {
   p.dropout_limit = static_cast<std::uint32_t>(in.integer());
 }
 
+// (heads, kv_heads, d, groups, q, k, lse, kl, its gradient, scale): the last argument of a distillation.
+void teacher(Reader& in, Params& p) {
+  if (in.done()) return;
+  Reader fields(in.next());
+  cvmk::attention::Teacher& t = p.teacher;
+  for (std::int64_t* size : {&t.heads, &t.kv_heads, &t.d, &t.groups}) *size = fields.integer();
+  t.q = strided(fields);
+  t.k = strided(fields);
+  t.lse = Matrix{fields.pointer(), t.heads * p.rows, p.rows, 1};
+  t.kl = Matrix{fields.pointer(), p.heads * p.rows, p.rows, 1};
+  t.grad_kl = Matrix{fields.pointer(), p.heads * p.rows, p.rows, 1};
+  t.scale = fields.number();
+}
+
 void run(int (*function)(const Params&), const Reader& in, const Params& p) {
   if (!in.done()) throw std::invalid_argument("too many arguments");
   int status = 0;
@@ -120,6 +134,7 @@ void forward(const py::args& args) {
   Reader in(args.ptr());
   Params p{};
   common(in, p);
+  teacher(in, p);
   run(cvmk::attention::forward, in, p);
 }
 
@@ -133,6 +148,7 @@ void backward(const py::args& args) {
   p.dq = contiguous(in, packed, p.heads, p.rows, p.d);
   p.dk = contiguous(in, packed, p.kv_heads, p.keys, p.d);
   p.dv_ = contiguous(in, packed, p.kv_heads, p.keys, p.dv);
+  teacher(in, p);
   run(cvmk::attention::backward, in, p);
 }
 
@@ -140,5 +156,5 @@ void backward(const py::args& args) {
 
 void bind_attention(py::module_& m) {
   m.def("attention_forward", &forward, "The arguments are those of cvmk/ops/native/attention.py");
-  m.def("attention_backward", &backward, "The arguments of attention_forward, then the gradients");
+  m.def("attention_backward", &backward, "The arguments of attention_forward, then the gradients; both may end with a teacher");
 }
