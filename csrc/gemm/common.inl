@@ -239,6 +239,8 @@ inline void two_loops(int width, int64_t first, const Before& before, int64_t se
     }
     return;
   }
+#else
+  (void)width;
 #endif
   for (int64_t i = 0; i < first; ++i) before(i);
   enter();

@@ -15,7 +15,6 @@ from cvmk.ops._dispatch import Backend
 from cvmk.ops.native._linear import ACTIVATIONS, INPUT_TYPES, PANEL, TYPES, pack_reasons, panels, reason, rows_of, vector
 from cvmk.ops.quantize import PLAIN, Layout, QuantizedWeight, outputs, pack_int4, unpack_int4
 
-
 BLOCK = 128
 """Inputs that stand together."""
 
