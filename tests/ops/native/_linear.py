@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -42,6 +44,21 @@ def check(got: torch.Tensor, peer: torch.Tensor, exact: np.ndarray, largest: flo
     error, allowed = (abs(t.double().numpy() - exact).max(initial=0) for t in (got, peer))
     assert got.dtype == peer.dtype and got.shape == exact.shape
     assert error <= 2 * allowed + 4 * torch.finfo(got.dtype).eps * abs(exact).max(initial=largest), (error, allowed)
+
+
+def memory_growth(call: Callable[[], object]) -> int:
+    """By how many bytes the resident memory rises at its highest while `call` runs; Linux only."""
+    Path("/proc/self/clear_refs").write_text("5")  # the highest mark starts again from what is resident now
+
+    def highest() -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM"))
+
+    before = highest()
+    kept = call()
+    grown = highest() - before
+    del kept
+    return grown
 
 
 def forget(values: float = float("nan"), bytes: int = 1 << 20) -> None:
