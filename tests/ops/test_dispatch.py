@@ -56,6 +56,7 @@ op = Op(
     saved=(0,),
     principal="x",
 )
+_dispatch.OPS.pop(NAME)  # all test modules are imported before the first test: the others' must not see it
 
 
 @op.prepared_by
