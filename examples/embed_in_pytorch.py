@@ -1,6 +1,7 @@
 """One of cvmk's operators inside a PyTorch module of your own, compiled, with the reasons for the choice of its kernel."""
 
 import torch
+
 from cvmk import ops
 
 
