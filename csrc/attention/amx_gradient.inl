@@ -91,7 +91,7 @@ struct AmxGradient {
       GradRow rows[kStrip];
       bool any = false;
       for (int64_t r = 0; r < kStrip; ++r) {
-        rows[r] = strip + r < block.count ? grad_row(block, strip + r, j, n) : GradRow{0, 0, 0.0f, 0.0f, 0, nullptr, 0.0f};
+        rows[r] = strip + r < block.count ? grad_row(block, strip + r, j, n) : GradRow{0, 0, 0.0f, 0.0f, 0.0f, 0, nullptr, 0.0f};
         if (pulled) rows[r].target = teacher.target + r * kKeys;
         any = any || rows[r].a < rows[r].b;
       }

@@ -10,7 +10,7 @@ constexpr int64_t kSplit = 1024;
 // The state of a block of rows: sum of weighted values, running maximum (of scores times log2(e)) and sum; and room for a logarithm each.
 struct State {
   float *out, *top, *total, *logs;
-  float *kl, *mass;  // of a distillation: sums of target * (log2 target - score), and of the target
+  double *kl, *mass;  // of a distillation: sums of target * (log2 target - score), and of the target
 };
 
 template <class Engine>
@@ -36,8 +36,8 @@ struct ForwardScratch {
     s.top = arena->take<float>(Engine::kRows);
     s.total = arena->take<float>(Engine::kRows);
     s.logs = arena->take<float>(Engine::kRows);
-    s.kl = arena->take<float>(Engine::kRows);
-    s.mass = arena->take<float>(Engine::kRows);
+    s.kl = arena->take<double>(Engine::kRows);
+    s.mass = arena->take<double>(Engine::kRows);
     return s;
   }
 };
@@ -70,15 +70,15 @@ inline void fold_row(const State& into, const State& from, int64_t r, int64_t dv
 inline void clear(const State& s, int64_t rows) {
   for (int64_t r = 0; r < rows; ++r) {
     s.top[r] = -kInf;
-    s.total[r] = s.kl[r] = s.mass[r] = 0.0f;
+    s.total[r] = 0.0f;
+    s.kl[r] = s.mass[r] = 0.0;
   }
 }
 
 // KL of a row from its sums. The target is normalised once more, so that the rounding of the teacher's log-sum-exp drops out; its mass is
 // near 1, where log x = 2 (x - 1) / (x + 1) to the third order.
-inline float divergence_of(float sum, float mass, double lse) {
-  const double w = mass;
-  return static_cast<float>(sum * 0.6931471805599453 / w - 2.0 * (w - 1.0) / (w + 1.0) + lse);
+inline float divergence_of(double sum, double mass, double lse) {
+  return static_cast<float>(sum * 0.6931471805599453 / mass - 2.0 * (mass - 1.0) / (mass + 1.0) + lse);
 }
 
 // out and lse of rows whose state is complete.
@@ -200,8 +200,9 @@ inline void seen_keys(const Params& p, const Segment& g, int64_t* lo, int64_t* h
 inline void write_outside(const Params& p) {
   if (p.sequences < 0) return;
   const Segment g{0, 0, p.rows, 0, 0, 0, 0};
-  float zeros[6][kLanes] = {};
-  const State nothing{zeros[0], zeros[1], zeros[2], zeros[3], zeros[4], zeros[5]};
+  float zeros[4][kLanes] = {};
+  double wide[2] = {};
+  const State nothing{zeros[0], zeros[1], zeros[2], zeros[3], wide, wide + 1};
   const int64_t first = p.sequences == 0 ? p.rows : most(0, least(at(p.cu_q, 0), p.rows));
   const int64_t last = p.sequences == 0 ? p.rows : most(first, least(at(p.cu_q, p.sequences), p.rows));
   for (int64_t h = 0; h < p.heads; ++h)
@@ -261,7 +262,7 @@ int forward(const Params& p) {
   arena.used = 0;
   const int64_t shared_keys = plan.rows_apart ? Engine::t_size(longest, dp) : 0, shared_values = plan.rows_apart ? Engine::b_size(longest, dvp) : 0;
   arena.take<Element>((shared_keys + shared_values) * plan.items);
-  const int64_t state_size = plan.splits > 1 ? up(Engine::kRows * (dvp + 5), 16) : 0;
+  const int64_t state_size = plan.splits > 1 ? up(Engine::kRows * (dvp + 7), 16) : 0;
   arena.take<float>(state_size * plan.units);
   const int64_t shared_bytes = up(arena.used, 4096);
   char* memory = allocate(scratch_bytes * workers + shared_bytes);
@@ -271,7 +272,8 @@ int forward(const Params& p) {
   float* states = shared.take<float>(state_size * plan.units);
   const auto state_of = [=](int64_t unit) {
     float* base = states + unit * state_size;
-    return State{base + 5 * Engine::kRows, base, base + Engine::kRows, base + 2 * Engine::kRows, base + 3 * Engine::kRows, base + 4 * Engine::kRows};
+    double* wide = reinterpret_cast<double*>(base + 3 * Engine::kRows);
+    return State{base + 7 * Engine::kRows, base, base + Engine::kRows, base + 2 * Engine::kRows, wide, wide + Engine::kRows};
   };
 
   if (plan.rows_apart) {

@@ -9,7 +9,7 @@ template <int kRows>
 struct GradRows {
   int64_t count, lo, hi;
   Row rows[kRows];
-  float lse[kRows], delta[kRows], weight[kRows];
+  float lse[kRows], low[kRows], delta[kRows], weight[kRows];
   const char *q[kRows], *g[kRows];
 };
 
@@ -34,7 +34,9 @@ void load_rows(const Params& p, const Segment& g, int64_t kv_head, int64_t first
     block->q[r] = row_of(p.q, width, g.b, row.head, i);
     block->g[r] = p.grad_out.data == nullptr ? nullptr : row_of(p.grad_out, width, g.b, row.head, i);
     const float lse = *reinterpret_cast<const float*>(row_of(p.lse, 4, g.b, row.head, i));
-    block->lse[r] = lse == -kInf ? 0.0f : lse * kLog2E;
+    const double wide = lse == -kInf ? 0.0 : lse * 1.4426950408889634;
+    block->lse[r] = static_cast<float>(wide);
+    block->low[r] = static_cast<float>(wide - block->lse[r]);
     float delta = block->g[r] == nullptr ? 0.0f : dot_rows(block->g[r], row_of(p.out, width, g.b, row.head, i), p.dtype, p.dv);
     if (p.grad_lse.data != nullptr) delta -= *reinterpret_cast<const float*>(row_of(p.grad_lse, 4, g.b, row.head, i));
     block->delta[r] = delta;
@@ -51,7 +53,7 @@ template <int kRows>
 CVMK_INLINE GradRow grad_row(const GradRows<kRows>& block, int64_t r, int64_t j, int64_t n) {
   const Row& row = block.rows[r];
   const int64_t a = most(0, least(row.lo - j, n));
-  return GradRow{a, most(a, least(row.hi - j, n)), block.lse[r], block.delta[r], row.hash, nullptr, block.weight[r]};
+  return GradRow{a, most(a, least(row.hi - j, n)), block.lse[r], block.delta[r], block.low[r], row.hash, nullptr, block.weight[r]};
 }
 
 // The packs of an item's keys, beginning at key `base`: k and v transposed, k as it is.

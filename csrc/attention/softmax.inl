@@ -144,6 +144,7 @@ CVMK_INLINE float softmax_row(float* s, int64_t n, int64_t a, int64_t b, float c
 struct GradRow {
   int64_t a, b;   // visible columns
   float lse, delta;  // log-sum-exp times log2(e); <dO, O> less the gradient of lse
+  float low;         // what rounding took from lse
   uint32_t hash;
   const float* target;  // of a distillation: the teacher's map in the block, and the weight of the row's divergence
   float weight;
@@ -152,7 +153,8 @@ struct GradRow {
 // Probabilities and gradients of scores of one vector of columns. slope: of the soft cap, or null.
 template <bool kPrecise, bool kSpecial>
 CVMK_INLINE void grad_vector(const Params& p, const GradRow& row, int64_t v, F s, F dp, F factor, const float* slope, const uint32_t* columns, F* prob, F* ds) {
-  F x = exp2<kPrecise>(s * factor - row.lse);
+  F x = s * factor - row.lse;
+  x = exp2<kPrecise>(kPrecise ? x - row.low : x);
   if (v < row.a || v + kLanes > row.b) x = simd::select(inside(v, row.a, row.b), x, F{});
   F weighted = x;
   if (kSpecial && p.dropout_limit != 0) {

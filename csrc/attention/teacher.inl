@@ -91,7 +91,7 @@ struct TeacherBlock {
   }
 
   // Sums over one row of the block: target * (log2 target - s), in which s is `c` times the student's scores, and target.
-  void divergence(const Params& p, int64_t r, int64_t a, int64_t b, const float* s, float c, float* sum, float* mass) const {
+  void divergence(const Params& p, int64_t r, int64_t a, int64_t b, const float* s, float c, double* sum, double* mass) const {
     const bool several = group_heads(p) > 1;
     F total{}, weight{};
     for (int64_t v = a / kLanes * kLanes; v < b; v += kLanes) {

@@ -1,0 +1,88 @@
+// Attention at every level: one causal head against a loop in double, and a buffer that is poisoned first.
+#include <cmath>
+#include <cstdlib>
+#include <vector>
+
+#include "attention/attention.h"
+#include "common/cpu_features.h"
+#include "tests/check.h"
+
+namespace {
+
+using namespace cvmk;
+using namespace cvmk::attention;
+
+constexpr std::int64_t kRows = 70, kKeys = 150, kWidth = 20, kHeads = 2;
+
+float value(std::int64_t i) { return static_cast<float>((i * 7919) % 2001) / 1000.0f - 1.0f; }
+
+std::vector<double> by_loops(const std::vector<float>& q, const std::vector<float>& k, const std::vector<float>& v, std::int64_t head, std::int64_t row) {
+  const std::int64_t visible = row + kKeys - kRows + 1;
+  std::vector<double> p(static_cast<std::size_t>(visible)), out(kWidth);
+  double total = 0;
+  for (std::int64_t j = 0; j < visible; ++j) {
+    double s = 0;
+    for (std::int64_t i = 0; i < kWidth; ++i) s += static_cast<double>(q[static_cast<std::size_t>((head * kRows + row) * kWidth + i)]) * k[static_cast<std::size_t>(j * kWidth + i)];
+    total += p[static_cast<std::size_t>(j)] = std::exp(0.5 * s);
+  }
+  for (std::int64_t j = 0; j < visible; ++j)
+    for (std::int64_t i = 0; i < kWidth; ++i) out[static_cast<std::size_t>(i)] += p[static_cast<std::size_t>(j)] / total * v[static_cast<std::size_t>(j * kWidth + i)];
+  return out;
+}
+
+void agrees_with_loops() {
+  std::vector<float> q(kHeads * kRows * kWidth), k(kKeys * kWidth), v(kKeys * kWidth), out(q.size(), NAN), lse(kHeads * kRows, NAN);
+  for (std::size_t i = 0; i < q.size(); ++i) q[i] = value(static_cast<std::int64_t>(i));
+  for (std::size_t i = 0; i < k.size(); ++i) {
+    k[i] = value(static_cast<std::int64_t>(i) * 3 + 1);
+    v[i] = value(static_cast<std::int64_t>(i) * 5 + 2);
+  }
+  Params p{};
+  p.dtype = kFloat32;
+  p.batch = 1;
+  p.heads = kHeads;
+  p.kv_heads = 1;
+  p.rows = kRows;
+  p.keys = kKeys;
+  p.d = p.dv = kWidth;
+  p.sequences = -1;
+  p.q = Matrix{q.data(), 0, kRows * kWidth, kWidth};
+  p.k = Matrix{k.data(), 0, 0, kWidth};
+  p.v = Matrix{v.data(), 0, 0, kWidth};
+  p.out = Matrix{out.data(), 0, kRows * kWidth, kWidth};
+  p.lse = Matrix{lse.data(), 0, kRows, 1};
+  p.window_left = -1;
+  p.scale = 0.5f;
+  p.keep_factor = 1.0f;
+  CHECK(forward(p) == kDone);
+  for (std::int64_t head = 0; head < kHeads; ++head)
+    for (std::int64_t row = 0; row < kRows; ++row) {
+      const std::vector<double> want = by_loops(q, k, v, head, row);
+      for (std::int64_t i = 0; i < kWidth; ++i)
+        CHECK(std::abs(out[static_cast<std::size_t>((head * kRows + row) * kWidth + i)] - want[static_cast<std::size_t>(i)]) < 2e-6);
+    }
+
+  std::vector<float> dq(q.size(), NAN), dk(k.size(), NAN), dv(v.size(), NAN);
+  p.grad_out = p.out;
+  p.dq = Matrix{dq.data(), 0, kRows * kWidth, kWidth};
+  p.dk = Matrix{dk.data(), 0, 0, kWidth};
+  p.dv_ = Matrix{dv.data(), 0, 0, kWidth};
+  CHECK(backward(p) == kDone);
+  // The values' gradients sum to the output's, for probabilities sum to 1.
+  double given = 0, found = 0;
+  for (const float x : out) given += x;
+  for (const float x : dv) found += x;
+  CHECK(std::abs(given - found) < 1e-3);
+  for (const float x : dq) CHECK(std::isfinite(x));
+  for (const float x : dk) CHECK(std::isfinite(x));
+}
+
+}  // namespace
+
+int main() {
+  for (const IsaLevel level : {IsaLevel::kBase, IsaLevel::kAvx2, IsaLevel::kAvx512, IsaLevel::kAmx}) {
+    setenv("CVMK_CPU_ISA", level_name(level), 1);
+    agrees_with_loops();
+  }
+  return cvmk::testing::check_result();
+}
