@@ -44,6 +44,38 @@ def test_cpu_attention(compare: Callable[..., Any], name: str, dtype: torch.dtyp
     compare(lambda: _run(ours(), grad, which), peers, case=f"attention {which} {_name(dtype)} {name}", limit=limit)
 
 
+@pytest.mark.parametrize("length", [4096, 32768])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+def test_cpu_decode(compare: Callable[..., Any], length: int, dtype: torch.dtype) -> None:
+    """One query over a long cache: bound by reading it."""
+    q = torch.randn(1, 8, 1, 64, dtype=dtype)
+    k, v = (torch.randn(1, 8, length, 64, dtype=dtype) for _ in range(2))
+    limit = cpu_limit(traffic=2.0 * k.numel() * k.element_size())
+    peers = {"SDPA": lambda: scaled_dot_product_attention(q, k, v)}
+    compare(lambda: ops.flash_attention(q, k, v), peers, case=f"attention decode {_name(dtype)} H8 T{length} D64", limit=limit)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+def test_cpu_distill(compare: Callable[..., Any], dtype: torch.dtype) -> None:
+    """Attention and its distance from a teacher's maps, forward and backward, beside the maps stored by plain PyTorch."""
+    batch, heads, length, size = 8, 8, 512, 64
+    q, k, v = (torch.randn(batch, heads, length, size, dtype=dtype, requires_grad=True) for _ in range(3))
+    teacher_q, teacher_k = (torch.randn(batch, heads, length, size, dtype=dtype) for _ in range(2))
+    grad = torch.randn(batch, heads, length, size, dtype=dtype)
+
+    def ours() -> None:
+        out, kl = ops.flash_attention_distill(q, k, v, teacher_q, teacher_k)
+        torch.autograd.backward([out, kl.sum()], [grad, None])
+
+    def peer() -> None:
+        s, t = ((a @ b.transpose(-1, -2) * size**-0.5).float().log_softmax(-1) for a, b in ((q, k), (teacher_q, teacher_k)))
+        out = s.exp().to(dtype) @ v
+        torch.autograd.backward([out, torch.nn.functional.kl_div(s, t, reduction="sum", log_target=True)], [grad, None])
+
+    limit = cpu_limit(operations=9 * 2.0 * batch * heads * length * length * size, dtype=dtype)
+    compare(ours, {"maps stored": peer}, case=f"attention distill fwd+bwd {_name(dtype)} B8 H8 T512 D64", limit=limit)
+
+
 def _run(out: torch.Tensor, grad: torch.Tensor, which: str) -> None:
     if which != "fwd":
         out.backward(grad)
