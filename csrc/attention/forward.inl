@@ -1,6 +1,7 @@
 // The forward pass. Keys are taken in blocks of kKeys with a running maximum and sum; every kSplit keys the state is closed and folded
 // into the row's result, so that a row comes out the same to the bit whether its splits are done in turn or by several threads.
 #pragma once
+#include "attention/direct.inl"
 #include "attention/teacher.inl"
 
 namespace {
@@ -17,6 +18,7 @@ template <class Engine>
 struct ForwardScratch {
   typename Engine::Element *a, *keys, *values;
   float* scores;
+  float* direct_q;  // queries as floats, where keys are read directly
   State part, whole;
   TeacherBlock<Engine> teacher;
 
@@ -24,6 +26,7 @@ struct ForwardScratch {
     teacher.take(arena, p, Engine::kRows, Engine::kKeys, pack_keys);
     a = arena->take<typename Engine::Element>(up(Engine::kRows, 32) * dp);
     scores = arena->take<float>(static_cast<int64_t>(Engine::kRows) * Engine::kKeys);
+    direct_q = arena->take<float>(kDirectRows * up(p.d, kLanes));
     part = take_state(arena, dvp);
     whole = take_state(arena, dvp);
     keys = arena->take<typename Engine::Element>(Engine::t_size(pack_keys, dp));
@@ -125,7 +128,12 @@ void attend_block(const Params& p, const Segment& g, const Row* rows, int64_t co
   const float factor = special ? 1.0f : p.scale * kLog2E;
   uint32_t columns[Engine::kKeys];
   column_hashes(p, g.k0 + j, n, columns);
-  Engine::scores(w.a, count, keys, j - base, n, dp, w.scores, Engine::kKeys);
+  const bool direct = directly(p, g);
+  const int64_t kv_head = rows[0].head / (p.heads / p.kv_heads);
+  if (direct)
+    direct_scores(p, g, kv_head, count, j, n, w.direct_q, w.scores, Engine::kKeys);
+  else
+    Engine::scores(w.a, count, keys, j - base, n, dp, w.scores, Engine::kKeys);
   if (distills(p)) w.teacher.make_target(p, rows, 0, count, j, n);
   for (int64_t r = 0; r < count; ++r) {
     float* s = w.scores + r * Engine::kKeys;
@@ -134,15 +142,25 @@ void attend_block(const Params& p, const Segment& g, const Row* rows, int64_t co
     if (distills(p)) w.teacher.divergence(p, r, a, b, s, factor, state.kl + r, state.mass + r);
     float* top = state.top + r;
     float* total = state.total + r;
-    const float change =
-        p.dropout_limit != 0
-            ? softmax_row<Engine::kPrecise, Engine::kTiles, true>(s, padded, a, b, factor, top, total, columns, rows[r].hash, p.dropout_limit)
-            : softmax_row<Engine::kPrecise, Engine::kTiles, false>(s, padded, a, b, factor, top, total, columns, 0, 0);
-    if (first || change == 1.0f) continue;
+    const bool drop = p.dropout_limit != 0;
     float* out = state.out + r * dvp;
+    float change;
+    if (direct)
+      change = drop ? softmax_row<true, false, true>(s, padded, a, b, factor, top, total, columns, rows[r].hash, p.dropout_limit)
+                    : softmax_row<true, false, false>(s, padded, a, b, factor, top, total, columns, 0, 0);
+    else
+      change = drop ? softmax_row<Engine::kPrecise, Engine::kTiles, true>(s, padded, a, b, factor, top, total, columns, rows[r].hash, p.dropout_limit)
+                    : softmax_row<Engine::kPrecise, Engine::kTiles, false>(s, padded, a, b, factor, top, total, columns, 0, 0);
+    if (first && direct)
+      for (int64_t i = 0; i < dvp; i += kLanes) simd::store(out + i, F{});
+    if (first || change == 1.0f) continue;
     for (int64_t i = 0; i < dvp; i += kLanes) simd::store(out + i, simd::load(out + i) * change);
   }
-  Engine::weigh(w.scores, Engine::kKeys, count, values, j - base, n, dvp, state.out, !first);
+  if (!direct) return Engine::weigh(w.scores, Engine::kKeys, count, values, j - base, n, dvp, state.out, !first);
+  for (int64_t r = 0; r < count; ++r) {
+    const int64_t a = most(0, least(rows[r].lo - j, n)), b = most(a, least(rows[r].hi - j, n));
+    direct_values(p, g, kv_head, j, a, b, w.scores + r * Engine::kKeys, state.out + r * dvp);
+  }
 }
 
 // Rows [first, first + count) of an item over the keys [from, to). keys and values are packs that begin at key `base`. Where `state` is
@@ -167,7 +185,9 @@ void attend_rows(const Params& p, const Segment& g, int64_t kv_head, int64_t fir
   hi = least(hi, to);
   const State& whole = state == nullptr ? w.whole : *state;
   clear(whole, count);
-  if (lo < hi) Engine::pack_a(w.a, q, count, p.dtype, p.d, dp);
+  const bool direct = directly(p, g);
+  if (lo < hi && !direct) Engine::pack_a(w.a, q, count, p.dtype, p.d, dp);
+  for (int64_t r = 0; direct && r < count; ++r) to_floats(w.direct_q + r * up(p.d, kLanes), q[r], p.dtype, p.d, up(p.d, kLanes));
   if (lo < hi && distills(p)) {
     w.teacher.load_keys(p, g, rows[0].head, base, to);
     w.teacher.load_rows(p, g, rows, count);
@@ -304,7 +324,7 @@ int forward(const Params& p) {
     const Element* keys = plan.rows_apart ? packs + item * (shared_keys + shared_values) : w.keys;
     const Element* values = plan.rows_apart ? keys + shared_keys : w.values;
     Engine::begin();
-    if (!plan.rows_apart && from < to) pack_keys<Engine>(p, g, kv_head, base, to, w.keys, w.values);
+    if (!plan.rows_apart && from < to && !directly(p, g)) pack_keys<Engine>(p, g, kv_head, base, to, w.keys, w.values);
     const int64_t first = plan.rows_apart ? part * Engine::kRows : 0, last = plan.rows_apart ? least(first + Engine::kRows, rows) : rows;
     const State state = state_of(unit);
     for (int64_t r = first; r < last;) {
