@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import torch
 from torch import Tensor
 
@@ -144,8 +143,6 @@ def _mix(x: int) -> int:
     x ^= x >> 13
     x = x * 0xC2B2AE35 & 0xFFFFFFFF
     return x ^ x >> 16
-
-
 
 
 def unavailable() -> str | None:

@@ -131,9 +131,7 @@ def _of_one_dtype(q: Tensor, k: Tensor, v: Tensor | None, teacher_q: Tensor, tea
     return q, k, None if v is None else rows_contiguous(v.to(dtype)), teacher_q, teacher_k
 
 
-def _common(
-    q: Tensor, k: Tensor, v: Tensor | None, out: int, lse: Tensor, key_lengths: Tensor | None, causal: bool, scale: float
-) -> tuple[Any, ...]:
+def _common(q: Tensor, k: Tensor, v: Tensor | None, out: int, lse: Tensor, key_lengths: Tensor | None, causal: bool, scale: float) -> tuple[Any, ...]:
     """The arguments of `attention_forward` in csrc/bindings/attention.cpp."""
     batch, heads, rows, d = q.shape
     values = (0, 0, 0, 0) if v is None else strided(v)

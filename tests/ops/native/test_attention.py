@@ -177,6 +177,12 @@ def test_large_scores(level: str, dtype: torch.dtype) -> None:
     torch.testing.assert_close(out[0, 0], v[0, 0, best[0, 0]], rtol=1e-2, atol=1e-2)
 
 
+def in_new_process(script: str, *arguments: str) -> str:
+    """What the script prints."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.run([sys.executable, "-c", script, *arguments], check=True, capture_output=True, text=True, env=environment).stdout
+
+
 SCRIPT = """
 import sys, torch
 from cvmk import ops
@@ -200,11 +206,7 @@ print(digest.hexdigest())
 
 
 def test_threads_and_runs_give_the_same_bits(level: str) -> None:
-    found = {
-        subprocess.run([sys.executable, "-c", SCRIPT, threads], check=True, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}).stdout
-        for threads in ("1", "2", "5")
-    }  # fmt: skip
-    assert len(found) == 1
+    assert len({in_new_process(SCRIPT, threads) for threads in ("1", "2", "5")}) == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -242,7 +244,7 @@ def test_dropout_keeps_what_the_reference_keeps(level: str) -> None:
 
 
 def test_memory() -> None:
-    """Nothing of the size of the scores: 8192 rows and keys, 64 MiB of scores a head in bfloat16 halves, stay under 48 MiB."""
+    """Nothing of the size of the scores: 8192 rows and keys, 256 MiB of float32 a head, stay under 48 MiB."""
     script = """
 import resource, torch
 from cvmk import ops
@@ -253,8 +255,7 @@ with ops.use("native"):
     ops.flash_attention(q, k, v, causal=True, window=(100, 0)).sum().backward()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
-    result = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
-    assert int(result.stdout) < 48 * 1024
+    assert int(in_new_process(script)) < 48 * 1024
 
 
 def test_choice() -> None:
