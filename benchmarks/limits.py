@@ -12,7 +12,7 @@ import torch
 
 MEMORY = float(os.environ.get("CVMK_LIMIT_GBS", 30)) * 1e9
 BF16 = float(os.environ.get("CVMK_LIMIT_TFLOPS_BF16", 3.75)) * 1e12  # a core
-FP32 = float(os.environ.get("CVMK_LIMIT_TFLOPS_FP32", 0.15)) * 1e12  # a core
+FP32 = float(os.environ.get("CVMK_LIMIT_TFLOPS_FP32", 0.19)) * 1e12  # a core
 INT8 = float(os.environ.get("CVMK_LIMIT_TOPS_INT8", 7.5)) * 1e12  # a core
 
 

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 
 import pytest
+
+os.environ["PYTHONSAFEPATH"] = "1"  # processes that tests start use the installed package, not the sources in the working directory
 
 
 @pytest.fixture(autouse=True)

@@ -14,13 +14,14 @@ ROOT = Path(__file__).resolve().parents[2]
 COMPILERS = ("c++", "g++", "clang++")
 
 pytestmark = [
+    pytest.mark.timeout(300),  # it compiles
     pytest.mark.skipif(shutil.which("cmake") is None or shutil.which("ctest") is None, reason="cmake or ctest is not installed"),
     pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="no C++ compiler is installed"),
 ]
 
 
 def run(*command: str) -> str:
-    result = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
     assert result.returncode == 0, f"{' '.join(command)}\n{result.stdout}\n{result.stderr}"
     return result.stdout
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from pathlib import Path
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -46,19 +46,32 @@ def check(got: torch.Tensor, peer: torch.Tensor, exact: np.ndarray, largest: flo
     assert error <= 2 * allowed + 4 * torch.finfo(got.dtype).eps * abs(exact).max(initial=largest), (error, allowed)
 
 
-def memory_growth(call: Callable[[], object]) -> int:
-    """By how many bytes the resident memory rises at its highest while `call` runs; Linux only."""
+_GROWTH = """
+from pathlib import Path
+import torch
+from cvmk import ops
+
+def highest():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM"))
+
+weight, x = {weight}, torch.ones(4096, 64, dtype=torch.bfloat16)
+ops.{op}(x[:1], weight)
+for call in (lambda: ops.{op}(x, weight), lambda: ops.{op}(x, weight).float()):
     Path("/proc/self/clear_refs").write_text("5")  # the highest mark starts again from what is resident now
-
-    def highest() -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM"))
-
     before = highest()
     kept = call()
-    grown = highest() - before
+    print(highest() - before)
     del kept
-    return grown
+"""
+
+
+def memory_growth(op: str, weight: str) -> tuple[int, int]:
+    """By how many bytes the resident memory of a new process rises at its highest during a call whose output has 64 MiB, and during the same with a
+    temporary of that size; `weight` is the expression of a weight [8192, 64]. Linux only."""
+    done = subprocess.run([sys.executable, "-c", _GROWTH.format(op=op, weight=weight)], capture_output=True, text=True, check=True)
+    plain, with_temporary = map(int, done.stdout.split())
+    return plain, with_temporary
 
 
 def forget(values: float = float("nan"), bytes: int = 1 << 20) -> None:
