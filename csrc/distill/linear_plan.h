@@ -20,6 +20,8 @@ struct LinearPlan {
   int64_t partial_at, sums_at, values_at, turned_at, pairs_at, teacher_at, target_at;  // places in the shared bytes
 };
 
+namespace {  // internal linkage: the lambda below would otherwise be a weak symbol in files of several instruction sets
+
 inline __attribute__((always_inline)) int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
 inline __attribute__((always_inline)) LinearPlan linear_plan(const LinearPass& pass) {
@@ -52,6 +54,8 @@ inline __attribute__((always_inline)) LinearPlan linear_plan(const LinearPass& p
                       4096) + 4096;
   return plan;
 }
+
+}  // namespace
 
 }  // namespace distill
 }  // namespace cvmk
