@@ -44,7 +44,9 @@ class Backend:
 
     `forward` and `backward` take the arguments of the schemas and return their results as a tuple of tensors; `backward` is None
     where the backend has none. `limits` gets the arguments by name and returns further reasons to decline. `unavailable` says why
-    the backend cannot run in this process at all (a library that did not load, an instruction set), or None.
+    the backend cannot run in this process at all (a library that did not load, an instruction set), or None. `by_default` gets the
+    arguments by name too and says why the call goes to this backend only where `use` or CVMK_BACKEND names it (a kernel that was not
+    yet measured on this device, an interpreter), or None.
     """
 
     op: str
@@ -55,6 +57,7 @@ class Backend:
     devices: tuple[str, ...] = ("cpu", "cuda")
     limits: Callable[[str, Mapping[str, Any]], list[str]] | None = None
     unavailable: Callable[[], str | None] | None = None
+    by_default: Callable[[str, Mapping[str, Any]], str | None] | None = None
 
     def missing(self) -> list[str]:
         """Why the backend cannot run in this process; empty when it can."""
@@ -74,6 +77,9 @@ class Backend:
             found.append(f"{self.name}: runs on {', '.join(self.devices)}, not {principal.device.type}")
         if self.limits is not None and not found:
             found += [f"{self.name}: {reason}" for reason in self.limits(which, named)]
+        if self.by_default is not None and not found and self.name not in _allowed():
+            reason = self.by_default(which, named)
+            found += [] if reason is None else [f"{self.name}: {reason}; ops.use({self.name!r}) selects it"]
         return found
 
 

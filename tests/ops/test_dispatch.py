@@ -139,6 +139,17 @@ def test_use_forces_and_lets_go() -> None:
     assert log == ["reference", "fast", "reference", "fast", "fast"]
 
 
+def test_a_backend_that_runs_only_when_asked_by_name() -> None:
+    shy = Backend(NAME, "triton", reference_forward, by_default=lambda which, named: "not yet measured" if named["power"] < 5 else None)
+    op._backends = [shy, *[backend for backend in op.backends if backend.name != "triton"]]
+    x = torch.ones(3)
+    assert op.choose("forward", (x, None, x, 5.0)) is shy
+    assert op.choose("forward", (x, None, x, 2.0)) is not shy
+    with use("triton"):
+        assert op.choose("forward", (x, None, x, 2.0)) is shy
+    assert shy.reasons(op, "forward", (x, None, x, 2.0)) == ["triton: not yet measured; ops.use('triton') selects it"]
+
+
 def test_use_lets_go_after_an_error() -> None:
     with pytest.raises(RuntimeError, match="inside"), use("reference"):
         raise RuntimeError("inside")
