@@ -74,6 +74,12 @@ def _table(path: Path) -> dict[str, dict[str, Config]]:
         raise ValueError(f"{path} is no table of kernel configurations ({error}): delete it or write it again with cvmk bench --tune") from None
 
 
+def forget() -> None:
+    """Read the tables anew at the next call."""
+    _table.cache_clear()
+    _config.cache_clear()
+
+
 @contextlib.contextmanager
 def overriding(kernel: str, key: str, config: Config) -> Iterator[None]:
     """Run `kernel` with `config` where its key is `key`, while the block runs."""

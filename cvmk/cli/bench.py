@@ -1,0 +1,84 @@
+"""`cvmk bench`: the ops on this machine, backend beside backend; `--tune` finds block sizes for this GPU."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import Any
+
+from cvmk.errors import ConfigError
+
+HELP = "time every backend of every op on this machine, or tune the GPU kernels for it"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--op", action="append", metavar="NAME", help="only this op; may be given several times")
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--seconds", type=float, default=0.5, help="measuring time a row (default 0.5)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument(
+        "--tune", action="store_true", help="find the fastest block sizes of the Triton kernels on this GPU and keep them in your own table (minutes)"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from cvmk.ops import _bench as bench
+
+    if not arguments.seconds > 0:
+        raise ConfigError(f"--seconds is {arguments.seconds}: give a positive number of seconds")
+    if arguments.tune:
+        return _tune(arguments)
+    unknown = set(arguments.op or ()) - set(bench.CASES)
+    if unknown:
+        raise ConfigError(f"--op {sorted(unknown)[0]} is no op: the ops are {', '.join(bench.CASES)}")
+    try:
+        device = torch.device(arguments.device)
+    except RuntimeError:
+        raise ConfigError(f"--device {arguments.device} is no device: use cpu or cuda") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"--device {arguments.device} is not supported: use cpu or cuda")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: there is no CUDA device that PyTorch can use; cvmk doctor tells more")
+    rows = bench.rows(arguments.op or list(bench.CASES), device, arguments.seconds)
+    _print(rows, as_json=arguments.json)
+    return 0
+
+
+def _print(rows: Iterable[Any], *, as_json: bool) -> None:
+    from cvmk.telemetry import environment
+
+    if as_json:
+        print(json.dumps({"machine": environment(), "rows": [asdict(row) for row in rows]}, indent=2))
+        return
+    op = ""
+    for row in rows:
+        if row.op != op:
+            op = row.op
+            print(f"{row.op}: {row.case}", flush=True)
+        value = "; ".join(row.reasons) if row.seconds is None else f"{row.seconds * 1e3:.3f} ms"
+        print(f"  {row.backend:<10} {value}", flush=True)
+
+
+def _tune(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from cvmk.ops import triton as backend
+
+    if (reason := backend.reason()) is not None or not torch.cuda.is_available():
+        raise ConfigError(f"--tune needs a GPU: {reason or 'Triton is only interpreted here'}")
+    from triton.testing import do_bench
+
+    from cvmk.ops.triton import _tuner
+
+    modules = _tuner.modules()
+    unknown = set(arguments.op or ()) - set(modules)
+    if unknown:
+        raise ConfigError(f"--op {sorted(unknown)[0]} has nothing to tune: these have {', '.join(modules)}")
+    chosen = {name: module for name, module in modules.items() if not arguments.op or name in arguments.op}
+    path = _tuner.tune(chosen, torch.device("cuda"), lambda call: do_bench(call, return_mode="median"), print)
+    print(f"written to {path}")
+    return 0
