@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <stdexcept>
+#include <utility>
 
 #if (defined(__x86_64__) || defined(__i386__)) && (defined(__GNUC__) || defined(__clang__))
 #define CVMK_X86 1
@@ -88,7 +89,43 @@ CpuFeatures detect() { return {}; }
 
 #endif
 
+// In the order of the struct.
+constexpr std::pair<const char*, bool CpuFeatures::*> kFeatures[] = {
+    {"avx", &CpuFeatures::avx},
+    {"avx2", &CpuFeatures::avx2},
+    {"fma", &CpuFeatures::fma},
+    {"f16c", &CpuFeatures::f16c},
+    {"bmi2", &CpuFeatures::bmi2},
+    {"avx_vnni", &CpuFeatures::avx_vnni},
+    {"avx512f", &CpuFeatures::avx512f},
+    {"avx512bw", &CpuFeatures::avx512bw},
+    {"avx512dq", &CpuFeatures::avx512dq},
+    {"avx512vl", &CpuFeatures::avx512vl},
+    {"avx512_vnni", &CpuFeatures::avx512_vnni},
+    {"avx512_bf16", &CpuFeatures::avx512_bf16},
+    {"avx512_fp16", &CpuFeatures::avx512_fp16},
+    {"amx_tile", &CpuFeatures::amx_tile},
+    {"amx_int8", &CpuFeatures::amx_int8},
+    {"amx_bf16", &CpuFeatures::amx_bf16},
+};
+
 constexpr const char* kLevelNames[] = {"base", "avx2", "avx512", "amx"};
+
+IsaLevel parse_level(const std::string& name, const std::string& cap) {
+  for (int i = 0; i < 4; ++i) {
+    if (name == kLevelNames[i]) return static_cast<IsaLevel>(i);
+  }
+  throw std::invalid_argument("CVMK_CPU_ISA is '" + cap + "': set it to base, avx2, avx512 or amx, or unset it");
+}
+
+bool CpuFeatures::*parse_feature(const std::string& name, const std::string& cap) {
+  std::string known;
+  for (const auto& [feature, member] : kFeatures) {
+    if (name == feature) return member;
+    known += known.empty() ? feature : std::string(", ") + feature;
+  }
+  throw std::invalid_argument("CVMK_CPU_ISA is '" + cap + "', where '" + name + "' is no feature that can be taken away; these are " + known);
+}
 
 }  // namespace
 
@@ -97,25 +134,10 @@ const CpuFeatures& cpu_features() {
   return features;
 }
 
-std::vector<std::pair<std::string, bool>> cpu_feature_list(const CpuFeatures& f) {
-  return {
-      {"avx", f.avx},
-      {"avx2", f.avx2},
-      {"fma", f.fma},
-      {"f16c", f.f16c},
-      {"bmi2", f.bmi2},
-      {"avx_vnni", f.avx_vnni},
-      {"avx512f", f.avx512f},
-      {"avx512bw", f.avx512bw},
-      {"avx512dq", f.avx512dq},
-      {"avx512vl", f.avx512vl},
-      {"avx512_vnni", f.avx512_vnni},
-      {"avx512_bf16", f.avx512_bf16},
-      {"avx512_fp16", f.avx512_fp16},
-      {"amx_tile", f.amx_tile},
-      {"amx_int8", f.amx_int8},
-      {"amx_bf16", f.amx_bf16},
-  };
+std::vector<std::pair<std::string, bool>> cpu_feature_list(const CpuFeatures& features) {
+  std::vector<std::pair<std::string, bool>> list;
+  for (const auto& [name, member] : kFeatures) list.emplace_back(name, features.*member);
+  return list;
 }
 
 IsaLevel level_of(const CpuFeatures& f) {
@@ -127,18 +149,25 @@ IsaLevel level_of(const CpuFeatures& f) {
 
 const char* level_name(IsaLevel level) { return kLevelNames[static_cast<int>(level)]; }
 
-IsaLevel parse_level(const std::string& name) {
-  for (int i = 0; i < 4; ++i) {
-    if (name == kLevelNames[i]) return static_cast<IsaLevel>(i);
+Dispatch capped(const CpuFeatures& features, const std::string& cap) {
+  const std::size_t end = cap.find('-');
+  const IsaLevel most = parse_level(cap.substr(0, end), cap);
+  Dispatch result{most, features};
+  for (std::size_t at = end; at != std::string::npos;) {
+    const std::size_t next = cap.find('-', at + 1);
+    result.features.*parse_feature(cap.substr(at + 1, next - at - 1), cap) = false;
+    at = next;
   }
-  throw std::invalid_argument("CVMK_CPU_ISA is '" + name + "': set it to base, avx2, avx512 or amx, or unset it");
+  result.level = std::min(most, level_of(result.features));
+  return result;
 }
 
-IsaLevel dispatch_level() {
-  const IsaLevel detected = level_of(cpu_features());
+Dispatch dispatch() {
   const char* cap = std::getenv("CVMK_CPU_ISA");
-  if (cap == nullptr || *cap == '\0') return detected;
-  return std::min(detected, parse_level(cap));
+  if (cap == nullptr || *cap == '\0') return {level_of(cpu_features()), cpu_features()};
+  return capped(cpu_features(), cap);
 }
+
+IsaLevel dispatch_level() { return dispatch().level; }
 
 }  // namespace cvmk

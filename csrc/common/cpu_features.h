@@ -46,11 +46,20 @@ IsaLevel level_of(const CpuFeatures& features);
 
 const char* level_name(IsaLevel level);
 
-// "base", "avx2", "avx512" or "amx". Throws std::invalid_argument that names the accepted values.
-IsaLevel parse_level(const std::string& name);
+// What kernels may use: the highest level, and the features for the paths within a level that need more than it promises.
+struct Dispatch {
+  IsaLevel level = IsaLevel::kBase;
+  CpuFeatures features;
+};
 
-// The level that kernels use: the detected one, capped by the environment variable CVMK_CPU_ISA, which is read at every call.
-// Throws std::invalid_argument where the variable holds no level.
+// `features` capped by a value of CVMK_CPU_ISA: a level, then any number of "-" and the name of a feature that is taken away, as in
+// "avx512-avx512_vnni-avx512_bf16". What is taken away can only lower the level. Throws std::invalid_argument that names the accepted values.
+Dispatch capped(const CpuFeatures& features, const std::string& cap);
+
+// The detected features, capped by the environment variable CVMK_CPU_ISA, which is read at every call. Throws as `capped` does.
+Dispatch dispatch();
+
+// dispatch().level, for kernels that look no further.
 IsaLevel dispatch_level();
 
 }  // namespace cvmk

@@ -47,8 +47,8 @@ int int8_linear(Int8Linear p) {
   p.vnni = 0;
   p.linear.scratch = scratch;
 #if defined(CVMK_HAVE_ISA_LEVELS)
-  const IsaLevel level = dispatch_level();
-  p.vnni = level >= IsaLevel::kAvx512 && cpu_features().avx512_vnni;
+  const auto [level, features] = dispatch();
+  p.vnni = level >= IsaLevel::kAvx512 && features.avx512_vnni;
   if (level == IsaLevel::kAmx) return cvmk_int8_linear_amx(&p);
   if (level == IsaLevel::kAvx512) return cvmk_int8_linear_avx512(&p);
   if (level == IsaLevel::kAvx2) return cvmk_int8_linear_avx2(&p);

@@ -1,10 +1,8 @@
 // Attention at every level: one causal head against a loop in double, and a buffer that is poisoned first.
 #include <cmath>
-#include <cstdlib>
 #include <vector>
 
 #include "attention/attention.h"
-#include "common/cpu_features.h"
 #include "tests/check.h"
 
 namespace {
@@ -80,9 +78,6 @@ void agrees_with_loops() {
 }  // namespace
 
 int main() {
-  for (const IsaLevel level : {IsaLevel::kBase, IsaLevel::kAvx2, IsaLevel::kAvx512, IsaLevel::kAmx}) {
-    setenv("CVMK_CPU_ISA", level_name(level), 1);
-    agrees_with_loops();
-  }
+  testing::at_every_level(agrees_with_loops);
   return cvmk::testing::check_result();
 }

@@ -65,16 +65,14 @@ struct Problem {
 };
 
 void every_level_agrees_with_double_precision() {
-  for (const IsaLevel level : {IsaLevel::kBase, IsaLevel::kAvx2, IsaLevel::kAvx512, IsaLevel::kAmx}) {
-    setenv("CVMK_CPU_ISA", level_name(level), 1);
+  testing::at_every_level([] {
     for (const std::int64_t vocabulary : {1, 15, 16, 33, 2049})
       for (const float temperature : {1.0f, 2.0f, 3.0f}) {
         Problem problem(5, vocabulary);
         problem.run(temperature);
         problem.compare(static_cast<double>(temperature));
       }
-  }
-  unsetenv("CVMK_CPU_ISA");
+  });
 }
 
 }  // namespace

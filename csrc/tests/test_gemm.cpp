@@ -115,12 +115,10 @@ void int4_is_exact(int m, int k, int n, int group, bool bfloat16) {
 }  // namespace
 
 int main() {
-  const cvmk::IsaLevel detected = cvmk::level_of(cvmk::cpu_features());
-  for (int level = 0; level <= static_cast<int>(detected); ++level) {
-    setenv("CVMK_CPU_ISA", cvmk::level_name(static_cast<cvmk::IsaLevel>(level)), 1);
+  cvmk::testing::at_every_level([] {
     for (const auto& shape : {std::vector<int>{1, 1, 1}, {1, 65, 17}, {3, 130, 70}, {5, 64, 16}, {17, 200, 33}, {40, 1100, 48}, {70, 600, 100}}) int8_is_exact(shape[0], shape[1], shape[2]);
     for (const auto& shape : {std::vector<int>{1, 32, 1, 32}, {1, 160, 17, 32}, {2, 128, 70, 64}, {16, 384, 33, 128}, {17, 96, 16, 32}, {40, 1152, 48, 64}, {70, 640, 100, 128}})
       for (const bool bfloat16 : {false, true}) int4_is_exact(shape[0], shape[1], shape[2], shape[3], bfloat16);
-  }
+  });
   return cvmk::testing::check_result();
 }

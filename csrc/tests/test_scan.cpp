@@ -1,12 +1,12 @@
-// The scan's kernels at the base level against loops in double precision, with memory of exactly the size that they may touch.
+// The scan's kernels at every level against loops in double precision, with memory of exactly the size that they may touch.
 #include <cmath>
 #include <cstdint>
 #include <random>
 #include <vector>
 
-#include "check.h"
 #include "scan/lanes.inl"
 #include "scan/params.h"
+#include "tests/check.h"
 
 namespace {
 
@@ -197,12 +197,14 @@ void check_functions() {
 
 int main() {
   check_functions();
-  for (const bool reverse : {false, true}) {
-    for (const std::int64_t length : {0, 1, 63, 64, 65, 150}) check_case(Case(2, 6, length, 3, 2, reverse, {}));
-    check_case(Case(1, 37, 30, 5, 1, reverse, {}));
-    check_case(Case(66, 3, 5, 2, 1, reverse, {}));
-    check_case(Case(1, 9, 140, 4, 3, reverse, {0, 0, 5, 64, 70, 70, 140, 140}));
-    check_case(Case(0, 4, 9, 2, 1, reverse, {}));
-  }
+  cvmk::testing::at_every_level([] {
+    for (const bool reverse : {false, true}) {
+      for (const std::int64_t length : {0, 1, 63, 64, 65, 150}) check_case(Case(2, 6, length, 3, 2, reverse, {}));
+      check_case(Case(1, 37, 30, 5, 1, reverse, {}));
+      check_case(Case(66, 3, 5, 2, 1, reverse, {}));
+      check_case(Case(1, 9, 140, 4, 3, reverse, {0, 0, 5, 64, 70, 70, 140, 140}));
+      check_case(Case(0, 4, 9, 2, 1, reverse, {}));
+    }
+  });
   return cvmk::testing::check_result();
 }
