@@ -64,18 +64,24 @@ class Backend:
         reason = self.unavailable() if self.unavailable is not None else None
         return [] if reason is None else [f"{self.name}: {reason}"]
 
-    def reasons(self, op: Op, which: str, arguments: Sequence[Any]) -> list[str]:
-        """Why the backend cannot take this call; empty when it can."""
+    def general_reasons(self, op: Op, which: str, principal: torch.Tensor) -> list[str]:
+        """Why the backend cannot take any call whose principal argument has this dtype and device."""
         found = self.missing()
         if which == "backward" and self.backward is None:
             found.append(f"{self.name}: has no backward pass")
-        named = dict(zip(op.names[which], arguments, strict=True))
-        principal: torch.Tensor = named[op.principal]
         if principal.dtype not in self.dtypes:
             found.append(f"{self.name}: {op.principal} is {principal.dtype}, not one of {', '.join(str(d) for d in self.dtypes)}")
         if principal.device.type not in self.devices:
             found.append(f"{self.name}: runs on {', '.join(self.devices)}, not {principal.device.type}")
-        if self.limits is not None and not found:
+        return found
+
+    def reasons(self, op: Op, which: str, arguments: Sequence[Any]) -> list[str]:
+        """Why the backend cannot take this call; empty when it can."""
+        found = self.general_reasons(op, which, arguments[op.principal_at[which]])
+        if found or (self.limits is None and self.by_default is None):
+            return found
+        named = dict(zip(op.names[which], arguments, strict=True))
+        if self.limits is not None:
             found += [f"{self.name}: {reason}" for reason in self.limits(which, named)]
         if self.by_default is not None and not found and self.name not in _allowed():
             reason = self.by_default(which, named)
@@ -130,7 +136,7 @@ class Op:
         self.name, self.module, self.principal = name, module, principal
         self.tensors, self.differentiable, self.saved = tensors, differentiable, saved
         self.names: dict[str, tuple[str, ...]] = {}
-        self._principal_at: dict[str, int] = {}
+        self.principal_at: dict[str, int] = {}
         self._backends: list[Backend] | None = None
         self._chosen: dict[Any, Backend] = {}
         self.prepare: Callable[..., tuple[Any, ...]] | None = None
@@ -154,7 +160,7 @@ class Op:
         torch.library.register_fake(f"cvmk::{full}", fake, lib=library)
         packet = getattr(torch.ops.cvmk, full).default
         self.names[which] = tuple(argument.name for argument in packet._schema.arguments)
-        self._principal_at[which] = self.names[which].index(self.principal)
+        self.principal_at[which] = self.names[which].index(self.principal)
         return packet
 
     def prepared_by(self, prepare: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
@@ -169,27 +175,14 @@ class Op:
                 tensor = arguments[index]
                 if tensor is not None and tensor.requires_grad:
                     return self._function.apply(*arguments)
-            if self._unobserved(arguments, needs_no_gradient=True):
+            if _unobserved(arguments[: self.tensors], needs_no_gradient=True):
                 return self.run("forward", arguments)
             # A constant argument (a teacher's logits) may ask for a gradient; the result has none to give.
             with torch.no_grad():
                 return self._forward(*arguments)
-        if self._unobserved(arguments, needs_no_gradient=torch.is_grad_enabled()):
+        if _unobserved(arguments[: self.tensors], needs_no_gradient=torch.is_grad_enabled()):
             return self.run("forward", arguments)
         return self._forward(*arguments)
-
-    def _unobserved(self, arguments: Sequence[Any], *, needs_no_gradient: bool) -> bool:
-        """Whether the call may go straight to the implementation, which saves the dispatcher's time (5 us of a small product's 15).
-
-        Only where nobody would miss it there: no graph is being traced, no mode, transform or profiler is active, and the tensors are
-        plain ones on the CPU (none that asks for a gradient, where that is wanted).
-        """
-        if torch.compiler.is_compiling() or _modes() or _transforms() is not None or _profiled() or _traced() is not None:
-            return False
-        for tensor in arguments[: self.tensors]:
-            if tensor is not None and (type(tensor) not in _PLAIN_TENSORS or not tensor.is_cpu or (needs_no_gradient and tensor.requires_grad)):
-                return False
-        return True
 
     @property
     def backends(self) -> list[Backend]:
@@ -210,23 +203,33 @@ class Op:
 
     def choose(self, which: str, arguments: Sequence[Any]) -> Backend:
         """The first allowed backend that takes the call. Raises NotImplementedError with every reason where none does."""
-        key = (which, _forced[-1], *[_signature(a) if isinstance(a, torch.Tensor) else tuple(a) if isinstance(a, list) else a for a in arguments])
+        principal = arguments[self.principal_at[which]]
+        key: tuple[Any, ...] = (which, _forced[-1], principal.dtype, principal.device)
         chosen = self._chosen.get(key)
+        if chosen is not None:
+            return chosen
+        whole = (*key, *[_signature(a) if isinstance(a, torch.Tensor) else tuple(a) if isinstance(a, list) else a for a in arguments])
+        chosen = self._chosen.get(whole)
         if chosen is None:
-            refusals: list[str] = []
-            for backend in self._candidates():
-                reasons = backend.reasons(self, which, arguments)
-                if not reasons:
-                    chosen = backend
-                    break
-                refusals += reasons
-            if chosen is None:
-                asked = f" (only {', '.join(_allowed())} allowed)" if _allowed() else ""
-                raise NotImplementedError(f"no backend takes this call of {self.name}{asked}:\n  " + "\n  ".join(refusals or ["none is there"]))
+            chosen, in_general = self._find(which, arguments)
             if len(self._chosen) >= _CACHE_LIMIT:
                 self._chosen.clear()
-            self._chosen[key] = chosen
+            self._chosen[key if in_general else whole] = chosen
         return chosen
+
+    def _find(self, which: str, arguments: Sequence[Any]) -> tuple[Backend, bool]:
+        """The backend to take, and whether that holds for every call of this dtype and device: no backend's `limits` were asked."""
+        refusals: list[str] = []
+        in_general = True
+        for backend in self._candidates():
+            if backend.limits is not None or backend.by_default is not None:
+                in_general = in_general and bool(backend.general_reasons(self, which, arguments[self.principal_at[which]]))
+            reasons = backend.reasons(self, which, arguments)
+            if not reasons:
+                return backend, in_general
+            refusals += reasons
+        asked = f" (only {', '.join(_allowed())} allowed)" if _allowed() else ""
+        raise NotImplementedError(f"no backend takes this call of {self.name}{asked}:\n  " + "\n  ".join(refusals or ["none is there"]))
 
     def _candidates(self) -> list[Backend]:
         allowed = _allowed()
@@ -239,20 +242,41 @@ class Op:
         backend = self.choose(which, arguments)
         function = backend.forward if which == "forward" else backend.backward
         assert function is not None
-        device = arguments[self._principal_at[which]].device.type
-        if torch.is_autocast_enabled(device):
+        if _C._is_any_autocast_enabled():
             # Casts are decided by the public function; inside, a product of float32 stays one.
-            with torch.autocast(device, enabled=False):
+            with torch.autocast(arguments[self.principal_at[which]].device.type, enabled=False):
                 results = function(*arguments)
         else:
             results = function(*arguments)
         if isinstance(results, torch.Tensor):
             return results.contiguous()
-        return tuple(result.contiguous() for result in results)
+        return tuple([result.contiguous() for result in results])
+
+    def call(self, which: str, arguments: Sequence[Any]) -> Any:
+        """One pass inside autograd: straight to the implementation where nobody would miss it at the dispatcher."""
+        tensors = self.tensors if which == "forward" else self.outputs + self.tensors + len(self.saved)
+        if _unobserved(arguments[:tensors], needs_no_gradient=False):
+            return self.run(which, arguments)
+        return (self._forward if which == "forward" else self._backward)(*arguments)
+
+
+def _unobserved(tensors: Sequence[Any], *, needs_no_gradient: bool) -> bool:
+    """Whether a call may go straight to the implementation, which saves the dispatcher's time (half of a small op's).
+
+    Only where nobody would miss it there: no graph is being traced, no mode, transform or profiler is active, and the tensors are
+    plain ones on the CPU (none that asks for a gradient, where that is wanted).
+    """
+    if torch.compiler.is_compiling() or _modes() or _transforms() is not None or _profiled() or _traced() is not None:
+        return False
+    for tensor in tensors:
+        if tensor is not None and (type(tensor) not in _PLAIN_TENSORS or not tensor.is_cpu or (needs_no_gradient and tensor.requires_grad)):
+            return False
+    return True
 
 
 def _autograd_function(op: Op) -> Any:
     tensors, outputs = op.tensors, op.outputs
+    nothing = [None] * len(op.names["forward"])
 
     class Backward(torch.autograd.Function):
         """The first derivative by a backend; higher ones by differentiating the reference's forward."""
@@ -262,7 +286,7 @@ def _autograd_function(op: Op) -> Any:
             ctx.set_materialize_grads(False)
             ctx.save_for_backward(*arguments[: outputs + tensors])
             ctx.rest, ctx.needs, ctx.count = arguments[outputs + tensors + len(op.saved) :], needs, len(arguments)
-            return op._backward(*arguments, needs)
+            return op.call("backward", (*arguments, needs))
 
         @staticmethod
         def backward(ctx: Any, *grads_of_grads: Any) -> Any:
@@ -295,7 +319,7 @@ def _autograd_function(op: Op) -> Any:
         @staticmethod
         def forward(ctx: Any, *arguments: Any) -> Any:
             ctx.set_materialize_grads(False)
-            results = op._forward(*arguments)
+            results = op.call("forward", arguments)
             several = (results,) if isinstance(results, torch.Tensor) else results
             ctx.save_for_backward(*arguments[:tensors], *[several[i] for i in op.saved])
             ctx.rest = arguments[tensors:]
@@ -303,14 +327,17 @@ def _autograd_function(op: Op) -> Any:
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
+            result: list[Any] = nothing.copy()
             if all(grad is None for grad in grads):
-                return (None,) * (tensors + len(ctx.rest))
-            needs = [bool(ctx.needs_input_grad[i]) for i in range(tensors)]
-            found = Backward.apply(needs, *grads, *ctx.saved_tensors, *ctx.rest)
+                return tuple(result)
+            needs = list(ctx.needs_input_grad[:tensors])
+            arguments = (*grads, *ctx.saved_tensors, *ctx.rest)
+            # Grad mode is on only where the gradients will be differentiated.
+            found = Backward.apply(needs, *arguments) if torch.is_grad_enabled() else op.call("backward", (*arguments, needs))
             several = (found,) if isinstance(found, torch.Tensor) else found
-            result: list[Any] = [None] * (tensors + len(ctx.rest))
             for i, value in zip(op.differentiable, several, strict=True):
-                result[i] = value if needs[i] else None
+                if needs[i]:
+                    result[i] = value
             return tuple(result)
 
     return Forward
@@ -401,8 +428,8 @@ def backends_report() -> dict[str, list[BackendStatus]]:
 # -- small things that every op needs --------------------------------------------------------------------------------------------
 def autocast_lower(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     """Under autocast: floating tensors cast to its dtype, as autocast does for matrix products. Else unchanged."""
-    device = next(t.device.type for t in tensors if t is not None)
-    if not torch.is_autocast_enabled(device):
+    device = _autocast_device(tensors)
+    if device is None:
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
@@ -410,10 +437,18 @@ def autocast_lower(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, 
 
 def autocast_float32(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     """Under autocast: half-precision tensors cast to float32, as autocast does for losses. Else unchanged."""
-    device = next(t.device.type for t in tensors if t is not None)
-    if not torch.is_autocast_enabled(device):
+    device = _autocast_device(tensors)
+    if device is None:
         return tensors
     return tuple(t.float() if t is not None and t.dtype in (torch.bfloat16, torch.float16) else t for t in tensors)
+
+
+def _autocast_device(tensors: Sequence[torch.Tensor | None]) -> str | None:
+    """The kind of device that the tensors are on, where autocast is on for it."""
+    if not _C._is_any_autocast_enabled():
+        return None
+    device = next(t.device.type for t in tensors if t is not None)
+    return device if torch.is_autocast_enabled(device) else None
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
