@@ -166,22 +166,25 @@ def default_scale(q: Tensor) -> float:
 def check_qk(q: Tensor, k: Tensor, *, names: tuple[str, str], packed: bool = False) -> None:
     """Queries and keys that fit each other. Raises TypeError and ValueError."""
     layout = "[total, H, D]" if packed else "[B, H, T, D]"
-    for tensor, name in zip((q, k), names, strict=True):
+    sizes_q, sizes_k = q.shape, k.shape
+    for tensor, sizes, name in ((q, sizes_q, names[0]), (k, sizes_k, names[1])):
         if tensor.dtype not in _FLOATS:
             raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, not {tensor.dtype}")
-        if tensor.dim() != (3 if packed else 4):
-            raise ValueError(f"{name} must be {layout}, not of shape {list(tensor.shape)}")
-        if tensor.shape[-1] == 0:
-            raise ValueError(f"{name} must have a last dimension of at least 1, not the shape {list(tensor.shape)}")
-    shapes = f"{names[0]} {list(q.shape)} and {names[1]} {list(k.shape)}"
+        if len(sizes) != (3 if packed else 4):
+            raise ValueError(f"{name} must be {layout}, not of shape {list(sizes)}")
+        if sizes[-1] == 0:
+            raise ValueError(f"{name} must have a last dimension of at least 1, not the shape {list(sizes)}")
     if q.device != k.device:
         raise ValueError(f"{names[0]} and {names[1]} must be on one device, not on {q.device} and {k.device}")
-    if q.shape[-1] != k.shape[-1]:
-        raise ValueError(f"{shapes} differ in the last dimension")
-    if not packed and q.shape[0] != k.shape[0]:
-        raise ValueError(f"{shapes} differ in the batch dimension")
-    if k.shape[1] == 0 or q.shape[1] % k.shape[1] != 0:
-        raise ValueError(f"the heads of {names[0]} must be a multiple of those of {names[1]}: {shapes}")
+    wrong = ""
+    if sizes_q[-1] != sizes_k[-1]:
+        wrong = "they differ in the last dimension"
+    elif not packed and sizes_q[0] != sizes_k[0]:
+        wrong = "they differ in the batch dimension"
+    elif sizes_k[1] == 0 or sizes_q[1] % sizes_k[1] != 0:
+        wrong = f"the heads of {names[0]} must be a multiple of those of {names[1]}"
+    if wrong:
+        raise ValueError(f"{names[0]} {list(sizes_q)} and {names[1]} {list(sizes_k)}: {wrong}")
 
 
 def check_values(k: Tensor, v: Tensor, *, packed: bool = False) -> None:

@@ -30,14 +30,15 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of `cvmk.ops.flash_attention`."""
     q, k, v = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
-    shape = q.shape
-    if cu_seqlens_q is None:
-        lse = torch.empty(shape[:3], dtype=torch.float32)
+    sizes = _sizes(q, k, v, cu_seqlens_q)
+    _, batch, heads, _, rows, _, _, width, sequences = sizes
+    # Sizes one by one: torch reads them twice as fast as a tuple.
+    if sequences < 0:
+        out, lse = q.new_empty(batch, heads, rows, width), q.new_empty(batch, heads, rows, dtype=torch.float32)
     else:
-        lse = torch.empty((shape[1], shape[0]), dtype=torch.float32)
-    out = torch.empty((*shape[:-1], v.shape[-1]), dtype=q.dtype)
+        out, lse = q.new_empty(rows, heads, width), q.new_empty(heads, rows, dtype=torch.float32)
     _NATIVE.attention_forward(  # type: ignore[union-attr]
-        *_sizes(q, k, v, cu_seqlens_q), *strided(q), *strided(k), *strided(v), out.data_ptr(), lse.data_ptr(),
+        *sizes, *strided(q), *strided(k), *strided(v), out.data_ptr(), lse.data_ptr(),
         None if bias is None else _bias(bias, None), integers(key_lengths), integers(query_start), integers(cu_seqlens_q), integers(cu_seqlens_k),
         window_left, window_right, softcap, scale, *_dropout(dropout_seed, dropout_p),
     )  # fmt: skip
@@ -70,8 +71,8 @@ def backward(
     grad_out = None if grad_out is None else rows_contiguous(grad_out)
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     # Rows that belong to no packed sequence are in no item of work.
-    fresh = torch.empty if cu_seqlens_q is None else torch.zeros
-    dq, dk, dv = (fresh(t.shape, dtype=t.dtype) if needed else not_needed(t) for t, needed in zip((q, k, v), needs, strict=False))
+    fresh = Tensor.new_empty if cu_seqlens_q is None else Tensor.new_zeros
+    dq, dk, dv = [fresh(t, *t.shape) if needed else not_needed(t) for t, needed in zip((q, k, v), needs, strict=False)]
     want_bias = bias is not None and needs[3]
     by_row = want_bias and (bias.dim() == 0 or bias.shape[-1] == 1)  # type: ignore[union-attr]
     dbias = torch.empty(bias.shape, dtype=bias.dtype) if want_bias else not_needed(q)  # type: ignore[union-attr]
@@ -81,7 +82,7 @@ def backward(
         integers(key_lengths), integers(query_start), integers(cu_seqlens_q), integers(cu_seqlens_k),
         window_left, window_right, softcap, scale, *_dropout(dropout_seed, dropout_p),
         *((0, 0, 0, 0) if grad_out is None else strided(grad_out)), 0 if grad_lse is None else grad_lse.data_ptr(),
-        *(t.data_ptr() if needed else 0 for t, needed in zip((dq, dk, dv), needs, strict=False)),
+        dq.data_ptr() if needs[0] else 0, dk.data_ptr() if needs[1] else 0, dv.data_ptr() if needs[2] else 0,
     )  # fmt: skip
     if by_row:
         dbias = _row_bias_gradient(bias, lse, grad_lse)  # type: ignore[arg-type]
@@ -100,7 +101,7 @@ def _row_bias_gradient(bias: Tensor, lse: Tensor, grad_lse: Tensor | None) -> Te
 # -- arguments of the library -----------------------------------------------------------------------------------------------------
 def rows_contiguous(x: Tensor) -> Tensor:
     """x, or a copy where its last dimension is not contiguous (a gradient may be an expanded number)."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+    return x if x.is_contiguous() or x.stride(-1) == 1 else x.contiguous()
 
 
 def strided(x: Tensor) -> tuple[int, int, int, int]:
