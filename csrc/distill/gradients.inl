@@ -35,7 +35,9 @@ template <int kTemperature, int kDivergence, bool kKd, bool kCe, typename S, typ
 __attribute__((noinline)) void write_gradient(const Slope& slope, int64_t vocabulary, const S& s, const T& t, int64_t y, const O& out) {
   const Slope w = slope;
   const F low = simd::set(-__builtin_inff());
-  vectors(0, vocabulary, [&](int64_t i, int n, auto kind) __attribute__((always_inline)) {
+  vectors_from(out.head(vocabulary), vocabulary, [&](int64_t i, int n, auto kind) __attribute__((always_inline)) {
+    s.prefetch(i + kAhead);
+    if (kKd) t.prefetch(i + kAhead);
     const F z = s.load(i, n, kind);
     F grad{};
     if (kKd) {

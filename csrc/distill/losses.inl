@@ -41,9 +41,11 @@ CVMK_INLINE void raise(Sums& sums, const S& s, const T& t, int64_t begin, int64_
   }
 }
 
-template <int kTemperature, int kKind, typename S, typename T>
-CVMK_INLINE void add_block(Sums& sums, const S& s, const T& t, int64_t begin, int64_t end, float inverse) {
-  raise<kKind>(sums, s, t, begin, end, inverse);
+// Adds the logits [begin, end) to the sums and says whether it did. The quick form takes the greatest logits of the blocks before for those
+// of this one, and entries of -inf for absent: it adds nothing where a sum is then not finite, and the careful form has to.
+template <int kTemperature, int kKind, bool kCareful, typename S, typename T>
+CVMK_INLINE bool add_block(Sums& sums, const S& s, const T& t, int64_t begin, int64_t end, float inverse) {
+  if (kCareful) raise<kKind>(sums, s, t, begin, end, inverse);
   const F max_s = simd::set(sums.top_s), max_t = simd::set(sums.top_t), scale = simd::set(inverse);
   F one{}, at_t{}, teacher{}, cross{};
   vectors(begin, end, [&](int64_t i, int n, auto kind) __attribute__((always_inline)) {
@@ -60,14 +62,16 @@ CVMK_INLINE void add_block(Sums& sums, const S& s, const T& t, int64_t begin, in
     const F b = w - max_t;
     const F p = within(exp_below(kTemperature == kAtOne ? b : b * scale), n, kind);
     teacher += p;
-    if (kKind == kForward) cross += p * zero_where(p == F{}, w - z);
-    if (kKind == kReverse) cross += e * zero_where(e == F{}, z - w);
+    if (kKind == kForward) cross += p * (kCareful ? zero_where(p == F{}, w - z) : w - z);
+    if (kKind == kReverse) cross += e * (kCareful ? zero_where(e == F{}, z - w) : z - w);
   });
-  sums.at_t += static_cast<double>(simd::sum(at_t));
-  sums.at_one += static_cast<double>(simd::sum(kTemperature == kAtOne ? at_t : one));
-  if (kKind == kNoTeacher) return;
-  sums.teacher += static_cast<double>(simd::sum(teacher));
-  if (kKind != kOther) sums.cross += static_cast<double>(simd::sum(cross));
+  const float of_one = simd::sum(kTemperature == kAtOne ? at_t : one), of_t = simd::sum(at_t), of_teacher = simd::sum(teacher), of_cross = simd::sum(cross);
+  if (!kCareful && !(of_one + of_t + of_teacher + (of_cross < 0 ? -of_cross : of_cross) < __builtin_inff())) return false;
+  sums.at_t += static_cast<double>(of_t);
+  sums.at_one += static_cast<double>(of_one);
+  sums.teacher += static_cast<double>(of_teacher);
+  sums.cross += static_cast<double>(of_cross);
+  return true;
 }
 
 template <typename S>
@@ -87,9 +91,12 @@ CVMK_INLINE void add_logits(Sums& sums, const S& s, int64_t begin, int64_t end) 
 template <int kTemperature, int kKind, typename S, typename T>
 __attribute__((noinline)) void first_pass(const Terms& terms, int64_t vocabulary, const S& s, const T& t, Sums& sums) {
   const float inverse = 1.0f / terms.temperature;
-  for (int64_t begin = 0; begin < vocabulary; begin += kBlock) {
-    const int64_t end = begin + kBlock < vocabulary ? begin + kBlock : vocabulary;
-    add_block<kTemperature, kKind>(sums, s, t, begin, end, inverse);
+  int64_t end = 0;
+  for (int64_t begin = 0; begin < vocabulary; begin = end) {
+    end = begin + (begin == 0 ? kFirstBlock : kBlock);
+    if (end > vocabulary) end = vocabulary;
+    if (begin == 0 || !add_block<kTemperature, kKind, false>(sums, s, t, begin, end, inverse))
+      add_block<kTemperature, kKind, true>(sums, s, t, begin, end, inverse);
     if (terms.smoothing > 0) add_logits(sums, s, begin, end);
   }
 }

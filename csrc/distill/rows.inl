@@ -6,6 +6,9 @@
 namespace {
 namespace distill {
 
+// A gradient of more bytes than this is written past the caches, which it would leave before anybody reads it.
+constexpr int64_t kStreamed = int64_t{8} << 20;
+
 // body(row) for all rows; a work item is about 64 thousand logits.
 template <typename Body>
 CVMK_INLINE void each_row(const Rows& in, const Body& body) {
@@ -13,6 +16,7 @@ CVMK_INLINE void each_row(const Rows& in, const Body& body) {
   threads::each((in.rows + size - 1) / size, [&](int64_t item) {
     const int64_t end = (item + 1) * size < in.rows ? (item + 1) * size : in.rows;
     for (int64_t row = item * size; row < end; ++row) body(row);
+    finish_streams();
   });
 }
 
@@ -37,13 +41,16 @@ void all_gradients(const GradientPass& pass) {
   const Logits to{pass.gradient, in.vocabulary, in.student.type};
   const Parts parts{pass.with_kd, pass.with_ce, pass.kd_scale, pass.ce_scale};
   const int64_t bytes = in.vocabulary * (in.student.type == kFloat32 ? 4 : 2);
+  const bool streamed = in.rows * bytes > kStreamed;
   each_row(in, [&](int64_t i) {
     const int64_t y = in.target[i];
     if (y < 0 || !(parts.with_kd || parts.with_ce)) {
       memset(static_cast<char*>(pass.gradient) + i * bytes, 0, static_cast<size_t>(bytes));
       return;
     }
-    row_gradient(in.terms, in.vocabulary, row_of<Row>(in.student, i), row_of<Row>(in.teacher, i), y, in.stats + i, in.rows, parts, row_of<Row>(to, i));
+    Row out = row_of<Row>(to, i);
+    out.streamed = streamed;
+    row_gradient(in.terms, in.vocabulary, row_of<Row>(in.student, i), row_of<Row>(in.teacher, i), y, in.stats + i, in.rows, parts, out);
   });
 }
 

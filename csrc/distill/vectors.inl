@@ -14,32 +14,35 @@ using namespace cvmk::distill;
 using simd::F;
 using simd::I;
 constexpr int kLanes = simd::kLanes;
-constexpr int kBlock = 2048;  // logits that stay in the first-level cache from one loop to the next
+constexpr int kBlock = 2048;      // logits that stay in the first-level cache from one loop to the next
+constexpr int kAhead = 512;       // how far ahead of a loop that writes logits are fetched
+constexpr int kFirstBlock = 256;  // logits of a row that the first estimate of its greatest is from
 
 // -- the exponential of a logit minus the greatest one ------------------------------------------------------------------------------
-// exp(x) for x <= 1; 0 below -87.33, NaN for NaN. Relative error at most 1.1 ulp + 3e-9 |x|, where the rounding of x itself costs up to 6e-8 |x|.
+// exp(x) where it is at most 2^127, else a number that is not finite, or NaN; 0 below -104 (below -87.33 without AVX-512); NaN for NaN.
+// Relative error at most 2 ulp + 3e-9 |x| where the result is a normal number; the rounding of x itself costs up to 6e-8 |x|.
 #if defined(__AVX512F__)
-// x = n ln 2 + r with n a multiple of 1/16, |r| <= ln(2) / 32: exp(x) = 2^floor(n) * table[16 frac(n)] * (1 + r + r^2/2 + r^3/6).
+// x = n ln 2 + r with n a multiple of 1/32, |r| <= ln(2) / 64: exp(x) = 2^floor(n) * table[32 frac(n)] * (1 + a r + b r^2), a and b such
+// that the greatest relative error is least: 5.4e-8.
 CVMK_INLINE F exp_below(F x) {
-  const __m512 v = simd::bits<__m512>(x);
-  const __m512 table = _mm512_setr_ps(1.0f, 1.044273782427413840f, 1.090507732665257659f, 1.138788634756691653f, 1.189207115002721067f, 1.241857812073484002f,
-                                      1.296839554651009666f, 1.354255546936892728f, 1.414213562373095049f, 1.476826145939499311f, 1.542210825407940824f,
-                                      1.610490331949254308f, 1.681792830507429086f, 1.756252160373299483f, 1.834008086409342463f, 1.915206561397147294f);
-  const __m512 magic = _mm512_set1_ps(786432.0f);  // 1.5 * 2^19: one unit in the last place is 1/16
+  const __m512 low = _mm512_setr_ps(1.0f, 1.0218971968f, 1.0442737341f, 1.0671404600f, 1.0905077457f, 1.1143867970f, 1.1387885809f, 1.1637248993f,
+                                    1.1892070770f, 1.2152473927f, 1.2418577671f, 1.2690509558f, 1.2968395948f, 1.3252366781f, 1.3542555571f, 1.3839099407f);
+  const __m512 high = _mm512_setr_ps(1.4142135382f, 1.4451807737f, 1.4768261909f, 1.5091644526f, 1.5422108173f, 1.5759809017f, 1.6104903221f, 1.6457555294f,
+                                     1.6817928553f, 1.7186193466f, 1.7562521696f, 1.7947090864f, 1.8340080976f, 1.8741676807f, 1.9152065516f, 1.9571441412f);
+  const __m512 magic = _mm512_set1_ps(393216.0f);  // 1.5 * 2^18: one unit in the last place is 1/32
+  const __m512 v = _mm512_max_ps(_mm512_set1_ps(-105.0f), simd::bits<__m512>(x));  // the second operand where one is NaN
   const __m512 t = _mm512_fmadd_ps(v, _mm512_set1_ps(1.44269504088896341f), magic);
   F shifted = simd::bits<F>(t);
   __asm__("" : "+v"(shifted));  // the compiler must not simplify (x + magic) - magic
   const __m512 n = _mm512_sub_ps(simd::bits<__m512>(shifted), magic);
   const __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693147182464599609375f), v);
-  const __m512 power = _mm512_permutexvar_ps(simd::bits<__m512i>(shifted), table);
-  __m512 p = _mm512_fmadd_ps(r, _mm512_set1_ps(0.166666672f), _mm512_set1_ps(0.5f));
-  p = _mm512_fmadd_ps(p, _mm512_mul_ps(r, r), r);
-  p = _mm512_fmadd_ps(p, power, power);
-  const __mmask16 normal = _mm512_cmp_ps_mask(v, _mm512_set1_ps(-87.336548f), _CMP_NLT_UQ);
-  return simd::bits<F>(_mm512_maskz_scalef_ps(normal, p, n));
+  const __m512 power = _mm512_permutex2var_ps(low, simd::bits<__m512i>(shifted), high);
+  const __m512 p = _mm512_fmadd_ps(r, _mm512_set1_ps(0.50000006f), _mm512_set1_ps(1.00001466f));
+  return simd::bits<F>(_mm512_scalef_ps(_mm512_fmadd_ps(p, _mm512_mul_ps(r, power), power), n));
 }
 #else
-CVMK_INLINE F exp_below(F x) {
+CVMK_INLINE F exp_below(F above) {
+  const F x = simd::min(simd::set(88.8f), above);  // what lies above gives infinity; NaN stays
   const F n = simd::round(x * 1.44269504088896341f);
   const F r = (x - n * 0.693145751953125f) - n * 1.42860682030941723e-6f;
   F p = simd::set(1.9875691500e-4f);
@@ -72,22 +75,58 @@ struct Part {
   static constexpr bool value = false;
 };
 
+// Past the caches where the level and the place allow it: p is a multiple of a vector's size.
+CVMK_INLINE void stream(float* p, F x) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(p, simd::bits<__m512>(x));
+#elif defined(__AVX2__)
+  _mm256_stream_ps(p, simd::bits<__m256>(x));
+#else
+  simd::store(p, x);
+#endif
+}
+CVMK_INLINE void stream(uint16_t* p, simd::H x) {
+#if defined(__AVX512F__)
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), simd::bits<__m256i>(x));
+#elif defined(__AVX2__)
+  _mm_stream_si128(reinterpret_cast<__m128i*>(p), simd::bits<__m128i>(x));
+#else
+  simd::store_h(p, x);
+#endif
+}
+
+// Writes past the caches are seen by other threads after this.
+CVMK_INLINE void finish_streams() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+
+// `streamed`: whole vectors are written past the caches, and lie at multiples of their size.
 struct Floats {
   float* p;
+  bool streamed = false;
   template <typename Kind>
   CVMK_INLINE F load(int64_t i, int n, Kind) const {
     return Kind::value ? simd::load(p + i) : simd::load_n(p + i, n);
   }
   template <typename Kind>
   CVMK_INLINE void store(int64_t i, int n, F x, Kind) const {
-    if (Kind::value) simd::store(p + i, x);
-    else simd::store_n(p + i, x, n);
+    if (!Kind::value) simd::store_n(p + i, x, n);
+    else if (streamed) stream(p + i, x);
+    else simd::store(p + i, x);
   }
   CVMK_INLINE void prefetch(int64_t i) const { __builtin_prefetch(p + i); }
+  // Numbers in front of the first vector that can be written past the caches.
+  CVMK_INLINE int64_t head(int64_t most) const {
+    const int64_t skip = streamed ? -static_cast<int64_t>(reinterpret_cast<uintptr_t>(p) / sizeof *p) & (kLanes - 1) : 0;
+    return skip < most ? skip : most;
+  }
 };
 
 struct BFloats {
   uint16_t* p;
+  bool streamed = false;
   template <typename Kind>
   CVMK_INLINE F load(int64_t i, int n, Kind) const {
     return simd::from_bf16(Kind::value ? simd::load_h(p + i) : simd::load_h_n(p + i, n));
@@ -95,16 +134,23 @@ struct BFloats {
   template <typename Kind>
   CVMK_INLINE void store(int64_t i, int n, F x, Kind) const {
     const simd::H h = to_bf16(x);
-    if (Kind::value) simd::store_h(p + i, h);
-    else simd::store_h_n(p + i, h, n);
+    if (!Kind::value) simd::store_h_n(p + i, h, n);
+    else if (streamed) stream(p + i, h);
+    else simd::store_h(p + i, h);
   }
   CVMK_INLINE void prefetch(int64_t i) const { __builtin_prefetch(p + i); }
+  // Numbers in front of the first vector that can be written past the caches.
+  CVMK_INLINE int64_t head(int64_t most) const {
+    const int64_t skip = streamed ? -static_cast<int64_t>(reinterpret_cast<uintptr_t>(p) / sizeof *p) & (kLanes - 1) : 0;
+    return skip < most ? skip : most;
+  }
 };
 
 // A row of any type, for half precision and for a student and a teacher of two types.
 struct Any {
   void* p;
   int type;
+  bool streamed;  // not obeyed
   template <typename Kind>
   CVMK_INLINE F load(int64_t i, int n, Kind kind) const {
     if (type == kFloat32) return Floats{static_cast<float*>(p)}.load(i, n, kind);
@@ -121,12 +167,13 @@ struct Any {
     else simd::store_h_n(h, simd::to_half(x), n);
   }
   CVMK_INLINE void prefetch(int64_t) const {}
+  CVMK_INLINE int64_t head(int64_t) const { return 0; }
 };
 
 // The row of any type as the other kinds of row.
 CVMK_INLINE void view(void* p, int, Floats& row) { row.p = static_cast<float*>(p); }
 CVMK_INLINE void view(void* p, int, BFloats& row) { row.p = static_cast<uint16_t*>(p); }
-CVMK_INLINE void view(void* p, int type, Any& row) { row = Any{p, type}; }
+CVMK_INLINE void view(void* p, int type, Any& row) { row.p = p, row.type = type; }
 
 template <typename Row>
 CVMK_INLINE Row row_of(const Logits& logits, int64_t i) {
@@ -146,6 +193,13 @@ CVMK_INLINE void vectors(int64_t begin, int64_t end, const Body& body) {
   int64_t i = begin;
   for (; i + kLanes <= end; i += kLanes) body(i, kLanes, Whole{});
   if (i < end) body(i, static_cast<int>(end - i), Part{});
+}
+
+// The same for [0, end), in vectors that begin `head` numbers from its beginning.
+template <typename Body>
+CVMK_INLINE void vectors_from(int64_t head, int64_t end, const Body& body) {
+  if (head > 0) body(int64_t{0}, static_cast<int>(head), Part{});
+  vectors(head, end, body);
 }
 
 CVMK_INLINE I lanes() {
