@@ -31,7 +31,10 @@ set(CMAKE_CUDA_STANDARD 17)
 set(CMAKE_CUDA_STANDARD_REQUIRED ON)
 set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
 
-pybind11_add_module(_native_cuda NO_EXTRAS csrc/bindings/cuda.cu)
+# Kernels and their bindings alike are csrc/<folder>/cuda_<name>.cu.
+file(GLOB CVMK_CUDA_SOURCES CONFIGURE_DEPENDS "csrc/*/cuda_*.cu")
+pybind11_add_module(_native_cuda NO_EXTRAS csrc/bindings/cuda.cu ${CVMK_CUDA_SOURCES})
+target_include_directories(_native_cuda PRIVATE csrc)
 target_compile_definitions(_native_cuda PRIVATE CVMK_VERSION="${PROJECT_VERSION}")
 target_compile_options(_native_cuda PRIVATE "$<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-Wall,-Wextra>")
 set_target_properties(_native_cuda PROPERTIES CUDA_RUNTIME_LIBRARY Static)

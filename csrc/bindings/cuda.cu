@@ -7,6 +7,8 @@
 
 namespace py = pybind11;
 
+void bind_cuda_distill(py::module_& m);
+
 namespace {
 
 // 1000 * major + 10 * minor of the newest CUDA version that the driver supports; 0 without a driver.
@@ -58,6 +60,7 @@ PYBIND11_MODULE(_native_cuda, m) {
   m.def("devices", &devices, "One dict a device: index, name, capability, memory_bytes, multiprocessors (or error)");
   m.def("device_error", &device_error, "Why there is no device, or an empty string");
   m.def("driver_version", &driver_version, "The newest CUDA version that the driver supports, as 1000 * major + 10 * minor; 0 without a driver");
+  bind_cuda_distill(m);
   m.attr("runtime_version") = CUDART_VERSION;
   m.attr("version") = CVMK_VERSION;
 }
