@@ -10,7 +10,7 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64)$" AND CMAKE_CXX_COMPILER_ID M
 else()
   set(CVMK_ISA_LEVELS base)
 endif()
-set(CVMK_KERNEL_OPTIMISATION -O3 CACHE STRING "optimisation of the kernels (-O1 builds the sanitised tests in half the time)")
+set(CVMK_KERNEL_OPTIMISATION -O3 CACHE STRING "optimisation of the kernels (-Og builds the sanitised tests sooner)")
 set(CVMK_ISA_FLAGS_base "")
 set(CVMK_ISA_FLAGS_avx2 -mavx2 -mfma -mf16c -mbmi2)
 set(CVMK_ISA_FLAGS_avx512 ${CVMK_ISA_FLAGS_avx2} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512)

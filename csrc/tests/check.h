@@ -32,9 +32,10 @@ inline std::vector<std::string> caps() {
   return found;
 }
 
-// body() under each of these caps.
+// body() under each of these caps, or only under that of the environment.
 template <typename Body>
 void at_every_level(const Body& body) {
+  if (std::getenv("CVMK_CPU_ISA") != nullptr) return body();
   for (const std::string& cap : caps()) {
     setenv("CVMK_CPU_ISA", cap.c_str(), 1);
     body();
