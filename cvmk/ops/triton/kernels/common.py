@@ -18,3 +18,13 @@ def dot(a, b, accumulator, PRECISION: tl.constexpr = "tf32x3"):
     if a.dtype == tl.float32:
         return tl.dot(a, b, accumulator, input_precision=PRECISION)
     return tl.dot(a, b, accumulator)
+
+
+@triton.jit
+def cast(x, DTYPE: tl.constexpr):
+    """float32 to DTYPE, to the nearest; the interpreter's own cast to bfloat16 truncates."""
+    if INTERPRETED and DTYPE == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+    return x.to(DTYPE)
