@@ -2,6 +2,7 @@
 // into the row's result, so that a row comes out the same to the bit whether its splits are done in turn or by several threads.
 #pragma once
 #include "attention/direct.inl"
+#include "attention/short.inl"
 #include "attention/teacher.inl"
 
 namespace {
@@ -14,16 +15,18 @@ struct State {
   double *kl, *mass;  // of a distillation: sums of target * (log2 target - score), and of the target
 };
 
-template <class Engine>
+template <class Engine, class Short>
 struct ForwardScratch {
   typename Engine::Element *a, *keys, *values;
   float* scores;
   float* direct_q;  // queries as floats, where keys are read directly
   State part, whole;
   TeacherBlock<Engine> teacher;
+  Short few;
 
   ForwardScratch(Arena* arena, const Params& p, int64_t pack_keys, int64_t dp, int64_t dvp) {
     teacher.take(arena, p, Engine::kRows, Engine::kKeys, pack_keys);
+    few.take(arena, p);
     a = arena->take<typename Engine::Element>(up(Engine::kRows, 32) * dp);
     scores = arena->take<float>(static_cast<int64_t>(Engine::kRows) * Engine::kKeys);
     direct_q = arena->take<float>(kDirectRows * up(p.d, kLanes));
@@ -120,9 +123,9 @@ void pack_keys(const Params& p, const Segment& g, int64_t kv_head, int64_t from,
 }
 
 // One block of keys into the state of the part.
-template <class Engine>
+template <class Engine, class Short>
 void attend_block(const Params& p, const Segment& g, const Row* rows, int64_t count, int64_t j, int64_t n, const typename Engine::Element* keys,
-                  const typename Engine::Element* values, int64_t base, const ForwardScratch<Engine>& w, const State& state, bool first) {
+                  const typename Engine::Element* values, int64_t base, const ForwardScratch<Engine, Short>& w, const State& state, bool first) {
   const int64_t dp = Engine::padded(p.d), dvp = Engine::padded(p.dv), padded = up(n, most(Engine::key_step(), 2 * kLanes));
   const bool special = special_scores(p);
   const float factor = special ? 1.0f : p.scale * kLog2E;
@@ -165,9 +168,9 @@ void attend_block(const Params& p, const Segment& g, const Row* rows, int64_t co
 
 // Rows [first, first + count) of an item over the keys [from, to). keys and values are packs that begin at key `base`. Where `state` is
 // null the rows are finished and written, else their state is left there.
-template <class Engine>
+template <class Engine, class Short>
 void attend_rows(const Params& p, const Segment& g, int64_t kv_head, int64_t first, int64_t count, int64_t from, int64_t to,
-                 const typename Engine::Element* keys, const typename Engine::Element* values, int64_t base, ForwardScratch<Engine>& w,
+                 const typename Engine::Element* keys, const typename Engine::Element* values, int64_t base, ForwardScratch<Engine, Short>& w,
                  const State* state) {
   const int64_t width = width_of(p.dtype), dp = Engine::padded(p.d), dvp = Engine::padded(p.dv);
   Row rows[Engine::kRows];
@@ -199,7 +202,7 @@ void attend_rows(const Params& p, const Segment& g, int64_t kv_head, int64_t fir
     const State& part = alone ? whole : w.part;
     if (!alone) clear(part, count);
     for (int64_t j = begin; j < end; j += Engine::kKeys)
-      attend_block<Engine>(p, g, rows, count, j, least(Engine::kKeys, end - j), keys, values, base, w, part, j == begin);
+      attend_block<Engine, Short>(p, g, rows, count, j, least(Engine::kKeys, end - j), keys, values, base, w, part, j == begin);
     for (int64_t r = 0; !alone && r < count; ++r) fold_row(whole, w.part, r, dvp);
   }
   if (state != nullptr) return;
@@ -266,7 +269,19 @@ inline void split_keys(const Params& p, const Segment& g, const ForwardPlan& pla
   *to = most(*from, least(*to, (split + 1) * kSplit));
 }
 
-template <class Engine>
+// Rows [first, last) of an item with few keys.
+template <class Short>
+void attend_short(const Params& p, const Segment& g, int64_t kv_head, int64_t first, int64_t last, const Short& w) {
+  if (first >= last) return;
+  w.load_keys(p, g, kv_head);
+  for (int64_t r = first; r < last; r += kShortRows) {
+    ShortRows rows;
+    short_rows(p, g, kv_head, r, least(kShortRows, last - r), &rows);
+    w.attend(p, g, &rows);
+  }
+}
+
+template <class Engine, class Short>
 int forward(const Params& p) {
   typedef typename Engine::Element Element;
   const int64_t dp = Engine::padded(p.d), dvp = Engine::padded(p.dv), group = p.kv_heads > 0 ? p.heads / p.kv_heads : 0;
@@ -277,7 +292,7 @@ int forward(const Params& p) {
   const int64_t longest = up(plan.splits > 1 ? least(p.keys, kSplit) : p.keys, Engine::kKeys);
 
   Arena arena{nullptr, 0};
-  const ForwardScratch<Engine> sizes(&arena, p, plan.rows_apart ? 0 : longest, dp, dvp);
+  const ForwardScratch<Engine, Short> sizes(&arena, p, plan.rows_apart ? 0 : longest, dp, dvp);
   const int64_t scratch_bytes = up(arena.used, 4096);
   arena.used = 0;
   const int64_t shared_keys = plan.rows_apart ? Engine::t_size(longest, dp) : 0, shared_values = plan.rows_apart ? Engine::b_size(longest, dvp) : 0;
@@ -303,6 +318,7 @@ int forward(const Params& p) {
       const Segment g = segment(p, item / p.kv_heads);
       int64_t lo, hi;
       seen_keys(p, g, &lo, &hi);
+      if (shortly(p, g, Short::kKeys)) return;
       Element* pack = packs + item * (shared_keys + shared_values);
       const int64_t from = chunk * Engine::kKeys, to = least(from + Engine::kKeys, hi);
       if (to <= lo) return;
@@ -312,32 +328,43 @@ int forward(const Params& p) {
     });
   }
 
-  threads::each(plan.units, [&](int64_t index) {
-    Arena own{memory + scratch_bytes * threads::index(), 0};
-    ForwardScratch<Engine> w(&own, p, plan.rows_apart ? 0 : longest, dp, dvp);
-    const int64_t unit = plan.units - 1 - index, item = unit / (plan.splits * plan.blocks), part = unit % (plan.splits * plan.blocks);
+  const auto attend_unit = [&](int64_t unit, ForwardScratch<Engine, Short>& w) {
+    const int64_t item = unit / (plan.splits * plan.blocks), part = unit % (plan.splits * plan.blocks);
     const Segment g = segment(p, item / p.kv_heads);
     const int64_t kv_head = item % p.kv_heads, rows = g.rows * group;
+    const int64_t first = plan.rows_apart ? part * Engine::kRows : 0, last = plan.rows_apart ? least(first + Engine::kRows, rows) : rows;
+    if (shortly(p, g, Short::kKeys)) {
+      if (plan.rows_apart || part == 0) attend_short(p, g, kv_head, first, last, w.few);
+      return;
+    }
     int64_t from, to;
     split_keys(p, g, plan, part, &from, &to);
     const int64_t base = plan.rows_apart ? 0 : from / Engine::kKeys * Engine::kKeys;
     const Element* keys = plan.rows_apart ? packs + item * (shared_keys + shared_values) : w.keys;
     const Element* values = plan.rows_apart ? keys + shared_keys : w.values;
-    Engine::begin();
     if (!plan.rows_apart && from < to && !directly(p, g)) pack_keys<Engine>(p, g, kv_head, base, to, w.keys, w.values);
-    const int64_t first = plan.rows_apart ? part * Engine::kRows : 0, last = plan.rows_apart ? least(first + Engine::kRows, rows) : rows;
     const State state = state_of(unit);
     for (int64_t r = first; r < last;) {
       const int64_t count = block_rows(p, g, r, last, Engine::kRows);
-      attend_rows<Engine>(p, g, kv_head, r, count, from, to, keys, values, base, w, plan.splits > 1 ? &state : nullptr);
+      attend_rows<Engine, Short>(p, g, kv_head, r, count, from, to, keys, values, base, w, plan.splits > 1 ? &state : nullptr);
       r += count;
     }
+  };
+  // Several small units at a time, the later ones first: where rows are causal, those are the longer ones.
+  const int64_t step = most(1, plan.units / (16 * workers)), pieces = (plan.units + step - 1) / step;
+  threads::each(pieces, [&](int64_t piece) {
+    Arena own{memory + scratch_bytes * threads::index(), 0};
+    ForwardScratch<Engine, Short> w(&own, p, plan.rows_apart ? 0 : longest, dp, dvp);
+    Engine::begin();
+    const int64_t last = plan.units - piece * step;
+    for (int64_t unit = last - 1; unit >= most(0, last - step); --unit) attend_unit(unit, w);
     Engine::end();
   });
 
   if (plan.splits > 1) {
     threads::each(plan.items, [&](int64_t item) {
       const Segment g = segment(p, item / p.kv_heads);
+      if (shortly(p, g, Short::kKeys)) return;
       const State whole = state_of(item * plan.splits);
       Row rows[Engine::kRows];
       rows_at(p, g, item % p.kv_heads, 0, g.rows * group, rows);

@@ -1,0 +1,100 @@
+// Rows over few keys, as in a batch of sentences: one block of keys, so a row's softmax is final at once, and nothing is kept of a row but
+// its maximum and sum. Sums are made in the same order as for many keys, so that both ways give the same bits.
+#pragma once
+#include "attention/softmax.inl"
+
+namespace {
+
+// A matter of the sequence alone; the rarer options take the general way.
+inline bool shortly(const Params& p, const Segment& g, int64_t limit) {
+  return g.visible <= limit && !special_scores(p) && p.dropout_limit == 0 && p.teacher.heads == 0;
+}
+
+constexpr int64_t kShortRows = 64;
+
+// A block of rows: where they are, the keys [lo, hi) that each sees, and its maximum (times log2(e)) and sum.
+struct ShortRows {
+  int64_t count;
+  bool same;  // all see the same keys
+  const char* q[kShortRows];
+  char* out[kShortRows];
+  float* lse[kShortRows];
+  int64_t lo[kShortRows], hi[kShortRows];
+  float top[kShortRows], total[kShortRows], factor[kShortRows];
+};
+
+inline void short_rows(const Params& p, const Segment& g, int64_t kv_head, int64_t first, int64_t count, ShortRows* s) {
+  const int64_t width = width_of(p.dtype);
+  int64_t head = kv_head * (p.heads / p.kv_heads) + first / g.rows, i = first % g.rows;
+  s->count = count;
+  s->same = p.window_left < 0 && p.window_right < 0;
+  for (int64_t r = 0; r < count; ++r) {
+    s->q[r] = row_of(p.q, width, g.b, head, g.q0 + i);
+    s->out[r] = row_of_mutable(p.out, width, g.b, head, g.q0 + i);
+    s->lse[r] = static_cast<float*>(p.lse.data) + g.b * p.lse.batch + head * p.lse.head + g.q0 + i;
+    visible_keys(p, g, i, &s->lo[r], &s->hi[r]);
+    if (++i == g.rows) {
+      i = 0;
+      ++head;
+    }
+  }
+}
+
+// The log-sum-exps of a block, and the factors of its weighted values. The sums' last vector is whole.
+inline void short_statistics(const Params& p, ShortRows* s) {
+  for (int64_t r = 0; r < s->count; r += kLanes) {
+    float logs[kLanes];
+    simd::store(logs, simd::log(simd::load(s->total + r)));
+    for (int64_t i = r; i < least(r + kLanes, s->count); ++i) {
+      const float total = s->total[i], top = s->top[i];
+      s->factor[i] = p.keep_factor / total;
+      *s->lse[i] = total == 0.0f ? -kInf : total < kInf ? top * kLn2 + logs[i - r] : total + top;
+    }
+  }
+}
+
+// Rows without a visible key.
+inline void short_empty(const Params& p, const ShortRows& s) {
+  for (int64_t r = 0; r < s.count; ++r)
+    if (s.total[r] == 0.0f) memset(s.out[r], 0, static_cast<size_t>(p.dv * width_of(p.dtype)));
+}
+
+template <int V>
+CVMK_INLINE void short_mask(int64_t lo, int64_t hi, I* mask) {
+#pragma GCC unroll 4
+  for (int v = 0; v < V; ++v) mask[v] = inside(v * kLanes, lo, hi);
+}
+
+// The softmax of one row in registers: scores to probabilities, maximum and sum as softmax_row does them.
+template <bool kPrecise, int V>
+CVMK_INLINE void short_softmax(F* s, const I* mask, float c, float* top, float* total) {
+  F high = simd::set(-kInf);
+#pragma GCC unroll 4
+  for (int v = 0; v < V; ++v) {
+    s[v] = simd::select(mask[v], s[v], simd::set(-kInf));
+    high = larger(s[v], high);
+  }
+  const float now = max_lanes(high) * c;
+  const F shift = simd::set(now == -kInf ? 0.0f : now), factor = simd::set(c);
+#pragma GCC unroll 4
+  for (int v = 0; v < V; ++v) s[v] = exp2<kPrecise>(s[v] * factor - shift);
+  F sum = s[0];
+  if (V == 2) sum = s[0] + s[1];
+  if (V == 3) sum = (s[0] + s[2]) + s[1];
+  if (V == 4) sum = (s[0] + s[2]) + (s[1] + s[3]);
+  *top = now;
+  *total = sum_lanes(sum);
+}
+
+// `count` numbers, rounded to the dtype.
+CVMK_INLINE void store_any(char* row, int64_t dtype, int64_t i, F x, int64_t count) {
+  if (dtype == cvmk::attention::kFloat32) {
+    float* to = reinterpret_cast<float*>(row) + i;
+    return count >= kLanes ? simd::store(to, x) : simd::store_n(to, x, static_cast<int>(count));
+  }
+  uint16_t* to = reinterpret_cast<uint16_t*>(row) + i;
+  const H half = dtype == cvmk::attention::kBFloat16 ? round_bf16(x) : simd::to_half(x);
+  return count >= kLanes ? simd::store_h(to, half) : simd::store_h_n(to, half, static_cast<int>(count));
+}
+
+}  // namespace

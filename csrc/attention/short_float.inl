@@ -1,0 +1,129 @@
+// Few keys in float32: a few rows at a time, their scores, softmax and weighted values in registers.
+#pragma once
+#include "attention/float_engine.inl"
+#include "attention/short.inl"
+
+namespace {
+
+// Probabilities of R rows over V vectors of keys.
+template <int R, int V>
+CVMK_INLINE void short_probabilities(const Params& p, ShortRows* s, int64_t r0, const float* const* q, const float* t, int64_t visible, float* probs) {
+  F sum[R][V];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) sum[r][v] = F{};
+  for (int64_t k = 0; k < p.d; ++k) {
+    F right[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) right[v] = simd::load(t + k * FloatEngine::kPanel + v * kLanes);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const F left = simd::set(q[r0 + r][k]);
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) sum[r][v] += left * right[v];
+    }
+  }
+  I mask[V];
+  short_mask<V>(0, visible, mask);
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+    if (!s->same) short_mask<V>(s->lo[r0 + r], s->hi[r0 + r], mask);
+    short_softmax<true, V>(sum[r], mask, p.scale * kLog2E, s->top + r0 + r, s->total + r0 + r);
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) simd::store(probs + r * FloatEngine::kPanel + v * kLanes, sum[r][v]);
+  }
+}
+
+// Columns [i, i + C vectors) of the results of R rows.
+template <int R, int C>
+CVMK_INLINE void short_values(const Params& p, const ShortRows& s, int64_t r0, const float* probs, int64_t keys, const float* b, int64_t width, int64_t i) {
+  F sum[R][C];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) sum[r][c] = F{};
+  for (int64_t k = 0; k < keys; ++k) {
+    F right[C];
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) right[c] = simd::load(b + k * width + i + c * kLanes);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const F left = simd::set(probs[r * FloatEngine::kPanel + k]);
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c) sum[r][c] += left * right[c];
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+    const F factor = simd::set(p.keep_factor / s.total[r0 + r]);
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) store_any(s.out[r0 + r], p.dtype, i + c * kLanes, sum[r][c] * factor, p.dv - i - c * kLanes);
+  }
+}
+
+template <int R, int V, int C>
+__attribute__((noinline)) void short_block(const Params& p, ShortRows* s, int64_t r0, const float* const* q, const float* t, const float* b, int64_t visible) {
+  alignas(64) float probs[R * FloatEngine::kPanel];
+  const int64_t width = up(p.dv, kLanes);
+  short_probabilities<R, V>(p, s, r0, q, t, visible, probs);
+  int64_t i = 0;
+  for (; i + C * kLanes <= width; i += C * kLanes) short_values<R, C>(p, *s, r0, probs, visible, b, width, i);
+  for (; i < width; i += kLanes) short_values<R, 1>(p, *s, r0, probs, visible, b, width, i);
+}
+
+// Blocks of R rows; the last one reaches back over rows that are done, and makes them again.
+template <int R, int V, int C>
+void short_blocks(const Params& p, ShortRows* s, const float* const* q, const float* t, const float* b, int64_t visible) {
+  for (int64_t r = 0; r < s->count; r += R) short_block<R, V, C>(p, s, least(r, s->count - R), q, t, b, visible);
+}
+
+template <int V>
+void short_blocks(const Params& p, ShortRows* s, const float* const* q, const float* t, const float* b, int64_t visible) {
+  constexpr int kMany = V <= 2 ? 8 : 6, kWide = V <= 2 ? 2 : 4;
+  if (s->count >= kMany) return short_blocks<kMany, V, kWide>(p, s, q, t, b, visible);
+  if (s->count >= 3) return short_blocks<3, V, kWide>(p, s, q, t, b, visible);
+  short_blocks<1, V, kWide>(p, s, q, t, b, visible);
+}
+
+struct ShortFloat {
+  static constexpr int64_t kKeys = FloatEngine::kPanel;
+  float *t, *b, *q;  // keys as [d][kKeys], values as [keys][dv padded], queries where they are not floats
+
+  void take(Arena* arena, const Params& p) {
+    t = arena->take<float>(FloatEngine::t_size(up(kKeys, FloatEngine::kGroup), up(p.d, kLanes)));
+    b = arena->take<float>(kKeys * up(p.dv, kLanes));
+    q = arena->take<float>(p.dtype == cvmk::attention::kFloat32 ? 0 : kShortRows * up(p.d, kLanes));
+  }
+
+  void load_keys(const Params& p, const Segment& g, int64_t kv_head) const {
+    const int64_t width = width_of(p.dtype), padded = up(p.dv, kLanes);
+    const char* rows[FloatEngine::kGroup];
+    for (int64_t j = 0; j < g.visible; j += FloatEngine::kGroup) {
+      row_pointers(p.k, width, g.b, kv_head, g.k0, j, g.visible, FloatEngine::kGroup, rows);
+      FloatEngine::pack_t(t, j, rows, p.dtype, p.d, up(p.d, kLanes));
+    }
+    for (int64_t j = 0; j < g.visible; ++j) to_floats(b + j * padded, row_of(p.v, width, g.b, kv_head, g.k0 + j), p.dtype, p.dv, padded);
+  }
+
+  void attend(const Params& p, const Segment& g, ShortRows* s) const {
+    const float* rows[kShortRows];
+    const int64_t width = up(p.d, kLanes);
+    for (int64_t r = 0; r < s->count; ++r) {
+      rows[r] = p.dtype == cvmk::attention::kFloat32 ? reinterpret_cast<const float*>(s->q[r]) : q + r * width;
+      if (p.dtype != cvmk::attention::kFloat32) to_floats(q + r * width, s->q[r], p.dtype, p.d, width);
+    }
+    switch ((g.visible + kLanes - 1) / kLanes) {
+#if defined(__AVX512F__)
+      case 4: short_blocks<4>(p, s, rows, t, b, g.visible); break;
+      case 3: short_blocks<3>(p, s, rows, t, b, g.visible); break;
+#endif
+      case 2: short_blocks<2>(p, s, rows, t, b, g.visible); break;
+      default: short_blocks<1>(p, s, rows, t, b, g.visible); break;
+    }
+    short_statistics(p, s);
+    short_empty(p, *s);
+  }
+};
+
+}  // namespace
