@@ -1,0 +1,221 @@
+"""Selective scan and its single step by Triton kernels (kernels/selective_scan*.py say how they work).
+
+They compute in float32 whatever the inputs' dtypes are; float64 inputs go to the reference. Time has stride 1 in what the kernels read: other
+layouts are copied. Whether a sequence is cut into segments depends on how many channels there are in the whole batch, so the
+last bit of a result may depend on the size of the batch; it never depends on what the other rows hold, nor on the run.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cvmk.ops import triton
+from cvmk.ops._dispatch import Backend
+from cvmk.ops.selective_scan import SCAN_CHUNK
+from cvmk.ops.triton import _launch
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_STEPS = 8
+"""Steps of a tile."""
+
+
+def _power_of_2(number: int) -> int:
+    return 1 << max(number - 1, 0).bit_length()
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """In a dtype that the kernels read, time with stride 1."""
+    tensor = tensor if tensor.dtype in _DTYPES else tensor.float()
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _plain(tensor: Tensor | None) -> Tensor | None:
+    """In float32 and contiguous."""
+    return None if tensor is None else tensor.float().contiguous()
+
+
+def _strides(tensor: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if tensor is None else (tensor.stride(0), tensor.stride(1))
+
+
+class _Scan:
+    """The arguments of a call as the kernels take them."""
+
+    def __init__(
+        self,
+        u: Tensor,
+        delta: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None,
+        z: Tensor | None,
+        bias: Tensor | None,
+        initial: Tensor | None,
+        cu_seqlens: Tensor | None,
+        softplus: bool,
+        reverse: bool,
+    ) -> None:
+        self.batch, self.dim, self.length = u.shape
+        self.states = A.shape[1]
+        self.groups = next((tensor.shape[1] for tensor in (B, C) if tensor.dim() == 4), 1)
+        self.sequences = self.batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        self.chunks = -(-self.length // SCAN_CHUNK)
+        self.block_n = _power_of_2(self.states)
+        self.u, self.delta, self.z = _rows(u), _rows(delta), None if z is None else _rows(z)
+        self.A, self.D, self.bias, self.initial = _plain(A), _plain(D), _plain(bias), _plain(initial)
+        self.timed = {"B": B.dim() == 4, "C": C.dim() == 4}
+        self.B, self.C = self._weights(B), self._weights(C)
+        self.cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
+        self.options: dict[str, Any] = {"N": self.states, "BLOCK_N": self.block_n, "SOFTPLUS": softplus, "REVERSE": reverse}
+
+    def _weights(self, weights: Tensor) -> Tensor:
+        """[dim, state], or [batch, groups, length + 16, BLOCK_N] with zeros around: a step's weights are one load without a mask."""
+        weights = weights.float()
+        if weights.dim() == 2:
+            return weights.contiguous()
+        return torch.nn.functional.pad(weights.transpose(2, 3), (0, self.block_n - self.states, _STEPS, _STEPS))
+
+    def whole(self, *tensors: Tensor | None) -> bool:
+        """Whether a thread loads 8 steps of a channel at once: 16 bytes, aligned."""
+        there = [tensor for tensor in tensors if tensor is not None]
+        return all(t.element_size() == 2 and t.stride(1) % 16 == 0 and t.stride(0) % 16 == 0 and t.data_ptr() % 16 == 0 for t in there)
+
+    def tile(self, states_of_a_warp: int, smallest: int) -> tuple[int, int]:
+        """(channels, warps) of a program."""
+        channels = max(min(512 // self.block_n, 64, _power_of_2(self.dim // self.groups)), smallest)
+        return channels, max(1, min(16, channels * self.block_n // states_of_a_warp))
+
+    def programs(self, channels: int) -> int:
+        return self.sequences * self.groups * -(-(self.dim // self.groups) // channels)
+
+    def segmentation(self, channels: int, warps: int) -> tuple[int, int]:
+        """(segments, steps of a segment). One segment where two warps a multiprocessor have work without: segments cost a second pass."""
+        programs, places = self.programs(channels), _launch.multiprocessors(self.u.device)
+        segments = 1
+        if self.cu_seqlens is None and 0 < programs * warps < 2 * places:
+            segments = min(self.chunks, -(-8 * places // (programs * warps)))
+        steps = max(1, -(-self.chunks // max(segments, 1))) * SCAN_CHUNK
+        return max(1, -(-self.length // steps)), steps
+
+    def empty(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=self.u.device)
+
+    def starts(self, values: Tensor, z: Tensor | None, initial: Tensor | None, segments: int, steps: int, adjoint: bool) -> Tensor:
+        """The state with which each segment starts, [batch, segments, dim, state]; of the adjoint scan, the one with which it ends."""
+        ends, decays = (self.empty(self.batch, segments, self.dim, self.states) for _ in range(2))
+        weights, timed = (self.C, self.timed["C"]) if adjoint else (self.B, self.timed["B"])
+        whole = self.whole(values, self.delta, z)
+        channels, warps = self.tile(512 if whole else 256, 16)
+        _launch.launch(
+            _launch.kernels("selective_scan").segment_ends,
+            (self.programs(channels), segments),
+            *(values, self.delta, z, self.A, self.bias, weights, ends, decays),
+            *(self.dim, self.groups, self.length, steps, *_strides(values), *_strides(self.delta), *_strides(z)),
+            num_warps=warps,
+            BLOCK_D=channels,
+            WHOLE=whole,
+            TIMED=timed,
+            ADJOINT=adjoint,
+            **self.options,
+        )
+        size = self.dim * self.states
+        _launch.launch(
+            _launch.kernels("selective_scan").segment_starts,
+            (-(-self.batch * size // 256),),
+            *(ends, decays, initial, segments, size, self.batch * size),
+            BLOCK=256,
+            ADJOINT=adjoint,
+        )
+        return ends
+
+
+def scan_forward(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    delta_softplus: bool,
+    reverse: bool,
+    keep_states: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    scan = _Scan(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus, reverse)
+    out = torch.empty(u.shape, dtype=u.dtype, device=u.device)
+    last = scan.empty(scan.sequences, scan.dim, scan.states)
+    kept = scan.empty(scan.batch, scan.chunks * scan.dim, scan.states) if keep_states else None
+    whole = scan.whole(scan.u, scan.delta, scan.z, out)
+    channels, warps = scan.tile(512 if whole else 256, 16)
+    segments, steps = scan.segmentation(channels, warps)
+    starts = scan.initial if segments == 1 else scan.starts(scan.u, None, scan.initial, segments, steps, adjoint=False)
+    _launch.launch(
+        _launch.kernels("selective_scan").scan_forward,
+        (scan.programs(channels), segments),
+        *(scan.u, scan.delta, scan.z, out, scan.A, scan.D, scan.bias, scan.B, scan.C, starts, scan.cu_seqlens, last, kept),
+        *(scan.dim, scan.groups, scan.length, scan.chunks, steps, *_strides(scan.u), *_strides(scan.delta), *_strides(scan.z)),
+        num_warps=warps,
+        BLOCK_D=channels,
+        WHOLE=whole,
+        TIMED_B=scan.timed["B"],
+        TIMED_C=scan.timed["C"],
+        **scan.options,
+    )
+    return out, last, scan.empty(0) if kept is None else kept
+
+
+_OPTIONS: dict[str, Any] = {"dtypes": _DTYPES, "devices": triton.DEVICES, "unavailable": triton.reason, "by_default": triton.by_default}
+BACKENDS = (Backend("selective_scan", "triton", scan_forward, None, **_OPTIONS),)
+
+
+# -- calls that are compiled and timed ---------------------------------------------------------------------------------------------
+def _case(
+    name: str,
+    batch: int,
+    dim: int,
+    length: int,
+    states: int,
+    dtype: torch.dtype,
+    *,
+    constant: bool = False,
+    options: bool = True,
+    packed: int = 0,
+    reverse: bool = False,
+) -> _launch.Case:
+    def run(device: torch.device) -> None:
+        def sample(*shape: int, scale: float = 1.0, kind: torch.dtype = dtype) -> Tensor:
+            return _launch.sample(shape, kind, device, scale)
+
+        u, delta, grad = (sample(batch, dim, length, scale=0.5) for _ in range(3))
+        A = -sample(dim, states, kind=torch.float32).exp()
+        B, C = (sample(dim, states) if constant else sample(batch, 1, states, length) for _ in range(2))
+        D, bias = (sample(dim, kind=torch.float32) if options else None for _ in range(2))
+        z = sample(batch, dim, length) if options else None
+        bounds = torch.linspace(0, length, packed + 1, device=device).to(torch.int32) if packed else None
+        inputs = (u, delta, A, B, C, D, z, bias, None, bounds)
+        _, _, kept = scan_forward(*inputs, options, reverse, True)
+        scan_forward(*inputs, options, reverse, False)
+
+    return _launch.Case(name, run)
+
+
+CASES = (
+    _case("bf16", 8, 2048, 2048, 16, torch.bfloat16),
+    _case("bf16 few channels", 1, 512, 2048, 16, torch.bfloat16),
+    _case("bf16 odd length", 8, 2048, 1999, 16, torch.bfloat16),
+    _case("bf16 odd length reversed", 8, 2048, 1999, 16, torch.bfloat16, reverse=True),
+    _case("bf16 packed", 1, 2048, 8192, 16, torch.bfloat16, packed=32),
+    _case("bf16 64 states", 8, 2048, 2048, 64, torch.bfloat16),
+    _case("bf16 5 states, constant B and C", 8, 2048, 2048, 5, torch.bfloat16, constant=True),
+    _case("fp16", 8, 2048, 2048, 16, torch.float16),
+    _case("fp32", 8, 2048, 2048, 16, torch.float32),
+    _case("fp32 plain", 8, 2048, 2048, 16, torch.float32, options=False),
+    _case("fp32 few channels, reversed", 1, 512, 2048, 16, torch.float32, reverse=True),
+)
