@@ -14,6 +14,7 @@ from torch import Tensor
 from cvmk import ops
 from cvmk.ops.kd_loss import DIVERGENCES
 
+pytestmark = pytest.mark.timeout(300)  # the first test waits for the compiler
 INF = float("inf")
 
 
