@@ -10,6 +10,9 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
+from cvmk.cli._streams import need_open
+from cvmk.errors import ConfigError
+
 HELP = "show versions, devices, instruction sets, and which backends each op has and why not the others"
 
 _BYTES_PER_GIB = 2**30
@@ -22,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    need_open(sys.stdout, "output")
     report = collect()
     if arguments.json:
         print(json.dumps(report, indent=2))
@@ -29,11 +33,14 @@ def run(arguments: argparse.Namespace) -> int:
         _print_tables(report)
     else:
         _print_lines(report)
+    sys.stdout.flush()
+    if report["wrong_settings"]:
+        raise ConfigError("; ".join(report["wrong_settings"]))
     return 0
 
 
 def collect() -> dict[str, Any]:
-    """Everything that doctor shows, of JSON types. Never raises for what is missing: that is the answer."""
+    """Everything that doctor shows, of JSON types. Never raises for what is missing or wrong: that is the answer."""
     from cvmk import hardware, libraries
     from cvmk.telemetry.environment import environment
 
@@ -45,6 +52,7 @@ def collect() -> dict[str, Any]:
         compiler = record.get(part, {}).get("compiler")
         states[part] = {"available": reason is None, "reason": reason, "compiler": compiler or None}
     devices, backends, error = _torch_side()
+    settings = [cpu.error, str(error) if isinstance(error, ConfigError) else None]
     return {
         **environment(),
         "extras": extras(),
@@ -53,7 +61,8 @@ def collect() -> dict[str, Any]:
         "torch_devices": devices,
         "libraries": states,
         "ops": backends,
-        "error": error,
+        "error": None if error is None else str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}",
+        "wrong_settings": sorted({text for text in settings if text is not None}),
     }
 
 
@@ -77,7 +86,7 @@ def extras() -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-def _torch_side() -> tuple[list[str], dict[str, list[dict[str, Any]]], str | None]:
+def _torch_side() -> tuple[list[str], dict[str, list[dict[str, Any]]], Exception | None]:
     """Devices of torch, the backends of each op, and why these cannot be told."""
     try:
         import torch
@@ -89,7 +98,7 @@ def _torch_side() -> tuple[list[str], dict[str, list[dict[str, Any]]], str | Non
         report = {**ops.backends_report(), "CVMSketch": sketch_backends()}
         return devices, {op: [asdict(row) for row in rows] for op, rows in report.items()}, None
     except Exception as error:  # doctor is asked when something is broken; a broken torch is an answer
-        return [], {}, f"{type(error).__name__}: {error}"
+        return [], {}, error
 
 
 def _rows(report: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:

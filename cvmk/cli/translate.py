@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from cvmk.cli._streams import need_open
 from cvmk.errors import ConfigError, DataError
 from cvmk.files import atomic, explained
 from cvmk.hardware import keep_freed_memory
@@ -64,9 +65,10 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--batch-tokens is {arguments.batch_tokens}, and must be at least 1")
     if not 0 <= arguments.threads <= MAX_THREADS:
         raise ConfigError(f"--threads is {arguments.threads}, and must be between 0 and {MAX_THREADS}")
-    for stream, wanted, option in ((sys.stdin, arguments.input, "--input"), (sys.stdout, arguments.output, "--output")):
-        if stream is None and not wanted:
-            raise DataError(f"standard {option[2:]} is closed: open it, or give {option} FILE")
+    if not arguments.input:
+        need_open(sys.stdin, "input", "open it, or give --input FILE")
+    if not arguments.output:
+        need_open(sys.stdout, "output", "open it, or give --output FILE")
     options = {**search, "max_batch_tokens": arguments.batch_tokens, "on_long": arguments.on_long}
     name = arguments.input or "standard input"
     with contextlib.ExitStack() as stack:

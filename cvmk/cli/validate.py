@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from cvmk.cli._streams import need_open
 from cvmk.errors import ConfigError, DataError, QualityGateError
 from cvmk.files import open_maybe_gzip
 from cvmk.hardware import keep_freed_memory
@@ -41,6 +42,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from cvmk.inference.options import SearchOptions
+
+    need_open(sys.stdout, "output")
+    SearchOptions(beam_size=arguments.beam_size)
     limits = [_limit(text) for text in arguments.min_score]
     metrics = _metrics(arguments.metrics, [metric for metric, _ in limits])
     if arguments.max_drop is not None and arguments.baseline is None:

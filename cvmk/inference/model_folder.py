@@ -41,7 +41,8 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "card.md"
-_PLACES = ("", "model", "checkpoints/best")
+BEST = "checkpoints/best"  # in the folder of a run
+_PLACES = ("", "model", BEST)
 """Where a model's files are looked for inside a folder that is given as a model."""
 
 

@@ -6,12 +6,14 @@ from dataclasses import dataclass, field
 
 from cvmk.errors import ConfigError
 
+MAX_BEAM_SIZE = 1024
+
 
 @dataclass(frozen=True)
 class SearchOptions:
     """Options of one search. Raises ConfigError, naming the option, for a value out of range.
 
-    beam_size        hypotheses a sentence; 1 is greedy search.
+    beam_size        hypotheses a sentence, at most MAX_BEAM_SIZE; 1 is greedy search.
     n_best           hypotheses returned a sentence, at most beam_size.
     length_penalty   a hypothesis is scored by sum(log p) / length ** length_penalty, EOS counted in both.
     no_repeat_ngram  no n-gram of this size occurs twice in a translation; 0 = no limit.
@@ -33,6 +35,8 @@ class SearchOptions:
             value = getattr(self, name)
             if not value >= least or value == float("inf"):
                 raise ConfigError(f"{name} is {value}, and must be a number of at least {least}")
+        if self.beam_size > MAX_BEAM_SIZE:
+            raise ConfigError(f"beam_size is {self.beam_size}, and must be at most {MAX_BEAM_SIZE}")
         if self.n_best > self.beam_size:
             raise ConfigError(f"n_best ({self.n_best}) is more than beam_size ({self.beam_size}): ask for fewer or search with a larger beam")
 

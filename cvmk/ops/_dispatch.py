@@ -22,6 +22,9 @@ from typing import Any
 import torch
 from torch import _C
 
+from cvmk.errors import ConfigError
+from cvmk.libraries import isa_level
+
 PREFERENCE = ("cuda", "triton", "native", "reference")
 """Backends in the order in which they are asked."""
 
@@ -346,7 +349,11 @@ def _autograd_function(op: Op) -> Any:
 # -- which backends are allowed ------------------------------------------------------------------------------------------------
 def _from_environment() -> tuple[str, ...]:
     names = tuple(name.strip() for name in os.environ.get("CVMK_BACKEND", "").split(",") if name.strip())
-    _check_names(names, "CVMK_BACKEND")
+    isa_level()  # raises where CVMK_CPU_ISA makes no sense
+    try:
+        _check_names(names, "CVMK_BACKEND")
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     return names
 
 

@@ -16,7 +16,7 @@ from cvmk.distill import DistillationObjective, check_vocabularies
 from cvmk.errors import ConfigError, DataError
 from cvmk.files import read_json, write_json
 from cvmk.inference import Translator
-from cvmk.inference.model_folder import load_model_folder, resolve_model_folder, save_model_folder
+from cvmk.inference.model_folder import BEST, load_model_folder, resolve_model_folder, save_model_folder
 from cvmk.nn import CVMTransformer, count_parameters
 from cvmk.telemetry import Reporter, RunLog
 from cvmk.text.cache import TokenizedCorpus, over_long, tokenized
@@ -160,6 +160,8 @@ def _train_one(job: Job, recipe: Recipe, folder: Path, title: str, tokenizer: To
         resumed = f", resumed at iteration {step}" if step else ""
         job.reporter.say(f"{title}: {parameters / 1e6:.2f} M parameters on {job.device}, {len(corpus)} pairs, {recipe.training.iterations} iterations{resumed}")
         log.event("start", title=title, parameters=parameters, pairs=len(corpus), step=step or 0)
+        if teacher is not None:
+            _tell_teacher(teacher, log, job.reporter)
         trainer.train()
         final, chosen = _final_weights(trainer)
         test = None
@@ -227,6 +229,17 @@ def _final_weights(trainer: Trainer) -> tuple[ValidationResult, str]:
             return averaged, f"average of the weights at iterations {steps}"
     trainer.model.load_state_dict(trainer.store.load(best.step).weights)
     return best, f"checkpoint at iteration {best.step}"
+
+
+def _tell_teacher(teacher: Teacher, log: RunLog, reporter: Reporter) -> None:
+    """Which weights teach. A run that is not finished lends those of its best checkpoint, which may change as it goes on."""
+    weights = resolve_model_folder(teacher.path)
+    finished = weights != teacher.path / BEST
+    if not finished:
+        text = f"the teacher's run {teacher.path} is not finished: its best checkpoint ({weights.resolve().name}) teaches"
+        reporter.say(text)
+        log.line(text)
+    log.event("teacher", path=str(teacher.path), weights=str(weights.resolve()), fingerprint=teacher.fingerprint, finished=finished)
 
 
 def _teacher_facts(teacher: Teacher | None) -> dict[str, Any] | None:

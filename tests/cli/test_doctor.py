@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import os
 import platform
+import subprocess
 from typing import Any
 
 import pytest
 import torch
+from runs import command
 
 import cvmk
 from cvmk import hardware, libraries, ops
@@ -54,15 +57,30 @@ def test_a_library_that_is_missing_is_told_with_its_reason(monkeypatch: pytest.M
     assert "gpus: none: nvidia-smi was not found" in said and "level of kernels: base" in said
 
 
-def test_a_wrong_cap_is_told_and_is_no_failure(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def test_a_wrong_cap_is_told_in_the_report_and_by_the_exit_code(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     if libraries.load("_native", "native")[0] is None:
         pytest.skip("without the native library nothing reads CVMK_CPU_ISA")
     monkeypatch.setenv("CVMK_CPU_ISA", "fastest")
-    assert main(["doctor"]) == 0
-    assert "level of kernels: CVMK_CPU_ISA is 'fastest': set it to base, avx2, avx512 or amx" in capsys.readouterr().out
+    assert main(["doctor"]) == 2
+    said = capsys.readouterr()
+    assert "level of kernels: CVMK_CPU_ISA is 'fastest': set it to base, avx2, avx512 or amx" in said.out
+    assert said.err == "cvmk: CVMK_CPU_ISA is 'fastest': set it to base, avx2, avx512 or amx, or unset it\n"
     monkeypatch.setenv("CVMK_CPU_ISA", "base")
     assert main(["doctor"]) == 0
     assert "level of kernels: base (detected: " in (said := capsys.readouterr().out) and "capped by CVMK_CPU_ISA=base" in said
+    monkeypatch.setenv("CVMK_CPU_ISA", "base-avx512_vnni")
+    assert main(["doctor"]) == 0
+    assert "capped by CVMK_CPU_ISA=base-avx512_vnni" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("verb", [["doctor"], ["translate", "nowhere"]])
+@pytest.mark.parametrize("setting", ["CVMK_BACKEND", "CVMK_CPU_ISA"])
+def test_a_wrong_setting_ends_every_verb_with_a_sentence(verb: list[str], setting: str):
+    if setting == "CVMK_CPU_ISA" and libraries.load("_native", "native")[0] is None:
+        pytest.skip("without the native library nothing reads CVMK_CPU_ISA")
+    done = subprocess.run(command(*verb), env={**os.environ, setting: "fastest"}, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith(f"cvmk: {setting}") and "'fastest'" in done.stderr and done.stderr.count("\n") == 1
+    assert ("versions" in done.stdout) == (verb == ["doctor"])
 
 
 def test_missing_extras_are_told_with_the_command(monkeypatch: pytest.MonkeyPatch):

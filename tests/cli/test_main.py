@@ -45,6 +45,13 @@ def test_a_full_standard_output_is_named() -> None:
     assert done.stderr == "cvmk: cannot read or write standard output: No space left on device\n"
 
 
+@pytest.mark.parametrize("verb", [["doctor"], ["doctor", "--json"], ["validate", "m", "--source", "s", "--reference", "r"], ["translate", "m"]])
+def test_a_closed_standard_output_is_named(verb: list[str]) -> None:
+    done = subprocess.run(["sh", "-c", 'exec "$@" >&-', "sh", *command(*verb)], stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 5
+    assert done.stderr.startswith("cvmk: standard output is closed: open it")
+
+
 def test_a_check_knows_the_languages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tmp_path / "config.toml"
     config.write_text('[data]\nembedded = "phrasebook"\nsource_language = "xx"\n')

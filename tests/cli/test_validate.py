@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 
+import cvmk.inference
 from cvmk.cli import main
 from cvmk.errors import DataError
 from cvmk.validation import paired, score
@@ -57,6 +58,7 @@ class Translator:
 def calls(monkeypatch):
     module = types.ModuleType("cvmk.inference")
     module.Translator = Translator
+    module.__path__ = list(cvmk.inference.__path__)
     monkeypatch.setitem(sys.modules, "cvmk.inference", module)
     monkeypatch.setattr(Translator, "calls", [], raising=False)
     return Translator.calls
@@ -254,6 +256,11 @@ def test_wrong_values_end_with_usage_and_code_2(place, capsys, options):
     assert ended.value.code == 2
     captured = capsys.readouterr()
     assert options[-2:][0] in captured.err and captured.out == ""
+
+
+def test_a_beam_beyond_all_sense_is_refused_before_anything_is_loaded(place, calls, capsys):
+    assert validate("good", "--beam-size", "1025") == 2
+    assert capsys.readouterr().err == "cvmk: beam_size is 1025, and must be at most 1024\n" and calls == []
 
 
 def test_a_real_model(tmp_path, capsys):

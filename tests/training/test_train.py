@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -51,6 +52,19 @@ def test_a_trained_teacher_is_reused(with_teacher: Path, tmp_path: Path) -> None
     report = train(other, f"run.folder={tmp_path}/second")
     assert report["teacher"]["path"] == f"{tmp_path}/run/teacher"
     assert not (tmp_path / "second" / "teacher").exists() and not (tmp_path / "second" / "tokenizer").exists()
+
+
+def test_a_teacher_that_is_not_finished_is_told(with_teacher: Path, tmp_path: Path) -> None:
+    train(with_teacher)
+    text = with_teacher.read_text().split("[teacher.model]")[0]
+    (tmp_path / "other.toml").write_text(f'{text}\n[teacher]\npath = "{tmp_path}/run/teacher"\n')
+    shutil.move(tmp_path / "run" / "teacher" / "model", tmp_path / "model")  # as a run is that was stopped before its end
+    train(tmp_path / "other.toml", f"run.folder={tmp_path}/second", "training.iterations=2")
+    (told,) = events(tmp_path / "second", "teacher")
+    assert not told["finished"] and told["weights"] == str((tmp_path / "run" / "teacher" / "checkpoints" / "best").resolve())
+    assert f"the teacher's run {tmp_path}/run/teacher is not finished: its best checkpoint (step-20) teaches" in (tmp_path / "second" / "log.txt").read_text()
+    (told,) = events(tmp_path / "run", "teacher")
+    assert told["finished"] and "not finished" not in (tmp_path / "run" / "log.txt").read_text()
 
 
 def test_another_vocabulary_is_an_error_that_names_both(with_teacher: Path, tmp_path: Path) -> None:
