@@ -179,9 +179,9 @@ def linear_kd_loss(
     and kept in float32, and so is the weight's gradient until all rows are in it; under autocast all operands are lowered first. A
     gradient that nobody needs (a frozen weight) is not computed.
 
-    Memory: with n = max(2^20 / V, 64) rows a chunk on the CPU and max(2^25 / V, 1024) elsewhere, temporaries are a handful of [n, V] tensors, the
-    gradients in float32, and for half precision on the CPU float32 copies of the weights: nothing of N x V as long as N > n. Second
-    derivatives are the exception: they hold the logits.
+    Memory: with n = max(2^20 / V, 64) rows a chunk on the CPU and max(2^25 / V, 1024) elsewhere (Triton: max(2^26 / V, 2048)), temporaries
+    are a handful of [n, V] tensors, the gradients in float32, and for half precision on the CPU float32 copies of the weights: nothing
+    of N x V as long as N > n. Second derivatives are the exception: they hold the logits.
 
     Returns a scalar, float32 (float64 for float64), or (loss, T^2 * D, CE) with `return_parts`; differentiating a part makes the logits
     once more in the backward pass.

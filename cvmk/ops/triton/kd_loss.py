@@ -31,7 +31,9 @@ def _rows_config(key: str, capability: tuple[int, int]) -> Config:
     sixteen warps, so that the rows in flight (32000 entries of both sides in bfloat16: 34 MB) are found in the L2 cache."""
     width = int(key.rpartition("v")[2])
     warps = 4 if width >= 2048 else 2 if width >= 1024 else 1
-    return {"PER_THREAD": 16, "num_warps": 16 if width >= 8192 and "again" in key else warps, "num_stages": 1}
+    wide = width >= 8192 and "again" in key
+    few = wide and "float32" in key and capability < (9, 0)  # sixteen entries would not fit into that compiler's 64 registers
+    return {"PER_THREAD": 8 if few else 16, "num_warps": 16 if wide else warps, "num_stages": 1}
 
 
 def _rows_candidates(key: str, capability: tuple[int, int]) -> list[Config]:
@@ -70,10 +72,14 @@ def weight_of_p(divergence: str, mixture: float) -> float:
     return 1.0 - mixture if divergence == "skew_reverse_kl" else mixture
 
 
-def _tile(z: Tensor, t: Tensor | None, config: Config) -> dict[str, int]:
-    """The tile [R, C] of `kd_rows`, in which a thread has PER_THREAD entries: R loads of VEC, 16 bytes where all rows begin on such a border."""
-    aligned = all(x is None or (x.stride(0) % 16 == 0 and x.data_ptr() % 16 == 0) for x in (z, t)) and z.shape[1] % 16 == 0
-    vec = min(16 // z.element_size(), config["PER_THREAD"]) if aligned else 1
+def _tile(tensors: tuple[Tensor | None, ...], config: Config) -> dict[str, int]:
+    """The tile [R, C] of `kd_rows`, in which a thread has PER_THREAD entries: R times VEC, as the compiler lays tiles out for these tensors.
+
+    VEC entries of the narrowest dtype are 16 bytes where all rows begin on such borders, else one entry.
+    """
+    there = [x for x in tensors if x is not None]
+    aligned = all(x.data_ptr() % 16 == 0 and (x.dim() == 1 or x.stride(0) % 16 == 0) for x in there)
+    vec = min(16 // min(x.element_size() for x in there), config["PER_THREAD"]) if aligned else 1
     warps = {"num_warps": config["num_warps"], "num_stages": config["num_stages"]}
     return {"R": config["PER_THREAD"] // vec, "C": 32 * config["num_warps"] * vec, "VEC": vec, **warps}
 
@@ -131,7 +137,7 @@ def launch_rows(
         AT_ONE=temperature == 1,
         SQUARE=temperature == 2,
         SMOOTHING=smoothing != 0,
-        **_tile(z, t, ROWS.config(key(z, again), z.device)),
+        **_tile((z, t, *biases, gradient), ROWS.config(key(z, again), z.device)),
     )
 
 
@@ -165,8 +171,8 @@ def forward(student: Tensor, teacher: Tensor | None, target: Tensor, normalizer:
     z, t = matrix(student), None if teacher is None else matrix(teacher)
     y = target.reshape(-1).contiguous()
     stats, losses = (torch.empty((n, y.shape[0]), dtype=torch.float32, device=z.device) for n in (5, 2))
-    launch_rows(z, t, (None, None), y, stats, losses, options)  # type: ignore[arg-type]
-    return *launch_total(losses, y, normalizer, options), stats  # type: ignore[arg-type]
+    launch_rows(z, t, (None, None), y, stats, losses, options)
+    return *launch_total(losses, y, normalizer, options), stats
 
 
 def backward(

@@ -1,0 +1,204 @@
+"""`linear_kd_loss` on GPUs: the products by cuBLAS for a chunk of rows, and one Triton launch between them for losses and gradients.
+
+A chunk of n rows: student and teacher logits [n, V] in float32 (never rounded), then `kd_rows` reads both, writes their statistics and
+the gradient [n, V] in the operands' dtype, and two products add it to the gradients of hidden states and weight in float32. The
+gradients are those of the loss by itself, before the normaliser; the backward pass multiplies them into fresh tensors of the operands'
+dtype. Where a part is differentiated too, the chunks are made again.
+
+Why whole rows and not blocks of the vocabulary whose logits stay on the chip. Operations of student and teacher of width d: 8 N V d here;
+12 N V d where logits are made once for the statistics and again for the gradient, since a gradient needs its whole row's sums first. Bytes a
+logit here: 8 written, 8 read for the statistics, at most 8 for the gradient (`kd_rows` finds a part in the L2 cache), 2 written and
+4 read for the products: 22 to 30, of which a Triton product with the sums in its epilogue would save 8. At 4.3 TB/s and 790 TFLOP/s
+that traffic costs as much as products of width 512, an eighth of those of width 4096, while the second product costs half of them at
+every width. So the widths from 1024 on keep more than 55 % of the products' rate, and at 512 it is about 45 %.
+
+A chunk has n = max(2^26 / V, 2048) rows: fewer would read and write the float32 gradient of the weight, 8 V d bytes a chunk, too often.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cvmk.ops import triton
+from cvmk.ops._dispatch import Backend, not_needed
+from cvmk.ops.triton._launch import Case, sample
+from cvmk.ops.triton.kd_loss import DTYPES, ROWS, Options, Upstream, launch_rows, launch_total, matrix
+
+CHUNK, CHUNK_ROWS = 2**26, 2048
+"""A chunk has CHUNK logits, or CHUNK_ROWS rows where those are more."""
+BORDER = 64
+"""Rows of the chunk's buffers have a multiple of so many entries, those behind the vocabulary -inf: all are read and multiplied in whole vectors."""
+
+
+# -- products that are summed and returned in float32 ---------------------------------------------------------------------------
+def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out = a b."""
+    if a.dtype == out.dtype:
+        torch.mm(a, b, out=out)
+    elif a.is_cuda:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+    else:  # where kernels are interpreted
+        torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
+
+
+def _add_product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out += a b."""
+    if a.dtype == out.dtype:
+        out.addmm_(a, b)
+    elif a.is_cuda and _adds_in_float32(a.device, a.dtype):
+        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+    else:
+        product = torch.empty_like(out)
+        _product(a, b, product)
+        out.add_(product)
+
+
+@functools.cache
+def _adds_in_float32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this version of PyTorch adds a product of half precision to float32 in place; some take no float32 there."""
+    a, total = torch.zeros(16, 16, dtype=dtype, device=device), torch.zeros(16, 16, device=device)
+    try:
+        torch.addmm(total, a, a, out_dtype=total.dtype, out=total)
+    except RuntimeError:
+        return False
+    return True
+
+
+# -- chunks ---------------------------------------------------------------------------------------------------------------------
+def _padded(x: Tensor, width: int) -> Tensor:
+    return x.contiguous() if x.shape[0] == width else torch.nn.functional.pad(x, (0, width - x.shape[0]))
+
+
+def _run(
+    tensors: tuple[Tensor | None, ...],
+    y: Tensor,
+    options: Options,
+    wanted: list[bool],
+    upstream: Upstream | None = None,
+    count: Tensor | None = None,
+) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+    """Statistics [5, N] and losses [2, N] of the rows, and the gradients in float32 of those that are wanted."""
+    student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias = tensors
+    assert student_hidden is not None and student_weight is not None
+    hidden, weight = matrix(student_hidden), matrix(student_weight)
+    other = None if teacher_hidden is None or teacher_weight is None else (matrix(teacher_hidden), matrix(teacher_weight))
+    (rows, width), vocabulary, device = hidden.shape, weight.shape[0], hidden.device
+    wide = -(-vocabulary // BORDER) * BORDER
+    biases = (None if student_bias is None else _padded(student_bias, wide), None if teacher_bias is None else _padded(teacher_bias, wide))
+
+    def new(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=device)
+
+    stats, losses = new(5, rows), new(2, rows)
+    found = [new(*shape) if want else None for want, shape in zip(wanted, ((rows, width), (vocabulary, width), (vocabulary,)), strict=True)]
+    d_hidden, d_weight, d_bias = found
+    if rows == 0:
+        return stats, losses, [None if x is None else x.zero_() for x in found]
+    # Rows that count nothing may hold NaN, and 0 * NaN would reach the weight's gradient.
+    clean = hidden.masked_fill((y == options[5]).unsqueeze(1), 0.0) if d_weight is not None else hidden
+    size = min(rows, max(CHUNK_ROWS, CHUNK // vocabulary))
+    z, t = new(size, wide), None if other is None else new(size, wide)
+    for logits in (z, t):
+        if logits is not None and wide != vocabulary:
+            logits[:, vocabulary:] = -torch.inf
+    grad = torch.empty((size, wide), dtype=weight.dtype, device=device) if any(wanted) else None
+    for start in range(0, rows, size):
+        part, n = slice(start, min(start + size, rows)), min(size, rows - start)
+        _product(hidden[part], weight.t(), z[:n, :vocabulary])
+        if t is not None and other is not None:
+            _product(other[0][part], other[1].t(), t[:n, :vocabulary])
+        made = None if grad is None else grad[:n]
+        launch_rows(z[:n], None if t is None else t[:n], biases, y[part], stats[:, part], losses[:, part], options, made, upstream, count)
+        if made is None:
+            continue
+        some = made[:, :vocabulary]
+        if d_hidden is not None:
+            _product(some, weight, d_hidden[part])
+        if d_weight is not None:
+            (_product if start == 0 else _add_product)(some.t(), clean[part], d_weight)
+        if d_bias is not None:
+            total = some.sum(0, dtype=torch.float32)
+            d_bias.copy_(total) if start == 0 else d_bias.add_(total)
+    return stats, losses, found
+
+
+def forward(*arguments: Any) -> tuple[Tensor, ...]:
+    tensors, target, normalizer, options, wanted = arguments[:6], arguments[6], arguments[7], arguments[8:14], arguments[14]
+    y = target.reshape(-1).contiguous()
+    stats, losses, found = _run(tensors, y, options, wanted)
+    shapes = (tensors[0].shape, tensors[1].shape, tensors[1].shape[:1])
+    grads = [not_needed(stats) if x is None else x.view(shape) for x, shape in zip(found, shapes, strict=True)]
+    return *launch_total(losses, y, normalizer, options), stats, *grads
+
+
+def backward(*arguments: Any) -> tuple[Tensor, ...]:
+    g_loss, g_kd, g_ce = arguments[:3]
+    tensors, target, count = arguments[8:14], arguments[14], arguments[16]
+    sums, options, wanted, needs = arguments[18:21], arguments[21:27], arguments[27], arguments[28]
+    needed = [need and x is not None for need, x in zip(needs, tensors[:3], strict=False)]
+    scale = None
+    if g_kd is None and g_ce is None and g_loss is not None and all(have or not need for have, need in zip(wanted, needed, strict=True)):
+        scale = g_loss / count
+    else:
+        sums = tuple(_run(tensors, target.reshape(-1).contiguous(), options, needed, (g_loss, g_kd, g_ce), count)[2])
+    found = []
+    for need, x, total in zip(needed, tensors, sums, strict=False):
+        if not need:
+            found.append(not_needed(tensors[0]))
+            continue
+        grad = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        # One pass over the float32 sums, without a temporary of their size.
+        found.append(grad.copy_(total.view(x.shape)) if scale is None else torch.mul(total.view(x.shape), scale, out=grad))
+    return tuple(found)
+
+
+def _limits(which: str, arguments: Mapping[str, Any]) -> list[str]:
+    teacher = arguments["teacher_weight"]
+    return [f"teacher_weight is {teacher.dtype}, not float32, bfloat16 or float16"] if teacher is not None and teacher.dtype not in DTYPES else []
+
+
+BACKENDS = (
+    Backend(
+        "linear_kd_loss",
+        "triton",
+        forward,
+        backward,
+        dtypes=DTYPES,
+        devices=triton.DEVICES,
+        limits=_limits,
+        unavailable=triton.reason,
+        by_default=triton.by_default,
+    ),
+)
+
+
+# -- what the compile gate and `cvmk bench --tune` run --------------------------------------------------------------------------------
+TUNED = (ROWS,)
+
+
+def _case(dtype: torch.dtype, vocabulary: int, width: int, divergence: str, bias: bool = False, teacher: bool = True) -> Case:
+    def run(device: torch.device) -> Any:
+        sides: list[Tensor | None] = []
+        for there in (True, teacher):
+            shapes = ((4096, width), (vocabulary, width), (vocabulary,))
+            hidden, weight, b = (sample(shape, dtype, device, scale) for shape, scale in zip(shapes, (1.0, width**-0.5, 1.0), strict=True))
+            sides += [hidden, weight, b if bias else None] if there else [None, None, None]
+        y = torch.zeros(4096, dtype=torch.int64, device=device)
+        options = (2.0, 0.5 if teacher else 0.0, divergence, 0.5, 0.1 if bias else 0.0, -100)
+        return forward(*sides, y, None, *options, [True, True, bias])
+
+    return Case(f"{str(dtype).removeprefix('torch.')} V{vocabulary} d{width} {divergence if teacher else 'no teacher'}" + (" bias" if bias else ""), run)
+
+
+CASES = (
+    _case(torch.bfloat16, 32000, 512, "forward_kl"),
+    _case(torch.bfloat16, 32000, 512, "js"),
+    _case(torch.bfloat16, 50257, 512, "reverse_kl", bias=True),
+    _case(torch.float32, 32000, 512, "skew_kl"),
+    _case(torch.float16, 32000, 512, "forward_kl", teacher=False),
+)
