@@ -8,6 +8,7 @@
 namespace py = pybind11;
 
 void bind_cuda_distill(py::module_& m);
+void bind_cuda_gemm(py::module_& m);
 void bind_cuda_scan(py::module_& m);
 
 namespace {
@@ -62,6 +63,7 @@ PYBIND11_MODULE(_native_cuda, m) {
   m.def("device_error", &device_error, "Why there is no device, or an empty string");
   m.def("driver_version", &driver_version, "The newest CUDA version that the driver supports, as 1000 * major + 10 * minor; 0 without a driver");
   bind_cuda_distill(m);
+  bind_cuda_gemm(m);
   bind_cuda_scan(m);
   m.attr("runtime_version") = CUDART_VERSION;
   m.attr("version") = CVMK_VERSION;

@@ -281,6 +281,12 @@ inline unsigned __ballot_sync(unsigned mask, int predicate) {
   for (unsigned i = 0; i < 32; ++i) found |= static_cast<unsigned>(values[i]) << i;
   return found;
 }
+inline int __reduce_add_sync(unsigned mask, int value) {
+  const uint64_t* values = on_cpu::exchange("__reduce_add_sync", mask, on_cpu::bits<uint64_t>(value));
+  int sum = 0;
+  for (unsigned i = 0; i < 32; ++i) sum += static_cast<int>(static_cast<uint32_t>(values[i]));
+  return sum;
+}
 inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
 
 template <typename T>
