@@ -104,7 +104,10 @@ inline void write_rows(const Params& p, const Segment& g, const Row* rows, int64
       *lse = -kInf;
       continue;
     }
-    from_floats(to, p.dtype, state.out + r * dvp, p.keep_factor / total, p.dv);
+    if (directly(p, g))
+      from_direct_row(to, p.dtype, state.out + r * dvp, p.keep_factor / total, p.dv);
+    else
+      from_floats(to, p.dtype, state.out + r * dvp, p.keep_factor / total, p.dv);
     *lse = total < kInf ? top * kLn2 + state.logs[r] : total + top;
   }
 }
@@ -132,9 +135,10 @@ void attend_block(const Params& p, const Segment& g, const Row* rows, int64_t co
   uint32_t columns[Engine::kKeys];
   column_hashes(p, g.k0 + j, n, columns);
   const bool direct = directly(p, g);
-  const int64_t kv_head = rows[0].head / (p.heads / p.kv_heads);
+  const int64_t kv_head = rows[0].head / (p.heads / p.kv_heads), width = width_of(p.dtype);
+  const Direct steps = direct_of(p.dtype);
   if (direct)
-    direct_scores(p, g, kv_head, count, j, n, w.direct_q, w.scores, Engine::kKeys);
+    steps.scores(row_of(p.k, width, g.b, kv_head, g.k0 + j), p.k.row * width, n, p.d, count, w.direct_q, w.scores, Engine::kKeys);
   else
     Engine::scores(w.a, count, keys, j - base, n, dp, w.scores, Engine::kKeys);
   if (distills(p)) w.teacher.make_target(p, rows, 0, count, j, n);
@@ -162,7 +166,7 @@ void attend_block(const Params& p, const Segment& g, const Row* rows, int64_t co
   if (!direct) return Engine::weigh(w.scores, Engine::kKeys, count, values, j - base, n, dvp, state.out, !first);
   for (int64_t r = 0; r < count; ++r) {
     const int64_t a = most(0, least(rows[r].lo - j, n)), b = most(a, least(rows[r].hi - j, n));
-    direct_values(p, g, kv_head, j, a, b, w.scores + r * Engine::kKeys, state.out + r * dvp);
+    steps.values(row_of(p.v, width, g.b, kv_head, g.k0 + j), p.v.row * width, p.dv, a, b, w.scores + r * Engine::kKeys, state.out + r * dvp);
   }
 }
 
@@ -190,7 +194,7 @@ void attend_rows(const Params& p, const Segment& g, int64_t kv_head, int64_t fir
   clear(whole, count);
   const bool direct = directly(p, g);
   if (lo < hi && !direct) Engine::pack_a(w.a, q, count, p.dtype, p.d, dp);
-  for (int64_t r = 0; direct && r < count; ++r) to_floats(w.direct_q + r * up(p.d, kLanes), q[r], p.dtype, p.d, up(p.d, kLanes));
+  for (int64_t r = 0; direct && r < count; ++r) direct_of(p.dtype).query(w.direct_q + r * up(p.d, kLanes), q[r], p.d);
   if (lo < hi && distills(p)) {
     w.teacher.load_keys(p, g, rows[0].head, base, to);
     w.teacher.load_rows(p, g, rows, count);
@@ -362,7 +366,7 @@ int forward(const Params& p) {
   });
 
   if (plan.splits > 1) {
-    threads::each(plan.items, [&](int64_t item) {
+    const auto combine = [&](int64_t item) {
       const Segment g = segment(p, item / p.kv_heads);
       if (shortly(p, g, Short::kKeys)) return;
       const State whole = state_of(item * plan.splits);
@@ -371,7 +375,12 @@ int forward(const Params& p) {
       for (int64_t r = 0; r < g.rows * group; ++r)
         for (int64_t split = 1; split < plan.splits; ++split) fold_row(whole, state_of(item * plan.splits + split), r, dvp);
       write_rows(p, g, rows, g.rows * group, whole, dvp);
-    });
+    };
+    // A few rows take less time than waking a thread.
+    if (plan.units * group * dvp <= 16384)
+      for (int64_t item = 0; item < plan.items; ++item) combine(item);
+    else
+      threads::each(plan.items, combine);
   }
   free(memory);
   return cvmk::attention::kDone;
