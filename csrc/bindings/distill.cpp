@@ -161,7 +161,7 @@ class Scratch {
   char* data() const { return data_; }
 
  private:
-  static constexpr std::size_t kKept = std::size_t{32} << 20;
+  static constexpr std::size_t kKept = std::size_t{64} << 20;
   static inline std::mutex mutex_;
   static inline Block kept_;
   std::unique_lock<std::mutex> lock_;

@@ -6,11 +6,10 @@
 namespace cvmk {
 namespace distill {
 
-// Gradients of logits are made in blocks of kColumns entries of the vocabulary, logits in parts of a block, kPart entries and kRowBlock rows,
-// that stay in the first-level cache. The blocks of a vocabulary belong to at most kGroups groups, each the work of one thread at a time
-// and with a partial sum of the hidden states' gradient of its own.
-constexpr int64_t kColumns = 256, kPart = 128, kRowBlock = 32, kGroups = 8;
-constexpr int64_t kSkew = 32;  // what rows of G^T are longer than a chunk, so that they do not all fall into the same sets of the cache
+// The vocabulary is taken in blocks of kColumns entries, whose weights stay in the second-level cache while all rows of a chunk pass by:
+// kRowBlock rows for their logits, kSub rows for the products with their gradient. The blocks of a vocabulary belong to at most kGroups
+// groups, each the work of one thread at a time and with a partial sum of the hidden states' gradient of its own.
+constexpr int64_t kColumns = 512, kRowBlock = 32, kSub = 512, kGroups = 8;
 
 struct LinearPlan {
   int64_t chunk;                     // rows of a chunk, a multiple of 32
@@ -28,8 +27,8 @@ inline __attribute__((always_inline)) LinearPlan linear_plan(const LinearPass& p
   LinearPlan plan;
   plan.width = round_up(pass.student.width, 32);
   plan.teacher_width = pass.teacher.hidden == nullptr ? 0 : round_up(pass.teacher.width, 32);
-  const int64_t rows = 524288 / plan.width / 32 * 32;
-  plan.chunk = rows < 64 ? 64 : rows > 1024 ? 1024 : rows;
+  const int64_t rows = 1048576 / plan.width / 32 * 32;  // 32 MiB for the partial sums
+  plan.chunk = rows < 64 ? 64 : rows > 2048 ? 2048 : rows;
   if (plan.chunk > round_up(pass.count, 32)) plan.chunk = round_up(pass.count, 32);
   plan.blocks = (pass.vocabulary + kColumns - 1) / kColumns;
   plan.per_group = (plan.blocks + kGroups - 1) / kGroups;
@@ -44,14 +43,12 @@ inline __attribute__((always_inline)) LinearPlan linear_plan(const LinearPass& p
   plan.sums_at = place(plan.groups * 8 * plan.chunk * 4);
   plan.values_at = place(8 * plan.chunk * 4);
   plan.turned_at = place(plan.chunk * plan.width * 2);
-  plan.pairs_at = place(plan.chunk * plan.width * 2);
+  plan.pairs_at = place(round_up(plan.chunk, kSub) * plan.width * 2);
   plan.teacher_at = place(plan.chunk * plan.teacher_width * 2);
   plan.target_at = place(plan.chunk * 4);
   plan.shared = at;
-  const int64_t wide = plan.width > plan.teacher_width ? plan.width : plan.teacher_width;
-  // Two padded blocks of weights, the student's in pairs, logits of both, gradient twice, a block of d_weight, two biases.
-  plan.own = round_up(kColumns * (2 * wide + plan.width) * 2 + 2 * kPart * kRowBlock * 4 + 2 * kColumns * (plan.chunk + kSkew) * 2 + kColumns * plan.width * 4 + 3 * kColumns * 4,
-                      4096) + 4096;
+  // Weights of both sides, the student's in pairs too, their gradient, gradients of logits twice, logits and biases of both sides.
+  plan.own = round_up(kColumns * (plan.width * (2 + 2 + 4) + plan.teacher_width * 2 + 2 * kSub * 2 + 2 * kRowBlock * 4 + 2 * 4), 4096);
   return plan;
 }
 

@@ -59,6 +59,14 @@ CVMK_INLINE F exp_below(F above) {
 
 CVMK_INLINE F zero_where(I condition, F x) { return condition ? F{} : x; }
 
+CVMK_INLINE bool all_finite(F x) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask(_mm512_abs_ps(simd::bits<__m512>(x)), _mm512_set1_ps(__builtin_inff()), _CMP_NLT_UQ) == 0;
+#else
+  return simd::sum(simd::abs(x)) < __builtin_inff();
+#endif
+}
+
 CVMK_INLINE simd::H to_bf16(F x) {
 #if defined(__AVX512BF16__)
   return simd::bits<simd::H>(_mm512_cvtneps_pbh(simd::bits<__m512>(x)));
@@ -230,7 +238,7 @@ CVMK_INLINE float greatest(const Row& row, int64_t begin, int64_t end) {
 }
 
 // p = exp(log_p), q = exp(log_q): weight p + (1 - weight) q, never 0, so that its logarithm and 1 / m exist where both are 0.
-CVMK_INLINE F mix(F p, F q, float weight) { return simd::max(q + weight * (p - q), simd::set(FLT_MIN)); }
+CVMK_INLINE F mix(F p, F q, float weight) { return simd::max(simd::set(FLT_MIN), q + weight * (p - q)); }
 
 }  // namespace distill
 }  // namespace
