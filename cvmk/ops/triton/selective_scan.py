@@ -30,9 +30,14 @@ def _power_of_2(number: int) -> int:
     return 1 << max(number - 1, 0).bit_length()
 
 
+def _readable(tensor: Tensor) -> Tensor:
+    """In a dtype that the kernels read."""
+    return tensor if tensor.dtype in _DTYPES else tensor.float()
+
+
 def _rows(tensor: Tensor) -> Tensor:
     """In a dtype that the kernels read, time with stride 1."""
-    tensor = tensor if tensor.dtype in _DTYPES else tensor.float()
+    tensor = _readable(tensor)
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
@@ -246,13 +251,60 @@ def scan_backward(
     )
 
 
+def update_forward(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+) -> Tensor:
+    batch, heads, dim, states = state.shape
+    dt, A, B, C = (_readable(tensor) for tensor in (dt, A, B, C))
+    D, z, dt_bias = (None if tensor is None else _readable(tensor) for tensor in (D, z, dt_bias))
+    y = torch.empty((batch, heads, dim), dtype=x.dtype, device=x.device)
+    block_n = _power_of_2(states)
+    block = max(1, min(512 // block_n, _power_of_2(heads * dim)))
+    _launch.launch(
+        _launch.kernels("selective_state_update").state_update,
+        (batch * -(-heads * dim // block),),
+        *(state, x, dt, A, B, C, D, z, dt_bias, y),
+        *(heads, dim, B.shape[1], *state.stride(), *x.stride(), *dt.stride(), *A.stride(), *B.stride(), *C.stride()),
+        *((0, 0) if D is None else D.stride()),
+        *((0, 0, 0) if z is None else z.stride()),
+        *((0, 0) if dt_bias is None else dt_bias.stride()),
+        num_warps=4 if block * block_n >= 512 else 1,
+        N=states,
+        BLOCK_N=block_n,
+        BLOCK=block,
+        SOFTPLUS=dt_softplus,
+    )
+    torch.autograd.graph.increment_version(state)
+    return y
+
+
+def update_limits(which: str, arguments: Mapping[str, Any]) -> list[str]:
+    state, B, C = (arguments[name] for name in ("state", "B", "C"))
+    found = [] if state.dtype in _DTYPES else [f"state is {state.dtype}, not one of {', '.join(map(str, _DTYPES))}"]
+    if not 1 <= state.shape[-1] <= 4096:
+        found.append(f"a row has {state.shape[-1]} states, not 1 ... 4096")
+    return found + ([f"B has {B.shape[1]} groups and C {C.shape[1]}"] if B.shape[1] != C.shape[1] else [])
+
+
 def limits(which: str, arguments: Mapping[str, Any]) -> list[str]:
     states = arguments["A"].shape[-1]
     return [f"A has {states} states, the kernels hold 1 ... {MAX_STATES} in registers"] if not 1 <= states <= MAX_STATES else []
 
 
 _OPTIONS: dict[str, Any] = {"dtypes": _DTYPES, "devices": triton.DEVICES, "unavailable": triton.reason, "by_default": triton.by_default}
-BACKENDS = (Backend("selective_scan", "triton", scan_forward, scan_backward, limits=limits, **_OPTIONS),)
+BACKENDS = (
+    Backend("selective_scan", "triton", scan_forward, scan_backward, limits=limits, **_OPTIONS),
+    Backend("selective_state_update", "triton", update_forward, limits=update_limits, **_OPTIONS),
+)
 
 
 # -- calls that are compiled and timed ---------------------------------------------------------------------------------------------
@@ -286,7 +338,23 @@ def _case(
     return _launch.Case(name, run)
 
 
+def _step_case(name: str, batch: int, rows: tuple[int, int], states: int, dtype: torch.dtype, state_dtype: torch.dtype) -> _launch.Case:
+    def run(device: torch.device) -> None:
+        def sample(*shape: int, kind: torch.dtype = dtype) -> Tensor:
+            return _launch.sample(shape, kind, device)
+
+        A, D = -sample(*rows, states, kind=torch.float32).exp(), sample(*rows, kind=torch.float32)
+        B, C = sample(batch, 1, states), sample(batch, 1, states)
+        x, dt, z = (sample(batch, *rows) for _ in range(3))
+        update_forward(sample(batch, *rows, states, kind=state_dtype), x, dt, A, B, C, D, z, D, True)
+
+    return _launch.Case(name, run)
+
+
 CASES = (
+    _step_case("step bf16", 64, (4096, 1), 16, torch.bfloat16, torch.float32),
+    _step_case("step bf16 heads", 64, (64, 64), 128, torch.bfloat16, torch.bfloat16),
+    _step_case("step fp32", 1, (2048, 1), 16, torch.float32, torch.float32),
     _case("bf16", 8, 2048, 2048, 16, torch.bfloat16),
     _case("bf16 few channels", 1, 512, 2048, 16, torch.bfloat16),
     _case("bf16 odd length reversed", 8, 2048, 1999, 16, torch.bfloat16, reverse=True),

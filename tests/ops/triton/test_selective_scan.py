@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import scan_cases
 import torch
-from scan_cases import equal, inputs, run
+from scan_cases import equal, inputs, run, step, step_inputs
 from torch import Tensor
 
-from cvmk.ops import explain, selective_scan, use
+from cvmk.ops import explain, selective_scan, selective_state_update, use
 from cvmk.ops.triton import INTERPRETED, reason
 
 pytestmark = pytest.mark.skipif(reason() is not None, reason=str(reason()))
@@ -136,3 +136,39 @@ def test_what_is_declined() -> None:
     assert "300 states" in rows["triton"].reasons[0]
     if INTERPRETED:
         assert "interpreted" in {row.backend: row for row in explain("selective_scan", **inputs(1, 4, 2, 5))}["triton"].reasons[0]
+
+
+# -- the single step -----------------------------------------------------------------------------------------------------------
+def check_step(arguments: dict[str, Tensor], softplus: bool = True) -> None:
+    scan_cases.check_step("triton", here(arguments), softplus)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_step_over_odd_sizes(dtype: torch.dtype, state_dtype: torch.dtype) -> None:
+    check_step(step_inputs(3, 18, 17, heads=6, groups=3, dtype=dtype, state_dtype=state_dtype))
+    check_step(step_inputs(1, 40, 16, groups=2, optional="z", dtype=dtype, state_dtype=state_dtype, tied=True), softplus=False)
+    check_step(step_inputs(2, 6, 1, optional="D dt_bias", dtype=dtype, state_dtype=state_dtype))
+
+
+def test_step_takes_any_strides_and_writes_in_place() -> None:
+    arguments = here(step_inputs(3, 5, 18, heads=4, groups=2))
+    want = step(arguments, "triton")
+    for layout in (lambda t: t.transpose(0, -1).contiguous().transpose(0, -1), lambda t: torch.stack([t, t], -1)[..., 1]):
+        moved = {name: layout(t) for name, t in arguments.items()}
+        assert all(torch.equal(a, b) for a, b in zip(step(moved, "triton"), want, strict=True))
+    cache = torch.full((3, 4, 5, 24), 9.0, device=DEVICE)
+    cache[..., 2:20] = arguments["state"]
+    view, version = cache[..., 2:20], cache._version
+    with use("triton"):
+        selective_state_update(**{**arguments, "state": view}, dt_softplus=True)
+    assert torch.equal(view, want[1]) and (cache[..., :2] == 9).all() and (cache[..., 20:] == 9).all() and cache._version > version
+
+
+def test_step_does_not_depend_on_the_batch() -> None:
+    arguments = here(step_inputs(5, 30, 16))
+    y, state = step(arguments, "triton")
+    one = {name: t[3:4] if name in ("state", "x", "dt", "B", "C", "z") else t for name, t in arguments.items()}
+    y1, state1 = step(one, "triton")
+    assert torch.equal(y1, y[3:4]) and torch.equal(state1, state[3:4])
+    assert step(here(step_inputs(0, 4, 3)), "triton")[0].shape == (0, 4)
