@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from cvmk import nvtx
 from cvmk.config.schema import Recipe
 from cvmk.distill import DistillationObjective
 from cvmk.errors import DataError, DivergedError
@@ -130,23 +131,27 @@ class Trainer:
         """One optimiser step. Returns the losses and the gradient norm before clipping; a non-finite one changes no weight."""
         self.model.train()
         step = self.progress.step + 1
-        batches = [collate(self.corpus, next(self.sampler)).to(self.device) for _ in range(self.config.accumulate)]
+        with nvtx.span("data"):
+            batches = [collate(self.corpus, next(self.sampler)).to(self.device) for _ in range(self.config.accumulate)]
         total = sum(batch.tokens for batch in batches)
         losses: dict[str, torch.Tensor] = {}
         for batch in batches:
             share = batch.tokens / total
-            found = self._losses(batch)
-            (found.total * share).backward()
+            with nvtx.span("forward"):
+                found = self._losses(batch)
+            with nvtx.span("backward"):
+                (found.total * share).backward()
             for name, value in found.parts.items():
                 losses[name] = losses.get(name, 0.0) + value * share
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm or float("inf"))
-        values = {name: float(value) for name, value in losses.items()}
-        if torch.isfinite(norm) and values["loss"] == values["loss"]:
-            rate = self.learning_rate(step)
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        with nvtx.span("optimiser"):
+            norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm or float("inf"))
+            values = {name: float(value) for name, value in losses.items()}
+            if torch.isfinite(norm) and values["loss"] == values["loss"]:
+                rate = self.learning_rate(step)
+                for group in self.optimizer.param_groups:
+                    group["lr"] = rate
+                self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
         self.progress.step, self.progress.tokens = step, self.progress.tokens + total
         return values, float(norm)
 
@@ -191,7 +196,8 @@ class Trainer:
 
     def _validate(self) -> None:
         step, guard, best = self.progress.step, self.recipe.guard, self.validator.best
-        result = self.validator.run(self.translator(), step, on_long="truncate")
+        with nvtx.span("validation"):
+            result = self.validator.run(self.translator(), step, on_long="truncate")
         scores = {score.metric: score.value for score in result.scores}
         self.log.event("validation", **result.to_dict())
         better = self.validator.better(result, best)

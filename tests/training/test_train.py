@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 import torch
 from runs import events, train
 
+from cvmk import nvtx
 from cvmk.errors import ConfigError, DataError, DivergedError
 from cvmk.training import pipeline
 from cvmk.training.checkpoint import CheckpointStore
@@ -227,6 +229,18 @@ def test_accumulated_batches_are_one_batch(config: Path, tmp_path: Path, monkeyp
     (one, one_norm), (two, two_norm) = found[:2]
     assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
     assert two_norm == pytest.approx(one_norm, rel=1e-4)
+
+
+def test_phases_are_ranges_for_a_profiler(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    def span(name: str) -> contextlib.nullcontext[None]:
+        seen.append(name)
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(nvtx, "span", span)
+    train(config, "training.iterations=1", "training.accumulate=2", "training.average=1")
+    assert seen == ["data", *["forward", "backward"] * 2, "optimiser", "validation"]
 
 
 def test_bfloat16(with_teacher: Path) -> None:
