@@ -1,8 +1,9 @@
 """GPU benchmarks of one op family: `python benchmarks/gpu_bench.py MODULE --out FILE`, MODULE being bench_gpu_<MODULE>.py beside this file.
 
-Such a file has `rows(device, small)`, an iterator of `Row`: a case at a time, with its tensors, so that one case is in memory. Every
-backend of cvmk that takes the call is timed, then the peers; a contestant that fails is a line that says why. FILE is written after every
-row, so that a run that is stopped keeps what it has. Without a GPU (or with --small) shapes are tiny: that only shows that the rows run.
+Such a file has `rows(device, small)`, an iterator of `Row`: a case at a time, with its tensors, so that one case is in memory; and it may
+have `errors(device, small)`, which returns numbers by name for the report, such as errors against float64. Every backend of cvmk that
+takes the call is timed, then the peers; a contestant that fails is a line that says why. FILE is written after every row, so that a run
+that is stopped keeps what it has. Without a GPU (or with --small) shapes are tiny: that only shows that the rows run.
 """
 
 from __future__ import annotations
@@ -51,8 +52,14 @@ class Row:
     arguments: Callable[[], Any] = list
 
 
+PEERS = True
+"""Off where only cvmk's kernels are to run."""
+
+
 def peer(name: str, make: Callable[[], Callable[[], Any]]) -> Callable[[], Any] | str:
     """The peer that `make` builds, or why it could not be built."""
+    if not PEERS:
+        return "not asked for"
     try:
         return make()
     except Exception as error:
@@ -186,10 +193,15 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     if arguments.once:
+        importlib.import_module("gpu_bench").PEERS = False  # that of the rows, which this file run as a program is not
         once(importlib.import_module(f"bench_gpu_{arguments.module}").rows(device, small), arguments.once)
         return
     report: dict[str, Any] = {"module": arguments.module, "small": small, "complete": False, "rows": []}
-    for row in importlib.import_module(f"bench_gpu_{arguments.module}").rows(device, small):
+    module = importlib.import_module(f"bench_gpu_{arguments.module}")
+    if hasattr(module, "errors"):
+        report["errors"] = module.errors(device, small)
+        print(report["errors"], flush=True)
+    for row in module.rows(device, small):
         report["rows"].append(measure(row, arguments.seconds))
         _write(arguments.out, report)
         print(next(table(report["rows"][-1:])), flush=True)

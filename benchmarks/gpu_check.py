@@ -114,7 +114,7 @@ def machine(check: Check) -> Any:
 
 
 def build(check: Check) -> Any:
-    """The package's sources and, beside them, both libraries."""
+    """The package's sources and, beside them, the CUDA library; nothing here needs the CPU library."""
     folder = check.out / "build"
     pybind = subprocess.run([sys.executable, "-m", "pybind11", "--cmakedir"], capture_output=True, text=True).stdout.strip()
     configure = ["cmake", "-S", str(ROOT), "-B", str(folder), "-DCMAKE_BUILD_TYPE=Release", "-DCVMK_CUDA=ON", f"-DPython_EXECUTABLE={sys.executable}"]
@@ -130,11 +130,11 @@ def build(check: Check) -> Any:
     begun = time.monotonic()
     jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or str(os.cpu_count() or 1)
     check.run("build", ["cmake", "--build", str(folder), "--target", "_native_cuda", "-j", jobs], 600 if check.dry else 150)
-    cuda = time.monotonic() - begun
-    check.run("build", ["cmake", "--build", str(folder), "-j", jobs], 900 if check.dry else 120)
-    check.run("build", ["cmake", "--install", str(folder), "--prefix", str(check.package)], 30)
+    seconds = time.monotonic() - begun
+    for file in (*folder.glob("_native_cuda*.so"), folder / "_native_build.json"):
+        shutil.copy2(file, check.package / "cvmk")
     code = "import cvmk, cvmk._native_cuda as n, cvmk.ops as o; print(cvmk.__file__); print(n.device_error() or n.devices()); print(o.backends_report())"
-    return {"cuda_seconds": cuda, "imported": check.run("build", [sys.executable, "-c", code], 60).strip().splitlines()[-3:]}
+    return {"compile_seconds": round(seconds, 1), "imported": check.run("build", [sys.executable, "-c", code], 60).strip().splitlines()[-3:]}
 
 
 def ceilings(check: Check) -> Any:
@@ -167,7 +167,9 @@ def sanitizer(check: Check) -> Any:
         for module in ("kd_loss", "scan", "linear", "attention"):
             command = [tool, "--tool", name, "--error-exitcode", "9", sys.executable, "benchmarks/gpu_bench.py", module, "--small", "--once", "cuda"]
             output = check.run("sanitizer", command, 40, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-            found[f"{name} {module}"] = [line for line in output.splitlines() if "ran on cuda" in line or "ERROR SUMMARY" in line]
+            found[f"{name} {module}"] = [line for line in output.splitlines() if "ran on cuda" in line or "SUMMARY" in line]
+    if not any("ran on cuda" in line for lines in found.values() for line in lines):
+        raise Failed("no CUDA kernel ran")
     return found
 
 

@@ -27,13 +27,13 @@ Upstream = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 # -- block sizes --------------------------------------------------------------------------------------------------------------
 def _rows_config(key: str, capability: tuple[int, int]) -> Config:
-    """One sweep: nine programs of four warps on a multiprocessor have 72 KB on their way. Where a row is read again: two programs of
-    sixteen warps, so that the rows in flight (32000 entries of both sides in bfloat16: 34 MB) are found in the L2 cache."""
-    width = int(key.rpartition("v")[2])
-    warps = 4 if width >= 2048 else 2 if width >= 1024 else 1
-    wide = width >= 8192 and "again" in key
-    few = wide and "float32" in key and capability < (9, 0)  # sixteen entries would not fit into that compiler's 64 registers
-    return {"PER_THREAD": 8 if few else 16, "num_warps": 16 if wide else warps, "num_stages": 1}
+    """One sweep: nine programs of four warps on a multiprocessor have 72 KB on their way. Where a row is read again: one or two programs
+    of sixteen warps, so that the rows in flight (32000 entries of both sides in bfloat16: 34 MB) are found in the L2 cache. The kernel of
+    three sweeps has no registers for more than eight entries a thread."""
+    width, sweeps = int(key.rpartition("v")[2]), int(key.split()[1])
+    if width >= 8192 and sweeps > 1:
+        return {"PER_THREAD": 16 if sweeps == 2 else 8, "num_warps": 16, "num_stages": 1}
+    return {"PER_THREAD": 16, "num_warps": 4 if width >= 2048 else 2 if width >= 1024 else 1, "num_stages": 1}
 
 
 def _rows_candidates(key: str, capability: tuple[int, int]) -> list[Config]:
@@ -54,10 +54,10 @@ GRADIENT = Tuned("kd_gradient", _gradient_config, _gradient_candidates)
 TUNED = (ROWS, GRADIENT)
 
 
-def key(logits: Tensor, again: bool = False) -> str:
-    """Tables are by the dtype, by whether a row is read again, and by the next power of two of its length, up to 8192."""
+def key(logits: Tensor, sweeps: int) -> str:
+    """Tables are by the dtype, by how often a row is read, and by the next power of two of its length, up to 8192."""
     vocabulary = logits.shape[-1]
-    return f"{str(logits.dtype).removeprefix('torch.')}{' again' if again else ''} v{min(8192, max(32, 1 << (vocabulary - 1).bit_length()))}"
+    return f"{str(logits.dtype).removeprefix('torch.')} {sweeps} v{min(8192, max(32, 1 << (vocabulary - 1).bit_length()))}"
 
 
 # -- launches -------------------------------------------------------------------------------------------------------------------
@@ -107,7 +107,7 @@ def launch_rows(
 ) -> None:
     """Statistics [5, n] and losses [2, n] of the rows z, t [n, V] with targets y [n], and their gradient where a tensor for it is given."""
     temperature, alpha, divergence, mixture, smoothing, ignore_index = options
-    again = gradient is not None or (t is not None and DIVERGENCES[divergence] >= DIVERGENCES["js"])
+    mixed = t is not None and DIVERGENCES[divergence] >= DIVERGENCES["js"]
     launch(
         kernels("kd_loss").kd_rows,
         (z.shape[0],),
@@ -137,7 +137,7 @@ def launch_rows(
         AT_ONE=temperature == 1,
         SQUARE=temperature == 2,
         SMOOTHING=smoothing != 0,
-        **_tile((z, t, *biases, gradient), ROWS.config(key(z, again), z.device)),
+        **_tile((z, t, *biases, gradient), ROWS.config(key(z, 1 + mixed + (gradient is not None)), z.device)),
     )
 
 
@@ -201,7 +201,7 @@ def backward(
     z, t = matrix(student), matrix(teacher) if teacher is not None and present["KD"] else None
     y, stats = target.reshape(-1).contiguous(), stats.contiguous()
     gradient = torch.empty(student.shape, dtype=student.dtype, device=student.device)
-    config = GRADIENT.config(key(z), z.device)
+    config = GRADIENT.config(key(z, 1), z.device)
     blocks = -(-z.shape[1] // config["BLOCK"])
     launch(
         kernels("kd_loss").kd_gradient,

@@ -60,13 +60,13 @@ def _add_product(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 @functools.cache
 def _adds_in_float32(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether this version of PyTorch adds a product of half precision to float32 in place; some take no float32 there."""
-    a, total = torch.zeros(16, 16, dtype=dtype, device=device), torch.zeros(16, 16, device=device)
+    """Whether this version of PyTorch adds a product of half precision to float32 in place: some take no float32 there. Asked once."""
+    a, total = torch.ones(64, 64, dtype=dtype, device=device), torch.ones(64, 64, device=device)
     try:
         torch.addmm(total, a, a, out_dtype=total.dtype, out=total)
     except RuntimeError:
         return False
-    return True
+    return bool((total == 65).all())
 
 
 # -- chunks ---------------------------------------------------------------------------------------------------------------------

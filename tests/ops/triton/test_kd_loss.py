@@ -13,7 +13,7 @@ from cvmk import ops
 from cvmk.ops import triton
 from cvmk.ops.kd_loss import DIVERGENCES
 from cvmk.ops.triton import _tuning
-from cvmk.ops.triton.kd_loss import GRADIENT, ROWS, launch_total
+from cvmk.ops.triton.kd_loss import GRADIENT, ROWS, key, launch_rows, launch_total
 
 pytestmark = [
     pytest.mark.skipif(triton.reason() is not None, reason=f"{triton.reason()}"),
@@ -213,6 +213,19 @@ def test_sum_of_more_rows_than_a_block() -> None:
         assert [x.item() for x in found] == pytest.approx([float(x) for x in expected], rel=1e-6)
 
 
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_gradient_in_one_launch_over_the_logits(name: str) -> None:
+    """`kd_rows` with a gradient, written over the student's logits: that of the loss by itself, before the normaliser."""
+    student, teacher, target = make(4, 700)
+    options: dict[str, Any] = {"temperature": 2.0, "alpha": 0.3, "divergence": name, "label_smoothing": 0.1}
+    expected = run("reference", student.double(), teacher.double(), target, normalizer=1.0, **options)[1]
+    stats, losses = torch.full((5, 4), float("nan"), device=DEVICE), torch.full((2, 4), float("nan"), device=DEVICE)
+    mixture = DIVERGENCES[name]
+    launch_rows(student, teacher, (None, None), target, stats, losses, (2.0, 0.3, name, mixture, 0.1, -100), gradient=student)
+    torch.testing.assert_close(student.double(), expected, rtol=3e-5, atol=3e-7)
+    assert losses.isfinite().all() and stats.isfinite().all()
+
+
 def test_empty_and_wrong_targets() -> None:
     loss, grad = run("triton", *(torch.empty(0, 9, device=DEVICE) for _ in range(2)), torch.empty(0, dtype=torch.int64, device=DEVICE))
     assert loss == 0 and grad.shape == (0, 9)
@@ -245,12 +258,13 @@ def test_what_is_declined() -> None:
         assert "interpreted" in found["triton"].reasons[0]
 
 
-def test_block_sizes_of_every_length() -> None:
-    """The configurations that a GPU runs with fit the row, whatever its length."""
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
+@pytest.mark.parametrize("sweeps", [1, 2, 3])
+def test_block_sizes_of_every_length(capability: tuple[int, int], sweeps: int) -> None:
+    """What a GPU runs with, whatever the length of a row: whole vectors a thread, and powers of two."""
     for vocabulary in (1, 31, 1000, 2048, 32000, 256206):
-        key = f"bfloat16 v{min(8192, max(32, 1 << (vocabulary - 1).bit_length()))}"
-        for capability in ((8, 0), (9, 0)):
-            for config in (ROWS.heuristic(key, capability), *ROWS.candidates(key, capability)):
-                assert config["PER_THREAD"] % 8 == 0 and config["num_warps"] in (1, 2, 4, 8, 16)
-            for config in (GRADIENT.heuristic(key, capability), *GRADIENT.candidates(key, capability)):
-                assert config["BLOCK"] >= 32 and config["BLOCK"] & (config["BLOCK"] - 1) == 0
+        name = key(torch.empty(0, vocabulary, dtype=torch.bfloat16), sweeps)
+        for config in (ROWS.heuristic(name, capability), *ROWS.candidates(name, capability)):
+            assert config["PER_THREAD"] % 8 == 0 and config["num_warps"] in (1, 2, 4, 8, 16)
+        for config in (GRADIENT.heuristic(name, capability), *GRADIENT.candidates(name, capability)):
+            assert config["BLOCK"] >= 32 and config["BLOCK"] & (config["BLOCK"] - 1) == 0

@@ -165,7 +165,7 @@ def kd_rows(
     """Statistics [5] and losses [2] of a row, each `stats_stride` apart, and where GRADIENT its gradient.
 
     Grid [N]. student, teacher [N, V] with rows student_stride, teacher_stride apart, and biases [V] or None. AT_ONE: the temperature is
-    1; SQUARE: it is 2. KD and CE: which parts the gradient has.
+    1; SQUARE: it is 2. KD and CE: which parts the gradient has. `gradient` may be the student's logits themselves, with their dtype.
     """
     row = tl.program_id(0)
     y = tl.load(target + row)
@@ -174,6 +174,11 @@ def kd_rows(
     student += row.to(tl.int64) * student_stride
     if TEACHER:
         teacher += row.to(tl.int64) * teacher_stride
+    # Before all else, for the gradient may be written over the student's logits.
+    there = valid & (y >= 0) & (y < vocabulary)
+    x_y = tl.load(student + y, mask=there, other=float("nan")).to(tl.float32)
+    if student_bias is not None:
+        x_y += tl.load(student_bias + y, mask=there, other=0.0).to(tl.float32)
     tile = tl.arange(0, R)[:, None] * C + tl.arange(0, C)[None, :]
     tiles = tl.cdiv(end, R * C)
     scale = LOG2E / temperature
@@ -245,10 +250,6 @@ def kd_rows(
                 sum_slope += lane_sum(by_lane(q * slope, VEC))
             kd, reduction = tl.sum(sum_kd, 0), tl.sum(sum_slope, 0)
 
-    there = valid & (y >= 0) & (y < vocabulary)
-    x_y = tl.load(student + y, mask=there, other=float("nan")).to(tl.float32)
-    if student_bias is not None:
-        x_y += tl.load(student_bias + y, mask=there, other=0.0).to(tl.float32)
     ce = lse - (1.0 - smoothing) * x_y
     entries = 0.0
     if SMOOTHING:
