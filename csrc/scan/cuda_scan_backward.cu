@@ -1,4 +1,4 @@
-// Backward pass of the selective scan: a warp a channel, up to 10 channels of one group to a block, tiles from the last to the first. A tile's
+// Backward pass of the selective scan: a warp a channel, up to 12 channels of one group to a block, tiles from the last to the first. A tile's
 // states are computed again from the one that the forward pass kept; then the gradient h of the states comes back through
 //     g_t = a_t h_t,   h_t = C_t dy_t + g_{t+1}
 // which is a scan of the same kind. dB and dC are sums over the channels of a group: a block adds those of its warps in shared memory, in their
@@ -10,7 +10,7 @@ namespace {
 
 using namespace cvmk::cuda;
 
-constexpr int kMostWarps = 10;  // 200 registers a thread: nothing is spilled
+constexpr int kMostWarps = 12;  // 168 registers a thread: nothing is spilled
 
 inline int warps_for(const Scan& s) { return s.channels / s.groups > 4 ? kMostWarps : 4; }
 
@@ -66,7 +66,7 @@ struct Tile {
 };
 
 struct Where {
-  int64_t batch, group, channel;
+  int batch, group, channel;
   int step;           // the lane's first
   const float* kept;  // the states before the tile
   bool active;        // false in warps that have no channel: they go along with zeros, for the barriers
@@ -129,7 +129,7 @@ __device__ __forceinline__ void state_gradient(const ScanBackward& p, const Mark
 
 // The sums over the block's channels of what its warps left in `exchange`, to the parts.
 template <int kItems>
-__device__ void add_over_channels(const Launch& l, const Shared& shared, const Where& at, int64_t block, int64_t blocks, int tile, int n) {
+__device__ void add_over_channels(const Launch& l, const Shared& shared, const Where& at, int block, int blocks, int tile, int n) {
   constexpr int kSteps = kItems * kWarpLanes;
   const Scan& s = l.pass.scan;
   const int warps = static_cast<int>(blockDim.x / 32);
@@ -207,11 +207,12 @@ template <int kItems, bool kReverse>
 __global__ void __launch_bounds__(kMostWarps * 32, 1) backward_channels(const Launch l) {
   const ScanBackward& p = l.pass;
   const Scan& s = p.scan;
-  const int64_t width = s.channels / s.groups, warps = blockDim.x / 32, blocks = divide_up(width, warps);
-  const int64_t block = blockIdx.x % blocks, row = blockIdx.x / blocks, in_group = block * warps + warp_of_block();
+  const int groups = static_cast<int>(s.groups), width = static_cast<int>(s.channels) / groups, warps = static_cast<int>(blockDim.x / 32);
+  const int blocks = (width + warps - 1) / warps, block = static_cast<int>(blockIdx.x) % blocks, row = static_cast<int>(blockIdx.x) / blocks;
+  const int in_group = block * warps + warp_of_block();
   Where at;
-  at.batch = row / s.groups;
-  at.group = row % s.groups;
+  at.batch = row / groups;
+  at.group = row % groups;
   at.active = in_group < width;
   at.channel = at.group * width + (at.active ? in_group : 0);
   const int lane = lane_of_warp();

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from types import ModuleType
 
@@ -14,7 +15,8 @@ def emulated(request: pytest.FixtureRequest) -> ModuleType | None:
     """The kernels compiled for the CPU; None where there is a GPU."""
     cache = request.config.cache
     assert cache is not None
-    return cuda_on_cpu.build(cache.mkdir("cuda_on_cpu")) if cuda_on_cpu.DEVICE.type == "cpu" else None
+    flags = os.environ.get("CVMK_TEST_CUDA_FLAGS", "").split()  # such as -fsanitize=address, in a process that preloads its library
+    return cuda_on_cpu.build(cache.mkdir("cuda_on_cpu"), flags) if cuda_on_cpu.DEVICE.type == "cpu" else None
 
 
 @pytest.fixture(autouse=True)
