@@ -42,7 +42,7 @@ def exact_product(values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """int8 [M, K] times the transpose of int8 [N, K]: int32 [M, N], exact."""
     if values.is_cuda:
         return _cuda_product(values, weight)
-    if _int_mm_is_exact():
+    if values.shape[1] > 1 and _int_mm_is_exact():  # with one product a sum, `_int_mm` of the CPU returns whatever memory holds (torch 2.13)
         return torch._int_mm(values.contiguous(), weight.contiguous().t())  # other strides give wrong sums without an error
     found = torch.zeros(values.shape[0], weight.shape[0], dtype=torch.int32, device=values.device)
     for start in range(0, values.shape[1], _EXACT_FLOAT32_INPUTS):
