@@ -248,6 +248,33 @@ inline void two_loops(int width, int64_t first, const Before& before, int64_t se
   leave();
 }
 
+// work(first, last, thread) for parts of [0, count), neighbours together, one part a thread.
+template <typename Work>
+inline void share(int width, int64_t count, const Work& work) {
+#if defined(_OPENMP)
+  if (width > 1) {
+#pragma omp parallel num_threads(width)
+    {
+      const int64_t thread = threads::index(), all = omp_get_num_threads();
+      work(count * thread / all, count * (thread + 1) / all, static_cast<int>(thread));
+    }
+    return;
+  }
+#else
+  (void)width;
+#endif
+  work(0, count, 0);
+}
+
+// Rows of a round, a multiple of 32: `most` of them fit into the second cache. Every one of `apart` threads has rows of its own where there
+// are enough of them.
+inline int64_t rows_of_round(int64_t rows, int64_t most, int apart) {
+  const int64_t fit = most < 32 ? 32 : most / 32 * 32;
+  int64_t rounds = (rows + fit - 1) / fit;
+  if (rounds < apart && rows >= 32 * apart) rounds = apart;
+  return up((rows + rounds - 1) / rounds, 32);
+}
+
 // A bump pointer through scratch memory.
 struct Scratch {
   char* next;

@@ -2,6 +2,10 @@
 #include <cstdlib>
 #include <memory>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "common/cpu_features.h"
 #include "gemm/params.h"
 
@@ -28,15 +32,20 @@ struct Free {
   void operator()(void* p) const { std::free(p); }
 };
 
+constexpr int64_t kLargePage = 1 << 21;
+
 // Kept from call to call, for fresh pages cost more than a small product.
 void* scratch(int64_t bytes) {
   static thread_local std::unique_ptr<void, Free> held;
   static thread_local int64_t size = 0;
   if (bytes > size) {
-    const int64_t wanted = (bytes + 4095) / 4096 * 4096;
+    const int64_t page = bytes > kLargePage / 2 ? kLargePage : 4096, wanted = (bytes + page - 1) / page * page;
     held.reset();
-    held.reset(std::aligned_alloc(4096, static_cast<std::size_t>(wanted)));
+    held.reset(std::aligned_alloc(static_cast<std::size_t>(page), static_cast<std::size_t>(wanted)));
     size = held ? wanted : 0;
+#if defined(__linux__)
+    if (held && page == kLargePage) madvise(held.get(), static_cast<std::size_t>(wanted), MADV_HUGEPAGE);
+#endif
   }
   return held.get();
 }

@@ -12,6 +12,9 @@ The layouts, for N outputs and K inputs, in panels of 16 outputs (P = N / 16 rou
 
 from __future__ import annotations
 
+import functools
+from types import ModuleType
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -31,14 +34,20 @@ def rows_of(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 
-def vector(tensor: Tensor | None) -> tuple[Tensor | None, int, int]:
-    """An optional vector as the kernels read it, with its address and type."""
-    if tensor is None:
-        return None, 0, 0
+def vector(tensor: Tensor) -> tuple[Tensor, int, int]:
+    """A vector as the kernels read it, with its address and type."""
     if tensor.dtype not in INPUT_TYPES:
         tensor = tensor.float()
     tensor = tensor.contiguous()
     return tensor, tensor.data_ptr(), TYPES[tensor.dtype]
+
+
+@functools.cache
+def linears() -> ModuleType:
+    """The library, where `reason` has none."""
+    library = native.library()
+    assert library is not None
+    return library
 
 
 def reason() -> str | None:

@@ -6,13 +6,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cvmk.ops import native
 from cvmk.ops._dispatch import Backend
-from cvmk.ops.native._linear import ACTIVATIONS, INPUT_TYPES, PANEL, TYPES, pack_reasons, panels, reason, rows_of, vector
+from cvmk.ops.native._linear import ACTIVATIONS, INPUT_TYPES, PANEL, TYPES, linears, pack_reasons, panels, reason, rows_of, vector
 from cvmk.ops.quantize import PLAIN, Layout, QuantizedWeight, outputs, pack_int4, unpack_int4
 
 BLOCK = 128
@@ -57,21 +55,22 @@ def forward(
     group_size: int,
     activation: str | None,
 ) -> Tensor:
-    rows, inputs = x.shape
-    out = torch.empty((rows, outputs(out_features, activation)), dtype=x.dtype)
     x = rows_of(x)
-    bias, bias_address, bias_type = vector(bias)
-    library = native.library()
-    assert library is not None
-    library.int4_linear(
+    rows, inputs = x.shape
+    out = x.new_empty((rows, outputs(out_features, activation)))
+    bias_address = bias_type = 0
+    if bias is not None:
+        bias, bias_address, bias_type = vector(bias)
+    kind = TYPES[x.dtype]
+    linears().int4_linear(
         x.data_ptr(),
-        TYPES[x.dtype],
+        kind,
         x.stride(0),
         rows,
         inputs,
         out_features,
         out.data_ptr(),
-        TYPES[x.dtype],
+        kind,
         scales.data_ptr(),
         bias_address,
         bias_type,

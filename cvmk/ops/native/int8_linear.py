@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cvmk.ops import native
 from cvmk.ops._dispatch import Backend
-from cvmk.ops.native._linear import ACTIVATIONS, INPUT_TYPES, PANEL, TYPES, pack_reasons, panels, reason, rows_of, vector
+from cvmk.ops.native._linear import ACTIVATIONS, INPUT_TYPES, PANEL, TYPES, linears, pack_reasons, panels, reason, rows_of, vector
 from cvmk.ops.quantize import PLAIN, Layout, QuantizedWeight, outputs
 
 STEP = 64
@@ -51,14 +50,16 @@ def forward(
     activation: str | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    rows, inputs = x.shape
-    out = torch.empty((rows, outputs(out_features, activation)), dtype=out_dtype)
     x = rows_of(x)
-    bias, bias_address, bias_type = vector(bias)
-    smooth_scale, smooth_address, smooth_type = vector(smooth_scale)
-    library = native.library()
-    assert library is not None
-    library.int8_linear(
+    rows, inputs = x.shape
+    columns = outputs(out_features, activation)
+    out = x.new_empty((rows, columns)) if out_dtype == x.dtype else x.new_empty((rows, columns), dtype=out_dtype)
+    bias_address = bias_type = smooth_address = smooth_type = 0
+    if bias is not None:
+        bias, bias_address, bias_type = vector(bias)
+    if smooth_scale is not None:
+        smooth_scale, smooth_address, smooth_type = vector(smooth_scale)
+    linears().int8_linear(
         x.data_ptr(),
         TYPES[x.dtype],
         x.stride(0),

@@ -1,0 +1,129 @@
+// Products of quantised rows on vectors: four bytes a lane, by vpdpbusd where there is one.
+#pragma once
+#include "gemm/common.inl"
+
+namespace {
+
+constexpr int kVectors = kPanel / kLanes;
+constexpr int64_t kVectorRows = 24;  // rows of sums that stand at one time
+
+// sums[lane] += the four products of the bytes of a's and b's word there. a is unsigned (value + 128) for kVnni, else signed; none is -128.
+template <bool kVnni>
+CVMK_INLINE I dot4(I sum, I a, I b) {
+#if defined(__AVX512VNNI__)
+  if (kVnni) return simd::bits<I>(_mm512_dpbusd_epi32(simd::bits<__m512i>(sum), simd::bits<__m512i>(a), simd::bits<__m512i>(b)));
+#elif defined(__AVX512F__)
+  if (kVnni) {
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+    return sum;
+  }
+#endif
+#if defined(__AVX512F__)
+  const __m512i x = simd::bits<__m512i>(a), w = simd::bits<__m512i>(b);
+  const __m512i signed_w = _mm512_mask_sub_epi8(w, _mm512_movepi8_mask(x), _mm512_setzero_si512(), w);
+  const __m512i pairs = _mm512_maddubs_epi16(_mm512_abs_epi8(x), signed_w);  // at most 2 * 127 * 127: no saturation
+  return sum + simd::bits<I>(_mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+#elif defined(__AVX2__)
+  const __m256i x = simd::bits<__m256i>(a), w = simd::bits<__m256i>(b);
+  const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(x), _mm256_sign_epi8(w, x));  // at most 2 * 127 * 127: no saturation
+  return sum + simd::bits<I>(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+#else
+  // Shifts bring byte j of every word into its sign; arithmetic ones extend it.
+  for (int j = 0; j < 4; ++j) sum += ((a << (24 - 8 * j)) >> 24) * ((b << (24 - 8 * j)) >> 24);
+  return sum;
+#endif
+}
+
+template <bool kVnni, int kRows, int kPanels>
+inline void vector_block(const uint8_t* a, int64_t padded, const int8_t* const* b, const int32_t* const* start, int32_t* sums, int64_t stride) {
+  I sum[kRows][kPanels * kVectors];
+  for (int p = 0; p < kPanels; ++p)
+    for (int v = 0; v < kVectors; ++v) {
+      I first{};
+      if (kVnni) memcpy(&first, start[p] + v * kLanes, sizeof first);
+      for (int r = 0; r < kRows; ++r) sum[r][p * kVectors + v] = first;
+    }
+  for (int64_t k = 0; k < padded; k += 4) {
+    I w[kPanels * kVectors];
+#pragma GCC unroll 16
+    for (int p = 0; p < kPanels; ++p)
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) memcpy(&w[p * kVectors + v], b[p] + k * kPanel + v * kLanes * 4, sizeof(I));
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      int32_t word;
+      memcpy(&word, a + r * padded + k, 4);
+      const I x = simd::seti(word);
+#pragma GCC unroll 16
+      for (int p = 0; p < kPanels * kVectors; ++p) sum[r][p] = dot4<kVnni>(sum[r][p], x, w[p]);
+    }
+  }
+  for (int r = 0; r < kRows; ++r)
+    for (int p = 0; p < kPanels; ++p)
+      for (int v = 0; v < kVectors; ++v) memcpy(sums + r * stride + p * kPanel + v * kLanes, &sum[r][p * kVectors + v], sizeof(I));
+}
+
+#if defined(__AVX512F__)
+constexpr int kBlockRows = 6, kBlockPanels = 4;
+#elif defined(__AVX2__)
+constexpr int kBlockRows = 2, kBlockPanels = 2;
+#else
+constexpr int kBlockRows = 1, kBlockPanels = 1;
+#endif
+
+template <bool kVnni, int kPanels>
+inline int vector_rows(int64_t rows, const uint8_t* a, int64_t padded, const int8_t* const* b, const int32_t* const* start, int32_t* sums, int64_t stride) {
+  if constexpr (kBlockRows >= 6) {
+    if (rows >= 6) return vector_block<kVnni, 6, kPanels>(a, padded, b, start, sums, stride), 6;
+    if (rows >= 4) return vector_block<kVnni, 4, kPanels>(a, padded, b, start, sums, stride), 4;
+  }
+  if constexpr (kBlockRows >= 2)
+    if (rows >= 2) return vector_block<kVnni, 2, kPanels>(a, padded, b, start, sums, stride), 2;
+  return vector_block<kVnni, 1, kPanels>(a, padded, b, start, sums, stride), 1;
+}
+
+// Rows [0, rows) of bytes times the item's panels: sums [rows][stride].
+template <bool kVnni>
+inline void vector_product(const Int8Linear& p, const Item& item, const uint8_t* a, int64_t padded, int64_t rows, int32_t* sums, int64_t stride) {
+  const int64_t panels = up(p.linear.outputs, kPanel) / kPanel;
+  const int32_t* starts = reinterpret_cast<const int32_t*>(p.weight + panels * kPanel * padded);
+  int done = 0;
+  while (done < item.count) {
+    const int left = item.count - done;
+    const int width = left >= 4 && kBlockPanels >= 4 ? 4 : left >= 2 && kBlockPanels >= 2 ? 2 : 1;
+    const int8_t* b[4];
+    const int32_t* start[4];
+    for (int i = 0; i < width; ++i) {
+      b[i] = p.weight + item.panels[done + i] * kPanel * padded;
+      start[i] = starts + item.panels[done + i] * kPanel;
+    }
+    for (int64_t r = 0; r < rows;) {
+      const uint8_t* from = a + r * padded;
+      int32_t* to = sums + r * stride + done * kPanel;
+      if constexpr (kBlockPanels >= 4)
+        if (width == 4) {
+          r += vector_rows<kVnni, 4>(rows - r, from, padded, b, start, to, stride);
+          continue;
+        }
+      if constexpr (kBlockPanels >= 2)
+        if (width == 2) {
+          r += vector_rows<kVnni, 2>(rows - r, from, padded, b, start, to, stride);
+          continue;
+        }
+      r += vector_rows<kVnni, 1>(rows - r, from, padded, b, start, to, stride);
+    }
+    done += width;
+  }
+}
+
+template <bool kVnni>
+inline void vector_item(const Int8Linear& p, const Item& item, const uint8_t* a, int64_t padded, const float* scales, int64_t row, int64_t rows, int32_t* sums) {
+  const int64_t stride = item.count * kPanel;
+  for (int64_t r = 0; r < rows; r += kVectorRows) {
+    const int64_t n = least(kVectorRows, rows - r);
+    vector_product<kVnni>(p, item, a + r * padded, padded, n, sums, stride);
+    finish(p.linear, item, sums, stride, scales + r, row + r, n);
+  }
+}
+
+}  // namespace
