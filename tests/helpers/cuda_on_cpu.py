@@ -27,7 +27,8 @@ from cvmk.ops import cuda
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 COMPILER = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
-FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-U_FORTIFY_SOURCE", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-U_FORTIFY_SOURCE"]
+FLAGS += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized"]  # pybind11 has one where it is sanitised
 
 
 def sources() -> list[Path]:
