@@ -1,0 +1,420 @@
+"""`flash_attention` in Triton: float32, bfloat16 and float16 with sums in float32, all options, any head sizes up to 256.
+
+Forward: one launch; few rows (a step of decoding) go over chunks of keys of a fixed size and a second launch that adds those up.
+Backward: short sequences in one launch; else the gradient of the queries (and D_i on the way), then that of keys and values. The gradient
+of a bias takes one more. What a row gives depends on its own keys and on the sizes of the tensors, not on the rest of the batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cvmk.ops import triton
+from cvmk.ops._dispatch import Backend, not_needed
+from cvmk.ops.triton import _launch
+from cvmk.ops.triton._attention_blocks import BIAS, FORWARD, KEYS, QUERIES, SHORT_BACKWARD
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+WIDEST = 256
+CHUNK = 256
+"""Keys of one program where few rows see many keys."""
+FEW = 16
+"""Most rows (queries times the query heads of a key head) that are split over their keys."""
+SHORT = 64
+"""Most rows, and most keys, of a tile that is a whole sequence; half of it in float32, whose products take thrice the registers."""
+FAR = 1 << 30
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call's sizes, and the arguments that every kernel takes in one order."""
+
+    packed: bool
+    batch: int
+    kv_heads: int
+    group: int
+    rows: int
+    keys: int
+    constants: dict[str, Any]  # D, DV and their padded sizes, EARLY, CAP, LEFT, STEPS, PRECISION
+    masks: tuple[Tensor | None, ...]  # KEY_LENGTHS, QUERY_START, CU_Q, CU_K, SEED
+    strides: tuple[int, ...]  # of q, k and v: [batch, heads, rows] each
+    bias_strides: tuple[int, ...]
+    numbers: tuple[Any, ...]  # kv_heads to threshold
+    keep_scale: float
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def pairs(self) -> int:
+        """Batch items times heads of keys."""
+        return self.batch * self.kv_heads
+
+    @property
+    def heads(self) -> int:
+        return self.kv_heads * self.group
+
+    def out_strides(self, width: int) -> tuple[int, int, int]:
+        """[batch, heads, rows] of a contiguous result [B, H, Tq, width], or packed [total, H, width]."""
+        if self.packed:
+            return 0, width, self.heads * width
+        return self.heads * self.rows * width, self.rows * width, width
+
+    def empty(self, width: int) -> Tensor:
+        shape = (self.rows, self.heads, width) if self.packed else (self.batch, self.heads, self.rows, width)
+        return torch.empty(shape, dtype=self.dtype, device=self.device)
+
+    def statistic(self) -> Tensor:
+        """One float32 a row and head."""
+        shape = (self.heads, self.rows) if self.packed else (self.batch, self.heads, self.rows)
+        return torch.empty(shape, dtype=torch.float32, device=self.device)
+
+    def kind(self) -> str:
+        """Of long sequences: whether there is more to a score than a product."""
+        return "extra" if self.constants["EARLY"] or self.masks[-1] is not None else "long"
+
+    def key(self, kind: str) -> str:
+        """The key of the tuning table."""
+        return f"{str(self.dtype).removeprefix('torch.')} d{max(self.constants['D_PADDED'], self.constants['DV_PADDED'])} {kind}"
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    key_lengths: Tensor | None,
+    query_start: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    dropout_seed: Tensor | None,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+    scale: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) of `cvmk.ops.flash_attention`."""
+    q, k, v = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
+    call = describe(
+        q, k, v, bias, key_lengths, query_start, cu_seqlens_q, cu_seqlens_k, dropout_seed, window_left, window_right, softcap, scale, dropout_p
+    )
+    out, lse = call.empty(v.shape[-1]), call.statistic()
+    if out.numel() == 0:
+        return out, lse.fill_(-math.inf) if call.keys == 0 else lse
+    rows = call.rows * call.group
+    few = rows <= FEW and not call.packed
+    one = few or (call.keys <= SHORT and not call.packed)
+    if few:
+        chunk = CHUNK
+        config = FORWARD.config(call.key("few"), q.device)
+    elif one:
+        chunk = 0
+        config = FORWARD.config(call.key(f"{padded(min(rows, SHORT))}x{padded(call.keys)}"), q.device)
+    else:
+        chunk, config = 0, FORWARD.config(call.key(call.kind()), q.device)
+    chunks = max(1, -(-call.keys // chunk)) if few else 1
+    kernels = _launch.kernels("attention_forward")
+    grid = (call.pairs * -(-rows // config["BLOCK_M"]), chunks)
+    options = {**call.constants, **config, "ONE": one, "CHUNK": chunk}
+    o_strides = call.out_strides(v.shape[-1])
+    if chunks == 1:
+        _launch.launch(
+            kernels.forward, grid, q, k, v, bias, *call.masks, out, lse, None, *call.strides, *o_strides, *call.bias_strides, *call.numbers,
+            call.keep_scale, call.pairs, **options,
+        )  # fmt: skip
+        return out, lse
+    parts = torch.empty((chunks, lse.numel(), v.shape[-1]), dtype=torch.float32, device=q.device)
+    tops, totals = (torch.empty((chunks, lse.numel()), dtype=torch.float32, device=q.device) for _ in range(2))
+    _launch.launch(
+        kernels.forward, grid, q, k, v, bias, *call.masks, parts, tops, totals, *call.strides, *o_strides, *call.bias_strides, *call.numbers,
+        call.keep_scale, call.pairs, **options,
+    )  # fmt: skip
+    _launch.launch(
+        kernels.combine, (lse.numel(),), parts, tops, totals, out, lse, *o_strides, call.heads, call.rows, chunks, lse.numel(), call.keep_scale,
+        DV=v.shape[-1], DV_PADDED=call.constants["DV_PADDED"], num_warps=1,
+    )  # fmt: skip
+    return out, lse
+
+
+def backward(
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    key_lengths: Tensor | None,
+    query_start: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    dropout_seed: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+    scale: float,
+    dropout_p: float,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of q, k, v and bias."""
+    q, k, v, out, lse = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v), out.contiguous(), lse.contiguous()
+    grad_out = torch.zeros_like(out) if grad_out is None else rows_contiguous(grad_out)
+    grad_lse = None if grad_lse is None else grad_lse.contiguous()
+    call = describe(
+        q, k, v, bias, key_lengths, query_start, cu_seqlens_q, cu_seqlens_k, dropout_seed, window_left, window_right, softcap, scale, dropout_p
+    )
+    wanted: list[Tensor | None] = [
+        torch.empty(t.shape, dtype=t.dtype, device=t.device) if needed else None for t, needed in zip((q, k, v), needs, strict=False)
+    ]
+    want_bias = bias is not None and needs[3]
+    dbias = None
+    if q.numel() == 0 or k.numel() == 0 or out.numel() == 0:
+        wanted = [None if t is None else t.zero_() for t in wanted]
+        dbias = torch.zeros_like(bias) if want_bias else None  # type: ignore[arg-type]
+    else:
+        # The sum over a row's keys needs no kernel; a bias without any broadcasting comes with the queries' gradient.
+        by_row = want_bias and (bias.dim() == 0 or bias.shape[-1] == 1)  # type: ignore[union-attr]
+        given = Given(q, k, v, bias, grad_out, grad_lse, out, lse, scale)
+        dbias, delta = _launch_gradients(call, given, wanted, want_bias and not by_row)
+        if by_row:
+            dbias = _row_bias_gradient(bias, lse, grad_lse)  # type: ignore[arg-type]
+        elif want_bias and dbias is None:
+            dbias = bias_gradient(call, given, delta)  # type: ignore[arg-type]
+    dq, dk, dv = (not_needed(q) if t is None else t for t in wanted)
+    return dq, dk, dv, not_needed(q) if dbias is None else dbias
+
+
+@dataclass(frozen=True)
+class Given:
+    """The tensors of a backward pass."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    bias: Tensor | None
+    grad: Tensor
+    grad_lse: Tensor | None
+    out: Tensor
+    lse: Tensor
+    scale: float
+
+    @property
+    def inputs(self) -> tuple[Tensor | None, ...]:
+        return self.q, self.k, self.v, self.bias
+
+
+def _launch_gradients(call: Call, given: Given, wanted: list[Tensor | None], want_bias: bool) -> tuple[Tensor | None, Tensor | None]:
+    """Fill `wanted`, the gradients of q, k and v. Returns the bias's where it fell off, and D - (gradient of lse) where it was made."""
+    dq, dk, dv = wanted
+    rows, bias, grad = call.rows * call.group, given.bias, given.grad
+    ends = (*call.bias_strides, *call.numbers, call.keep_scale, given.scale)
+    short = SHORT // 2 if call.dtype == torch.float32 else SHORT
+    if not call.packed and rows <= short and call.keys <= short:
+        delta = call.statistic() if want_bias else None
+        kind = f"{padded(rows)}x{padded(call.keys)}"
+        _launch.launch(
+            _launch.kernels("attention_short").short_backward, (call.pairs,), *given.inputs, *call.masks, grad, given.lse, given.grad_lse, delta,
+            dq, dk, dv, *call.strides, *strides(grad), *ends, **call.constants,
+            **{"BLOCK_M": padded(rows), "BLOCK_N": padded(call.keys), **SHORT_BACKWARD.config(call.key(kind), call.device)},
+        )  # fmt: skip
+        return None, delta
+    kernels = _launch.kernels("attention_backward")
+    whole = want_bias and bias is not None and bias.numel() == call.pairs * rows * call.keys
+    dbias = torch.zeros(bias.shape, dtype=bias.dtype, device=bias.device) if whole and bias is not None else None
+    if whole and dq is None:
+        dq = call.empty(call.constants["D"])
+    delta = call.statistic()
+    if dq is not None or dk is not None or want_bias:
+        config = QUERIES.config(call.key(call.kind()), call.device)
+        _launch.launch(
+            kernels.query_gradient, (call.pairs * -(-rows // config["BLOCK_M"]),), *given.inputs, *call.masks, grad, given.out, given.lse, given.grad_lse,
+            delta, dq, dbias, *call.strides, *strides(grad), *call.out_strides(call.constants["DV"]), *call.out_strides(call.constants["D"]), *ends,
+            **call.constants, **config,
+        )  # fmt: skip
+    if dk is not None or dv is not None:
+        config = KEYS.config(call.key(call.kind()), call.device)
+        _launch.launch(
+            kernels.key_gradient, (call.pairs * -(-call.keys // config["BLOCK_N"]),), *given.inputs, *call.masks, grad, given.lse, delta, dk, dv,
+            *call.strides, *strides(grad), *(strides(dk) if dk is not None else (0, 0, 0)), *(strides(dv) if dv is not None else (0, 0, 0)), *ends,
+            **call.constants, **config,
+        )  # fmt: skip
+    return dbias, delta
+
+
+def bias_gradient(call: Call, given: Given, delta: Tensor) -> Tensor:
+    """The gradient of a bias that is broadcast over batch items, heads or rows (not over keys)."""
+    bias = given.bias
+    assert bias is not None
+    config = BIAS.config(call.key("bias"), call.device)
+    own_batch, own_heads, own_rows, _ = (1,) * (4 - bias.dim()) + tuple(bias.shape)
+    row_tiles = -(-call.rows // config["BLOCK_M"])
+    by_rows = own_rows == call.rows
+    own_tiles, all_tiles = (row_tiles, 1) if by_rows else (1, row_tiles)
+    all_heads = call.heads // own_heads
+    units = call.batch // own_batch * all_heads * all_tiles
+    tiles = own_batch * own_heads * own_tiles * -(-call.keys // config["BLOCK_N"])
+    shares = max(1, min(units, -(-2 * _launch.multiprocessors(call.device) // tiles)))
+    share = -(-units // shares)
+    shares = -(-units // share)
+    sums = torch.empty((shares, *bias.shape), dtype=torch.float32, device=bias.device)
+    _launch.launch(
+        _launch.kernels("attention_bias").bias_gradient, (tiles, shares), *given.inputs, *call.masks, given.grad, given.lse, delta, sums,
+        *call.strides, *strides(given.grad), *call.bias_strides, *call.numbers, call.keep_scale, own_batch, own_heads, own_tiles, all_heads, all_tiles,
+        units, share, ROWS=by_rows, **call.constants, **config,
+    )  # fmt: skip
+    return (sums[0] if shares == 1 else sums.sum(0)).to(bias.dtype)
+
+
+def _row_bias_gradient(bias: Tensor, lse: Tensor, grad_lse: Tensor | None) -> Tensor:
+    """Where one number is added to all scores of a row, probabilities stay and lse moves with it: sum_j dS_ij = g_i."""
+    if grad_lse is None:
+        return torch.zeros_like(bias)
+    sums = torch.where(lse == -math.inf, 0.0, grad_lse + lse * 0.0)
+    sums = (sums if sums.dim() == 3 else sums[None])[..., None]
+    return sums.sum_to_size((1,) * (4 - bias.dim()) + tuple(bias.shape)).reshape(bias.shape).to(bias.dtype)
+
+
+# -- arguments of the kernels -------------------------------------------------------------------------------------------------------
+def rows_contiguous(x: Tensor) -> Tensor:
+    """x, or a copy where its last dimension is not contiguous (a gradient may be an expanded number)."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def strides(x: Tensor) -> tuple[int, int, int]:
+    """[batch, heads, rows] of [B, H, T, n], or of packed [total, H, n] with a batch stride of 0."""
+    stride = x.stride()
+    return (stride[0], stride[1], stride[2]) if len(stride) == 4 else (0, stride[1], stride[0])
+
+
+def padded(size: int) -> int:
+    """The power of two, at least 16, that holds `size`."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def describe(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    key_lengths: Tensor | None,
+    query_start: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    seed: Tensor | None,
+    left: int,
+    right: int,
+    softcap: float,
+    scale: float,
+    dropout_p: float,
+) -> Call:
+    packed = cu_seqlens_q is not None
+    (rows, heads, d), (keys, kv_heads, dv) = (q.shape, v.shape) if packed else ((q.shape[2], q.shape[1], q.shape[3]), (v.shape[2], v.shape[1], v.shape[3]))
+    sequences = cu_seqlens_q.shape[0] - 1 if cu_seqlens_q is not None else 0
+    steps = -(-(sequences + 1).bit_length() // 4) * 4 if packed else 0  # a multiple of 4: few variants of a kernel
+    seed = seed if dropout_p > 0 else None
+    factor, ceiling = (scale / softcap, softcap * math.log2(math.e)) if softcap > 0 else (scale * math.log2(math.e), 0.0)
+    constants = {
+        "D": d, "DV": dv, "D_PADDED": padded(d), "DV_PADDED": padded(dv), "EARLY": bias is not None or softcap > 0 or scale <= 0,
+        "CAP": softcap > 0, "LEFT": left >= 0 or packed, "STEPS": steps, "PRECISION": _launch.float32_precision(),
+    }  # fmt: skip
+    numbers = (
+        kv_heads, heads // kv_heads, rows, keys, sequences, FAR if left < 0 else min(left, FAR),
+        FAR if right < 0 else min(right, FAR), factor, ceiling, int(dropout_p * 2**32),
+    )  # fmt: skip
+    return Call(
+        packed=packed,
+        batch=1 if packed else q.shape[0],
+        kv_heads=kv_heads,
+        group=heads // kv_heads,
+        rows=rows,
+        keys=keys,
+        constants=constants,
+        masks=(_line(key_lengths), _line(query_start), _line(cu_seqlens_q), _line(cu_seqlens_k), seed),
+        strides=(*strides(q), *strides(k), *strides(v)),
+        bias_strides=bias_strides(bias),
+        numbers=numbers,
+        keep_scale=1.0 / (1.0 - dropout_p) if seed is not None else 1.0,
+        dtype=q.dtype,
+        device=q.device,
+    )
+
+
+def _line(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def bias_strides(bias: Tensor | None) -> tuple[int, ...]:
+    """[batch, heads, rows, keys], 0 where the bias is broadcast."""
+    if bias is None:
+        return 0, 0, 0, 0
+    own = tuple(stride if size > 1 else 0 for size, stride in zip(bias.shape, bias.stride(), strict=True))
+    return (0,) * (4 - bias.dim()) + own
+
+
+TUNED = (FORWARD, QUERIES, KEYS, SHORT_BACKWARD, BIAS)
+
+
+# -- what is taken ------------------------------------------------------------------------------------------------------------------------
+def _limits(which: str, arguments: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{name} has head size {arguments[name].shape[-1]}, more than {WIDEST}" for name in ("q", "v") if arguments[name].shape[-1] > WIDEST
+    ]  # fmt: skip
+
+
+BACKENDS = (
+    Backend(
+        "flash_attention", "triton", forward, backward, dtypes=DTYPES, devices=triton.DEVICES,
+        limits=_limits, unavailable=triton.reason, by_default=triton.by_default,
+    ),
+)  # fmt: skip
+
+
+# -- what the compile gate and the tuner run -------------------------------------------------------------------------------------------
+def _case(
+    name: str, dtype: torch.dtype, sizes: tuple[int, int, int, int, int, int], dv: int | None = None, backwards: bool = True, **options: Any
+) -> _launch.Case:
+    """sizes: batch, heads, heads of keys, rows, keys, head size; options: of flash_attention, a shape for the bias, True for other tensors."""
+    batch, heads, kv_heads, rows, keys, d = sizes
+
+    def run(device: torch.device) -> None:
+        q, k, v = (
+            _launch.sample((batch, n, t, size), dtype, device) for n, t, size in ((heads, rows, d), (kv_heads, keys, d), (kv_heads, keys, dv or d))
+        )
+        bias = _launch.sample(options["bias"], dtype, device) if "bias" in options else None
+        lengths = torch.full((batch,), keys, dtype=torch.int32, device=device) if "key_lengths" in options else None
+        cu = None
+        if "packed" in options:
+            q, k, v = (x[0].transpose(0, 1).contiguous() for x in (q, k, v))
+            cu = torch.tensor([0, rows // 2, rows], dtype=torch.int32, device=device)
+        p = options.get("dropout_p", 0.0)
+        seed = torch.zeros(2, dtype=torch.int64, device=device) if p > 0 else None
+        rest = (options.get("left", -1), 0 if "causal" in options else -1, options.get("softcap", 0.0), d**-0.5, p)
+        out, lse = forward(q, k, v, bias, lengths, None, cu, cu, seed, *rest)
+        if backwards:
+            backward(out, None, q, k, v, bias, lengths, None, cu, cu, seed, out, lse, *rest, [True, True, True, bias is not None])
+
+    return _launch.Case(name, run)
+
+
+_BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
+CASES = (
+    _case("bf16 d64 causal", _BF16, (4, 16, 16, 2048, 2048, 64), causal=True),
+    _case("bf16 d128 groups, lengths", _BF16, (4, 32, 8, 1024, 1024, 128), key_lengths=True),
+    _case("bf16 d256 causal", _BF16, (1, 16, 16, 2048, 2048, 256), causal=True),
+    _case("fp16 d64 all options", _FP16, (4, 16, 16, 1024, 1024, 64), causal=True, left=255, dropout_p=0.1, bias=(1, 16, 1024, 1024), softcap=20.0),
+    _case("bf16 d128 bias of keys", _BF16, (4, 16, 16, 1024, 1024, 128), bias=(4, 1, 1, 1024)),
+    _case("bf16 d64 packed", _BF16, (1, 8, 8, 4096, 4096, 64), packed=True, causal=True),
+    _case("fp32 d64 causal", _FP32, (4, 8, 8, 1024, 1024, 64), causal=True),
+    _case("bf16 d64 short", _BF16, (512, 8, 8, 64, 64, 64), key_lengths=True),
+    _case("bf16 d32 short causal", _BF16, (512, 8, 8, 32, 32, 32), causal=True, key_lengths=True),
+    _case("fp32 d32 short", _FP32, (64, 8, 8, 32, 32, 32), key_lengths=True),
+    _case("bf16 d64 one query", _BF16, (8, 32, 8, 1, 8192, 64), backwards=False, causal=True, key_lengths=True),
+    _case("bf16 d128 one query", _BF16, (8, 32, 8, 1, 8192, 128), backwards=False),
+)
