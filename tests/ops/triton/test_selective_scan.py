@@ -40,8 +40,8 @@ def test_one_segment_with_everything() -> None:
 
 def test_segments_are_joined() -> None:
     """Few channels: on the interpreter's device of 4 multiprocessors these sequences are cut at every 64th step."""
-    check(inputs(1, 3, 2, 130), delta_softplus=True)
-    check(inputs(1, 4, 2, 66, B=None, C=2, optional="D"), reverse=True)
+    check(inputs(1, 16, 4, 130), delta_softplus=True)
+    check(inputs(1, 16, 4, 66, B=None, C=2, optional="D"), reverse=True)
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_segments_are_joined() -> None:
         (4, 34, 1, 17, 1, 1, "", True, True, True),
         (4, 6, 7, 9, 2, 2, "z initial_state", False, False, True),
         (8, 3, 2, 8, None, 1, "D delta_bias", True, False, False),
-        (8, 2, 16, 65, None, None, "z delta_bias", True, True, True),
+        (8, 2, 16, 9, None, None, "z delta_bias", True, True, True),
         (3, 33, 3, 1, 3, None, "D z delta_bias initial_state", False, True, False),
     ],
 )

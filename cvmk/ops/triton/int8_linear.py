@@ -1,0 +1,139 @@
+"""`int8_linear` in Triton, on weights in the canonical layout: rows of K neighbouring bytes are what the tensor cores' loads want.
+
+Up to FEW rows one launch quantises and multiplies; above, the rows are quantised by a launch of their own. Bits do not depend on which.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cvmk.ops import triton
+from cvmk.ops._dispatch import Backend
+from cvmk.ops.quantize import PLAIN, outputs
+from cvmk.ops.triton import _launch
+from cvmk.ops.triton._tuning import Config, Tuned
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FEW = 64
+"""Most rows that every program quantises for itself."""
+
+
+def _heuristic(key: str, capability: tuple[int, int]) -> Config:
+    if key.startswith("few"):
+        rows = int(key.removeprefix("few"))
+        return {"BLOCK_M": rows, "BLOCK_N": 32, "BLOCK_K": 256 if rows < 64 else 128, "num_warps": 4, "num_stages": 4 if rows < 64 else 3}
+    wide = 64 if key.endswith("swiglu") else 128
+    return {"BLOCK_M": 128, "BLOCK_N": wide, "BLOCK_K": 128, "num_warps": 8 if capability >= (9, 0) else 4, "num_stages": 3}
+
+
+def _candidates(key: str, capability: tuple[int, int]) -> list[Config]:
+    if key.startswith("few"):
+        rows = int(key.removeprefix("few"))
+        shapes = [(n, k, warps, stages) for n in (16, 32, 64) for k in (128, 256) for warps in (2, 4) for stages in (3, 5)]
+    else:
+        rows, shapes = 0, [(64, 128, 4, 4), (128, 64, 4, 4), (128, 128, 8, 4), (256, 64, 8, 4), (256, 128, 8, 3)]
+    return [
+        {"BLOCK_M": rows or blocks, "BLOCK_N": n, "BLOCK_K": k, "num_warps": warps, "num_stages": stages}
+        for blocks in ((rows,) if rows else (64, 128))
+        for n, k, warps, stages in shapes
+    ]
+
+
+PRODUCT = Tuned("int8_linear", _heuristic, _candidates)
+TUNED = (PRODUCT,)
+
+
+def _key(rows: int, activation: str | None) -> str:
+    if rows <= FEW:
+        return f"few{16 if rows <= 16 else 32 if rows <= 32 else 64}"
+    return "many swiglu" if activation == "swiglu" else "many"
+
+
+def forward(
+    x: Tensor,
+    values: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    smooth_scale: Tensor | None,
+    layout: str,
+    out_features: int,
+    activation: str | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    rows, inputs = x.shape
+    columns = outputs(out_features, activation)
+    out = torch.empty((rows, columns), dtype=out_dtype, device=x.device)
+    x = x if x.stride(1) == 1 or inputs == 1 else x.contiguous()
+    bias, smooth_scale = (tensor if tensor is None else (tensor if tensor.dtype in DTYPES else tensor.float()).contiguous() for tensor in (bias, smooth_scale))
+    config = dict(PRODUCT.config(_key(rows, activation), x.device))
+    options = {"num_warps": config.pop("num_warps"), "num_stages": config.pop("num_stages"), "enable_fp_fusion": False}
+    kernels, maxima, few = _launch.kernels("int8_linear"), None, rows <= FEW
+    smooth, stride = smooth_scale, x.stride(0)
+    if not few:
+        stride = -(-inputs // 16) * 16
+        quantised, maxima = torch.empty((rows, stride), dtype=torch.int8, device=x.device), torch.empty(rows, dtype=torch.float32, device=x.device)
+        block = min(4096, max(32, 1 << (inputs - 1).bit_length()))
+        _launch.launch(
+            kernels.quantise_rows,
+            (rows,),
+            *(x, smooth_scale, quantised, maxima, inputs, x.stride(0), stride),
+            BLOCK_K=block,
+            num_warps=max(1, min(8, block // 512)),
+            enable_fp_fusion=False,
+        )
+        x, smooth = quantised, None
+    _launch.launch(
+        kernels.product,
+        (-(-rows // config["BLOCK_M"]) * -(-columns // config["BLOCK_N"]),),
+        *(x, smooth, maxima, values, scales, bias, out, rows, columns, inputs, stride),
+        ACTIVATION=activation,
+        QUANTISE=few,
+        GROUP=8,
+        **config,
+        **options,
+    )
+    return out
+
+
+def limits(which: str, arguments: Mapping[str, Any]) -> list[str]:
+    found = []
+    if arguments["layout"] != PLAIN:
+        found.append(f"the weight is in the layout {arguments['layout']!r}, not {PLAIN!r}: move it to the GPU with weight.to(...)")
+    if arguments["out_dtype"] not in DTYPES:
+        found.append(f"out_dtype is {arguments['out_dtype']}, not one of {', '.join(map(str, DTYPES))}")
+    return found
+
+
+BACKENDS = (
+    Backend(
+        "int8_linear", "triton", forward, dtypes=DTYPES, devices=triton.DEVICES, limits=limits, unavailable=triton.reason, by_default=triton.by_default
+    ),
+)
+
+
+# -- calls that are compiled and timed ---------------------------------------------------------------------------------------------
+def _case(rows: int, activation: str | None, dtype: torch.dtype, smooth: bool = False, inputs: int = 4096) -> _launch.Case:
+    def run(device: torch.device) -> None:
+        features = 8192 if activation == "swiglu" else 4096
+        values = _launch.sample((features, inputs), torch.float32, device, 40.0).clamp(-127, 127).to(torch.int8)
+        scales, bias = _launch.sample((features,), torch.float32, device).abs(), _launch.sample((features,), dtype, device)
+        smooth_scale = _launch.sample((inputs,), torch.float32, device).abs() if smooth else None
+        forward(_launch.sample((rows, inputs), dtype, device), values, scales, bias, smooth_scale, PLAIN, features, activation, dtype)
+
+    name = f"{str(dtype).removeprefix('torch.')} M{rows} K{inputs} {activation or ''}{' smooth' if smooth else ''}"
+    return _launch.Case(name, run)
+
+
+CASES = (
+    *(_case(rows, None, torch.bfloat16) for rows in (16, 32, 64, 4096)),
+    _case(16, "swiglu", torch.bfloat16, smooth=True),
+    _case(4096, "swiglu", torch.bfloat16, smooth=True),
+    _case(4096, "gelu", torch.float16),
+    _case(4096, None, torch.float32),
+    _case(64, "silu", torch.float32),
+    _case(4096, None, torch.bfloat16, inputs=1000),
+)
