@@ -65,9 +65,9 @@ __attribute__((noinline, unused)) void multiply_tiles(int64_t m, int64_t n, int6
 }
 
 CVMK_INLINE __m512i load_half(const char* row, int64_t i, int64_t n) {  // 32 numbers from i on, zeros behind n
-  const int64_t count = most(0, least(32, n - i));
-  if (row == nullptr || count == 0) return _mm512_setzero_si512();
-  return _mm512_maskz_loadu_epi16(count == 32 ? ~0u : (1u << count) - 1u, row + i * 2);
+  if (row == nullptr || i >= n) return _mm512_setzero_si512();
+  if (i + 32 <= n) return _mm512_loadu_si512(row + i * 2);
+  return _mm512_maskz_loadu_epi16((1u << (n - i)) - 1u, row + i * 2);
 }
 
 struct AmxEngine {

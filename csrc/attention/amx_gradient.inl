@@ -8,6 +8,12 @@ namespace {
 
 struct AmxGradient {
   typedef AmxEngine Engine;
+  // No way of its own for few keys.
+  struct Short {
+    static constexpr int64_t kKeys = -1;
+    void take(Arena*, const Params&) {}
+    void item(const Params&, const Segment&, int64_t) const {}
+  };
   static constexpr int kRows = Engine::kGradRows, kKeys = Engine::kGradKeys, kStrip = 32;
   Half *q, *g, *q_t, *g_t;  // left operands, and transposed
   Half *p_b, *ds_b, *ds_a;  // probabilities, gradients of scores as right operands; the latter as left operand
@@ -35,7 +41,7 @@ struct AmxGradient {
 
   void load(const Params& p, const GradRows<kRows>& block, int64_t dp, int64_t dvp) const {
     const char *rows_q[kRows], *rows_g[kRows];
-    for (int64_t r = 0; r < kRows; ++r) {
+    for (int64_t r = 0; r < up(block.count, 32); ++r) {
       rows_q[r] = r < block.count ? block.q[r] : nullptr;
       rows_g[r] = r < block.count ? block.g[r] : nullptr;
     }

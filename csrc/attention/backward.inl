@@ -1,9 +1,10 @@
 // The backward pass. Where there are many items, an item is done as a whole: for every block of rows, every block of keys, five products.
 // Where there are few, blocks of rows gather dq and, in a second pass, chunks of keys gather dk and dv; scores are then computed twice.
-// Both ways add in the same order: rows and keys always rise.
+// Both ways add in the same order: rows and keys always rise. Items with few keys come first, in a way of their own (Short).
 #pragma once
 #include "attention/forward.inl"
 #include "attention/gradient.inl"
+#include "attention/short.inl"
 
 namespace {
 
@@ -100,7 +101,36 @@ void grad_keys(const Params& p, const Segment& g, int64_t kv_head, int64_t from,
   zero_rows(p.dv_, p, g, kv_head, most(end, from), to, p.dv);
 }
 
-template <class Gradient>
+template <class Short>
+bool grads_shortly(const Params& p, const Segment& g) {
+  return p.grad_out.data != nullptr && shortly(p, g, Short::kKeys);
+}
+
+// The items with few keys.
+template <class Short>
+int backward_short(const Params& p) {
+  const int64_t items = segments(p) * p.kv_heads, workers = least(items, threads::limit());
+  Arena arena{nullptr, 0};
+  Short sizes;
+  sizes.take(&arena, p);
+  const int64_t bytes = up(arena.used, 4096);
+  char* memory = allocate(bytes * workers);
+  if (memory == nullptr) return cvmk::attention::kNoMemory;
+  const int64_t step = most(1, items / (16 * workers));
+  threads::each((items + step - 1) / step, [&](int64_t piece) {
+    Arena own{memory + bytes * threads::index(), 0};
+    Short w;
+    w.take(&own, p);
+    for (int64_t item = piece * step; item < least(items, (piece + 1) * step); ++item) {
+      const Segment g = segment(p, item / p.kv_heads);
+      if (grads_shortly<Short>(p, g)) w.item(p, g, item % p.kv_heads);
+    }
+  });
+  free(memory);
+  return cvmk::attention::kDone;
+}
+
+template <class Gradient, class Short>
 int backward_items(const Params& p) {
   const int64_t dp = Gradient::Engine::padded(p.d), dvp = Gradient::Engine::padded(p.dv), items = segments(p) * p.kv_heads;
   const int64_t longest = up(p.keys, Gradient::kKeys), workers = least(items, threads::limit());
@@ -109,23 +139,28 @@ int backward_items(const Params& p) {
   const int64_t bytes = up(arena.used, 4096);
   char* memory = allocate(bytes * workers);
   if (memory == nullptr) return cvmk::attention::kNoMemory;
-  threads::each(items, [&](int64_t item) {
+  const int64_t step = most(1, items / (16 * workers));
+  threads::each((items + step - 1) / step, [&](int64_t piece) {
     Arena own{memory + bytes * threads::index(), 0};
     BackwardScratch<Gradient> w(&own, p, longest, longest, dp, dvp);
-    const Segment g = segment(p, item / p.kv_heads);
-    int64_t lo, hi;
-    seen_keys(p, g, &lo, &hi);
-    w.packs.base = lo / Gradient::kKeys * Gradient::kKeys;
     Gradient::Engine::begin();
-    if (lo < hi) pack_grad_keys<Gradient>(p, g, item % p.kv_heads, w.packs.base, hi, w.packs);
-    grad_keys<Gradient>(p, g, item % p.kv_heads, 0, g.keys, lo, hi, w, w.packs, true);
+    for (int64_t item = piece * step; item < least(items, (piece + 1) * step); ++item) {
+      const Segment g = segment(p, item / p.kv_heads);
+      if (grads_shortly<Short>(p, g)) continue;
+      int64_t lo, hi;
+      seen_keys(p, g, &lo, &hi);
+      w.packs.base = lo / Gradient::kKeys * Gradient::kKeys;
+      w.gradient.teacher.packed = -1;
+      if (lo < hi) pack_grad_keys<Gradient>(p, g, item % p.kv_heads, w.packs.base, hi, w.packs);
+      grad_keys<Gradient>(p, g, item % p.kv_heads, 0, g.keys, lo, hi, w, w.packs, true);
+    }
     Gradient::Engine::end();
   });
   free(memory);
   return cvmk::attention::kDone;
 }
 
-template <class Gradient>
+template <class Gradient, class Short>
 int backward_pieces(const Params& p) {
   typedef typename Gradient::Engine Engine;
   constexpr int64_t kChunk = 4 * Gradient::kKeys;
@@ -148,6 +183,7 @@ int backward_pieces(const Params& p) {
   threads::each(items * chunks, [&](int64_t index) {
     const int64_t item = index / chunks, from = index % chunks * kChunk;
     const Segment g = segment(p, item / p.kv_heads);
+    if (grads_shortly<Short>(p, g)) return;
     int64_t lo, hi;
     seen_keys(p, g, &lo, &hi);
     const int64_t to = least(from + kChunk, hi);
@@ -158,7 +194,7 @@ int backward_pieces(const Params& p) {
     const int64_t item = index / blocks, first = (blocks - 1 - index % blocks) * Gradient::kRows;
     const Segment g = segment(p, item / p.kv_heads);
     const int64_t rows = g.rows * group;
-    if (first >= rows) return;
+    if (first >= rows || grads_shortly<Short>(p, g)) return;
     Arena own{memory + bytes * threads::index(), 0};
     BackwardScratch<Gradient> w(&own, p, 0, kChunk, dp, dvp);
     int64_t lo, hi;
@@ -171,7 +207,7 @@ int backward_pieces(const Params& p) {
     threads::each(items * chunks, [&](int64_t index) {
       const int64_t item = index / chunks, from = index % chunks * kChunk;
       const Segment g = segment(p, item / p.kv_heads);
-      if (from >= g.keys) return;
+      if (from >= g.keys || grads_shortly<Short>(p, g)) return;
       Arena own{memory + bytes * threads::index(), 0};
       BackwardScratch<Gradient> w(&own, p, 0, kChunk, dp, dvp);
       int64_t lo, hi;
@@ -185,12 +221,18 @@ int backward_pieces(const Params& p) {
   return cvmk::attention::kDone;
 }
 
-template <class Gradient>
+template <class Gradient, class Short>
 int backward(const Params& p) {
-  if (segments(p) == 0) return cvmk::attention::kDone;
+  bool few_keys = false, many_keys = false;
+  for (int64_t s = 0; s < segments(p); ++s) (grads_shortly<Short>(p, segment(p, s)) ? few_keys : many_keys) = true;
+  if (few_keys) {
+    const int status = backward_short<Short>(p);
+    if (status != cvmk::attention::kDone) return status;
+  }
+  if (!many_keys) return cvmk::attention::kDone;
   const int64_t items = segments(p) * p.kv_heads, workers = threads::limit();
   const bool few = !distills(p) && items % workers != 0 && items < 2 * workers && p.rows * (p.heads / p.kv_heads) > Gradient::kRows;
-  return few ? backward_pieces<Gradient>(p) : backward_items<Gradient>(p);
+  return few ? backward_pieces<Gradient, Short>(p) : backward_items<Gradient, Short>(p);
 }
 
 }  // namespace

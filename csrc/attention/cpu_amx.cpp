@@ -4,5 +4,5 @@
 #include "attention/short_amx.inl"
 
 extern "C" int cvmk_attention_forward_amx(const cvmk::attention::Params* p) { return forward<AmxEngine, ShortAmx>(*p); }
-extern "C" int cvmk_attention_backward_amx(const cvmk::attention::Params* p) { return backward<AmxGradient>(*p); }
+extern "C" int cvmk_attention_backward_amx(const cvmk::attention::Params* p) { return backward<AmxGradient, AmxGradient::Short>(*p); }
 extern "C" int cvmk_attention_bias_grad_amx(const cvmk::attention::Params* p) { return bias_grad<AmxGradient>(*p); }

@@ -347,6 +347,7 @@ int forward(const Params& p) {
     const Element* keys = plan.rows_apart ? packs + item * (shared_keys + shared_values) : w.keys;
     const Element* values = plan.rows_apart ? keys + shared_keys : w.values;
     if (!plan.rows_apart && from < to && !directly(p, g)) pack_keys<Engine>(p, g, kv_head, base, to, w.keys, w.values);
+    w.teacher.packed = -1;
     const State state = state_of(unit);
     for (int64_t r = first; r < last;) {
       const int64_t count = block_rows(p, g, r, last, Engine::kRows);

@@ -12,7 +12,7 @@ inline bool shortly(const Params& p, const Segment& g, int64_t limit) {
 
 constexpr int64_t kShortRows = 64;
 
-// A block of rows: where they are, the keys [lo, hi) that each sees, and its maximum (times log2(e)) and sum.
+// A block of rows: where they are, the keys [lo, hi) that each sees, and its maximum (times log2(e)), sum and 1 / sum.
 struct ShortRows {
   int64_t count;
   bool same;  // all see the same keys
@@ -40,14 +40,13 @@ inline void short_rows(const Params& p, const Segment& g, int64_t kv_head, int64
   }
 }
 
-// The log-sum-exps of a block, and the factors of its weighted values. The sums' last vector is whole.
-inline void short_statistics(const Params& p, ShortRows* s) {
+// The log-sum-exps of a block. The sums' last vector is whole.
+inline void short_statistics(ShortRows* s) {
   for (int64_t r = 0; r < s->count; r += kLanes) {
     float logs[kLanes];
     simd::store(logs, simd::log(simd::load(s->total + r)));
     for (int64_t i = r; i < least(r + kLanes, s->count); ++i) {
       const float total = s->total[i], top = s->top[i];
-      s->factor[i] = p.keep_factor / total;
       *s->lse[i] = total == 0.0f ? -kInf : total < kInf ? top * kLn2 + logs[i - r] : total + top;
     }
   }

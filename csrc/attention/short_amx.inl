@@ -17,6 +17,7 @@ __attribute__((noinline, unused)) void short_softmax_rows(const Params& p, Short
     for (int v = 0; v < V; ++v) x[v] = simd::load(row + v * kLanes);
     if (!s->same) short_mask<V>(s->lo[r], s->hi[r], mask);
     short_softmax<false, V>(x, mask, c, s->top + r, s->total + r);
+    s->factor[r] = p.keep_factor / s->total[r];
 #pragma GCC unroll 2
     for (int v = 0; v < V; v += 2) store_pair<true>(nullptr, reinterpret_cast<uint16_t*>(row) + v * kLanes, x[v], x[v + 1]);
   }
@@ -57,7 +58,7 @@ struct ShortAmx {
     else
       short_softmax_rows<2>(p, s, g.visible, scores, kKeys);
     Engine::weigh(scores, kKeys, s->count, b, 0, g.visible, dvp, out, false);
-    short_statistics(p, s);
+    short_statistics(s);
     for (int64_t r = 0; r < s->count; ++r) {
       const F factor = simd::set(s->factor[r]);
       for (int64_t i = 0; i < p.dv; i += kLanes) store_any(s->out[r], cvmk::attention::kBFloat16, i, simd::load(out + r * dvp + i) * factor, p.dv - i);

@@ -5,39 +5,47 @@
 
 namespace {
 
-// Probabilities of R rows over V vectors of keys.
+// sum[r] = row r of R, `depth` numbers each, times a transposed right operand of V vectors.
 template <int R, int V>
-CVMK_INLINE void short_probabilities(const Params& p, ShortRows* s, int64_t r0, const float* const* q, const float* t, int64_t visible, float* probs) {
-  F sum[R][V];
+CVMK_INLINE void short_product(const float* const* rows, int64_t depth, const float* t, F (*sum)[V]) {
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) sum[r][v] = F{};
-  for (int64_t k = 0; k < p.d; ++k) {
+  for (int64_t k = 0; k < depth; ++k) {
     F right[V];
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) right[v] = simd::load(t + k * FloatEngine::kPanel + v * kLanes);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      const F left = simd::set(q[r0 + r][k]);
+      const F left = simd::set(rows[r][k]);
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) sum[r][v] += left * right[v];
     }
   }
+}
+
+// Probabilities of R rows over V vectors of keys.
+template <int R, int V>
+CVMK_INLINE void short_probabilities(const Params& p, ShortRows* s, int64_t r0, const float* const* q, const float* t, int64_t visible, float* probs) {
+  F sum[R][V];
+  short_product<R, V>(q + r0, p.d, t, sum);
   I mask[V];
   short_mask<V>(0, visible, mask);
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
     if (!s->same) short_mask<V>(s->lo[r0 + r], s->hi[r0 + r], mask);
     short_softmax<true, V>(sum[r], mask, p.scale * kLog2E, s->top + r0 + r, s->total + r0 + r);
+    s->factor[r0 + r] = p.keep_factor / s->total[r0 + r];
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) simd::store(probs + r * FloatEngine::kPanel + v * kLanes, sum[r][v]);
   }
 }
 
-// Columns [i, i + C vectors) of the results of R rows.
+// Columns [i, i + C vectors) of R results of n numbers: weights of the keys times rows of b, times a factor each.
 template <int R, int C>
-CVMK_INLINE void short_values(const Params& p, const ShortRows& s, int64_t r0, const float* probs, int64_t keys, const float* b, int64_t width, int64_t i) {
+CVMK_INLINE void short_values(const float* weights, int64_t keys, const float* b, int64_t i, int64_t n, const float* factor, char* const* out, int64_t dtype) {
+  const int64_t width = up(n, kLanes);
   F sum[R][C];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
@@ -49,27 +57,29 @@ CVMK_INLINE void short_values(const Params& p, const ShortRows& s, int64_t r0, c
     for (int c = 0; c < C; ++c) right[c] = simd::load(b + k * width + i + c * kLanes);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      const F left = simd::set(probs[r * FloatEngine::kPanel + k]);
+      const F left = simd::set(weights[r * FloatEngine::kPanel + k]);
 #pragma GCC unroll 4
       for (int c = 0; c < C; ++c) sum[r][c] += left * right[c];
     }
   }
 #pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
-    const F factor = simd::set(p.keep_factor / s.total[r0 + r]);
+  for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) store_any(s.out[r0 + r], p.dtype, i + c * kLanes, sum[r][c] * factor, p.dv - i - c * kLanes);
-  }
+    for (int c = 0; c < C; ++c) store_any(out[r], dtype, i + c * kLanes, sum[r][c] * factor[r], n - i - c * kLanes);
+}
+
+template <int R, int C>
+CVMK_INLINE void short_results(const float* weights, int64_t keys, const float* b, int64_t n, const float* factor, char* const* out, int64_t dtype) {
+  int64_t i = 0;
+  for (; i + (C - 1) * kLanes < n; i += C * kLanes) short_values<R, C>(weights, keys, b, i, n, factor, out, dtype);
+  for (; i < n; i += kLanes) short_values<R, 1>(weights, keys, b, i, n, factor, out, dtype);
 }
 
 template <int R, int V, int C>
 __attribute__((noinline)) void short_block(const Params& p, ShortRows* s, int64_t r0, const float* const* q, const float* t, const float* b, int64_t visible) {
   alignas(64) float probs[R * FloatEngine::kPanel];
-  const int64_t width = up(p.dv, kLanes);
   short_probabilities<R, V>(p, s, r0, q, t, visible, probs);
-  int64_t i = 0;
-  for (; i + C * kLanes <= width; i += C * kLanes) short_values<R, C>(p, *s, r0, probs, visible, b, width, i);
-  for (; i < width; i += kLanes) short_values<R, 1>(p, *s, r0, probs, visible, b, width, i);
+  short_results<R, C>(probs, visible, b, p.dv, s->factor + r0, s->out + r0, p.dtype);
 }
 
 // Blocks of R rows; the last one reaches back over rows that are done, and makes them again.
@@ -121,7 +131,7 @@ struct ShortFloat {
       case 2: short_blocks<2>(p, s, rows, t, b, g.visible); break;
       default: short_blocks<1>(p, s, rows, t, b, g.visible); break;
     }
-    short_statistics(p, s);
+    short_statistics(s);
     short_empty(p, *s);
   }
 };

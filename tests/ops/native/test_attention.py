@@ -51,6 +51,10 @@ CASES: dict[str, dict[str, Any]] = {  # sizes, the shape of the bias, and option
     "widest": {"q": (1, 1, 70, 256), "k": (1, 1, 140, 256), "causal": True},
     "negative scale": {"q": (1, 1, 30, 24), "k": (1, 1, 30, 24), "dv": 1, "scale": -0.3},
     "two splits": {"q": (1, 1, 1100, 16), "k": (1, 1, 1100, 16), "causal": True},
+    "few keys": {"q": (3, 4, 9, 40), "k": (3, 2, 50, 40), "dv": 24, "causal": True, "key_lengths": tensor([50, 3, 17])},
+    "few keys, wide": {"q": (2, 4, 37, 100), "k": (2, 4, 64, 100), "dv": 130, "key_lengths": tensor([40, 64])},
+    "few keys, window": {"q": (1, 2, 70, 16), "k": (1, 1, 20, 16), "window": (4, 2), "query_start": tensor([0])},
+    "few keys, one row": {"q": (2, 6, 1, 64), "k": (2, 2, 33, 64), "dv": 8},
     "no keys": {"q": (2, 2, 4, 8), "k": (2, 1, 0, 8)},
     "no rows": {"q": (2, 2, 0, 8), "k": (2, 1, 5, 8)},
     "no batch": {"q": (0, 2, 3, 8), "k": (0, 1, 5, 8)},
@@ -233,6 +237,22 @@ def test_batch_independence(level: str, dtype: torch.dtype) -> None:
         for x, y, z in zip(both([s[None] for s in sentence]), together, in_line, strict=True):
             assert torch.equal(x[0], y[i, :, :n])
             assert torch.equal(x[0], z[cu[i] : cu[i + 1]].transpose(0, 1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_many_items(level: str, dtype: torch.dtype) -> None:
+    """A batch whose items are handed out several at a time, some with few keys: every one as it is alone, to the bit."""
+    lengths = torch.arange(90) * 7 % 130
+    leaves, _ = make({"q": (90, 2, 5, 16), "k": (90, 1, 130, 16), "dv": 24}, dtype)
+    together = run("native", leaves, {"key_lengths": lengths}, lse_too=False)
+    g = torch.Generator().manual_seed(2)
+    weights = torch.randn(together[0].shape, generator=g).to(dtype)
+    for item in (0, 1, 2, 29, 30, 31, 64, 89):
+        q, k, v = (x[item : item + 1].detach().requires_grad_() for x in leaves)
+        with ops.use("native"):
+            out = ops.flash_attention(q, k, v, key_lengths=lengths[item : item + 1])
+        for alone, batch in zip((out, *torch.autograd.grad(out, (q, k, v), weights[item : item + 1])), (together[0], *together[2:]), strict=True):
+            assert torch.equal(alone[0], batch[item])
 
 
 def test_dropout_keeps_what_the_reference_keeps(level: str) -> None:

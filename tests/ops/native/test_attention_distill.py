@@ -102,3 +102,22 @@ def test_choice() -> None:
     assert next(row for row in ops.explain("attention_kl", q, q, q, q) if row.chosen).backend == "native"
     rows = {row.backend: row for row in ops.explain("attention_kl", q, q, q.double(), q.double())}
     assert "teacher_q is torch.float64" in rows["native"].reasons[0]
+
+
+@pytest.mark.parametrize("dtypes", DTYPES[:2])
+def test_many_items(level: str, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    """A batch whose items are handed out several at a time: every one as it is alone, to the bit."""
+    g = torch.Generator().manual_seed(3)
+    shapes = [(2, 5, 16), (1, 40, 16), (1, 40, 8), (1, 5, 16), (1, 40, 16)]
+    tensors = [torch.randn(70, *shape, generator=g).to(dtypes[0]) for shape in shapes]
+
+    def gradients(tensors: list[Tensor]) -> list[Tensor]:
+        leaves = [x.detach().requires_grad_() for x in tensors[:3]]
+        with ops.use("native"):
+            out, kl = ops.flash_attention_distill(*leaves, *tensors[3:])
+            return [out, kl, *torch.autograd.grad((out, kl), leaves, (torch.ones_like(out), torch.ones_like(kl)))]
+
+    together = gradients(tensors)
+    for item in (0, 1, 35, 36, 69):
+        for alone, batch in zip(gradients([x[item : item + 1] for x in tensors]), together, strict=True):
+            assert torch.equal(alone[0], batch[item])
