@@ -220,11 +220,18 @@ void linear_kd_loss(const LayerArguments& student, const LayerArguments& teacher
   if (loss != 0) write_totals(pass.kd, pass.ce, rows, pass.count, normalizer, temperature, alpha, loss, kd, ce, count);
 }
 
+void scaled(std::uintptr_t from, std::int64_t count, std::uintptr_t factor, std::uintptr_t to, int type) {
+  const py::gil_scoped_release release;
+  advise_large_pages(pointer<void>(to), count * (type == kFloat32 ? 4 : 2));
+  scale({pointer<const float>(from), pointer<void>(to), type, count, *pointer<const float>(factor)});
+}
+
 }  // namespace
 
 void bind_distill(py::module_& m) {
   m.def("has_linear_kd_loss", &has_linear, "Whether linear_kd_loss runs at the present level");
   m.def("linear_kd_loss", &linear_kd_loss, "Losses, statistics and gradients from hidden states, in bfloat16");
+  m.def("scaled", &scaled, "Numbers times a factor, in another type");
   m.def("kd_loss", &kd_loss, "Losses and statistics of rows of logits");
   m.def("kd_loss_gradient", &kd_loss_gradient, "Gradient of rows of logits");
 }

@@ -12,7 +12,8 @@
 
 #define CVMK_DISTILL_LEVEL(level)                                            \
   void cvmk_distill_losses_##level(const cvmk::distill::LossPass* pass); \
-  void cvmk_distill_gradients_##level(const cvmk::distill::GradientPass* pass);
+  void cvmk_distill_gradients_##level(const cvmk::distill::GradientPass* pass); \
+  void cvmk_distill_scale_##level(const cvmk::distill::ScalePass* pass);
 extern "C" {
 CVMK_DISTILL_LEVEL(base)
 #if defined(CVMK_HAVE_ISA_LEVELS)
@@ -39,6 +40,7 @@ namespace cvmk::distill {
 
 void losses(const LossPass& pass) { CVMK_PICK(losses); }
 void gradients(const GradientPass& pass) { CVMK_PICK(gradients); }
+void scale(const ScalePass& pass) { CVMK_PICK(scale); }
 
 #undef CVMK_PICK
 

@@ -7,6 +7,7 @@ namespace cvmk::distill {
 
 void losses(const LossPass& pass);
 void gradients(const GradientPass& pass);
+void scale(const ScalePass& pass);
 
 // Whether the products of linear_kd_loss run at this level: on AMX tiles only.
 bool has_linear();

@@ -164,7 +164,12 @@ CVMK_INLINE RowResult result_of(const Terms& terms, const Sums& sums, bool with_
     row.lse_q = static_cast<double>(sums.top_s) / temperature + ::log(sums.at_t);
     row.lse_p = static_cast<double>(sums.top_t) / temperature + ::log(sums.teacher);
     if (terms.divergence == kForwardKl) row.value = sums.cross / (sums.teacher * temperature) - row.lse_p + row.lse_q;
-    if (terms.divergence == kReverseKl) row.value = row.reduction = sums.cross / (sums.at_t * temperature) - row.lse_q + row.lse_p;
+    if (terms.divergence == kReverseKl) {
+      const double mean = sums.cross / (sums.at_t * temperature);
+      row.value = mean - row.lse_q + row.lse_p;
+      // The gradient subtracts it from differences that hold the rounded statistics: what they lack must cancel.
+      row.reduction = mean - static_cast<double>(static_cast<float>(row.lse_q)) + static_cast<double>(static_cast<float>(row.lse_p));
+    }
   }
   row.entropy = row.lse - (1 - smoothing) * static_cast<double>(at_target);
   if (smoothing > 0) row.entropy -= smoothing / sums.count * sums.logits;

@@ -50,6 +50,15 @@ struct GradientPass {
   void* gradient;  // [rows, vocabulary], contiguous, of the student's type
 };
 
+// to[i] = factor * from[i], of `type`.
+struct ScalePass {
+  const float* from;
+  void* to;
+  int type;
+  int64_t count;
+  float factor;
+};
+
 // One output layer: hidden [., width] rows of `hidden_stride` elements, weight [vocabulary, width] of rows of `weight_stride`, all bfloat16,
 // and a bias [vocabulary] or null.
 struct Layer {

@@ -54,6 +54,27 @@ void all_gradients(const GradientPass& pass) {
   });
 }
 
+template <typename Row>
+void scale_as(const ScalePass& pass) {
+  constexpr int64_t kItem = 65536;
+  const Logits from{pass.from, 0, kFloat32}, to{pass.to, 0, pass.type};
+  const bool streamed = pass.count * (pass.type == kFloat32 ? 4 : 2) > kStreamed && reinterpret_cast<uintptr_t>(pass.to) % 64 == 0;
+  threads::each((pass.count + kItem - 1) / kItem, [&](int64_t item) {
+    const Floats source = row_of<Floats>(from, 0);
+    Row out = row_of<Row>(to, 0);
+    out.streamed = streamed;
+    const int64_t end = (item + 1) * kItem < pass.count ? (item + 1) * kItem : pass.count;
+    vectors(item * kItem, end, [&](int64_t i, int n, auto kind) __attribute__((always_inline)) { out.store(i, n, source.load(i, n, kind) * pass.factor, kind); });
+    finish_streams();
+  });
+}
+
+void scale(const ScalePass& pass) {
+  if (pass.type == kFloat32) return scale_as<Floats>(pass);
+  if (pass.type == kBFloat16) return scale_as<BFloats>(pass);
+  scale_as<Any>(pass);
+}
+
 CVMK_INLINE bool both(const Rows& in, int type) { return in.student.type == type && (in.teacher.data == nullptr || in.teacher.type == type); }
 
 void losses(const LossPass& pass) {

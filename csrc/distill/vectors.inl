@@ -14,9 +14,9 @@ using namespace cvmk::distill;
 using simd::F;
 using simd::I;
 constexpr int kLanes = simd::kLanes;
-constexpr int kBlock = 2048;      // logits that stay in the first-level cache from one loop to the next
-constexpr int kAhead = 512;       // how far ahead of a loop that writes logits are fetched
-constexpr int kFirstBlock = 256;  // logits of a row that the first estimate of its greatest is from
+constexpr int kBlock = 128 * kLanes;  // logits whose float32 sums go into one in float64: they stay in the first-level cache, and no lane adds more than 128
+constexpr int kAhead = 512;           // how far ahead of a loop that writes logits are fetched
+constexpr int kFirstBlock = 16 * kLanes;  // logits of a row that the first estimate of its greatest is from
 
 // -- the exponential of a logit minus the greatest one ------------------------------------------------------------------------------
 // exp(x) where it is at most 2^127, else a number that is not finite, or NaN; 0 below -104 (below -87.33 without AVX-512); NaN for NaN.

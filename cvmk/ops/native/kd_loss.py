@@ -129,11 +129,20 @@ def _backward(
     return gradient
 
 
+def missing(*names: str) -> str | None:
+    """Why the library cannot run the loss whose entries are `names`; None where it can."""
+    library = native.library()
+    if library is None:
+        return native.reason()
+    lacking = [name for name in names if not hasattr(library, name)]
+    return f"cvmk._native is an older build without {lacking[0]}: install the package again" if lacking else None
+
+
 def _limits(which: str, arguments: Mapping[str, Any]) -> list[str]:
     teacher = arguments["teacher"]
     return [f"teacher is {teacher.dtype}, not float32, bfloat16 or float16"] if teacher is not None and teacher.dtype not in TYPES else []
 
 
 BACKENDS = (
-    Backend("kd_loss", "native", _forward, _backward, dtypes=tuple(TYPES), devices=("cpu",), limits=_limits, unavailable=native.reason),
+    Backend("kd_loss", "native", _forward, _backward, dtypes=tuple(TYPES), devices=("cpu",), limits=_limits, unavailable=lambda: missing("kd_loss", "kd_loss_gradient")),
 )

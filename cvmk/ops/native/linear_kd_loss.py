@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cvmk.ops import native
 from cvmk.ops._dispatch import Backend, not_needed
-from cvmk.ops.native.kd_loss import DIVERGENCES, address
+from cvmk.ops.native.kd_loss import DIVERGENCES, TYPES, address, missing
 
 Layer = tuple[int, int, int, int, int, int]
 _ONE = torch.ones((), dtype=torch.float32)
@@ -86,6 +86,16 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     return loss, kd, ce, count, stats, *(not_needed(stats) if x is None else x for x in found)
 
 
+def _scaled(total: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """total * scale in `dtype`, rounded once."""
+    out = torch.empty(total.shape, dtype=dtype)
+    library = native.library()
+    assert library is not None
+    total = total.contiguous()
+    library.scaled(total.data_ptr(), total.numel(), scale.data_ptr(), out.data_ptr(), TYPES[dtype])
+    return out
+
+
 def _backward(*arguments: Any) -> tuple[Tensor, ...]:
     g_loss, g_kd, g_ce = arguments[:3]
     tensors, target, normalizer, count = arguments[8:14], arguments[14], arguments[15], arguments[16]
@@ -94,15 +104,9 @@ def _backward(*arguments: Any) -> tuple[Tensor, ...]:
     if g_kd is None and g_ce is None and g_loss is not None and all(have or not need for have, need in zip(wanted, needed, strict=True)):
         scale = g_loss / count
     else:
-        scale = None
+        scale = _ONE
         sums = _run(tensors, target, normalizer, options, (g_loss, g_kd, g_ce), count, needed, None)[1]
-    found = []
-    for need, x, total in zip(needed, tensors, sums, strict=False):
-        if not need:
-            found.append(not_needed(tensors[0]))
-        else:
-            found.append((total if scale is None else total * scale).to(x.dtype))
-    return tuple(found)
+    return tuple(_scaled(total, scale, x.dtype) if need else not_needed(tensors[0]) for need, x, total in zip(needed, tensors, sums, strict=False))
 
 
 def _limits(which: str, arguments: Mapping[str, Any]) -> list[str]:
@@ -114,4 +118,15 @@ def _limits(which: str, arguments: Mapping[str, Any]) -> list[str]:
     return [f"teacher_weight is {teacher.dtype}, not bfloat16"] if teacher is not None and teacher.dtype != torch.bfloat16 else []
 
 
-BACKENDS = (Backend("linear_kd_loss", "native", _forward, _backward, dtypes=(torch.bfloat16,), devices=("cpu",), limits=_limits, unavailable=native.reason),)
+BACKENDS = (
+    Backend(
+        "linear_kd_loss",
+        "native",
+        _forward,
+        _backward,
+        dtypes=(torch.bfloat16,),
+        devices=("cpu",),
+        limits=_limits,
+        unavailable=lambda: missing("linear_kd_loss", "has_linear_kd_loss", "scaled"),
+    ),
+)
