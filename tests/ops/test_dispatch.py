@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cvmk import ops
 from cvmk.ops import _dispatch
@@ -115,6 +116,18 @@ def test_choice_is_kept_per_signature() -> None:
     probe(torch.ones(2, 3), power=3.0)
     probe(torch.ones(2, 3), torch.ones(2, 3))
     assert asked == [(2, 3)] * 4
+
+
+def test_a_choice_that_dtype_and_device_decide_is_kept_once() -> None:
+    op._backends = [BROKEN, Backend(NAME, "native", fast, dtypes=(torch.float32,), devices=("cpu",)), FAST, REFERENCE]
+    for n in range(1, 9):
+        probe(torch.ones(n, 3), power=float(n))
+    assert log == ["fast"] * 8 and len(op._chosen) == 1
+    probe(torch.ones(2, 3, dtype=torch.float64))
+    assert log[-1] == "reference" and len(op._chosen) == 2
+    with use("reference"):
+        probe(torch.ones(2, 3))
+    assert log[-1] == "reference" and len(op._chosen) == 3
 
 
 def test_forgotten_choices_are_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -295,6 +308,29 @@ def test_only_what_is_needed_is_asked_for() -> None:
     assert log[-1] == "reference backward 010" and weight.grad is not None
     probe(x, weight.detach())[1].sum().backward()
     assert log[-1] == "reference backward 100" and x.grad is not None
+
+
+class Watcher(TorchDispatchMode):
+    """The ops of this library that reach the dispatcher."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "cvmk::" in str(function.name()):
+            self.seen.append(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+def test_who_watches_sees_both_passes() -> None:
+    x = leaf(2)
+    with Watcher() as watcher:
+        probe(x)[0].sum().backward()
+    assert watcher.seen == ["cvmk::probe_forward", "cvmk::probe_backward"]
+    with torch.autograd.profiler.profile() as profile:
+        probe(x)[0].sum().backward()
+    assert {"cvmk::probe_forward", "cvmk::probe_backward"} <= {event.name for event in profile.function_events}
 
 
 def test_constants_get_no_gradient() -> None:
