@@ -5,6 +5,7 @@ The forward pass saves five statistics a row and reads both logits; the backward
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -54,10 +55,10 @@ GRADIENT = Tuned("kd_gradient", _gradient_config, _gradient_candidates)
 TUNED = (ROWS, GRADIENT)
 
 
-def key(logits: Tensor, sweeps: int) -> str:
+@functools.cache
+def key(dtype: torch.dtype, vocabulary: int, sweeps: int) -> str:
     """Tables are by the dtype, by how often a row is read, and by the next power of two of its length, up to 8192."""
-    vocabulary = logits.shape[-1]
-    return f"{str(logits.dtype).removeprefix('torch.')} {sweeps} v{min(8192, max(32, 1 << (vocabulary - 1).bit_length()))}"
+    return f"{str(dtype).removeprefix('torch.')} {sweeps} v{min(8192, max(32, 1 << (vocabulary - 1).bit_length()))}"
 
 
 # -- launches -------------------------------------------------------------------------------------------------------------------
@@ -65,6 +66,11 @@ def matrix(logits: Tensor) -> Tensor:
     """[N, V] with a contiguous last dimension."""
     rows = logits if logits.dim() == 2 else logits.reshape(-1, logits.shape[-1])
     return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def vector(target: Tensor) -> Tensor:
+    """[N], contiguous."""
+    return target if target.dim() == 1 and target.is_contiguous() else target.reshape(-1).contiguous()
 
 
 def weight_of_p(divergence: str, mixture: float) -> float:
@@ -77,11 +83,14 @@ def _tile(tensors: tuple[Tensor | None, ...], config: Config) -> dict[str, int]:
 
     VEC entries of the narrowest dtype are 16 bytes where all rows begin on such borders, else one entry.
     """
-    there = [x for x in tensors if x is not None]
-    aligned = all(x.data_ptr() % 16 == 0 and (x.dim() == 1 or x.stride(0) % 16 == 0) for x in there)
-    vec = min(16 // min(x.element_size() for x in there), config["PER_THREAD"]) if aligned else 1
-    warps = {"num_warps": config["num_warps"], "num_stages": config["num_stages"]}
-    return {"R": config["PER_THREAD"] // vec, "C": 32 * config["num_warps"] * vec, "VEC": vec, **warps}
+    narrowest, aligned = 16, True
+    for x in tensors:
+        if x is not None:
+            narrowest = min(narrowest, x.element_size())
+            aligned = aligned and x.data_ptr() % 16 == 0 and (x.dim() == 1 or x.stride(0) % 16 == 0)
+    entries, warps = config["PER_THREAD"], config["num_warps"]
+    vec = min(16 // narrowest, entries) if aligned else 1
+    return {"R": entries // vec, "C": 32 * warps * vec, "VEC": vec, "num_warps": warps, "num_stages": config["num_stages"]}
 
 
 def parts(upstream: Upstream | None, alpha: float, has_teacher: bool) -> dict[str, bool]:
@@ -137,7 +146,7 @@ def launch_rows(
         AT_ONE=temperature == 1,
         SQUARE=temperature == 2,
         SMOOTHING=smoothing != 0,
-        **_tile((z, t, *biases, gradient), ROWS.config(key(z, 1 + mixed + (gradient is not None)), z.device)),
+        **_tile((z, t, *biases, gradient), ROWS.config(key(z.dtype, z.shape[1], 1 + mixed + (gradient is not None)), z.device)),
     )
 
 
@@ -169,8 +178,8 @@ def launch_total(losses: Tensor, y: Tensor, normalizer: Tensor | None, options: 
 
 def forward(student: Tensor, teacher: Tensor | None, target: Tensor, normalizer: Tensor | None, *options: Any) -> tuple[Tensor, ...]:
     z, t = matrix(student), None if teacher is None else matrix(teacher)
-    y = target.reshape(-1).contiguous()
-    stats, losses = (torch.empty((n, y.shape[0]), dtype=torch.float32, device=z.device) for n in (5, 2))
+    y = vector(target)
+    stats, losses = (z.new_empty((n, y.shape[0]), dtype=torch.float32) for n in (5, 2))
     launch_rows(z, t, (None, None), y, stats, losses, options)
     return *launch_total(losses, y, normalizer, options), stats
 
@@ -199,9 +208,9 @@ def backward(
         return not_needed(student)
     present = parts((g_loss, g_kd, g_ce), alpha, teacher is not None)
     z, t = matrix(student), matrix(teacher) if teacher is not None and present["KD"] else None
-    y, stats = target.reshape(-1).contiguous(), stats.contiguous()
-    gradient = torch.empty(student.shape, dtype=student.dtype, device=student.device)
-    config = GRADIENT.config(key(z, 1), z.device)
+    y, stats = vector(target), stats.contiguous()
+    gradient = student.new_empty(student.shape)
+    config = GRADIENT.config(key(z.dtype, z.shape[1], 1), z.device)
     blocks = -(-z.shape[1] // config["BLOCK"])
     launch(
         kernels("kd_loss").kd_gradient,

@@ -27,7 +27,7 @@ from torch import Tensor
 from cvmk.ops import triton
 from cvmk.ops._dispatch import Backend, not_needed
 from cvmk.ops.triton._launch import Case, sample
-from cvmk.ops.triton.kd_loss import DTYPES, ROWS, Options, Upstream, launch_rows, launch_total, matrix
+from cvmk.ops.triton.kd_loss import DTYPES, ROWS, Options, Upstream, launch_rows, launch_total, matrix, vector
 
 CHUNK, CHUNK_ROWS = 2**26, 2048
 """A chunk has CHUNK logits, or CHUNK_ROWS rows where those are more."""
@@ -129,7 +129,7 @@ def _run(
 
 def forward(*arguments: Any) -> tuple[Tensor, ...]:
     tensors, target, normalizer, options, wanted = arguments[:6], arguments[6], arguments[7], arguments[8:14], arguments[14]
-    y = target.reshape(-1).contiguous()
+    y = vector(target)
     stats, losses, found = _run(tensors, y, options, wanted)
     shapes = (tensors[0].shape, tensors[1].shape, tensors[1].shape[:1])
     grads = [not_needed(stats) if x is None else x.view(shape) for x, shape in zip(found, shapes, strict=True)]
@@ -145,7 +145,7 @@ def backward(*arguments: Any) -> tuple[Tensor, ...]:
     if g_kd is None and g_ce is None and g_loss is not None and all(have or not need for have, need in zip(wanted, needed, strict=True)):
         scale = g_loss / count
     else:
-        sums = tuple(_run(tensors, target.reshape(-1).contiguous(), options, needed, (g_loss, g_kd, g_ce), count)[2])
+        sums = tuple(_run(tensors, vector(target), options, needed, (g_loss, g_kd, g_ce), count)[2])
     found = []
     for need, x, total in zip(needed, tensors, sums, strict=False):
         if not need:

@@ -52,15 +52,13 @@ def run(backend: str, student: Tensor, teacher: Tensor | None, target: Tensor, p
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
-@pytest.mark.parametrize(
-    ("dtype", "temperature"), [*((torch.float32, t) for t in (1.0, 2.0, 3.0)), (torch.bfloat16, 1.0), (torch.bfloat16, 2.0), (torch.float16, 3.0)]
-)
+@pytest.mark.parametrize(("dtype", "temperature"), [(torch.float32, 1.0), (torch.float32, 3.0), (torch.bfloat16, 2.0), (torch.float16, 1.0)])
 def test_two_baselines(dtype: torch.dtype, name: str, temperature: float) -> None:
     """Root-mean-square error against float64 of the same values: at most that of the reference of the same dtype, twice (loss) or thrice."""
     errors: dict[str, list[Tensor]] = {"triton": [], "reference": []}
     losses: dict[str, float] = {"triton": 0.0, "reference": 0.0}
-    for vocabulary in (3, 320, 1051):
-        student, teacher, target = make(4, vocabulary, dtype, seed=vocabulary)
+    for vocabulary in (3, 640, 1051):
+        student, teacher, target = make(3, vocabulary, dtype, seed=vocabulary)
         options: dict[str, Any] = {"temperature": temperature, "divergence": name, "label_smoothing": 0.1}
         exact = run("reference", student.double(), teacher.double(), target, **options)
         for backend in errors:
@@ -129,7 +127,7 @@ def test_types_may_differ_and_strides() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", DIVERGENCES)
 def test_ignored_rows_are_not_read(dtype: torch.dtype, name: str) -> None:
-    student, teacher, target = make(6, 300, dtype)
+    student, teacher, target = make(3, 300, dtype)
     expected = run("triton", student, teacher, target, divergence=name, label_smoothing=0.1)
     student[target == -100] = float("nan")
     teacher[target == -100] = INF
@@ -145,7 +143,7 @@ def test_ignored_rows_are_not_read(dtype: torch.dtype, name: str) -> None:
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 3.0])
 def test_masked_vocabulary(name: str, temperature: float) -> None:
     """Entries of -inf in both sides are as if they were not there, even where whole tiles of a row are."""
-    student, teacher, target = make(3, 90)
+    student, teacher, target = make(2, 90)
     student[:, 80:] = teacher[:, 80:] = -INF
     target = target.clamp(max=79)
     wide_student, wide_teacher = (torch.nn.functional.pad(x, (200, 310), value=-INF) for x in (student, teacher))
@@ -263,7 +261,7 @@ def test_what_is_declined() -> None:
 def test_block_sizes_of_every_length(capability: tuple[int, int], sweeps: int) -> None:
     """What a GPU runs with, whatever the length of a row: whole vectors a thread, and powers of two."""
     for vocabulary in (1, 31, 1000, 2048, 32000, 256206):
-        name = key(torch.empty(0, vocabulary, dtype=torch.bfloat16), sweeps)
+        name = key(torch.bfloat16, vocabulary, sweeps)
         for config in (ROWS.heuristic(name, capability), *ROWS.candidates(name, capability)):
             assert config["PER_THREAD"] % 8 == 0 and config["num_warps"] in (1, 2, 4, 8, 16)
         for config in (GRADIENT.heuristic(name, capability), *GRADIENT.candidates(name, capability)):

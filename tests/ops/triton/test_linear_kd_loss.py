@@ -59,11 +59,11 @@ def run(backend: str, case: Case, part: int = 0, double: bool = False, **options
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
-@pytest.mark.parametrize(("dtype", "temperature"), [(torch.bfloat16, 1.0), (torch.bfloat16, 3.0), (torch.float32, 2.0), (torch.float16, 2.0)])
+@pytest.mark.parametrize(("dtype", "temperature"), [(torch.bfloat16, 1.0), (torch.float32, 2.0), (torch.float16, 3.0)])
 def test_two_baselines(name: str, dtype: torch.dtype, temperature: float) -> None:
     """Root-mean-square error against float64 over odd shapes: at most that of the reference of the same dtype, twice (loss) or thrice."""
     errors: dict[str, list[list[Tensor]]] = {"triton": [[], [], [], []], "reference": [[], [], [], []]}
-    for seed, shape in enumerate([(4, 7, 3, 9), (7, 300, 40, 64), (12, 272, 32, 16)]):
+    for seed, shape in enumerate([(4, 7, 3, 9), (7, 300, 40, 64)]):
         case = make(*shape, dtype, seed=seed)
         options: dict[str, Any] = {"temperature": temperature, "divergence": name, "label_smoothing": 0.1}
         exact = run("reference", case, double=True, **options)
