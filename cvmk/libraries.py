@@ -16,13 +16,14 @@ import cvmk
 from cvmk.errors import ConfigError
 
 LEVELS = ("base", "avx2", "avx512", "amx")
-"""Instruction-set levels, the lowest first; `CVMK_CPU_ISA` takes these names."""
+"""Instruction-set levels, the lowest first. `CVMK_CPU_ISA` takes one of these names, and after it features to do without, each behind a "-":
+`avx512-avx512_vnni-avx512_bf16` is the first processors' AVX-512. The names are those that `cvmk doctor` prints."""
 
 
 def isa_level() -> str:
     """The level that kernels are dispatched to: the processor's, capped by the environment variable CVMK_CPU_ISA.
 
-    "base" without the native library. Raises ConfigError where CVMK_CPU_ISA holds no level.
+    "base" without the native library. Raises ConfigError where CVMK_CPU_ISA makes no sense.
     """
     native, _ = load("_native", "native")
     if native is None:

@@ -197,7 +197,7 @@ CVMK_INLINE F exp(F x) {
   return x == x ? y : x;
 }
 
-// log(x) for normal x > 0, relative error about 1 ulp (log x = n ln 2 + log m, m in [sqrt(1/2), sqrt(2)); polynomial of degree 9).
+// log(x) for normal x > 0, relative error about 1 ulp, and NaN for NaN (log x = n ln 2 + log m, m in [sqrt(1/2), sqrt(2)); polynomial of degree 9).
 CVMK_INLINE F log(F x) {
   I e = (bits<I>(x) >> 23) - 126;
   F m = bits<F>((bits<I>(x) & 0x007FFFFF) | 0x3F000000);  // in [0.5, 1)
@@ -218,7 +218,7 @@ CVMK_INLINE F log(F x) {
   p = p * m * z;
   p = p + n * -2.12194440e-4f;
   p = p - 0.5f * z;
-  return m + p + n * 0.693359375f;
+  return x == x ? m + p + n * 0.693359375f : x;
 }
 
 }  // namespace simd

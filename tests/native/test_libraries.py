@@ -48,6 +48,17 @@ def test_level_is_capped_by_the_environment():
 
 
 @needs_native
+def test_features_are_taken_away():
+    code = "from cvmk.libraries import isa_level; print(isa_level())"
+    assert python(code, CVMK_CPU_ISA="amx-fma") == "base"
+    assert python(code, CVMK_CPU_ISA="base-avx512_vnni-amx_int8") == "base"
+    order = libraries.LEVELS
+    detected = native.library().detected_level()  # type: ignore[union-attr]
+    assert python(code, CVMK_CPU_ISA="amx-amx_int8") == order[min(order.index("avx512"), order.index(detected))]
+    assert "'vnni' is no feature" in python("from cvmk.hardware import cpu; print(cpu().error)", CVMK_CPU_ISA="avx512-vnni")
+
+
+@needs_native
 def test_wrong_cap_names_the_accepted_values():
     code = "from cvmk.errors import ConfigError\nfrom cvmk.libraries import isa_level\ntry:\n    isa_level()\nexcept ConfigError as e:\n    print(e)"
     said = python(code, CVMK_CPU_ISA="sse9")
