@@ -68,8 +68,11 @@ def _short_heuristic(key: str, capability: tuple[int, int]) -> _tuning.Config:
 
 def _bias_heuristic(key: str, capability: tuple[int, int]) -> _tuning.Config:
     dtype, width, _ = key.split(" ")
-    size = 32 if dtype == "float32" or int(width[1:]) > 128 else 64
-    return {"BLOCK_M": size, "BLOCK_N": size, "num_warps": 4, "num_stages": 1}
+    if dtype == "float32" or int(width[1:]) > 128:
+        return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
+    if int(width[1:]) > 64:
+        return {"BLOCK_M": 64 if capability >= (9, 0) else 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
+    return {"BLOCK_M": 64, "BLOCK_N": 64 if capability >= (9, 0) else 32, "num_warps": 4, "num_stages": 1}
 
 
 def _blocks(key: str, capability: tuple[int, int]) -> list[_tuning.Config]:
@@ -97,15 +100,16 @@ def _distill_row_heuristic(key: str, capability: tuple[int, int]) -> _tuning.Con
     d, hopper = int(width[1:]), capability >= (9, 0)
     if dtype == "float32" or d > 128:
         return {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}
-    return {"BLOCK_M": 64, "BLOCK_N": 64 if d <= 64 and hopper and kind != ["several"] else 32, "num_warps": 4, "num_stages": 2}
+    warps = 4 if d <= 64 or hopper else 8
+    return {"BLOCK_M": 64, "BLOCK_N": 64 if d <= 64 and hopper and kind != ["several"] else 32, "num_warps": warps, "num_stages": 2}
 
 
 def _distill_key_heuristic(key: str, capability: tuple[int, int]) -> _tuning.Config:
     dtype, width, kind = key.split(" ")
-    d = int(width[1:])
+    d, hopper = int(width[1:]), capability >= (9, 0)
     if dtype == "float32" or d > 128:
         return {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}
-    return {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 4 if d <= 64 and kind == "one" else 8, "num_stages": 2}
+    return {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 4 if d <= 64 and kind == "one" and hopper else 8, "num_stages": 2}
 
 
 LOG_SUMS = _tuning.Tuned("distill_log_sums", _distill_row_heuristic, _blocks)

@@ -19,68 +19,12 @@ from cvmk.ops import triton
 from cvmk.ops._dispatch import Backend, not_needed
 from cvmk.ops.triton import _launch
 from cvmk.ops.triton._attention_blocks import BIAS, FORWARD, KEYS, QUERIES, SHORT_BACKWARD
+from cvmk.ops.triton._attention_call import DTYPES, SHORT, WIDEST, Call, describe, masks, padded, rows_contiguous, strides
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-WIDEST = 256
 CHUNK = 256
 """Keys of one program where few rows see many keys."""
 FEW = 16
 """Most rows (queries times the query heads of a key head) that are split over their keys."""
-SHORT = 64
-"""Most rows, and most keys, of a tile that is a whole sequence; half of it in float32, whose products take thrice the registers."""
-FAR = 1 << 30
-
-
-@dataclass(frozen=True)
-class Call:
-    """A call's sizes, and the arguments that every kernel takes in one order."""
-
-    packed: bool
-    batch: int
-    kv_heads: int
-    group: int
-    rows: int
-    keys: int
-    constants: dict[str, Any]  # D, DV and their padded sizes, EARLY, CAP, LEFT, STEPS, PRECISION
-    masks: tuple[Tensor | None, ...]  # KEY_LENGTHS, QUERY_START, CU_Q, CU_K, SEED
-    strides: tuple[int, ...]  # of q, k and v: [batch, heads, rows] each
-    bias_strides: tuple[int, ...]
-    numbers: tuple[Any, ...]  # kv_heads to threshold
-    keep_scale: float
-    dtype: torch.dtype
-    device: torch.device
-
-    @property
-    def pairs(self) -> int:
-        """Batch items times heads of keys."""
-        return self.batch * self.kv_heads
-
-    @property
-    def heads(self) -> int:
-        return self.kv_heads * self.group
-
-    def out_strides(self, width: int) -> tuple[int, int, int]:
-        """[batch, heads, rows] of a contiguous result [B, H, Tq, width], or packed [total, H, width]."""
-        if self.packed:
-            return 0, width, self.heads * width
-        return self.heads * self.rows * width, self.rows * width, width
-
-    def empty(self, width: int) -> Tensor:
-        shape = (self.rows, self.heads, width) if self.packed else (self.batch, self.heads, self.rows, width)
-        return torch.empty(shape, dtype=self.dtype, device=self.device)
-
-    def statistic(self) -> Tensor:
-        """One float32 a row and head."""
-        shape = (self.heads, self.rows) if self.packed else (self.batch, self.heads, self.rows)
-        return torch.empty(shape, dtype=torch.float32, device=self.device)
-
-    def kind(self) -> str:
-        """Of long sequences: whether there is more to a score than a product."""
-        return "extra" if self.constants["EARLY"] or self.masks[-1] is not None else "long"
-
-    def key(self, kind: str) -> str:
-        """The key of the tuning table."""
-        return f"{str(self.dtype).removeprefix('torch.')} d{max(self.constants['D_PADDED'], self.constants['DV_PADDED'])} {kind}"
 
 
 def forward(
@@ -101,38 +45,31 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of `cvmk.ops.flash_attention`."""
     q, k, v = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
-    call = describe(
-        q, k, v, bias, key_lengths, query_start, cu_seqlens_q, cu_seqlens_k, dropout_seed, window_left, window_right, softcap, scale, dropout_p
-    )
+    call = describe(q, k, v, bias, cu_seqlens_q, window_left, window_right, softcap, scale, dropout_p)
     out, lse = call.empty(v.shape[-1]), call.statistic()
     if out.numel() == 0:
         return out, lse.fill_(-math.inf) if call.keys == 0 else lse
     rows = call.rows * call.group
     few = rows <= FEW and not call.packed
     one = few or (call.keys <= SHORT and not call.packed)
-    if few:
-        chunk = CHUNK
-        config = FORWARD.config(call.key("few"), q.device)
-    elif one:
-        chunk = 0
-        config = FORWARD.config(call.key(f"{padded(min(rows, SHORT))}x{padded(call.keys)}"), q.device)
-    else:
-        chunk, config = 0, FORWARD.config(call.key(call.kind()), q.device)
-    chunks = max(1, -(-call.keys // chunk)) if few else 1
+    key = f"{call.width} few" if few else call.one_tile if one else call.long
+    config, chunk = FORWARD.config(key, q.device), CHUNK if few else 0
+    chunks = -(-call.keys // chunk) if few else 1
+    read = masks(key_lengths, query_start, cu_seqlens_q, cu_seqlens_k, dropout_seed)
     kernels = _launch.kernels("attention_forward")
-    grid = (call.pairs * -(-rows // config["BLOCK_M"]), chunks)
+    grid = (call.pairs * -(-rows // config["BLOCK_M"]), max(1, chunks))
     options = {**call.constants, **config, "ONE": one, "CHUNK": chunk}
     o_strides = call.out_strides(v.shape[-1])
-    if chunks == 1:
+    if chunks <= 1:
         _launch.launch(
-            kernels.forward, grid, q, k, v, bias, *call.masks, out, lse, None, *call.strides, *o_strides, *call.bias_strides, *call.numbers,
+            kernels.forward, grid, q, k, v, bias, *read, out, lse, None, *call.strides, *o_strides, *call.bias_strides, *call.numbers,
             call.keep_scale, call.pairs, **options,
         )  # fmt: skip
         return out, lse
     parts = torch.empty((chunks, lse.numel(), v.shape[-1]), dtype=torch.float32, device=q.device)
     tops, totals = (torch.empty((chunks, lse.numel()), dtype=torch.float32, device=q.device) for _ in range(2))
     _launch.launch(
-        kernels.forward, grid, q, k, v, bias, *call.masks, parts, tops, totals, *call.strides, *o_strides, *call.bias_strides, *call.numbers,
+        kernels.forward, grid, q, k, v, bias, *read, parts, tops, totals, *call.strides, *o_strides, *call.bias_strides, *call.numbers,
         call.keep_scale, call.pairs, **options,
     )  # fmt: skip
     _launch.launch(
@@ -167,9 +104,7 @@ def backward(
     q, k, v, out, lse = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v), out.contiguous(), lse.contiguous()
     grad_out = torch.zeros_like(out) if grad_out is None else rows_contiguous(grad_out)
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
-    call = describe(
-        q, k, v, bias, key_lengths, query_start, cu_seqlens_q, cu_seqlens_k, dropout_seed, window_left, window_right, softcap, scale, dropout_p
-    )
+    call = describe(q, k, v, bias, cu_seqlens_q, window_left, window_right, softcap, scale, dropout_p)
     wanted: list[Tensor | None] = [
         torch.empty(t.shape, dtype=t.dtype, device=t.device) if needed else None for t, needed in zip((q, k, v), needs, strict=False)
     ]
@@ -181,7 +116,8 @@ def backward(
     else:
         # The sum over a row's keys needs no kernel; a bias without any broadcasting comes with the queries' gradient.
         by_row = want_bias and (bias.dim() == 0 or bias.shape[-1] == 1)  # type: ignore[union-attr]
-        given = Given(q, k, v, bias, grad_out, grad_lse, out, lse, scale)
+        read = masks(key_lengths, query_start, cu_seqlens_q, cu_seqlens_k, dropout_seed)
+        given = Given((q, k, v, bias, *read), bias, grad_out, grad_lse, out, lse, scale)
         dbias, delta = _launch_gradients(call, given, wanted, want_bias and not by_row)
         if by_row:
             dbias = _row_bias_gradient(bias, lse, grad_lse)  # type: ignore[arg-type]
@@ -195,19 +131,13 @@ def backward(
 class Given:
     """The tensors of a backward pass."""
 
-    q: Tensor
-    k: Tensor
-    v: Tensor
+    inputs: tuple[Tensor | None, ...]  # q, k, v, bias and the masks
     bias: Tensor | None
     grad: Tensor
     grad_lse: Tensor | None
     out: Tensor
     lse: Tensor
     scale: float
-
-    @property
-    def inputs(self) -> tuple[Tensor | None, ...]:
-        return self.q, self.k, self.v, self.bias
 
 
 def _launch_gradients(call: Call, given: Given, wanted: list[Tensor | None], want_bias: bool) -> tuple[Tensor | None, Tensor | None]:
@@ -218,11 +148,10 @@ def _launch_gradients(call: Call, given: Given, wanted: list[Tensor | None], wan
     short = SHORT // 2 if call.dtype == torch.float32 else SHORT
     if not call.packed and rows <= short and call.keys <= short:
         delta = call.statistic() if want_bias else None
-        kind = f"{padded(rows)}x{padded(call.keys)}"
         _launch.launch(
-            _launch.kernels("attention_short").short_backward, (call.pairs,), *given.inputs, *call.masks, grad, given.lse, given.grad_lse, delta,
+            _launch.kernels("attention_short").short_backward, (call.pairs,), *given.inputs, grad, given.lse, given.grad_lse, delta,
             dq, dk, dv, *call.strides, *strides(grad), *ends, **call.constants,
-            **{"BLOCK_M": padded(rows), "BLOCK_N": padded(call.keys), **SHORT_BACKWARD.config(call.key(kind), call.device)},
+            **{"BLOCK_M": padded(rows), "BLOCK_N": padded(call.keys), **SHORT_BACKWARD.config(call.one_tile, call.device)},
         )  # fmt: skip
         return None, delta
     kernels = _launch.kernels("attention_backward")
@@ -232,16 +161,16 @@ def _launch_gradients(call: Call, given: Given, wanted: list[Tensor | None], wan
         dq = call.empty(call.constants["D"])
     delta = call.statistic()
     if dq is not None or dk is not None or want_bias:
-        config = QUERIES.config(call.key(call.kind()), call.device)
+        config = QUERIES.config(call.long, call.device)
         _launch.launch(
-            kernels.query_gradient, (call.pairs * -(-rows // config["BLOCK_M"]),), *given.inputs, *call.masks, grad, given.out, given.lse, given.grad_lse,
+            kernels.query_gradient, (call.pairs * -(-rows // config["BLOCK_M"]),), *given.inputs, grad, given.out, given.lse, given.grad_lse,
             delta, dq, dbias, *call.strides, *strides(grad), *call.out_strides(call.constants["DV"]), *call.out_strides(call.constants["D"]), *ends,
             **call.constants, **config,
         )  # fmt: skip
     if dk is not None or dv is not None:
-        config = KEYS.config(call.key(call.kind()), call.device)
+        config = KEYS.config(call.long, call.device)
         _launch.launch(
-            kernels.key_gradient, (call.pairs * -(-call.keys // config["BLOCK_N"]),), *given.inputs, *call.masks, grad, given.lse, delta, dk, dv,
+            kernels.key_gradient, (call.pairs * -(-call.keys // config["BLOCK_N"]),), *given.inputs, grad, given.lse, delta, dk, dv,
             *call.strides, *strides(grad), *(strides(dk) if dk is not None else (0, 0, 0)), *(strides(dv) if dv is not None else (0, 0, 0)), *ends,
             **call.constants, **config,
         )  # fmt: skip
@@ -252,7 +181,7 @@ def bias_gradient(call: Call, given: Given, delta: Tensor) -> Tensor:
     """The gradient of a bias that is broadcast over batch items, heads or rows (not over keys)."""
     bias = given.bias
     assert bias is not None
-    config = BIAS.config(call.key("bias"), call.device)
+    config = BIAS.config(f"{call.width} bias", call.device)
     own_batch, own_heads, own_rows, _ = (1,) * (4 - bias.dim()) + tuple(bias.shape)
     row_tiles = -(-call.rows // config["BLOCK_M"])
     by_rows = own_rows == call.rows
@@ -265,7 +194,7 @@ def bias_gradient(call: Call, given: Given, delta: Tensor) -> Tensor:
     shares = -(-units // share)
     sums = torch.empty((shares, *bias.shape), dtype=torch.float32, device=bias.device)
     _launch.launch(
-        _launch.kernels("attention_bias").bias_gradient, (tiles, shares), *given.inputs, *call.masks, given.grad, given.lse, delta, sums,
+        _launch.kernels("attention_bias").bias_gradient, (tiles, shares), *given.inputs, given.grad, given.lse, delta, sums,
         *call.strides, *strides(given.grad), *call.bias_strides, *call.numbers, call.keep_scale, own_batch, own_heads, own_tiles, all_heads, all_tiles,
         units, share, ROWS=by_rows, **call.constants, **config,
     )  # fmt: skip
@@ -279,83 +208,6 @@ def _row_bias_gradient(bias: Tensor, lse: Tensor, grad_lse: Tensor | None) -> Te
     sums = torch.where(lse == -math.inf, 0.0, grad_lse + lse * 0.0)
     sums = (sums if sums.dim() == 3 else sums[None])[..., None]
     return sums.sum_to_size((1,) * (4 - bias.dim()) + tuple(bias.shape)).reshape(bias.shape).to(bias.dtype)
-
-
-# -- arguments of the kernels -------------------------------------------------------------------------------------------------------
-def rows_contiguous(x: Tensor) -> Tensor:
-    """x, or a copy where its last dimension is not contiguous (a gradient may be an expanded number)."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def strides(x: Tensor) -> tuple[int, int, int]:
-    """[batch, heads, rows] of [B, H, T, n], or of packed [total, H, n] with a batch stride of 0."""
-    stride = x.stride()
-    return (stride[0], stride[1], stride[2]) if len(stride) == 4 else (0, stride[1], stride[0])
-
-
-def padded(size: int) -> int:
-    """The power of two, at least 16, that holds `size`."""
-    return max(16, 1 << (size - 1).bit_length())
-
-
-def describe(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    key_lengths: Tensor | None,
-    query_start: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    seed: Tensor | None,
-    left: int,
-    right: int,
-    softcap: float,
-    scale: float,
-    dropout_p: float,
-) -> Call:
-    packed = cu_seqlens_q is not None
-    (rows, heads, d), (keys, kv_heads, dv) = (q.shape, v.shape) if packed else ((q.shape[2], q.shape[1], q.shape[3]), (v.shape[2], v.shape[1], v.shape[3]))
-    sequences = cu_seqlens_q.shape[0] - 1 if cu_seqlens_q is not None else 0
-    steps = -(-(sequences + 1).bit_length() // 4) * 4 if packed else 0  # a multiple of 4: few variants of a kernel
-    seed = seed if dropout_p > 0 else None
-    factor, ceiling = (scale / softcap, softcap * math.log2(math.e)) if softcap > 0 else (scale * math.log2(math.e), 0.0)
-    constants = {
-        "D": d, "DV": dv, "D_PADDED": padded(d), "DV_PADDED": padded(dv), "EARLY": bias is not None or softcap > 0 or scale <= 0,
-        "CAP": softcap > 0, "LEFT": left >= 0 or packed, "STEPS": steps, "PRECISION": _launch.float32_precision(),
-    }  # fmt: skip
-    numbers = (
-        kv_heads, heads // kv_heads, rows, keys, sequences, FAR if left < 0 else min(left, FAR),
-        FAR if right < 0 else min(right, FAR), factor, ceiling, int(dropout_p * 2**32),
-    )  # fmt: skip
-    return Call(
-        packed=packed,
-        batch=1 if packed else q.shape[0],
-        kv_heads=kv_heads,
-        group=heads // kv_heads,
-        rows=rows,
-        keys=keys,
-        constants=constants,
-        masks=(_line(key_lengths), _line(query_start), _line(cu_seqlens_q), _line(cu_seqlens_k), seed),
-        strides=(*strides(q), *strides(k), *strides(v)),
-        bias_strides=bias_strides(bias),
-        numbers=numbers,
-        keep_scale=1.0 / (1.0 - dropout_p) if seed is not None else 1.0,
-        dtype=q.dtype,
-        device=q.device,
-    )
-
-
-def _line(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
-
-
-def bias_strides(bias: Tensor | None) -> tuple[int, ...]:
-    """[batch, heads, rows, keys], 0 where the bias is broadcast."""
-    if bias is None:
-        return 0, 0, 0, 0
-    own = tuple(stride if size > 1 else 0 for size, stride in zip(bias.shape, bias.stride(), strict=True))
-    return (0,) * (4 - bias.dim()) + own
 
 
 TUNED = (FORWARD, QUERIES, KEYS, SHORT_BACKWARD, BIAS)

@@ -18,7 +18,7 @@ from cvmk.ops import triton
 from cvmk.ops._dispatch import Backend, not_needed
 from cvmk.ops.triton import _launch
 from cvmk.ops.triton._attention_blocks import DISTILL_FORWARD, DISTILL_KEYS, DISTILL_QUERIES, LOG_SUMS
-from cvmk.ops.triton.attention import DTYPES, FAR, WIDEST, padded, rows_contiguous, strides
+from cvmk.ops.triton._attention_call import DTYPES, FAR, WIDEST, padded, rows_contiguous, strides
 
 TUNED = (LOG_SUMS, DISTILL_FORWARD, DISTILL_QUERIES, DISTILL_KEYS)
 
