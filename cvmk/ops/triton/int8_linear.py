@@ -1,4 +1,5 @@
 """`int8_linear` in Triton, on weights in the canonical layout: rows of K neighbouring bytes are what the tensor cores' loads want.
+Where K is no multiple of 16 the layout "triton_int8" fills the rows up with zeros, so that each begins at a multiple of 16 bytes.
 
 Up to FEW rows one launch quantises and multiplies; above, the rows are quantised by a launch of their own. Bits do not depend on which.
 """
@@ -6,20 +7,44 @@ Up to FEW rows one launch quantises and multiplies; above, the rows are quantise
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from cvmk.ops import triton
 from cvmk.ops._dispatch import Backend
-from cvmk.ops.quantize import PLAIN, outputs
+from cvmk.ops.quantize import PLAIN, Layout, QuantizedWeight, outputs
 from cvmk.ops.triton import _launch
 from cvmk.ops.triton._tuning import Config, Tuned
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FEW = 64
 """Most rows that every program quantises for itself."""
+ALIGNED = 16
+"""Bytes that a thread loads at once."""
+
+
+def pack(weight: QuantizedWeight) -> QuantizedWeight:
+    """A canonical weight with rows of a multiple of 16 bytes."""
+    return replace(weight, values=F.pad(weight.values, (0, -weight.in_features % ALIGNED)), layout=LAYOUT.name)
+
+
+def unpack(weight: QuantizedWeight) -> QuantizedWeight:
+    """The inverse of `pack`."""
+    return replace(weight, values=weight.values[:, : weight.in_features].contiguous(), layout=PLAIN)
+
+
+def pack_reasons(weight: QuantizedWeight) -> list[str]:
+    if weight.device.type != "cuda":
+        return [f"the weight is on {weight.device}"]
+    return [] if weight.in_features % ALIGNED else ["its rows are aligned as they are"]
+
+
+LAYOUT = Layout("triton_int8", 8, pack, unpack, pack_reasons)
+LAYOUTS = (LAYOUT,)
 
 
 def _heuristic(key: str, capability: tuple[int, int]) -> Config:
@@ -27,7 +52,7 @@ def _heuristic(key: str, capability: tuple[int, int]) -> Config:
         rows = int(key.removeprefix("few"))
         return {"BLOCK_M": rows, "BLOCK_N": 32, "BLOCK_K": 256 if rows < 64 else 128, "num_warps": 4, "num_stages": 4 if rows < 64 else 3}
     wide = 64 if key.endswith("swiglu") else 128
-    return {"BLOCK_M": 128, "BLOCK_N": wide, "BLOCK_K": 128, "num_warps": 8 if capability >= (9, 0) else 4, "num_stages": 3}
+    return {"BLOCK_M": 128, "BLOCK_N": wide, "BLOCK_K": 128, "num_warps": 8, "num_stages": 3}
 
 
 def _candidates(key: str, capability: tuple[int, int]) -> list[Config]:
@@ -74,7 +99,7 @@ def forward(
     kernels, maxima, few = _launch.kernels("int8_linear"), None, rows <= FEW
     smooth, stride = smooth_scale, x.stride(0)
     if not few:
-        stride = -(-inputs // 16) * 16
+        stride = -(-inputs // ALIGNED) * ALIGNED
         quantised, maxima = torch.empty((rows, stride), dtype=torch.int8, device=x.device), torch.empty(rows, dtype=torch.float32, device=x.device)
         block = min(4096, max(32, 1 << (inputs - 1).bit_length()))
         _launch.launch(
@@ -89,7 +114,7 @@ def forward(
     _launch.launch(
         kernels.product,
         (-(-rows // config["BLOCK_M"]) * -(-columns // config["BLOCK_N"]),),
-        *(x, smooth, maxima, values, scales, bias, out, rows, columns, inputs, stride),
+        *(x, smooth, maxima, values, scales, bias, out, rows, columns, inputs, stride, values.shape[1]),
         ACTIVATION=activation,
         QUANTISE=few,
         GROUP=8,
@@ -101,8 +126,8 @@ def forward(
 
 def limits(which: str, arguments: Mapping[str, Any]) -> list[str]:
     found = []
-    if arguments["layout"] != PLAIN:
-        found.append(f"the weight is in the layout {arguments['layout']!r}, not {PLAIN!r}: move it to the GPU with weight.to(...)")
+    if arguments["layout"] not in (PLAIN, LAYOUT.name):
+        found.append(f"the weight is in the layout {arguments['layout']!r}, not {PLAIN!r} or {LAYOUT.name!r}: pack it with weight.pack()")
     if arguments["out_dtype"] not in DTYPES:
         found.append(f"out_dtype is {arguments['out_dtype']}, not one of {', '.join(map(str, DTYPES))}")
     return found
@@ -120,9 +145,11 @@ def _case(rows: int, activation: str | None, dtype: torch.dtype, smooth: bool = 
     def run(device: torch.device) -> None:
         features = 8192 if activation == "swiglu" else 4096
         values = _launch.sample((features, inputs), torch.float32, device, 40.0).clamp(-127, 127).to(torch.int8)
+        weight = QuantizedWeight(values, torch.empty(0, device=device), None, None, features, inputs, 8, inputs)
+        weight = pack(weight) if inputs % ALIGNED else weight
         scales, bias = _launch.sample((features,), torch.float32, device).abs(), _launch.sample((features,), dtype, device)
         smooth_scale = _launch.sample((inputs,), torch.float32, device).abs() if smooth else None
-        forward(_launch.sample((rows, inputs), dtype, device), values, scales, bias, smooth_scale, PLAIN, features, activation, dtype)
+        forward(_launch.sample((rows, inputs), dtype, device), weight.values, scales, bias, smooth_scale, weight.layout, features, activation, dtype)
 
     name = f"{str(dtype).removeprefix('torch.')} M{rows} K{inputs} {activation or ''}{' smooth' if smooth else ''}"
     return _launch.Case(name, run)

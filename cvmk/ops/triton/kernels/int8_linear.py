@@ -57,7 +57,7 @@ def finish(sums, maximum, scales, bias, n, inside, K):
 
 @triton.jit
 def quantise_rows(x, smooth, values, maxima, K, stride, stride_q, BLOCK_K: tl.constexpr):
-    """values [M, stride_q] int8 and the rows' maxima [M], one row a program."""
+    """values [M, stride_q] int8, zeros behind K, and the rows' maxima [M], one row a program."""
     row = tl.program_id(0).to(tl.int64)
     there = tl.full((1,), True, tl.int1)
     rows = x + row * stride + tl.zeros((1, 1), tl.int64)
@@ -66,20 +66,22 @@ def quantise_rows(x, smooth, values, maxima, K, stride, stride_q, BLOCK_K: tl.co
     for start in range(0, K, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         u = smoothed(rows, smooth, k, k < K, (k < K)[None, :])
-        tl.store(values + row * stride_q + k[None, :], quantised(u, factor), mask=(k < K)[None, :])
+        tl.store(values + row * stride_q + k[None, :], quantised(u, factor), mask=(k < stride_q)[None, :])
     tl.store(maxima + row + tl.arange(0, 1), maximum)
 
 
 @triton.jit
 def product(
-    x, smooth, maxima, weight, scales, bias, out, M, N, K, stride,
+    x, smooth, maxima, weight, scales, bias, out, M, N, K, stride, stride_w,
     ACTIVATION: tl.constexpr, QUANTISE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """out [M, N]. x [M, stride] is quantised here (QUANTISE) or is int8 with its maxima; weight int8 [N, K], of swiglu [2 N, K]."""
+    """out [M, N]. x [M, stride] is quantised here (QUANTISE) or is int8 with its maxima; weight int8 [N, stride_w], zeros behind K, of swiglu
+    [2 N, stride_w].
+    """
     block_m, block_n = tile_of(tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)
     m, n = block_m * BLOCK_M + tl.arange(0, BLOCK_M), block_n * BLOCK_N + tl.arange(0, BLOCK_N)
     there, inside = m < M, n < N
-    rows, columns = x + m.to(tl.int64)[:, None] * stride, weight + n.to(tl.int64)[None, :] * K
+    rows, columns = x + m.to(tl.int64)[:, None] * stride, weight + n.to(tl.int64)[None, :] * stride_w
     if QUANTISE:
         maximum = row_maximum(rows, smooth, there, K, BLOCK_M, BLOCK_K)
         factor = tl.div_rn(tl.full((BLOCK_M,), 127.0, tl.float32), maximum)[:, None]
@@ -87,16 +89,15 @@ def product(
         maximum = tl.load(maxima + m, mask=there, other=1.0)
     sums = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
     if ACTIVATION == "swiglu":
-        up_columns = columns + tl.cast(N, tl.int64) * K
+        up_columns = columns + tl.cast(N, tl.int64) * stride_w
         up = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
     for start in range(0, K, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
-        mask = there[:, None] & (k < K)[None, :]
         if QUANTISE:
-            q = quantised(smoothed(rows, smooth, k, k < K, mask), factor)
+            q = quantised(smoothed(rows, smooth, k, k < K, there[:, None] & (k < K)[None, :]), factor)
         else:
-            q = tl.load(rows + k[None, :], mask=mask, other=0)
-        of_weight = (k < K)[:, None] & inside[None, :]
+            q = tl.load(rows + k[None, :], mask=there[:, None] & (k < stride)[None, :], other=0)
+        of_weight = (k < stride_w)[:, None] & inside[None, :]
         sums = tl.dot(q, tl.load(columns + k[:, None], mask=of_weight, other=0), sums, out_dtype=tl.int32)
         if ACTIVATION == "swiglu":
             up = tl.dot(q, tl.load(up_columns + k[:, None], mask=of_weight, other=0), up, out_dtype=tl.int32)

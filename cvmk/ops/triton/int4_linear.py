@@ -1,0 +1,157 @@
+"""`int4_linear` in Triton, on weights in the layout "triton_int4":
+
+values  uint8 [N, ceil(K / 128), 64]: byte j of a block of 128 inputs holds input j in its low and input 64 + j in its high nibble, 0 behind K
+scales  float32 [K / g, N]; zeros uint8 [K / g, N] or None; order int32 [K] or None
+
+Up to FEW rows share one pass over the weight, cut along its inputs too, and the sums of the pieces are added by a second launch in a
+fixed order; above, one launch. The activation order is undone on x, by one launch more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from cvmk.ops import triton
+from cvmk.ops._dispatch import Backend
+from cvmk.ops.quantize import PLAIN, Layout, QuantizedWeight, outputs, pack_int4, unpack_int4
+from cvmk.ops.triton import _launch
+from cvmk.ops.triton._tuning import Config, Tuned
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FEW = 16
+"""Most rows that share one pass over the weight."""
+BLOCK = 128
+"""Inputs that stand together."""
+
+
+def pack(weight: QuantizedWeight) -> QuantizedWeight:
+    """A canonical weight in the layout "triton_int4"."""
+    rows = weight.out_features
+    codes = F.pad(unpack_int4(weight.values), (0, -weight.in_features % BLOCK)).view(rows, -1, 2, BLOCK // 2)
+    values = codes[:, :, 0] | (codes[:, :, 1] << 4)
+    scales, zeros = (None if tensor is None else tensor.t().contiguous() for tensor in (weight.scales, weight.zeros))
+    assert scales is not None
+    return replace(weight, values=values.contiguous(), scales=scales, zeros=zeros, layout=LAYOUT.name)
+
+
+def unpack(weight: QuantizedWeight) -> QuantizedWeight:
+    """The inverse of `pack`."""
+    codes = torch.stack((weight.values & 15, weight.values >> 4), dim=2).view(weight.out_features, -1)[:, : weight.in_features]
+    scales, zeros = (None if tensor is None else tensor.t().contiguous() for tensor in (weight.scales, weight.zeros))
+    assert scales is not None
+    return replace(weight, values=pack_int4(codes), scales=scales, zeros=zeros, layout=PLAIN)
+
+
+def pack_reasons(weight: QuantizedWeight) -> list[str]:
+    return [] if weight.device.type == "cuda" else [f"the weight is on {weight.device}"]
+
+
+LAYOUT = Layout("triton_int4", 4, pack, unpack, pack_reasons)
+LAYOUTS = (LAYOUT,)
+
+
+def _heuristic(key: str, capability: tuple[int, int]) -> Config:
+    if key.startswith("few"):
+        return {"BLOCK_N": 64, "num_warps": 4, "num_stages": 3}
+    wide = 64 if "float32" in key else 128
+    rows = 32 if key.startswith("some") else wide
+    return {"BLOCK_M": rows, "BLOCK_N": 64 if rows == 32 else wide, "num_warps": 4 if rows == 32 else 8, "num_stages": 3 if rows == 32 else 2}
+
+
+def _candidates(key: str, capability: tuple[int, int]) -> list[Config]:
+    if key.startswith("few"):
+        return [{"BLOCK_N": n, "num_warps": warps, "num_stages": stages} for n in (32, 64, 128) for warps in (2, 4) for stages in (2, 3, 4)]
+    return [
+        {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
+        for m, n, warps in ((32, 64, 4), (64, 64, 4), (64, 128, 4), (64, 128, 8), (128, 64, 4), (128, 128, 8), (256, 64, 8))
+        for stages in (2, 3, 4)
+    ]
+
+
+PRODUCT = Tuned("int4_linear", _heuristic, _candidates)
+TUNED = (PRODUCT,)
+
+
+def _splits(blocks: int, programs: int, device: torch.device) -> int:
+    """Into how many pieces the blocks of 128 inputs are cut, so that four programs a multiprocessor read the weight."""
+    return max(1, min(blocks, -(-4 * _launch.multiprocessors(device) // programs)))
+
+
+def forward(
+    x: Tensor,
+    values: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    order: Tensor | None,
+    bias: Tensor | None,
+    layout: str,
+    out_features: int,
+    group_size: int,
+    activation: str | None,
+) -> Tensor:
+    rows, inputs = x.shape
+    columns = outputs(out_features, activation)
+    out = torch.empty((rows, columns), dtype=x.dtype, device=x.device)
+    if order is not None:
+        x = x.index_select(1, order)
+    x = x if x.stride(1) == 1 else x.contiguous()
+    bias = bias if bias is None else bias.to(x.dtype).contiguous()
+    many = "few" if rows <= FEW else "some" if rows <= 64 else "many"
+    config = dict(PRODUCT.config(f"{many} {str(x.dtype).removeprefix('torch.')}", x.device))
+    kernels, options = _launch.kernels("int4_linear"), {"GROUP_SIZE": group_size, "PRECISION": _launch.float32_precision()}
+    if rows > FEW:
+        grid = (-(-rows // config["BLOCK_M"]) * -(-columns // config["BLOCK_N"]),)
+        arguments = (x, values, scales, zeros, bias, out, rows, out_features, inputs, x.stride(0))
+        _launch.launch(kernels.product, grid, *arguments, ACTIVATION=activation, GROUP=8, **options, **config)
+        return out
+    blocks, programs = values.shape[1], -(-out_features // config["BLOCK_N"])
+    share = -(-blocks // _splits(blocks, programs, x.device))
+    splits = -(-blocks // share)
+    partial = torch.empty((splits, rows, out_features), dtype=torch.float32, device=x.device)
+    grid = (programs, splits) if rows else (0, 0)
+    arguments = (x, values, scales, zeros, partial, rows, out_features, inputs, x.stride(0), share)
+    _launch.launch(kernels.split_product, grid, *arguments, BLOCK_M=FEW, **options, **config)
+    _launch.launch(kernels.add_splits, (rows, -(-columns // 256)), partial, bias, out, rows, out_features, splits, ACTIVATION=activation, BLOCK_N=256)
+    return out
+
+
+def limits(which: str, arguments: Mapping[str, Any]) -> list[str]:
+    if arguments["layout"] != LAYOUT.name:
+        return [f"the weight is in the layout {arguments['layout']!r}, not {LAYOUT.name!r}: pack it with weight.pack()"]
+    return []
+
+
+BACKENDS = (
+    Backend(
+        "int4_linear", "triton", forward, dtypes=DTYPES, devices=triton.DEVICES, limits=limits, unavailable=triton.reason, by_default=triton.by_default
+    ),
+)
+
+
+# -- calls that are compiled and timed ---------------------------------------------------------------------------------------------
+def _case(rows: int, activation: str | None, dtype: torch.dtype, group_size: int = 128, zeros: bool = False) -> _launch.Case:
+    def run(device: torch.device) -> None:
+        inputs, features = 4096, 8192 if activation == "swiglu" else 4096
+        values = _launch.sample((features, inputs // BLOCK, BLOCK // 2), torch.float32, device, 40.0).clamp(0, 255).to(torch.uint8)
+        scales, bias = _launch.sample((inputs // group_size, features), torch.float32, device).abs(), _launch.sample((features,), dtype, device)
+        points = torch.full((inputs // group_size, features), 7, dtype=torch.uint8, device=device) if zeros else None
+        x = _launch.sample((rows, inputs), dtype, device)
+        forward(x, values, scales, points, None, bias, LAYOUT.name, features, group_size, activation)
+
+    return _launch.Case(f"{str(dtype).removeprefix('torch.')} M{rows} g{group_size}{' zeros' if zeros else ''} {activation or ''}", run)
+
+
+CASES = (
+    *(_case(rows, None, torch.bfloat16) for rows in (1, 64, 4096)),
+    _case(16, "swiglu", torch.bfloat16, 32, zeros=True),
+    _case(4096, "swiglu", torch.bfloat16, 64, zeros=True),
+    _case(4096, "gelu", torch.float16),
+    _case(1, None, torch.float32),
+    _case(4096, None, torch.float32),
+)
