@@ -2,6 +2,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <limits>
 #include <vector>
 
@@ -75,9 +76,38 @@ void every_level_agrees_with_double_precision() {
   });
 }
 
+// Numbers times a factor, rounded once, at lengths that are no multiple of a vector and beyond a work item; nothing behind them is written.
+void scaled_numbers_are_rounded_once() {
+  for (const IsaLevel level : {IsaLevel::kBase, IsaLevel::kAvx2, IsaLevel::kAvx512, IsaLevel::kAmx}) {
+    setenv("CVMK_CPU_ISA", level_name(level), 1);
+    for (const std::int64_t count : {1, 17, 70001}) {
+      const std::size_t n = Problem::size(count);
+      std::vector<float> from(n), to(n + 1, Problem::nan());
+      std::vector<std::uint16_t> half(n + 1, 0x7fff);
+      for (std::size_t i = 0; i < n; ++i) from[i] = std::sin(static_cast<float>(i));
+      scale({from.data(), to.data(), kFloat32, count, 0.3f});
+      scale({from.data(), half.data(), kBFloat16, count, 0.3f});
+      bool exact = true, near = true;
+      for (std::size_t i = 0; i < n; ++i) {
+        const float product = from[i] * 0.3f;
+        const std::uint32_t bits = static_cast<std::uint32_t>(half[i]) << 16;
+        float back;
+        std::memcpy(&back, &bits, sizeof back);
+        exact = exact && to[i] == product;
+        near = near && std::fabs(back - product) <= std::fabs(product) / 256;
+      }
+      CHECK(exact);
+      CHECK(near);
+      CHECK(std::isnan(to[n]) && half[n] == 0x7fff);
+    }
+  }
+  unsetenv("CVMK_CPU_ISA");
+}
+
 }  // namespace
 
 int main() {
   every_level_agrees_with_double_precision();
+  scaled_numbers_are_rounded_once();
   return cvmk::testing::check_result();
 }

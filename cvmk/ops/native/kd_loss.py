@@ -144,5 +144,14 @@ def _limits(which: str, arguments: Mapping[str, Any]) -> list[str]:
 
 
 BACKENDS = (
-    Backend("kd_loss", "native", _forward, _backward, dtypes=tuple(TYPES), devices=("cpu",), limits=_limits, unavailable=lambda: missing("kd_loss", "kd_loss_gradient")),
+    Backend(
+        "kd_loss",
+        "native",
+        _forward,
+        _backward,
+        dtypes=tuple(TYPES),
+        devices=("cpu",),
+        limits=_limits,
+        unavailable=lambda: missing("kd_loss", "kd_loss_gradient"),
+    ),
 )

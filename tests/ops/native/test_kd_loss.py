@@ -42,25 +42,49 @@ def run(backend: str, student: Tensor, teacher: Tensor | None, target: Tensor, p
     return value.detach(), grad
 
 
+ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}
+"""The greatest relative error of a number rounded to nearest (float16: of a normal one)."""
+
+
+def largest_terms(student: Tensor, teacher: Tensor, target: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Per row, at alpha 1/2 and in float64: the magnitudes that a loss and an entry of its gradient are made of, before they cancel.
+
+    A logarithm of a probability is the difference of a logit and a log-sum-exp. The divergence is a mean of such logarithms, cross-entropy
+    one of them; an entry of the gradient is at most T (q (|log q| + |log p| + D) + p (1 + |log p|)) / 2 and what cross-entropy adds, where
+    an exponential carries the rounding of its argument.
+    """
+    z, t, rows = student.double(), teacher.double(), target != -100
+    z, t, y = z[rows], t[rows], target[rows]
+    lse, lse_q, lse_p = z.logsumexp(1, True), (z / temperature).logsumexp(1, True), (t / temperature).logsumexp(1, True)
+    log_q, log_p = z / temperature - lse_q, t / temperature - lse_p
+    q, p, own = log_q.exp(), log_p.exp(), (z - lse).exp()
+    size_q, size_p, size = (z / temperature).abs() + lse_q.abs(), (t / temperature).abs() + lse_p.abs(), z.abs() + lse.abs()
+    means = [(weight * (size_q + size_p)).sum(1, True) for weight in (p, q)]
+    mean = torch.maximum(*means)
+    loss = 0.5 * temperature**2 * mean + 0.5 * (size.gather(1, y.unsqueeze(1)) + 0.1 * size.mean(1, True))
+    grad = 0.5 * temperature * (q * (size_q + size_p + mean) + p * (1 + size_p)) + 0.5 * (own * (1 + size) + 1)
+    return loss.squeeze(1), grad.amax(1)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", DIVERGENCES)
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 3.0])
-def test_two_baselines(level: str, dtype: torch.dtype, name: str, temperature: float) -> None:
-    """Root-mean-square error against float64 of the same values: at most that of the reference of the same dtype, twice (loss) or thrice."""
-    errors: dict[str, list[Tensor]] = {"native": [], "reference": []}
-    losses: dict[str, float] = {"native": 0.0, "reference": 0.0}
-    for vocabulary in (3, 17, 64, 333, 2051, 4500):
-        student, teacher, target = make(12, vocabulary, dtype, seed=vocabulary)
-        options: dict[str, Any] = {"temperature": temperature, "divergence": name, "label_smoothing": 0.1}
-        exact = run("reference", student.double(), teacher.double(), target, **options)
-        for backend in errors:
-            loss, grad = run(backend, student, teacher, target, **options)
-            assert loss.dtype == torch.float32 and grad.dtype == dtype
-            losses[backend] += ((loss.double() - exact[0]) / exact[0]).item() ** 2
-            errors[backend].append((grad.double() - exact[1]).flatten() / exact[1].abs().max())
-    ours, theirs = (torch.cat(errors[backend]).square().mean().sqrt() for backend in ("native", "reference"))
-    assert ours <= 3 * theirs + 3e-8
-    assert losses["native"] ** 0.5 <= 2 * losses["reference"] ** 0.5 + 3e-7
+@pytest.mark.parametrize("vocabulary", [3, 17, 64, 333, 2051, 4500])
+def test_two_baselines(level: str, dtype: torch.dtype, name: str, temperature: float, vocabulary: int) -> None:
+    """The greatest error against float64 of the same values: at most twice (loss) or thrice (gradient) that of the reference of the same
+    dtype, and one rounding of the result. Where few numbers are compared - a single loss, the gradient of a small vocabulary - the
+    reference's error may be nothing by luck: one rounding of the largest term that went into them is free there."""
+    student, teacher, target = make(12, vocabulary, dtype, seed=vocabulary)
+    options: dict[str, Any] = {"temperature": temperature, "divergence": name, "label_smoothing": 0.1}
+    exact = run("reference", student.double(), teacher.double(), target, **options)
+    found, reference = (run(backend, student, teacher, target, **options) for backend in ("native", "reference"))
+    assert found[0].dtype == torch.float32 and found[1].dtype == dtype
+    (loss, theirs_loss), (grad, theirs) = ([(side[i].double() - exact[i]).abs() for side in (found, reference)] for i in (0, 1))
+    loss_terms, grad_terms = largest_terms(student, teacher, target, temperature)
+    single = ROUNDING[torch.float32]
+    assert loss <= 2 * theirs_loss + single * (exact[0].abs() + loss_terms.mean())
+    few = single * grad_terms.max() / (target != -100).sum() if vocabulary < 300 else 0.0
+    assert grad.max() <= 3 * theirs.max() + ROUNDING[dtype] * exact[1].abs().max() + few
 
 
 @pytest.mark.parametrize("part", [0, 1, 2])
@@ -132,12 +156,26 @@ def test_masked_on_one_side_only(level: str, name: str, who: str) -> None:
     assert (found == INF) == ((name, who) in (("forward_kl", "student"), ("reverse_kl", "teacher")))
 
 
-def test_extreme_logits(level: str) -> None:
-    for scale in (1e4, 3e38):
-        student = torch.tensor([[scale, 0.0, -scale, *[-scale] * 18]])
-        for name in DIVERGENCES:
-            loss, grad = run("native", student, student.clone(), torch.tensor([0]), part=1, divergence=name)
-            assert loss.item() == pytest.approx(0, abs=1e-6) and grad.abs().max() < 1e-6
+@pytest.mark.parametrize("name", DIVERGENCES)
+@pytest.mark.parametrize("scale", [1e2, 1e4, 3e38])
+def test_extreme_logits(level: str, name: str, scale: float) -> None:
+    """Equal rows: neither infinities nor a divergence. Rows that differ by a few units at 1e4, where float32 has steps of 1e-3: the error
+    is that of the log-sum-exp's last place, in the reference too."""
+    student = torch.tensor([[scale, 0.0, -scale, *[-scale] * 18]])
+    loss, grad = run("native", student, student.clone(), torch.tensor([0]), part=1, divergence=name)
+    assert loss.item() == pytest.approx(0, abs=1e-6) and grad.abs().max() < 1e-6
+    if scale > 1e30:
+        return
+    near = torch.randn(2, 8, 300, generator=torch.Generator().manual_seed(1)) + scale
+    target = torch.arange(8)
+    exact = run("reference", near[0].double(), near[1].double(), target, part=1, divergence=name)
+    found, reference = (run(backend, near[0], near[1], target, part=1, divergence=name) for backend in ("native", "reference"))
+    last_place = 2.0**-24 * scale
+    assert (found[0] - exact[0]).abs() <= 2 * (reference[0] - exact[0]).abs() + 2 * last_place
+    assert (found[1] - exact[1]).abs().max() <= 3 * (reference[1] - exact[1]).abs().max() + last_place * exact[1].abs().max()
+
+
+def test_not_a_number(level: str) -> None:
     loss, grad = run("native", torch.tensor([[0.0, float("nan"), 1.0]]), torch.zeros(1, 3), torch.tensor([0]))
     assert loss.isnan() and grad.isnan().any()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from typing import Any
@@ -49,19 +50,22 @@ SHAPES = [(5, 7, 3, 9), (33, 300, 40, 64), (70, 1000, 128, 96), (130, 2500, 64, 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 3.0])
-def test_two_baselines(name: str, temperature: float) -> None:
-    """Root-mean-square error against float64 over odd shapes: at most that of the reference of the same dtype, twice (loss) or thrice."""
-    errors: dict[str, list[list[Tensor]]] = {"native": [[], [], [], []], "reference": [[], [], [], []]}
-    for seed, shape in enumerate(SHAPES):
-        case = make(*shape, seed=seed)
-        options: dict[str, Any] = {"temperature": temperature, "divergence": name, "label_smoothing": 0.1}
-        exact = run("reference", case, double=True, **options)
-        for backend, found in errors.items():
-            for i, (value, right) in enumerate(zip(run(backend, case, **options), exact, strict=True)):
-                found[i].append((value.double() - right).flatten() / right.abs().max())
-    for i, factor in enumerate((2, 3, 3, 3)):
-        ours, theirs = (torch.cat(errors[backend][i]).square().mean().sqrt() for backend in ("native", "reference"))
-        assert ours <= factor * theirs + 3e-7, i
+@pytest.mark.parametrize("shape", SHAPES)
+def test_two_baselines(name: str, temperature: float, shape: tuple[int, int, int, int]) -> None:
+    """The greatest error against float64 of the same values: at most twice (loss) or thrice (gradients) that of the reference of the same
+    dtype. Where few numbers are compared the reference's may be nothing by luck, so one rounding of the result is free; of the loss also
+    one of the magnitudes that it is a difference of: logits and log-sum-exps."""
+    case = make(*shape, seed=SHAPES.index(shape))
+    options: dict[str, Any] = {"temperature": temperature, "divergence": name, "label_smoothing": 0.1}
+    exact, reference = (run("reference", case, double=double, **options) for double in (True, False))
+    found = run("native", case, **options)
+    errors = [[(value.double() - right).abs().max().item() for value, right in zip(side, exact, strict=True)] for side in (found, reference)]
+    hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, _ = (x.double() for x in case)
+    sizes = [(h @ w.t() + b).abs().amax() for h, w, b in ((hidden, weight, bias), (teacher_hidden, teacher_weight, teacher_bias))]
+    terms = 2 * (temperature / 2 * sum(sizes) + sizes[0] / 2) + temperature**2 * math.log(shape[1])  # a log-sum-exp is at most logit + log V
+    for i, (ours, theirs) in enumerate(zip(*errors, strict=True)):
+        floor = 2.0**-24 * (exact[0].abs() + terms) if i == 0 else 2.0**-9 * exact[i].abs().max()
+        assert ours <= (3 if i else 2) * theirs + float(floor), i
 
 
 @pytest.mark.parametrize("part", [0, 1, 2])
