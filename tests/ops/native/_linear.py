@@ -15,6 +15,8 @@ from cvmk.ops import native
 ACTIVATIONS = (None, "relu", "gelu", "silu", "swiglu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LEVELS = native.LEVELS[: native.LEVELS.index(native.isa_level()) + 1]
+if "avx512" in LEVELS:
+    LEVELS += ("avx512-avx512_vnni-avx512_bf16-avx512_fp16",)  # as the first processors with AVX-512
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:

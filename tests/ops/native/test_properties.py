@@ -23,10 +23,9 @@ from cvmk import ops
 from cvmk.ops import _dispatch, native
 from cvmk.ops.kd_loss import DIVERGENCES
 
+from ._linear import LEVELS
+
 pytestmark = pytest.mark.skipif(native.library() is None, reason="the native library is not there")
-CAPS = list(native.LEVELS[: native.LEVELS.index(native.isa_level()) + 1])
-if "avx512" in CAPS:
-    CAPS.append("avx512-avx512_vnni-avx512_bf16-avx512_fp16")  # as the first processors with AVX-512
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 NAN, INF = float("nan"), float("inf")
 drawn = settings(
@@ -235,7 +234,7 @@ def capped(cap: str) -> Iterator[None]:
 
 def native_results(case: Case) -> Iterator[tuple[str, list[Tensor]]]:
     """By cap, what the kernels give; where none takes the case, nothing."""
-    for cap in CAPS:
+    for cap in LEVELS:
         with capped(cap):
             try:
                 yield cap, run(case, "native")
