@@ -116,7 +116,8 @@ int backward_short(const Params& p) {
   const int64_t bytes = up(arena.used, 4096);
   char* memory = allocate(bytes * workers);
   if (memory == nullptr) return cvmk::attention::kNoMemory;
-  const int64_t step = most(1, items / (16 * workers));
+  // A stretch for each thread, which finds in its cache what the forward pass left there.
+  const int64_t step = (items + workers - 1) / workers;
   threads::each((items + step - 1) / step, [&](int64_t piece) {
     Arena own{memory + bytes * threads::index(), 0};
     Short w;

@@ -243,18 +243,20 @@ inline void write_outside(const Params& p) {
 // How a call is cut. An item whose rows fit one block is cut into splits of its keys; others, where items are few, into blocks of rows.
 struct ForwardPlan {
   int64_t items, units, splits, blocks;  // units = items * (splits or blocks)
-  bool rows_apart;
+  bool rows_apart, short_only;
 };
 
-template <class Engine>
+template <class Engine, class Short>
 ForwardPlan plan_forward(const Params& p) {
   ForwardPlan plan;
   const int64_t group = p.heads / p.kv_heads, count = segments(p);
   int64_t most_rows = 0, most_keys = 0;
+  plan.short_only = true;
   for (int64_t s = 0; s < count; ++s) {
     const Segment g = segment(p, s);
     most_rows = most(most_rows, g.rows * group);
     most_keys = most(most_keys, g.visible);
+    plan.short_only = plan.short_only && shortly(p, g, Short::kKeys);
   }
   plan.items = count * p.kv_heads;
   const bool fits = most_rows <= Engine::kRows && (!distills(p) || group == 1);
@@ -291,7 +293,7 @@ int forward(const Params& p) {
   const int64_t dp = Engine::padded(p.d), dvp = Engine::padded(p.dv), group = p.kv_heads > 0 ? p.heads / p.kv_heads : 0;
   write_outside(p);
   if (segments(p) == 0 || p.heads == 0 || p.rows == 0) return cvmk::attention::kDone;
-  const ForwardPlan plan = plan_forward<Engine>(p);
+  const ForwardPlan plan = plan_forward<Engine, Short>(p);
   const int64_t workers = least(plan.units, threads::limit());
   const int64_t longest = up(plan.splits > 1 ? least(p.keys, kSplit) : p.keys, Engine::kKeys);
 
@@ -355,14 +357,16 @@ int forward(const Params& p) {
       r += count;
     }
   };
-  // Several small units at a time, the later ones first: where rows are causal, those are the longer ones.
-  const int64_t step = most(1, plan.units / (16 * workers)), pieces = (plan.units + step - 1) / step;
-  threads::each(pieces, [&](int64_t piece) {
+  // Small units: a stretch for each thread, which finds in its cache what it wrote there before. Others several at a time, the later ones
+  // first: where rows are causal, those are the longer ones.
+  const int64_t step = plan.short_only ? (plan.units + workers - 1) / workers : most(1, plan.units / (16 * workers));
+  const int64_t pieces = (plan.units + step - 1) / step;
+  threads::each(pieces, [&](int64_t index) {
     Arena own{memory + scratch_bytes * threads::index(), 0};
     ForwardScratch<Engine, Short> w(&own, p, plan.rows_apart ? 0 : longest, dp, dvp);
     Engine::begin();
-    const int64_t last = plan.units - piece * step;
-    for (int64_t unit = last - 1; unit >= most(0, last - step); --unit) attend_unit(unit, w);
+    const int64_t last = least(plan.units, (plan.short_only ? index + 1 : pieces - index) * step);
+    for (int64_t unit = last - 1; unit >= last - 1 - (last - 1) % step; --unit) attend_unit(unit, w);
     Engine::end();
   });
 
