@@ -1,4 +1,7 @@
-"""int8_linear and int4_linear beside bf16 linear and PyTorch's own quantised products."""
+"""int8_linear and int4_linear beside bf16 linear and PyTorch's own quantised products.
+
+`-k cpu` gives the table; `-k cliff` the rows around the sizes where a kernel changes its way of working.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from torch.nn import functional as F
 from cvmk import ops
 
 ROWS = (1, 4, 16, 32, 64, 256, 1024)
+CLIFF = (2, 3, 4, 5, 8, 15, 16, 17, 18, 24, 31, 32, 33, 48, 63, 64, 65, 66, 96, 127, 128, 129, 255, 256, 257)  # `-k cliff`: no step may cost much
 SIZES = ((512, 512), (512, 2048), (2048, 512), (4096, 4096))  # K, N
 
 
@@ -22,9 +26,7 @@ def _data(rows: int, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
     return torch.randn(rows, k, dtype=torch.bfloat16), torch.randn(n, k) * k**-0.5
 
 
-@pytest.mark.parametrize("size", SIZES, ids=lambda size: f"K{size[0]} N{size[1]}")
-@pytest.mark.parametrize("rows", ROWS)
-def test_cpu_int8_linear(compare: Callable[..., Any], rows: int, size: tuple[int, int]) -> None:
+def _int8(compare: Callable[..., Any], rows: int, size: tuple[int, int]) -> None:
     x, weight = _data(rows, size)
     packed, dense = ops.quantize_int8(weight), weight.bfloat16()
     scale = weight.abs().amax(1) / 127
@@ -45,20 +47,48 @@ def test_cpu_int8_linear(compare: Callable[..., Any], rows: int, size: tuple[int
         )
 
 
-@pytest.mark.parametrize("size", SIZES, ids=lambda size: f"K{size[0]} N{size[1]}")
-@pytest.mark.parametrize("rows", ROWS)
-def test_cpu_int4_linear(compare: Callable[..., Any], rows: int, size: tuple[int, int]) -> None:
+def _int4(compare: Callable[..., Any], rows: int, size: tuple[int, int], group: int = 128, *, symmetric: bool = True, ordered: bool = False) -> None:
     x, weight = _data(rows, size)
-    group = 128
-    packed, dense = ops.quantize_int4(weight, group), weight.bfloat16()
+    order = torch.randperm(size[0]) if ordered else None
+    packed, dense = ops.quantize_int4(weight, group, symmetric=symmetric, order=order), weight.bfloat16()
     codes = torch.randint(0, 16, weight.shape, dtype=torch.int32)
     theirs = torch._convert_weight_to_int4pack_for_cpu(codes, 2)
     scales = torch.rand(size[0] // group, size[1], 2, dtype=torch.bfloat16)
     operations = 2 * rows * size[0] * size[1]
+    options = ("" if symmetric else " zeros") + (" order" if ordered else "")
     with torch.inference_mode():
         compare(
             lambda: ops.int4_linear(x, packed),
             {"bf16 linear": lambda: F.linear(x, dense), "int4pack_mm": lambda: torch._weight_int4pack_mm_for_cpu(x, theirs, group, scales)},
-            case=f"int4_linear g{group} M{rows} K{size[0]} N{size[1]}",
+            case=f"int4_linear g{group}{options} M{rows} K{size[0]} N{size[1]}",
             limit=cpu_limit(operations=operations, dtype=torch.bfloat16, traffic=weight.numel() / 2 + 2 * rows * sum(size)),
         )
+
+
+@pytest.mark.parametrize("size", SIZES, ids=lambda size: f"K{size[0]} N{size[1]}")
+@pytest.mark.parametrize("rows", ROWS)
+def test_cpu_int8_linear(compare: Callable[..., Any], rows: int, size: tuple[int, int]) -> None:
+    _int8(compare, rows, size)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=lambda size: f"K{size[0]} N{size[1]}")
+@pytest.mark.parametrize("rows", ROWS)
+def test_cpu_int4_linear(compare: Callable[..., Any], rows: int, size: tuple[int, int]) -> None:
+    _int4(compare, rows, size)
+
+
+@pytest.mark.parametrize("rows", (1, 16, 256))
+@pytest.mark.parametrize("group,symmetric,ordered", ((64, True, False), (32, True, False), (128, False, False), (32, False, True)))
+def test_cpu_int4_formats(compare: Callable[..., Any], rows: int, group: int, symmetric: bool, ordered: bool) -> None:
+    """Small groups, zero points and activation order beside the same peers."""
+    _int4(compare, rows, (2048, 512), group, symmetric=symmetric, ordered=ordered)
+
+
+@pytest.mark.parametrize("rows", CLIFF)
+def test_cliff_int8_linear(compare: Callable[..., Any], rows: int) -> None:
+    _int8(compare, rows, (2048, 512))
+
+
+@pytest.mark.parametrize("rows", CLIFF)
+def test_cliff_int4_linear(compare: Callable[..., Any], rows: int) -> None:
+    _int4(compare, rows, (2048, 512))

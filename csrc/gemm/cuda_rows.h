@@ -1,4 +1,5 @@
-// The CUDA kernels of the quantised linears for few rows of x. Weights are in the layout "plain" of cvmk/ops/quantize.py.
+// The CUDA kernels of the quantised linears for few rows of x. Weights are in the layouts of the Triton kernels: int8 [outputs, inputs], and
+// "triton_int4" of cvmk/ops/triton/int4_linear.py.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -27,9 +28,9 @@ struct CudaInt8 {
 };
 
 struct CudaInt4 {
-  CudaLinear linear;      // scales [outputs, inputs / group]
-  const uint8_t* weight;  // [outputs, inputs / 2] at a multiple of 16 bytes; inputs a multiple of 32
-  const uint8_t* zeros;   // [outputs, inputs / group] or null: then 8
+  CudaLinear linear;      // scales [inputs / group, outputs]
+  const uint8_t* weight;  // [outputs, blocks of 128 inputs, 64]: byte j has input j in its low and input 64 + j in its high nibble
+  const uint8_t* zeros;   // [inputs / group, outputs] or null: then 8
   const int32_t* order;   // [inputs] or null
   int64_t group;          // 32, 64 or 128
 };

@@ -297,7 +297,7 @@ inline int64_t ring_of(const Int4Linear& p, int64_t rows) { return rows <= kBand
 
 // An item for a band of up to 32 rows, two panels at a time; with `fresh` they are dequantised on the way. Of panels that stand already a part
 // of the inputs is multiplied at one time, so that rows and sums stay in the first cache while the panels pass.
-inline void band_of(const Int4Linear& p, const Item& item, const Columns& c, int64_t ring, bool fresh, float* sums, char* weights) {
+inline void band_of(const Int4Linear& p, const Item& item, const Columns& c, int64_t rows, int64_t ring, bool fresh, float* sums, char* weights) {
   const int64_t blocks = blocks_of(p), part = fresh ? blocks : kPart;
   for (int64_t b = 0; b < blocks; b += part)
     for (int g = 0; g < item.count; g += 2) {
@@ -306,8 +306,10 @@ inline void band_of(const Int4Linear& p, const Item& item, const Columns& c, int
       char* to = reinterpret_cast<char*>(sums + g * kPanel * kBand);
       if (fresh && pair) fresh_product<2, 2>(p, group, c, to);
       else if (fresh) fresh_product<1, 2>(p, group, c, to);
-      else if (pair) product<2, 2>(p, group, c, b, b + part, to);
-      else product<1, 2>(p, group, c, b, b + part, to);
+      else if (pair && rows > kPanel) product<2, 2>(p, group, c, b, b + part, to);
+      else if (pair) product<2, 1>(p, group, c, b, b + part, to);
+      else if (rows > kPanel) product<1, 2>(p, group, c, b, b + part, to);
+      else product<1, 1>(p, group, c, b, b + part, to);
     }
 }
 
@@ -353,7 +355,8 @@ struct Hold {
 // Rows [row, row + rows) times the columns from `column` on. All rows stand in hold.x where they are turned already.
 inline void many_rows(const Int4Linear& p, const Division& d, int64_t column, int64_t row, int64_t rows, const Hold& hold) {
   const Linear& l = p.linear;
-  const int64_t next = l.inputs * kPanel * 2, ring = ring_of(p, rows), each = (d.most + 1) * ring * kBlockBytes, end = least(out_columns(l), column + d.items * d.width * kPanel);
+  const int64_t next = l.inputs * kPanel * 2, ring = ring_of(p, rows), each = (d.most + 1) * ring * kBlockBytes;
+  const int64_t end = least(out_columns(l), column + d.items * d.width * kPanel);
   Biases biases;
   for (int64_t r = 0; r < rows; r += kBand) {
     const int64_t n = least(kBand, rows - r);
@@ -363,7 +366,7 @@ inline void many_rows(const Int4Linear& p, const Division& d, int64_t column, in
     for (int64_t at = column; at < end; at += d.width * kPanel, weights += each) {
       const Item item = item_of(l, at, d.width);
       expect(l, item, row + r, n);
-      band_of(p, item, c, ring, r == 0, hold.sums, weights);
+      band_of(p, item, c, n, ring, r == 0, hold.sums, weights);
       if (l.bias) gather_biases(l, item, &biases);
       for (int64_t j = 0; j < n; j += kPanel) finish_rows(l, item, hold.sums + j, kBand, biases, row + r + j, least(kPanel, n - j));
     }

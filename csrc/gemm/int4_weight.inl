@@ -92,7 +92,8 @@ inline void dequantise_block(const uint16_t* words, const float* scales, const u
 #pragma GCC unroll 4
     for (int j = 0; j < kBlockTiles; ++j) {
       if (j % kGroup == 0) tables<kZeros>(scales + groups[j / kGroup] + n, kZeros ? zeros + groups[j / kGroup] + n : nullptr, &t0, &t1);
-      const __m512i q0 = j == 0 ? w0 : _mm512_srli_epi16(w0, static_cast<unsigned>(4 * j)), q1 = j == 0 ? w1 : _mm512_srli_epi16(w1, static_cast<unsigned>(4 * j));
+      const unsigned shift = static_cast<unsigned>(4 * j);
+      const __m512i q0 = j == 0 ? w0 : _mm512_srli_epi16(w0, shift), q1 = j == 0 ? w1 : _mm512_srli_epi16(w1, shift);
       _mm512_store_si512(to + j * kTile, _mm512_permutexvar_epi16(q0, t0));
       _mm512_store_si512(to + j * kTile + kStep, _mm512_permutexvar_epi16(q1, t1));
     }
