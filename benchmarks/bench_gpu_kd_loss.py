@@ -27,6 +27,8 @@ def rows(device: torch.device, small: bool) -> Iterator[Row]:
     count = 64 if small else 8192
     for vocabulary in (320,) if small else (32000, 128256):
         yield _kd(device, count, vocabulary, "forward_kl")
+        if device.type == "cuda":
+            yield _over_the_logits(device, count, vocabulary)
     yield _kd(device, count, 257 if small else 50257, "forward_kl")
     yield _kd(device, count, 320 if small else 32000, "js")
     for vocabulary, widths in {320: (32,)}.items() if small else {32000: (512, 1024, 4096), 128256: (512, 2048, 4096)}.items():
@@ -69,6 +71,22 @@ def _kd(device: torch.device, count: int, vocabulary: int, divergence: str) -> R
         targets=(("limit", 0.7), ("liger", 3.0)) if divergence == "forward_kl" and vocabulary % 16 == 0 else (),
         memory=True,
         arguments=functools.partial(ops.explain, "kd_loss", student, teacher, target, **options),
+    )
+
+
+def _over_the_logits(device: torch.device, count: int, vocabulary: int) -> Row:
+    """The one launch that reads both logits once and writes the gradient over the student's; what comes out is the next call's student."""
+    from cvmk.ops.triton.kd_loss import launch_rows
+
+    student, teacher = (torch.randn(count, vocabulary, device=device).mul_(3).bfloat16() for _ in range(2))
+    target, stats, losses = torch.randint(vocabulary, (count,), device=device), torch.empty(5, count, device=device), torch.empty(2, count, device=device)
+    options = (2.0, 0.5, "forward_kl", 0.0, 0.0, -100)
+    return Row(
+        "kd_rows, gradient in place",
+        f"N{count} V{vocabulary} bf16 forward_kl",
+        lambda: launch_rows(student, teacher, (None, None), target, stats, losses, options, gradient=student),
+        traffic=3.0 * 2 * count * vocabulary,
+        targets=(("limit", 0.7),),
     )
 
 

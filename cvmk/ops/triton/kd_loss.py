@@ -278,6 +278,12 @@ def _case(dtype: torch.dtype, vocabulary: int, temperature: float, divergence: s
     return Case(name + (" smoothed" if smoothing else ""), run)
 
 
+def _in_place(device: torch.device) -> None:
+    z, t = (sample((8192, 32000), torch.bfloat16, device, 3.0) for _ in range(2))
+    y, stats, losses = torch.zeros(8192, dtype=torch.int64, device=device), sample((5, 8192), torch.float32, device), sample((2, 8192), torch.float32, device)
+    launch_rows(z, t, (None, None), y, stats, losses, (2.0, 0.5, "forward_kl", 0.0, 0.0, -100), gradient=z)
+
+
 CASES = (
     _case(torch.bfloat16, 32000, 2.0, "forward_kl", 0.0),
     _case(torch.bfloat16, 128256, 1.0, "forward_kl", 0.1),
@@ -289,4 +295,5 @@ CASES = (
     _case(torch.float32, 32000, 2.0, "forward_kl", 0.0),
     _case(torch.float16, 32000, 2.0, "skew_kl", 0.0),
     _case(torch.bfloat16, 32000, 1.0, "forward_kl", 0.1, teacher=False),
+    Case("bfloat16 V32000 forward_kl T2 gradient over the logits", _in_place),
 )

@@ -101,7 +101,7 @@ def _run(
         return stats, losses, [None if x is None else x.zero_() for x in found]
     # Rows that count nothing may hold NaN, and 0 * NaN would reach the weight's gradient.
     clean = hidden.masked_fill((y == options[5]).unsqueeze(1), 0.0) if d_weight is not None else hidden
-    size = min(rows, max(CHUNK_ROWS, CHUNK // vocabulary))
+    size = min(rows, max(CHUNK_ROWS, CHUNK // vocabulary // 128 * 128))
     z, t = new(size, wide), None if other is None else new(size, wide)
     for logits in (z, t):
         if logits is not None and wide != vocabulary:

@@ -11,7 +11,8 @@
 Sweeps change direction, so that each begins with what the one before read last: a row pair that does not fit in the L2 cache with the
 others in flight is read again only in part. `kd_gradient` makes the gradient of logits that left the cache, one program a row and block.
 
-Limit, bfloat16 logits of N rows and V entries: 2 * 2 N V bytes forward, 3 * 2 N V bytes backward. An entry costs two exponentials
+Limit, bfloat16 logits of N rows and V entries: 2 * 2 N V bytes forward, 3 * 2 N V bytes backward; 3 * 2 N V in all where `kd_rows` makes
+the gradient and the rows in flight (one or two a multiprocessor) stay in the L2 cache. An entry costs two exponentials
 forward (three where the temperature is neither 1 nor 2) and about 20 other instructions: 4.3 TB/s bring 1.1e12 entries a second, for
 which 132 multiprocessors need 60 % of their exponentials and 80 % of their instructions, so that memory stays the limit.
 """
