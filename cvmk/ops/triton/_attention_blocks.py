@@ -5,6 +5,13 @@ from __future__ import annotations
 from cvmk.ops.triton import _tuning
 
 
+def _pieces(width: int, dtype: str) -> _tuning.Config:
+    """Of packed sequences of some tens of rows: a tile sees the keys of all its sequences, so that large tiles compute what is masked."""
+    if dtype == "float32":
+        return {"BLOCK_M": 32, "BLOCK_N": 32 if width <= 64 else 16, "num_warps": 4, "num_stages": 2}
+    return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 2 if width <= 64 else 4, "num_stages": 2}
+
+
 def _forward_heuristic(key: str, capability: tuple[int, int]) -> _tuning.Config:
     dtype, width, kind = key.split(" ")
     d, wide = int(width[1:]), dtype == "float32"
@@ -13,6 +20,8 @@ def _forward_heuristic(key: str, capability: tuple[int, int]) -> _tuning.Config:
     if kind[0].isdigit():
         m, n = (int(size) for size in kind.split("x"))
         return {"BLOCK_M": m, "BLOCK_N": min(n, 32) if wide or d > 128 else n, "num_warps": max(1, min(4, m // 16)) if m * n < 4096 else 4, "num_stages": 1}
+    if kind == "pieces":
+        return _pieces(d, dtype)
     hopper = capability >= (9, 0)
     if wide:
         return {"BLOCK_M": 64 if d <= 64 else 32, "BLOCK_N": 32 if hopper and d <= 64 else 16, "num_warps": 4, "num_stages": 2}
@@ -27,6 +36,8 @@ def _forward_heuristic(key: str, capability: tuple[int, int]) -> _tuning.Config:
 
 def _forward_candidates(key: str, capability: tuple[int, int]) -> list[_tuning.Config]:
     kind = key.split(" ")[2]
+    if kind == "pieces":
+        return _blocks(key, capability)
     if kind == "few":
         return [{"BLOCK_M": 16, "BLOCK_N": n, "num_warps": w, "num_stages": s} for n in (32, 64, 128) for w in (2, 4) for s in (2, 3, 4)]
     if kind[0].isdigit():
@@ -41,6 +52,8 @@ def _forward_candidates(key: str, capability: tuple[int, int]) -> list[_tuning.C
 def _query_heuristic(key: str, capability: tuple[int, int]) -> _tuning.Config:
     dtype, width, kind = key.split(" ")
     d, hopper = int(width[1:]), capability >= (9, 0)
+    if kind == "pieces":
+        return _pieces(d, dtype)
     if dtype == "float32":
         return {"BLOCK_M": 32, "BLOCK_N": 32 if d <= 64 else 16, "num_warps": 4, "num_stages": 1 if d > 128 else 2}
     if d <= 64:
@@ -54,6 +67,8 @@ def _key_heuristic(key: str, capability: tuple[int, int]) -> _tuning.Config:
     dtype, width, kind = key.split(" ")
     d, hopper = int(width[1:]), capability >= (9, 0)
     rows = 64 if hopper and kind == "long" else 32
+    if kind == "pieces":
+        return _pieces(d, dtype)
     if dtype == "float32":
         return {"BLOCK_M": 16, "BLOCK_N": 32 if d <= 64 else 16, "num_warps": 4, "num_stages": 1 if d > 128 else 2}
     if d <= 64:

@@ -71,7 +71,9 @@ class Call:
 
     @functools.cached_property
     def long(self) -> str:
-        """The key of long sequences: whether there is more to a score than a product."""
+        """The key of sequences of any length: packed ones that are short on average, or whether there is more to a score than a product."""
+        if self.packed and self.rows <= SHORT * self.numbers[4]:
+            return f"{self.width} pieces"
         return f"{self.width} {'extra' if self.constants['EARLY'] or self.keep_scale > 1 else 'long'}"
 
     @functools.cached_property

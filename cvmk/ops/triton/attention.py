@@ -232,7 +232,7 @@ BACKENDS = (
 def _case(
     name: str, dtype: torch.dtype, sizes: tuple[int, int, int, int, int, int], dv: int | None = None, backwards: bool = True, **options: Any
 ) -> _launch.Case:
-    """sizes: batch, heads, heads of keys, rows, keys, head size; options: of flash_attention, a shape for the bias, True for other tensors."""
+    """sizes: batch, heads, heads of keys, rows, keys, head size; options: flash_attention's, a shape for bias, True for key_lengths, `packed` sequences."""
     batch, heads, kv_heads, rows, keys, d = sizes
 
     def run(device: torch.device) -> None:
@@ -244,7 +244,7 @@ def _case(
         cu = None
         if "packed" in options:
             q, k, v = (x[0].transpose(0, 1).contiguous() for x in (q, k, v))
-            cu = torch.tensor([0, rows // 2, rows], dtype=torch.int32, device=device)
+            cu = torch.arange(options["packed"] + 1, dtype=torch.int32, device=device) * (rows // options["packed"])
         p = options.get("dropout_p", 0.0)
         seed = torch.zeros(2, dtype=torch.int64, device=device) if p > 0 else None
         rest = (options.get("left", -1), 0 if "causal" in options else -1, options.get("softcap", 0.0), d**-0.5, p)
@@ -262,7 +262,8 @@ CASES = (
     _case("bf16 d256 causal", _BF16, (1, 16, 16, 2048, 2048, 256), causal=True),
     _case("fp16 d64 all options", _FP16, (4, 16, 16, 1024, 1024, 64), causal=True, left=255, dropout_p=0.1, bias=(1, 16, 1024, 1024), softcap=20.0),
     _case("bf16 d128 bias of keys", _BF16, (4, 16, 16, 1024, 1024, 128), bias=(4, 1, 1, 1024)),
-    _case("bf16 d64 packed", _BF16, (1, 8, 8, 4096, 4096, 64), packed=True, causal=True),
+    _case("bf16 d64 packed", _BF16, (1, 8, 8, 4096, 4096, 64), packed=2, causal=True),
+    _case("bf16 d64 packed, short", _BF16, (1, 8, 8, 8192, 8192, 64), packed=256),
     _case("fp32 d64 causal", _FP32, (4, 8, 8, 1024, 1024, 64), causal=True),
     _case("bf16 d64 short", _BF16, (512, 8, 8, 64, 64, 64), key_lengths=True),
     _case("bf16 d32 short causal", _BF16, (512, 8, 8, 32, 32, 32), causal=True, key_lengths=True),

@@ -7,7 +7,7 @@ first. Backward: the gradient of the queries, then that of keys and values, each
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -147,7 +147,8 @@ def distill_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v."""
     call = _call(q, k, v, teacher_q, teacher_k, key_lengths, causal, scale, teacher_scale)
-    out, grad_kl, grad_lse, lse, teacher_lse = (None if x is None else x.contiguous() for x in (out, grad_kl, grad_lse, lse, teacher_lse))
+    out, grad_kl, grad_lse = (None if x is None else x.contiguous() for x in (out, grad_kl, grad_lse))
+    lse, teacher_lse = lse.contiguous(), teacher_lse.contiguous()
     grad = None if grad_out is None or v is None else rows_contiguous(grad_out)
     dq, dk, dv = (
         torch.empty(t.shape, dtype=t.dtype, device=t.device) if t is not None and needed else None
@@ -221,10 +222,13 @@ def _limits(which: str, arguments: Mapping[str, Any]) -> list[str]:
     return found + [f"{name} has head size {arguments[name].shape[-1]}, more than {WIDEST}" for name in wide]
 
 
-BACKENDS = tuple(
-    Backend(op, "triton", *passes, dtypes=DTYPES, devices=triton.DEVICES, limits=_limits, unavailable=triton.reason, by_default=triton.by_default)
-    for op, passes in (("attention_kl", (kl_forward, kl_backward)), ("flash_attention_distill", (distill_forward, distill_backward)))
-)
+def _backend(op: str, forward: Callable[..., Any], backward: Callable[..., Any]) -> Backend:
+    return Backend(
+        op, "triton", forward, backward, dtypes=DTYPES, devices=triton.DEVICES, limits=_limits, unavailable=triton.reason, by_default=triton.by_default
+    )
+
+
+BACKENDS = (_backend("attention_kl", kl_forward, kl_backward), _backend("flash_attention_distill", distill_forward, distill_backward))
 
 
 # -- what the compile gate and the tuner run -------------------------------------------------------------------------------------------

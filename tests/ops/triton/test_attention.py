@@ -58,7 +58,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(attention, "CHUNK", 64)
     config = {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
     with contextlib.ExitStack() as stack:
-        for dtype, d, kind in itertools.product(DTYPES, (16, 32, 256), ("long", "extra", "bias", "few")):
+        for dtype, d, kind in itertools.product(DTYPES, (16, 32, 256), ("long", "extra", "pieces", "bias", "few")):
             for kernel in ("attention_forward", "attention_query_gradient", "attention_key_gradient", "attention_bias_gradient"):
                 stack.enter_context(_tuning.overriding(kernel, f"{str(dtype)[6:]} d{d} {kind}", config))
         yield
@@ -66,7 +66,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def make(case: dict[str, Any], dtype: torch.dtype) -> tuple[list[Tensor], dict[str, Any]]:
     """q, k, v, and the bias (float32) where there is one; and the options."""
-    options = {name: value.to(DEVICE) if isinstance(value, Tensor) else value for name, value in case.items()}
+    options: dict[str, Any] = {name: value.to(DEVICE) if isinstance(value, Tensor) else value for name, value in case.items()}
     g = torch.Generator().manual_seed(0)
     q, k = options.pop("q"), options.pop("k")
     shapes = [q, k, (*k[:-1], options.pop("dv", k[-1]))]

@@ -43,7 +43,7 @@ def small_blocks() -> Iterator[None]:
 
 def make(case: dict[str, Any], dtypes: tuple[torch.dtype, torch.dtype]) -> tuple[list[Tensor], dict[str, Any]]:
     """q, k, v, teacher_q, teacher_k and the options."""
-    options = {name: value.to(DEVICE) if isinstance(value, Tensor) else value for name, value in case.items()}
+    options: dict[str, Any] = {name: value.to(DEVICE) if isinstance(value, Tensor) else value for name, value in case.items()}
     (heads, kv_heads, d), (t_heads, t_kv_heads, dt) = options.pop("student"), options.pop("teacher")
     rows, keys = options.pop("rows"), options.pop("keys")
     g = torch.Generator().manual_seed(0)
