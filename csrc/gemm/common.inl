@@ -172,7 +172,7 @@ CVMK_INLINE void expect(const Linear& p, const Item& item, int64_t row, int64_t 
 }
 
 // Rows of sums -> activation(scaled sum + bias) in the output. `sums` is [rows][stride], `row_scales` [rows] (int8 only).
-template <int kAct, bool kBias, typename Sum>
+template <int kAct, bool kBias, bool kToBf16, typename Sum>
 CVMK_INLINE void finish_as(const Linear& p, const Item& item, const Sum* sums, int64_t stride, const float* row_scales, int64_t row, int64_t rows) {
   constexpr bool kInt8 = static_cast<Sum>(0.5f) == 0;
   constexpr int kHalves = kAct == kSwiglu ? 2 : 1;
@@ -197,15 +197,20 @@ CVMK_INLINE void finish_as(const Linear& p, const Item& item, const Sum* sums, i
       } else {
         y = activate<kAct>(y);
       }
-      store_any(p.out, p.out_dtype, out + v, y, static_cast<int>(least(kLanes, width - v)));
+      store_any(p.out, kToBf16 ? static_cast<int>(kBfloat16) : p.out_dtype, out + v, y, static_cast<int>(least(kLanes, width - v)));
     }
   }
 }
 
 template <int kAct, typename Sum>
 CVMK_INLINE void finish_as(const Linear& p, const Item& item, const Sum* sums, int64_t stride, const float* row_scales, int64_t row, int64_t rows) {
-  if (p.bias) finish_as<kAct, true>(p, item, sums, stride, row_scales, row, rows);
-  else finish_as<kAct, false>(p, item, sums, stride, row_scales, row, rows);
+  if (p.out_dtype == kBfloat16) {
+    if (p.bias) finish_as<kAct, true, true>(p, item, sums, stride, row_scales, row, rows);
+    else finish_as<kAct, false, true>(p, item, sums, stride, row_scales, row, rows);
+  } else {
+    if (p.bias) finish_as<kAct, true, false>(p, item, sums, stride, row_scales, row, rows);
+    else finish_as<kAct, false, false>(p, item, sums, stride, row_scales, row, rows);
+  }
 }
 
 template <typename Sum>
