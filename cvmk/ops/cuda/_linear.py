@@ -1,4 +1,4 @@
-"""What the quantised linears on the CUDA library share: kernels for a few rows of x that stream the weight, in the layout "plain", once."""
+"""What the quantised linears on the CUDA library share: kernels for a few rows of x that stream the weight once, in the Triton kernels' layouts."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from torch import Tensor
 
 from cvmk.ops import cuda
 from cvmk.ops.cuda import TYPES
-from cvmk.ops.native._linear import ACTIVATIONS, vector
+from cvmk.ops.native._linear import ACTIVATIONS
 from cvmk.ops.quantize import PLAIN
+from cvmk.ops.triton.int8_linear import ALIGNED
 
 MOST_ROWS = 8
 MOST_SHARED = 160 * 1024
@@ -24,8 +25,16 @@ def aligned(tensor: Tensor) -> Tensor:
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
+def vector(tensor: Tensor | None) -> tuple[Tensor | None, int, int]:
+    """An optional vector as the kernels read it, with its address and type."""
+    if tensor is None:
+        return None, 0, 0
+    tensor = (tensor if tensor.dtype in TYPES else tensor.float()).contiguous()
+    return tensor, tensor.data_ptr(), TYPES[tensor.dtype]
+
+
 def aligned_rows(x: Tensor) -> Tensor:
-    """x [M, K] with contiguous rows, each at an address that 16 divides (K times the element's size is a multiple of 16)."""
+    """x [M, K], K a multiple of 16, with contiguous rows, each at an address that 16 divides."""
     good = x.stride(1) == 1 and x.stride(0) * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0
     return x if good else x.clone(memory_format=torch.contiguous_format)
 
@@ -40,18 +49,18 @@ def numbers(x: Tensor, out: Tensor, scales: Tensor, bias: Tensor | None, out_fea
     )
 
 
-def limits(divisor: int, shared: str) -> Callable[[str, Mapping[str, Any]], list[str]]:
-    """For `Backend.limits`: inputs must be a multiple of `divisor`; `shared` is the library's function for the bytes of shared memory."""
+def limits(layouts: tuple[str, ...], shared: str) -> Callable[[str, Mapping[str, Any]], list[str]]:
+    """For `Backend.limits`: weights in one of the layouts; `shared` is the library's function for the bytes of shared memory."""
 
     def found(which: str, named: Mapping[str, Any]) -> list[str]:
         rows, inputs = named["x"].shape
         reasons = []
-        if named["layout"] != PLAIN:
-            reasons.append(f"the weight is in the layout {named['layout']!r}, not {PLAIN!r}")
+        if named["layout"] not in layouts:
+            reasons.append(f"the weight is in the layout {named['layout']!r}, not {' or '.join(map(repr, layouts))}: pack it with weight.pack()")
         if rows > MOST_ROWS:
             reasons.append(f"x has {rows} rows, more than {MOST_ROWS}")
-        if inputs % divisor:
-            reasons.append(f"x has {inputs} inputs, no multiple of {divisor}")
+        if named["layout"] == PLAIN and inputs % ALIGNED:
+            reasons.append(f"x has {inputs} inputs, no multiple of {ALIGNED}: pack the weight with weight.pack()")
         if named.get("out_dtype", torch.float32) not in TYPES:
             reasons.append(f"out_dtype is {named['out_dtype']}, not one of {', '.join(map(str, TYPES))}")
         library = cuda.library()

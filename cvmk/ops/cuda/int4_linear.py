@@ -8,9 +8,9 @@ from torch import Tensor
 from cvmk.ops import cuda
 from cvmk.ops._dispatch import Backend
 from cvmk.ops.cuda import address
-from cvmk.ops.cuda._linear import aligned, aligned_rows, limits, numbers
-from cvmk.ops.native._linear import vector
+from cvmk.ops.cuda._linear import aligned, aligned_rows, limits, numbers, vector
 from cvmk.ops.quantize import outputs
+from cvmk.ops.triton.int4_linear import LAYOUT
 
 
 def forward(
@@ -35,6 +35,7 @@ def forward(
     return out
 
 
+LAYOUTS = (LAYOUT,)
 BACKENDS = (
     Backend(
         "int4_linear",
@@ -42,7 +43,7 @@ BACKENDS = (
         forward,
         dtypes=tuple(cuda.TYPES),
         devices=("cuda",),
-        limits=limits(32, "int4_shared"),
+        limits=limits((LAYOUT.name,), "int4_shared"),
         unavailable=cuda.reason,
         by_default=cuda.by_default("int4_linear", "x"),
     ),

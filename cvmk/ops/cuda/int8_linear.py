@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from cvmk.ops import cuda
 from cvmk.ops._dispatch import Backend
-from cvmk.ops.cuda._linear import aligned, aligned_rows, limits, numbers
-from cvmk.ops.native._linear import vector
-from cvmk.ops.quantize import outputs
+from cvmk.ops.cuda._linear import aligned, aligned_rows, limits, numbers, vector
+from cvmk.ops.quantize import PLAIN, outputs
+from cvmk.ops.triton.int8_linear import LAYOUT
 
 
 def forward(
@@ -24,6 +25,10 @@ def forward(
     out_dtype: torch.dtype,
 ) -> Tensor:
     out = torch.empty((x.shape[0], outputs(out_features, activation)), dtype=out_dtype, device=x.device)
+    missing = values.shape[1] - x.shape[1]
+    if missing:
+        x = F.pad(x, (0, missing))
+        smooth_scale = None if smooth_scale is None else F.pad(smooth_scale, (0, missing), value=1.0)
     x, values, scales = aligned_rows(x), aligned(values), scales.contiguous()
     bias, _, _ = vector(bias)
     smooth_scale, smooth_address, smooth_type = vector(smooth_scale)
@@ -33,6 +38,7 @@ def forward(
     return out
 
 
+LAYOUTS = (LAYOUT,)
 BACKENDS = (
     Backend(
         "int8_linear",
@@ -40,7 +46,7 @@ BACKENDS = (
         forward,
         dtypes=tuple(cuda.TYPES),
         devices=("cuda",),
-        limits=limits(16, "int8_shared"),
+        limits=limits((PLAIN, LAYOUT.name), "int8_shared"),
         unavailable=cuda.reason,
         by_default=cuda.by_default("int8_linear", "x"),
     ),

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cvmk import ops
 from cvmk.ops.quantize import ACTIVATIONS, QuantizedWeight
+from cvmk.ops.triton import int4_linear
 
 pytestmark = pytest.mark.timeout(300)  # the first test waits for the compiler
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -24,8 +25,13 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Te
 
 def quantized(n: int, k: int, group: int = 32, symmetric: bool = True, ordered: bool = False) -> QuantizedWeight:
     order = torch.randperm(k, generator=torch.Generator().manual_seed(3)) if ordered else None
-    with ops.use("cuda", "reference"):
-        return ops.quantize_int4(normal(n, k, seed=1), group, symmetric=symmetric, order=order)
+    with ops.use("reference"):
+        return packed(ops.quantize_int4(normal(n, k, seed=1), group, symmetric=symmetric, order=order))
+
+
+def packed(weight: QuantizedWeight) -> QuantizedWeight:
+    """In the layout of the Triton kernels, which weights on the CPU are not packed in by themselves."""
+    return int4_linear.pack(weight.plain())
 
 
 def linear(backend: str, x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None, **options: Any) -> Tensor:
@@ -67,8 +73,8 @@ def test_single_weights_reach_their_places() -> None:
             dense = torch.zeros(34, 96, device=DEVICE)
             dense[n, k] = 7.5
             x = (torch.arange(1, 97, dtype=dtype).expand(3, 96) * torch.tensor([[1], [2], [-1]], dtype=dtype)).to(DEVICE)
-            with ops.use("cuda", "reference"):
-                weight = ops.quantize_int4(dense, 32, order=order)
+            with ops.use("reference"):
+                weight = packed(ops.quantize_int4(dense, 32, order=order))
             expected = torch.zeros(3, 34, dtype=dtype, device=DEVICE)
             expected[:, n] = x[:, k] * 7  # 15 is the largest code: 7 steps of 1
             assert torch.equal(linear("cuda", x, weight), expected)
@@ -119,6 +125,7 @@ def test_what_is_declined() -> None:
 
     weight = quantized(6, 64)
     assert reason(normal(3, 64), weight) == ""
+    assert reason(normal(3, 64), weight.plain()) == "cuda: the weight is in the layout 'plain', not 'triton_int4': pack it with weight.pack()"
     assert reason(normal(9, 64), weight) == "cuda: x has 9 rows, more than 8"
     assert "do not fit into 160 KiB" in reason(normal(8, 8192), quantized(1, 8192))
     found = {row.backend: row for row in ops.explain("int4_linear", normal(3, 64), weight)}["cuda"].reasons
