@@ -59,9 +59,9 @@ LAYOUTS = (LAYOUT,)
 def _heuristic(key: str, capability: tuple[int, int]) -> Config:
     if key.startswith("few"):
         return {"BLOCK_N": 64, "num_warps": 4, "num_stages": 3}
-    wide = 64 if "float32" in key else 128
-    rows = 32 if key.startswith("some") else wide
-    return {"BLOCK_M": rows, "BLOCK_N": 64 if rows == 32 else wide, "num_warps": 4 if rows == 32 else 8, "num_stages": 3 if rows == 32 else 2}
+    if key.startswith("some") or "float32" in key:  # three products in tf32 for one in float32 need thrice the registers
+        return {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3}
+    return {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 2}
 
 
 def _candidates(key: str, capability: tuple[int, int]) -> list[Config]:
@@ -104,19 +104,24 @@ def forward(
     bias = bias if bias is None else bias.to(x.dtype).contiguous()
     many = "few" if rows <= FEW else "some" if rows <= 64 else "many"
     config = dict(PRODUCT.config(f"{many} {str(x.dtype).removeprefix('torch.')}", x.device))
-    kernels, options = _launch.kernels("int4_linear"), {"GROUP_SIZE": group_size, "PRECISION": _launch.float32_precision()}
+    kernels = _launch.kernels("int4_linear")
+    options: dict[str, Any] = {"GROUP_SIZE": group_size, "PRECISION": _launch.float32_precision(), **config}
     if rows > FEW:
-        grid = (-(-rows // config["BLOCK_M"]) * -(-columns // config["BLOCK_N"]),)
-        arguments = (x, values, scales, zeros, bias, out, rows, out_features, inputs, x.stride(0))
-        _launch.launch(kernels.product, grid, *arguments, ACTIVATION=activation, GROUP=8, **options, **config)
+        tiles = -(-rows // config["BLOCK_M"]) * -(-columns // config["BLOCK_N"])
+        numbers = (rows, out_features, inputs, x.stride(0))
+        _launch.launch(kernels.product, (tiles,), x, values, scales, zeros, bias, out, *numbers, ACTIVATION=activation, GROUP=8, **options)
         return out
     blocks, programs = values.shape[1], -(-out_features // config["BLOCK_N"])
     share = -(-blocks // _splits(blocks, programs, x.device))
     splits = -(-blocks // share)
     partial = torch.empty((splits, rows, out_features), dtype=torch.float32, device=x.device)
-    grid = (programs, splits) if rows else (0, 0)
-    arguments = (x, values, scales, zeros, partial, rows, out_features, inputs, x.stride(0), share)
-    _launch.launch(kernels.split_product, grid, *arguments, BLOCK_M=FEW, **options, **config)
+    _launch.launch(
+        kernels.split_product,
+        (programs if rows else 0, splits),
+        *(x, values, scales, zeros, partial, rows, out_features, inputs, x.stride(0), share),
+        BLOCK_M=FEW,
+        **options,
+    )
     _launch.launch(kernels.add_splits, (rows, -(-columns // 256)), partial, bias, out, rows, out_features, splits, ACTIVATION=activation, BLOCK_N=256)
     return out
 
@@ -151,6 +156,7 @@ CASES = (
     *(_case(rows, None, torch.bfloat16) for rows in (1, 64, 4096)),
     _case(16, "swiglu", torch.bfloat16, 32, zeros=True),
     _case(4096, "swiglu", torch.bfloat16, 64, zeros=True),
+    _case(64, "swiglu", torch.bfloat16, 128),
     _case(4096, "gelu", torch.float16),
     _case(1, None, torch.float32),
     _case(4096, None, torch.float32),
