@@ -149,6 +149,7 @@ class Scratch {
     if (block.bytes < bytes) {
       block.data.reset();
       block.data.reset(static_cast<char*>(::operator new(bytes, std::align_val_t{kScratchAlignment})));
+      advise_large_pages(block.data.get(), static_cast<std::int64_t>(bytes));
       block.bytes = bytes;
     }
     data_ = block.data.get();
