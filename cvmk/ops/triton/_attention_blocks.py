@@ -56,10 +56,11 @@ def _query_heuristic(key: str, capability: tuple[int, int]) -> _tuning.Config:
         return _pieces(d, dtype)
     if dtype == "float32":
         return {"BLOCK_M": 32, "BLOCK_N": 32 if d <= 64 else 16, "num_warps": 4, "num_stages": 1 if d > 128 else 2}
+    long = kind == "long"
     if d <= 64:
-        return {"BLOCK_M": 64, "BLOCK_N": 64 if hopper or kind == "long" else 32, "num_warps": 4, "num_stages": 2}
+        return {"BLOCK_M": 64 if hopper or long else 32, "BLOCK_N": 64 if hopper or long else 32, "num_warps": 4, "num_stages": 2}
     if d <= 128:
-        return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
+        return {"BLOCK_M": 64, "BLOCK_N": 64 if long else 32, "num_warps": 8, "num_stages": 2}
     return {"BLOCK_M": 128 if hopper else 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1}
 
 

@@ -49,7 +49,7 @@ def attend(
             seen = seen & (columns[None, :] >= low[:, None])
         bias_at = None
         if bias_rows is not None:
-            bias_at = bias_rows[:, None] + (columns * bias_j)[None, :]
+            bias_at = (bias_rows + tl.cast(n, tl.int64) * bias_j)[:, None] + (block * bias_j)[None, :]
         s = dot(q, tl.trans(k), tl.zeros((q.shape[0], BLOCK_N), tl.float32), PRECISION)
         s, _ = scores(s, bias_at, seen, factor, ceiling, EARLY, CAP, MASKED)
         best = tl.max(s, 1)
