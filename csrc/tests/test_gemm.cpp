@@ -71,7 +71,14 @@ void int8_is_exact(int m, int k, int n) {
   CHECK(equal);
 }
 
-void int4_is_exact(int m, int k, int n, int group, bool bfloat16) {
+std::uint16_t nearest_bfloat16(float value) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return static_cast<std::uint16_t>((bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16);
+}
+
+// With `formats` groups have zero points and the inputs stand in reverse order.
+void int4_is_exact(int m, int k, int n, int group, bool bfloat16, bool formats) {
   Random random;
   const std::size_t blocks = padded(k, 128) / 128, panels = padded(n, kPanel), groups = static_cast<std::size_t>(k / group);
   std::vector<float> x(static_cast<std::size_t>(m * k)), out(static_cast<std::size_t>(m * n), -1.0f), scales(panels * groups, 0.0f);
@@ -95,19 +102,36 @@ void int4_is_exact(int m, int k, int n, int group, bool bfloat16) {
   Int4Linear p;
   std::memset(&p, 0, sizeof p);
   p.linear = linear_of(x, out, scales, m, k, n);
+  std::vector<std::uint16_t> rounded(out.size());
   if (bfloat16) {
     p.linear.x = halves.data();
-    p.linear.x_dtype = kBfloat16;
+    p.linear.out = rounded.data();
+    p.linear.x_dtype = p.linear.out_dtype = kBfloat16;
   }
   p.weight = packed.data();
   p.group = group;
+  std::vector<std::uint8_t> zeros(panels * groups, 8);
+  std::vector<std::int32_t> order(static_cast<std::size_t>(k));
+  for (int j = 0; j < k; ++j) order[static_cast<std::size_t>(j)] = formats ? k - 1 - j : j;
+  if (formats) {
+    for (std::uint8_t& zero : zeros) zero = static_cast<std::uint8_t>(random.below(16));
+    p.zeros = zeros.data();
+    p.order = order.data();
+  }
+  const auto zero_of = [&](int output, int input) {
+    return zeros[(static_cast<std::size_t>(output / 16) * groups + static_cast<std::size_t>(input / group)) * 16 + static_cast<std::size_t>(output % 16)];
+  };
   CHECK(int4_linear(p) == 0);
   bool equal = true;
   for (int r = 0; r < m; ++r)
     for (int c = 0; c < n; ++c) {
       double sum = 0;
-      for (int j = 0; j < k; ++j) sum += static_cast<double>(x[static_cast<std::size_t>(r * k + j)]) * (q[static_cast<std::size_t>(c * k + j)] - 8) * (1 << j / group % 3);
-      equal = equal && static_cast<double>(out[static_cast<std::size_t>(r * n + c)]) == sum;
+      for (int j = 0; j < k; ++j) {
+        const double input = static_cast<double>(x[static_cast<std::size_t>(r * k + order[static_cast<std::size_t>(j)])]);
+        sum += input * (q[static_cast<std::size_t>(c * k + j)] - zero_of(c, j)) * (1 << j / group % 3);
+      }
+      const std::size_t at = static_cast<std::size_t>(r * n + c);
+      equal = equal && (bfloat16 ? rounded[at] == nearest_bfloat16(static_cast<float>(sum)) : static_cast<double>(out[at]) == sum);
     }
   CHECK(equal);
 }
@@ -116,9 +140,10 @@ void int4_is_exact(int m, int k, int n, int group, bool bfloat16) {
 
 int main() {
   cvmk::testing::at_every_level([] {
-    for (const auto& shape : {std::vector<int>{1, 1, 1}, {1, 65, 17}, {3, 130, 70}, {5, 64, 16}, {17, 200, 33}, {40, 1100, 48}, {70, 600, 100}}) int8_is_exact(shape[0], shape[1], shape[2]);
-    for (const auto& shape : {std::vector<int>{1, 32, 1, 32}, {1, 160, 17, 32}, {2, 128, 70, 64}, {16, 384, 33, 128}, {17, 96, 16, 32}, {40, 1152, 48, 64}, {70, 640, 100, 128}})
-      for (const bool bfloat16 : {false, true}) int4_is_exact(shape[0], shape[1], shape[2], shape[3], bfloat16);
+    for (const auto& shape : {std::vector<int>{1, 1, 1}, {1, 65, 17}, {3, 130, 70}, {5, 64, 16}, {17, 200, 33}, {40, 1100, 48}, {70, 600, 100}, {300, 640, 40}}) int8_is_exact(shape[0], shape[1], shape[2]);
+    for (const auto& shape : {std::vector<int>{1, 32, 1, 32}, {1, 160, 17, 32}, {2, 128, 70, 64}, {16, 384, 33, 128}, {17, 96, 16, 32}, {40, 1152, 48, 64}, {70, 640, 100, 128}, {150, 256, 300, 64}})
+      for (const bool bfloat16 : {false, true})
+        for (const bool formats : {false, true}) int4_is_exact(shape[0], shape[1], shape[2], shape[3], bfloat16, formats);
   });
   return cvmk::testing::check_result();
 }
