@@ -116,18 +116,21 @@ def gradient_of(
     grad = tl.zeros_like(x)
     scale = LOG2E / temperature
     if KD:
-        if DIVERGENCE == FORWARD_KL:
-            grad = tl.exp2((x - lse_q * temperature) * scale) - tl.exp2((y - lse_p * temperature) * scale)
-        elif DIVERGENCE == REVERSE_KL:
-            difference = (x - y) / temperature - (lse_q - lse_p)
+        if DIVERGENCE <= REVERSE_KL:
             q = tl.exp2((x - lse_q * temperature) * scale)
-            grad = tl.where(q == 0.0, 0.0, q * (difference - reduction))
+            if DIVERGENCE == FORWARD_KL:
+                grad = q - tl.exp2((y - lse_p * temperature) * scale)
+            else:
+                grad = tl.where(q == 0.0, 0.0, q * ((x - y) / temperature - (lse_q - lse_p) - reduction))
         else:
             _, q, _, ratio, mixed = ratios(x, y, scale, lse_q * temperature, lse_p * temperature, weight)
             grad = q * (mixed_slope(ratio, mixed, weight, DIVERGENCE) - reduction)
         grad *= kd_scale
     if CE:
-        slope = tl.exp2((x - lse) * LOG2E)
+        if KD and AT_ONE:
+            slope = q
+        else:
+            slope = tl.exp2((x - lse) * LOG2E)
         slope -= tl.where(columns == target, 1.0 - smoothing, 0.0)
         if SMOOTHING:
             slope -= tl.where(x == -INF, 0.0, smoothing / count)
