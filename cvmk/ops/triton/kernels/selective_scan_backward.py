@@ -4,8 +4,9 @@ A program holds the adjoint [BLOCK_D, N] of some channels and takes a chunk of 6
 before the chunk it walks forward once and writes the state before every 4th step to its own scratch memory (32 bytes a step and channel
 through the second-level cache); then, 4 steps at a time from the end, forward again keeping states and decays in registers, and back.
 
-Limit: two 2^x a state and step are 2 cycles for N = 16, and about 20 other instructions a state and step at 4 x 32 a cycle are 2.5, with what
-sums over channels and over states cost 4 (18 ps on 132 multiprocessors at 1.75 GHz). What a step gives to dB and dC is summed over the
+Limit: two 2^x a state and step are 2 cycles for N = 16 (9 ps on 132 multiprocessors at 1.75 GHz). The compiled loop has about 22 instructions
+a warp for a channel and step, sums over channels and over states included, and 4 are issued a cycle: 5.5 cycles (24 ps) bound it.
+What a step gives to dB and dC is summed over the
 program's channels and written [blocks, N] a step; the sum over blocks is the caller's, in the order of the blocks: no atomics.
 """
 
