@@ -43,7 +43,8 @@ def _forward(
     z, *z_place = _rows(student)
     t, *t_place = _rows(teacher)
     y = target.reshape(-1).contiguous()
-    rows, float32 = y.shape[0], {"dtype": torch.float32, "device": student.device}
+    rows = y.shape[0]
+    float32: dict[str, Any] = {"dtype": torch.float32, "device": student.device}
     loss, kd, ce, count = (torch.empty((), **float32) for _ in range(4))
     stats, scratch = torch.empty((5, rows), **float32), torch.empty((2, rows), **float32)
     library = cuda.library()
