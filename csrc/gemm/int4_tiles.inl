@@ -3,6 +3,7 @@
 // So a row of a weight tile holds one output, whose sixteen values fit into one table; sums come out with rows of x along the vectors and
 // are turned on their way to the output. Every thread turns the rows of x that it needs: nothing is waited for.
 #pragma once
+#include "gemm/int4_rows.inl"
 #include "gemm/int4_weight.inl"
 
 #if CVMK_GEMM_TILES
@@ -11,87 +12,6 @@ namespace {
 
 constexpr int64_t kBlockBytes = kBlockTiles * kTile;  // a block of a panel, dequantised
 constexpr int64_t kPart = 2;                          // blocks that are multiplied at one time
-
-// 16 vectors of 16 words -> their transpose.
-CVMK_INLINE void turn(__m512i* a) {
-  __m512i b[16];
-#pragma GCC unroll 8
-  for (int i = 0; i < 16; i += 2) {
-    b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
-    b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 16; i += 4) {
-    a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
-    a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
-    a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
-    a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {  // a[4 q + i] holds, in its 128-bit lane l, column 4 l + i of rows 4 q ... 4 q + 3
-    const __m512i low01 = _mm512_shuffle_i32x4(a[i], a[4 + i], 0x44), high01 = _mm512_shuffle_i32x4(a[i], a[4 + i], 0xEE);
-    const __m512i low23 = _mm512_shuffle_i32x4(a[8 + i], a[12 + i], 0x44), high23 = _mm512_shuffle_i32x4(a[8 + i], a[12 + i], 0xEE);
-    b[i] = _mm512_shuffle_i32x4(low01, low23, 0x88);
-    b[4 + i] = _mm512_shuffle_i32x4(low01, low23, 0xDD);
-    b[8 + i] = _mm512_shuffle_i32x4(high01, high23, 0x88);
-    b[12 + i] = _mm512_shuffle_i32x4(high01, high23, 0xDD);
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) a[i] = b[i];
-}
-
-// -- rows of x ---------------------------------------------------------------------------------------------------------------------
-// Up to 16 rows of x from `row` on as [inputs / 2 pairs][16 rows][2], zeros behind the last row.
-inline void turn_rows(const Linear& l, int64_t row, int64_t rows, char* to) {
-  const int64_t stride = l.x_stride * 2;
-  const char* x = static_cast<const char*>(l.x) + row * stride;
-  for (const char* end = x + l.inputs * 2; x < end; x += kStep, to += kTile) {
-    __m512i a[kPanel];
-    if (rows == kPanel) {
-#pragma GCC unroll 4
-      for (int q = 0; q < kPanel; q += 4) {
-        const char* from = x + q * stride;
-        a[q] = _mm512_loadu_si512(from);
-        a[q + 1] = _mm512_loadu_si512(from + stride);
-        a[q + 2] = _mm512_loadu_si512(from + 2 * stride);
-        a[q + 3] = _mm512_loadu_si512(from + 3 * stride);
-      }
-    } else {
-#pragma GCC unroll 16
-      for (int r = 0; r < kPanel; ++r) a[r] = r < rows ? _mm512_loadu_si512(x + r * stride) : _mm512_setzero_si512();
-    }
-    turn(a);
-#pragma GCC unroll 16
-    for (int i = 0; i < kPanel; ++i) _mm512_store_si512(to + i * kStep, a[i]);
-  }
-}
-
-// Turned rows with their inputs in stored order: a half of every word comes from the pair of one input.
-inline void reorder(const int32_t* order, int64_t inputs, const char* from, char* to) {
-  for (int64_t k = 0; k < inputs; k += 2, to += kStep) {
-    const int64_t first = order[k], second = order[k + 1];
-    const __m512i low = _mm512_srl_epi32(_mm512_load_si512(from + first / 2 * kStep), _mm_cvtsi64_si128(first % 2 * 16));
-    const __m512i high = _mm512_sll_epi32(_mm512_load_si512(from + second / 2 * kStep), _mm_cvtsi64_si128(16 - second % 2 * 16));
-    _mm512_store_si512(to, _mm512_mask_blend_epi16(0xAAAAAAAAu, low, high));
-  }
-}
-
-// Rows of a round as tiles [rows / 16][inputs / 32][16 pairs of inputs][16 rows][2]; one row alone as it is. `turned` has room for 16 rows.
-inline void pack_rows(const Int4Linear& p, int64_t row, int64_t rows, bool single, char* to, char* turned) {
-  const Linear& l = p.linear;
-  if (single) {
-    const uint16_t* x = static_cast<const uint16_t*>(l.x) + row * l.x_stride;
-    uint16_t* all = reinterpret_cast<uint16_t*>(to);
-    if (!p.order) memcpy(all, x, static_cast<size_t>(l.inputs) * 2);
-    else
-      for (int64_t k = 0; k < l.inputs; ++k) all[k] = x[p.order[k]];
-    return;
-  }
-  for (int64_t r = 0; r < rows; r += kPanel, to += l.inputs * kPanel * 2) {
-    turn_rows(l, row + r, least(kPanel, rows - r), p.order ? turned : to);
-    if (p.order) reorder(p.order, l.inputs, turned, to);
-  }
-}
 
 // -- products ----------------------------------------------------------------------------------------------------------------------
 // Tiles for sums (0 ... 3) and for x (4, and 5 of two bands) have `columns` columns, those for weights 16.

@@ -1,7 +1,7 @@
 // The packed weight of int4_linear: where things stand, and its values as floats or as tiles, through tables of an output's sixteen values.
 #pragma once
 #include "gemm/common.inl"
-#include "gemm/tiles.inl"
+#include "gemm/int4_rows.inl"
 
 namespace {
 
@@ -59,7 +59,6 @@ inline void dequantise(const Int4Linear& p, int64_t panel, int n, int64_t block,
 
 // -- as tiles ------------------------------------------------------------------------------------------------------------------------
 #if CVMK_GEMM_TILES
-constexpr int64_t kTileInputs = 32;
 constexpr int64_t kBlockTiles = kBlock / kTileInputs;
 constexpr int64_t kAhead = 4;  // blocks that the packed weight is fetched ahead
 
