@@ -72,13 +72,18 @@ def _tune(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--tune needs a GPU: {reason or 'Triton is only interpreted here'}")
     from triton.testing import do_bench
 
-    from cvmk.ops.triton import _tuner
+    from cvmk import files
+    from cvmk.ops.triton import _launch, _tuner, _tuning
 
     modules = _tuner.modules()
     unknown = set(arguments.op or ()) - set(modules)
     if unknown:
         raise ConfigError(f"--op {sorted(unknown)[0]} has nothing to tune: these have {', '.join(modules)}")
     chosen = {name: module for name, module in modules.items() if not arguments.op or name in arguments.op}
-    path = _tuner.tune(chosen, torch.device("cuda"), lambda call: do_bench(call, return_mode="median"), print)
+    device = torch.device("cuda")
+    path = _tuning.user_table(_launch.capability(device))
+    before = files.read_json(path) if path.exists() else {}
+    found = _tuner.tune(chosen, device, lambda call: do_bench(call, return_mode="median"), print)
+    files.write_json(path, _tuning.merged(before, found))
     print(f"written to {path}")
     return 0

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import _C
 
+from cvmk import nvtx
 from cvmk.errors import ConfigError
 from cvmk.libraries import isa_level
 
@@ -245,6 +246,8 @@ class Op:
         backend = self.choose(which, arguments)
         function = backend.forward if which == "forward" else backend.backward
         assert function is not None
+        if nvtx.LISTENING and arguments[self.principal_at[which]].is_cuda:
+            function = nvtx.spanned(f"{self.name}_{which} {backend.name}", function)
         if _C._is_any_autocast_enabled():
             # Casts are decided by the public function; inside, a product of float32 stays one.
             with torch.autocast(arguments[self.principal_at[which]].device.type, enabled=False):

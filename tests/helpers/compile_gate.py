@@ -64,7 +64,8 @@ def compiled(launch: Any, capability: tuple[int, int]) -> dict[str, Any]:
         constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name, (_, divisible, fixed) in types.items() if divisible and not fixed},
     )
-    result = triton.compile(source, target=GPUTarget("cuda", 10 * capability[0] + capability[1], 32), options=launch.options)
+    options = launch.options | {name: value for name, value in launch.constants.items() if name not in names}  # such as enable_fp_fusion
+    result = triton.compile(source, target=GPUTarget("cuda", 10 * capability[0] + capability[1], 32), options=options)
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.TemporaryDirectory() as folder:
         ptx, cubin = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")

@@ -10,7 +10,6 @@ from types import ModuleType
 
 import torch
 
-from cvmk import files
 from cvmk.ops.triton import _tuning
 from cvmk.ops.triton._launch import Case, capability
 from cvmk.ops.triton._tuning import Config, Tuned
@@ -28,22 +27,18 @@ def modules() -> dict[str, ModuleType]:
     return {name: module for name, module in found.items() if getattr(module, "TUNED", ())}
 
 
-def tune(chosen: dict[str, ModuleType], device: torch.device, measure: Measure, say: Callable[[str], None]) -> Path:
-    """Time every candidate of every key that the modules' cases ask for, and write what is faster into the user's table.
+def tune(chosen: dict[str, ModuleType], device: torch.device, measure: Measure, say: Callable[[str], None]) -> dict[str, dict[str, Config]]:
+    """Time every candidate of every key that the modules' cases ask for: a table of the fastest, kernel -> key -> configuration.
 
     measure  seconds (or any unit) of a call. A candidate that does not compile or run is left out, and `say` tells why.
-    Returns the table's path; what it held for other kernels and keys stays.
     """
-    path = _tuning.user_table(capability(device))
-    table = files.read_json(path) if path.exists() else {}
+    table: dict[str, dict[str, Config]] = {}
     for module in chosen.values():
         tuned = {entry.name: entry for entry in module.TUNED}
         for (kernel, key), cases in sorted(_who_asks(module.CASES, device).items()):
             best = _fastest(tuned[kernel], key, cases, device, measure, say)
             table.setdefault(kernel, {})[key] = best
-    files.write_json(path, table)
-    _tuning.forget()
-    return path
+    return table
 
 
 def _who_asks(cases: tuple[Case, ...], device: torch.device) -> dict[tuple[str, str], list[Case]]:

@@ -74,6 +74,11 @@ def _table(path: Path) -> dict[str, dict[str, Config]]:
         raise ValueError(f"{path} is no table of kernel configurations ({error}): delete it or write it again with cvmk bench --tune") from None
 
 
+def merged(table: dict[str, dict[str, Config]], newer: dict[str, dict[str, Config]]) -> dict[str, dict[str, Config]]:
+    """`table` with what `newer` says about the same kernels and keys put in its place."""
+    return table | {kernel: table.get(kernel, {}) | keys for kernel, keys in newer.items()}
+
+
 def forget() -> None:
     """Read the tables anew at the next call."""
     _table.cache_clear()

@@ -64,8 +64,7 @@ def test_overriding_lets_go() -> None:
     assert BLOCKS.config("a", CPU) == {"BLOCK": 32}
 
 
-def test_tuner_keeps_what_is_clearly_faster(own_table: Path) -> None:
-    own_table.write_text(json.dumps({"other": {"k": {"BLOCK": 8}}}))
+def test_tuner_keeps_what_is_clearly_faster() -> None:
     seconds = {("a", 32): 1.0, ("a", 64): 0.99, ("a", 128): 0.8, ("b", 32): 1.0, ("b", 64): 0.995, ("b", 128): 1.2}
     said: list[str] = []
 
@@ -75,8 +74,12 @@ def test_tuner_keeps_what_is_clearly_faster(own_table: Path) -> None:
         keys = "ab"[: len(ran)]
         return sum(seconds[key, config["BLOCK"]] for key, config in zip(keys, ran, strict=True))
 
-    path = _tuner.tune({"module": MODULE}, CPU, measure, said.append)  # type: ignore[dict-item]
-    assert path == own_table
-    assert json.loads(own_table.read_text()) == {"other": {"k": {"BLOCK": 8}}, "blocks": {"a": {"BLOCK": 128}, "b": {"BLOCK": 32}}}
-    assert BLOCKS.config("a", CPU) == {"BLOCK": 128}
+    found = _tuner.tune({"module": MODULE}, CPU, measure, said.append)  # type: ignore[dict-item]
+    assert found == {"blocks": {"a": {"BLOCK": 128}, "b": {"BLOCK": 32}}}
     assert sum("left out" in line and "shared memory" in line for line in said) == 2
+
+
+def test_what_was_tuned_before_stays() -> None:
+    before = {"other": {"k": {"BLOCK": 8}}, "blocks": {"a": {"BLOCK": 1}, "c": {"BLOCK": 2}}}
+    after = _tuning.merged(before, {"blocks": {"a": {"BLOCK": 3}}})
+    assert after == {"other": {"k": {"BLOCK": 8}}, "blocks": {"a": {"BLOCK": 3}, "c": {"BLOCK": 2}}}
