@@ -44,6 +44,7 @@ def attention_kl(
     The forward pass keeps one log-sum-exp a row and head; the backward pass computes the maps again. The reference holds a block of
     `cvmk.ops.reference.attention.BLOCK` scores of both sides together at a time (or one row of queries of one batch item).
 
+    A NaN or an infinity in an argument reaches only what depends on it.
     Raises TypeError for a wrong dtype, ValueError for a wrong shape.
     """
     arguments = _prepare_kl(
@@ -76,6 +77,7 @@ def flash_attention_distill(
         dS = P_s (dP - D) + w (P_s - P_t),  dV = P_s^T dO,  dq = scale dS k,  dk = scale dS^T q.
     Forward by one more row sum c = sum_j P_t (T - S): KL = c - lse_t + lse_s where one teacher head is compared with.
 
+    A NaN or an infinity in an argument reaches only what depends on it.
     Raises TypeError for a wrong dtype, ValueError for a wrong shape.
     """
     arguments = _prepare_distill(q, k, v, teacher_q, teacher_k, causal=causal, key_lengths=key_lengths, scale=scale, teacher_scale=teacher_scale)

@@ -66,6 +66,7 @@ def int4_linear(x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | N
     activation  None, "relu", "gelu" (by erf), "silu", or "swiglu": the rows of the weight (and bias) are [gate; up], N / 2 each, and the
                 result is silu(gate) * up.
 
+    A NaN or an infinity in a row of x reaches that row's outputs only.
     Returns [..., N] ([..., N / 2] for swiglu) in x's dtype. Raises TypeError and ValueError for arguments that do not fit.
     """
     out = op(*prepare(x, weight, bias, activation=activation))

@@ -209,6 +209,7 @@ def kd_loss(
 
     Under autocast the logits are taken as they are, for the arithmetic is that of float32 anyhow.
 
+    A NaN or an infinity in an argument reaches only what depends on it.
     Raises ValueError for shapes or vocabularies that differ (naming both), options out of range, and, on the CPU, a target outside of
     the vocabulary; TypeError for wrong dtypes.
     """

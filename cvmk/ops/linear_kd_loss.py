@@ -186,6 +186,7 @@ def linear_kd_loss(
     Returns a scalar, float32 (float64 for float64), or (loss, T^2 * D, CE) with `return_parts`; differentiating a part makes the logits
     once more in the backward pass.
 
+    A NaN or an infinity in an argument reaches only what depends on it.
     Raises ValueError for shapes or vocabularies that differ (naming both), options out of range, and, on the CPU, a target outside of
     the vocabulary; TypeError for wrong or mixed dtypes.
     """

@@ -75,6 +75,7 @@ def selective_scan(
     Under autocast u, B, C and z are cast as the operands of a matrix product are; step sizes, A and the states keep their dtypes,
     since exponentials and sums run in float32.
 
+    A NaN or an infinity in an argument reaches only what depends on it.
     Raises TypeError for a dtype and ValueError for a shape or device that does not fit.
     """
     out, last_state, _ = scan_op(
@@ -121,6 +122,7 @@ def selective_state_update(
     Returns y [batch, dim] or [batch, heads, dim] in x's dtype. The computation is in float32 (float64 where x is float64); the
     state is rounded to its own dtype only when it is stored. Step by step this equals `selective_scan`.
 
+    A NaN or an infinity in an argument reaches only what depends on it.
     There is no gradient: it is a step of inference. Raises RuntimeError if gradients are on and an argument asks for one,
     TypeError for a dtype and ValueError for a shape or device that does not fit.
     """
