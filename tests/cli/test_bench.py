@@ -24,9 +24,9 @@ def test_rows_of_one_op(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_table(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "--op", "kd_loss", "--seconds", "0.01"]) == 0
+    assert main(["bench", "--op", "selective_state_update", "--seconds", "0.01"]) == 0
     out = capsys.readouterr().out.splitlines()
-    assert out[0].startswith("kd_loss: ")
+    assert out[0].startswith("selective_state_update: ")
     assert any(line.split()[0] == "reference" and line.endswith(" ms") for line in out[1:])
 
 

@@ -10,6 +10,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -42,16 +44,28 @@ def problems(measured: dict[str, dict[str, Any]], committed: dict[str, dict[str,
     return found
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("module", MODULES)
-def test_compiles_as_committed(module: str) -> None:
+def compile_all(module: str) -> dict[str, dict[str, Any]]:
+    """What the compiler makes of a module's launches, in a process of its own: this one may be interpreting."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run([sys.executable, compile_gate.__file__, module], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
+
+
+@pytest.fixture(scope="module")
+def compiling() -> Iterator[dict[str, Future[dict[str, dict[str, Any]]]]]:
+    """Every module's results to come; as many compile at once as there are processors."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield {module: pool.submit(compile_all, module) for module in MODULES}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("module", MODULES)
+def test_compiles_as_committed(module: str, compiling: dict[str, Future[dict[str, dict[str, Any]]]]) -> None:
     committed = json.loads((HERE / "resources" / f"{module}.json").read_text())
     assert committed
-    assert not problems(json.loads(run.stdout), committed)
+    assert not problems(compiling[module].result(), committed)
 
 
 def test_the_gate_sees_what_is_worse() -> None:
