@@ -15,7 +15,6 @@ import triton.language as tl
 from cvmk.ops.triton.kernels.attention_masks import keys_of_rows, rows_of_keys, span
 from cvmk.ops.triton.kernels.attention_scores import (
     LOG2E,
-    cast,
     column_words,
     dropout_key,
     finite,
@@ -26,7 +25,7 @@ from cvmk.ops.triton.kernels.attention_scores import (
     scores,
     store_rows,
 )
-from cvmk.ops.triton.kernels.common import dot
+from cvmk.ops.triton.kernels.common import cast, dot
 
 VARYING = ("rows", "keys", "sequences", "left", "right", "threshold")
 

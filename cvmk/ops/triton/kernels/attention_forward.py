@@ -17,7 +17,6 @@ import triton.language as tl
 from cvmk.ops.triton.kernels.attention_masks import keys_of_rows, span
 from cvmk.ops.triton.kernels.attention_scores import (
     LN2,
-    cast,
     column_words,
     dropout_key,
     finite,
@@ -28,7 +27,7 @@ from cvmk.ops.triton.kernels.attention_scores import (
     scores,
     store_rows,
 )
-from cvmk.ops.triton.kernels.common import dot
+from cvmk.ops.triton.kernels.common import cast, dot
 
 VARYING = ("rows", "keys", "sequences", "left", "right", "threshold")
 

@@ -10,20 +10,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from cvmk.ops.triton.kernels.common import INTERPRETED
+from cvmk.ops.triton.kernels.common import cast
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-
-
-@triton.jit
-def cast(x, DTYPE: tl.constexpr):
-    """float32 to DTYPE, to the nearest; the interpreter's own cast to bfloat16 truncates."""
-    if INTERPRETED and DTYPE == tl.bfloat16:
-        bits = x.to(tl.uint32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-        x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
-    return x.to(DTYPE)
 
 
 @triton.jit

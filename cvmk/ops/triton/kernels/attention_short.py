@@ -14,7 +14,6 @@ from cvmk.ops.triton.kernels.attention_backward import VARYING
 from cvmk.ops.triton.kernels.attention_masks import keys_of_rows
 from cvmk.ops.triton.kernels.attention_scores import (
     LOG2E,
-    cast,
     column_words,
     dropout_key,
     finite,
@@ -25,7 +24,7 @@ from cvmk.ops.triton.kernels.attention_scores import (
     scores,
     store_rows,
 )
-from cvmk.ops.triton.kernels.common import dot
+from cvmk.ops.triton.kernels.common import cast, dot
 
 
 @triton.jit(do_not_specialize=VARYING)

@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 
 from cvmk.ops.triton.kernels.attention_masks import FAR, keys_of_rows, rows_of_keys, span
-from cvmk.ops.triton.kernels.attention_scores import LOG2E, cast, finite, load_rows, store_rows
-from cvmk.ops.triton.kernels.common import dot
+from cvmk.ops.triton.kernels.attention_scores import LOG2E, finite, load_rows, store_rows
+from cvmk.ops.triton.kernels.common import cast, dot
 from cvmk.ops.triton.kernels.distill_attention_forward import VARYING, mean_map
 
 

@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 
 from cvmk.ops.triton.kernels.attention_masks import FAR, keys_of_rows, span
-from cvmk.ops.triton.kernels.attention_scores import LN2, LOG2E, cast, finite, load_rows, store_rows
-from cvmk.ops.triton.kernels.common import dot
+from cvmk.ops.triton.kernels.attention_scores import LN2, LOG2E, finite, load_rows, store_rows
+from cvmk.ops.triton.kernels.common import cast, dot
 
 VARYING = ("rows", "keys", "right")
 TINY = tl.constexpr(1.1754943508222875e-38)
