@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import _C
+from torch.autograd import forward_ad
 
 from cvmk import nvtx
 from cvmk.errors import ConfigError
@@ -33,13 +34,14 @@ library = torch.library.Library("cvmk", "DEF")
 OPS: dict[str, Op] = {}
 _IMPLEMENTED_KEYS = ("CPU", "CUDA")
 _CACHE_LIMIT = 4096
-_modes, _transforms, _profiled, _traced = (  # who could be watching a call
+_modes, _function_modes, _transforms, _profiled, _traced = (  # who could be watching a call
     _C._len_torch_dispatch_stack,
+    _C._len_torch_function_stack,
     _C._functorch.peek_interpreter_stack,
     torch.autograd._profiler_enabled,
     _C._get_tracing_state,
 )
-_PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
+_grad_enabled, _autocast_enabled = torch.is_grad_enabled, _C._is_any_autocast_enabled
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,8 @@ class Backend:
     """One implementation of one op: what it supports is data, what it declines is text.
 
     `forward` and `backward` take the arguments of the schemas and return their results as a tuple of tensors; `backward` is None
-    where the backend has none. `limits` gets the arguments by name and returns further reasons to decline. `unavailable` says why
+    where the backend has none. `limits` gets the arguments by name and returns further reasons to decline; its answer may depend on
+    nothing but the values, dtypes, devices, shapes and strides of what it takes from that mapping. `unavailable` says why
     the backend cannot run in this process at all (a library that did not load, an instruction set), or None. `by_default` gets the
     arguments by name too and says why the call goes to this backend only where `use` or CVMK_BACKEND names it (a kernel that was not
     yet measured on this device, an interpreter), or None.
@@ -79,12 +82,13 @@ class Backend:
             found.append(f"{self.name}: runs on {', '.join(self.devices)}, not {principal.device.type}")
         return found
 
-    def reasons(self, op: Op, which: str, arguments: Sequence[Any]) -> list[str]:
-        """Why the backend cannot take this call; empty when it can."""
+    def reasons(self, op: Op, which: str, arguments: Sequence[Any], named: Mapping[str, Any] | None = None) -> list[str]:
+        """Why the backend cannot take this call; empty when it can. `named`: the arguments by name."""
         found = self.general_reasons(op, which, arguments[op.principal_at[which]])
         if found or (self.limits is None and self.by_default is None):
             return found
-        named = dict(zip(op.names[which], arguments, strict=True))
+        if named is None:
+            named = dict(zip(op.names[which], arguments, strict=True))
         if self.limits is not None:
             found += [f"{self.name}: {reason}" for reason in self.limits(which, named)]
         if self.by_default is not None and not found and self.name not in _allowed():
@@ -142,7 +146,7 @@ class Op:
         self.names: dict[str, tuple[str, ...]] = {}
         self.principal_at: dict[str, int] = {}
         self._backends: list[Backend] | None = None
-        self._chosen: dict[Any, Backend] = {}
+        self._chosen: dict[Any, _Choices] = {}
         self.prepare: Callable[..., tuple[Any, ...]] | None = None
         self._forward = self._register("forward", forward, fake_forward)
         self.outputs = len(self._forward._schema.returns)
@@ -174,19 +178,27 @@ class Op:
 
     def __call__(self, *arguments: Any) -> Any:
         """Run the forward pass on the schema's arguments, with autograd where a tensor asks for it."""
-        if self.differentiable and torch.is_grad_enabled():
+        if forward_ad._current_level >= 0:
+            self._refuse_tangents(arguments)
+        differentiating = _grad_enabled()
+        if differentiating and self.differentiable:
             for index in self.differentiable:
                 tensor = arguments[index]
                 if tensor is not None and tensor.requires_grad:
                     return self._function.apply(*arguments)
-            if _unobserved(arguments[: self.tensors], needs_no_gradient=True):
-                return self.run("forward", arguments)
+        if _unobserved(arguments[: self.tensors], differentiating):
+            return self.run("forward", arguments)
+        if differentiating and self.differentiable:
             # A constant argument (a teacher's logits) may ask for a gradient; the result has none to give.
             with torch.no_grad():
                 return self._forward(*arguments)
-        if _unobserved(arguments[: self.tensors], needs_no_gradient=torch.is_grad_enabled()):
-            return self.run("forward", arguments)
         return self._forward(*arguments)
+
+    def _refuse_tangents(self, arguments: Sequence[Any]) -> None:
+        """No pass carries a forward-mode derivative, and PyTorch takes the derivative of an op that has none for zero."""
+        for name, tensor in zip(self.names["forward"], arguments[: self.tensors], strict=False):
+            if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+                raise NotImplementedError(f"{self.name} has no forward-mode derivative, and {name} has a tangent; differentiate in reverse mode")
 
     @property
     def backends(self) -> list[Backend]:
@@ -206,31 +218,34 @@ class Op:
         return next(backend for backend in self.backends if backend.name == "reference")
 
     def choose(self, which: str, arguments: Sequence[Any]) -> Backend:
-        """The first allowed backend that takes the call. Raises NotImplementedError with every reason where none does."""
+        """The first allowed backend that takes the call. Raises NotImplementedError with every reason where none does.
+
+        A choice holds for all calls with the same dtype and device of the principal argument and the same of whatever else was read to
+        make it.
+        """
         principal = arguments[self.principal_at[which]]
-        key: tuple[Any, ...] = (which, _forced[-1], principal.dtype, principal.device)
-        chosen = self._chosen.get(key)
-        if chosen is not None:
-            return chosen
-        whole = (*key, *[_signature(a) if isinstance(a, torch.Tensor) else tuple(a) if isinstance(a, list) else a for a in arguments])
-        chosen = self._chosen.get(whole)
-        if chosen is None:
-            chosen, in_general = self._find(which, arguments)
-            if len(self._chosen) >= _CACHE_LIMIT:
-                self._chosen.clear()
-            self._chosen[key if in_general else whole] = chosen
+        key = (which, _forced[-1], principal.dtype, principal.device)
+        choices = self._chosen.get(key)
+        if choices is not None:
+            chosen = choices.backends.get(choices.key(arguments))
+            if chosen is not None:
+                return chosen
+        named = _Recorded(dict(zip(self.names[which], arguments, strict=True)))
+        chosen = self._find(which, arguments, named)
+        if choices is not None:
+            named.read.update(self.names[which][at] for at in choices.at)
+        at = tuple([at for at, name in enumerate(self.names[which]) if name in named.read])
+        if choices is None or choices.at != at or len(choices.backends) >= _CACHE_LIMIT:
+            choices = self._chosen[key] = _Choices(at)
+        choices.backends[choices.key(arguments)] = chosen
         return chosen
 
-    def _find(self, which: str, arguments: Sequence[Any]) -> tuple[Backend, bool]:
-        """The backend to take, and whether that holds for every call of this dtype and device: no backend's `limits` were asked."""
+    def _find(self, which: str, arguments: Sequence[Any], named: Mapping[str, Any]) -> Backend:
         refusals: list[str] = []
-        in_general = True
         for backend in self._candidates():
-            if backend.limits is not None or backend.by_default is not None:
-                in_general = in_general and bool(backend.general_reasons(self, which, arguments[self.principal_at[which]]))
-            reasons = backend.reasons(self, which, arguments)
+            reasons = backend.reasons(self, which, arguments, named)
             if not reasons:
-                return backend, in_general
+                return backend
             refusals += reasons
         asked = f" (only {', '.join(_allowed())} allowed)" if _allowed() else ""
         raise NotImplementedError(f"no backend takes this call of {self.name}{asked}:\n  " + "\n  ".join(refusals or ["none is there"]))
@@ -248,7 +263,7 @@ class Op:
         assert function is not None
         if nvtx.LISTENING and arguments[self.principal_at[which]].is_cuda:
             function = nvtx.spanned(f"{self.name}_{which} {backend.name}", function)
-        if _C._is_any_autocast_enabled():
+        if _autocast_enabled():
             # Casts are decided by the public function; inside, a product of float32 stays one.
             with torch.autocast(arguments[self.principal_at[which]].device.type, enabled=False):
                 results = function(*arguments)
@@ -261,22 +276,59 @@ class Op:
     def call(self, which: str, arguments: Sequence[Any]) -> Any:
         """One pass inside autograd: straight to the implementation where nobody would miss it at the dispatcher."""
         tensors = self.tensors if which == "forward" else self.outputs + self.tensors + len(self.saved)
-        if _unobserved(arguments[:tensors], needs_no_gradient=False):
+        if _unobserved(arguments[:tensors], False):
             return self.run(which, arguments)
         return (self._forward if which == "forward" else self._backward)(*arguments)
 
 
-def _unobserved(tensors: Sequence[Any], *, needs_no_gradient: bool) -> bool:
+class _Recorded(Mapping[str, Any]):
+    """Arguments by name, and which of them were read."""
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        self.values_by_name, self.read = values, set[str]()
+
+    def __getitem__(self, name: str) -> Any:
+        self.read.add(name)
+        return self.values_by_name[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.values_by_name)
+
+    def __len__(self) -> int:
+        return len(self.values_by_name)
+
+
+class _Choices:
+    """The backends chosen for calls of one pass, dtype and device, by what else was read to choose: the arguments at `at`."""
+
+    def __init__(self, at: tuple[int, ...]) -> None:
+        self.at, self.backends = at, dict[Any, Backend]()
+
+    def key(self, arguments: Sequence[Any]) -> Any:
+        return tuple([_signature(arguments[i]) for i in self.at]) if self.at else None
+
+
+def _signature(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.device, value.shape, value.stride()
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _unobserved(tensors: Sequence[Any], differentiating: bool) -> bool:
     """Whether a call may go straight to the implementation, which saves the dispatcher's time (half of a small op's).
 
-    Only where nobody would miss it there: no graph is being traced, no mode, transform or profiler is active, and the tensors are
-    plain ones on the CPU (none that asks for a gradient, where that is wanted).
+    Only where nobody would miss it there: no graph is being traced, no mode, transform or profiler is active, and the tensors are plain
+    ones on the CPU, with their numbers in memory as they are (not negated by a bit) and, when differentiating, asking for no gradient.
     """
-    if torch.compiler.is_compiling() or _modes() or _transforms() is not None or _profiled() or _traced() is not None:
+    if torch.compiler.is_compiling() or _modes() or _function_modes() or _transforms() is not None or _profiled() or _traced() is not None:
         return False
     for tensor in tensors:
-        if tensor is not None and (type(tensor) not in _PLAIN_TENSORS or not tensor.is_cpu or (needs_no_gradient and tensor.requires_grad)):
-            return False
+        if tensor is not None:
+            kind = type(tensor)
+            if (kind is not torch.Tensor and kind is not torch.nn.Parameter) or not tensor.is_cpu or tensor.is_neg():
+                return False
+            if differentiating and tensor.requires_grad:
+                return False
     return True
 
 
@@ -388,10 +440,6 @@ def use(*names: str) -> Iterator[None]:
         _forced.pop()
 
 
-def _signature(tensor: torch.Tensor) -> Any:
-    return tensor.dtype, tensor.device, tensor.shape, tensor.stride()
-
-
 # -- questions about backends ---------------------------------------------------------------------------------------------------
 def explain(name: str, *args: Any, **kwargs: Any) -> list[Explanation]:
     """Every backend of the op `name` with the reasons why it does not take this call (the arguments are those of `ops.<name>`).
@@ -455,7 +503,7 @@ def autocast_float32(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None
 
 def _autocast_device(tensors: Sequence[torch.Tensor | None]) -> str | None:
     """The kind of device that the tensors are on, where autocast is on for it."""
-    if not _C._is_any_autocast_enabled():
+    if not _autocast_enabled():
         return None
     device = next(t.device.type for t in tensors if t is not None)
     return device if torch.is_autocast_enabled(device) else None

@@ -261,6 +261,7 @@ update_op = Op(
     # calls torch.autograd.graph.increment_version(state), as PyTorch's own operations do.
     forward="(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, bool dt_softplus) -> Tensor",
     fake_forward=lambda state, x, dt, A, B, C, D, z, dt_bias, dt_softplus: x.new_empty(x.shape),
+    tensors=9,
     principal="x",
 )
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.autograd import gradcheck, gradgradcheck
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cvmk import ops
@@ -102,20 +106,48 @@ def test_first_able_backend_runs() -> None:
     assert log == ["fast", "reference", "reference"]
 
 
-def test_choice_is_kept_per_signature() -> None:
-    asked = []
+def test_choice_is_kept_by_what_was_read_to_make_it() -> None:
+    asked: list[Any] = []
 
     def limits(which: str, arguments: Any) -> list[str]:
-        asked.append(tuple(arguments["x"].shape))
+        asked.append((tuple(arguments["x"].shape), arguments["power"]))
         return []
 
     op._backends = [Backend(NAME, "native", fast, limits=limits), REFERENCE]
     for _ in range(3):
         probe(torch.ones(2, 3))
+        probe(torch.ones(2, 3), torch.ones(2, 3))
+    assert asked == [((2, 3), 2.0)]
     probe(torch.ones(3, 2).t())
     probe(torch.ones(2, 3), power=3.0)
-    probe(torch.ones(2, 3), torch.ones(2, 3))
-    assert asked == [(2, 3)] * 4
+    assert asked == [((2, 3), 2.0)] * 2 + [((2, 3), 3.0)]
+
+
+def test_what_is_read_may_depend_on_what_was_read() -> None:
+    """Choices stay right where one call reads more than another: the second reads `weight` only for cubes."""
+
+    def limits(which: str, arguments: Any) -> list[str]:
+        return ["a cube needs a weight"] if arguments["power"] == 3.0 and arguments["weight"] is None else []
+
+    op._backends = [Backend(NAME, "native", fast, limits=limits), REFERENCE]
+    x = torch.ones(2)
+    for _ in range(2):
+        log.clear()
+        for weight, power in ((None, 2.0), (None, 3.0), (x, 3.0), (x, 2.0), (None, 3.0)):
+            probe(x, weight, power=power)
+        assert log == ["fast", "reference", "fast", "fast", "reference"]
+
+
+@pytest.mark.parametrize("look", [lambda named: list(named.values()), lambda named: dict(named), lambda named: named.get("constant"), lambda named: {**named}])
+def test_however_an_argument_is_read_it_counts(look: Any) -> None:
+    def limits(which: str, arguments: Any) -> list[str]:
+        look(arguments)
+        return [] if torch.float32 == arguments["constant"].dtype else ["the constant is wide"]
+
+    op._backends = [Backend(NAME, "native", fast, limits=limits), REFERENCE]
+    for dtype in (torch.float32, torch.float64) * 2:
+        probe(torch.ones(2), None, torch.zeros((), dtype=dtype))
+    assert log == ["fast", "reference"] * 2
 
 
 def test_a_choice_that_dtype_and_device_decide_is_kept_once() -> None:
@@ -132,11 +164,12 @@ def test_a_choice_that_dtype_and_device_decide_is_kept_once() -> None:
 
 def test_forgotten_choices_are_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_dispatch, "_CACHE_LIMIT", 4)
-    for n in range(1, 12):
-        probe(torch.ones(n, 2))
-    assert len(op._chosen) <= 4
-    probe(torch.ones(1, 2))
-    assert log == ["fast"] * 12
+    for n in range(12, 0, -1):
+        probe(torch.ones(1, 2), power=float(n))
+    assert [len(choices.backends) for choices in op._chosen.values()] == [4]
+    probe(torch.ones(1, 2), power=12.0)
+    probe(torch.ones(1, 2), power=2.0)
+    assert log == ["reference"] * 10 + ["fast", "reference", "reference", "fast"]
 
 
 def test_use_forces_and_lets_go() -> None:
@@ -331,6 +364,105 @@ def test_who_watches_sees_both_passes() -> None:
     with torch.autograd.profiler.profile() as profile:
         probe(x)[0].sum().backward()
     assert {"cvmk::probe_forward", "cvmk::probe_backward"} <= {event.name for event in profile.function_events}
+
+
+class Named(TorchFunctionMode):
+    """The functions of this library that a torch-function mode sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "cvmk." in str(function):
+            self.seen.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_function_mode_sees_the_op() -> None:
+    x = leaf(2)
+    with Named() as named:
+        probe(x)
+        probe(x.detach())
+    assert [name.split(".")[1] for name in named.seen] == ["probe_forward"] * 2
+
+
+def test_a_default_device_does_not_reach_inside() -> None:
+    """An implementation that allocates by torch.empty without a device gets the tensors' own."""
+    op._backends = [Backend(NAME, "native", lambda x, *rest: (torch.empty(x.shape).copy_(x), torch.zeros(x.shape[:-1])))]
+    x = torch.ones(2, 3)
+    with torch.device("meta"):
+        y, total = probe(x, None, x)
+    assert y.device.type == total.device.type == "cpu" and torch.equal(y, x)
+
+
+class Marked(torch.Tensor):
+    """A subclass that keeps its type through every function."""
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "cvmk." in str(function):
+            log.append("marked")
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+def test_subclasses_go_through_the_dispatcher() -> None:
+    y = probe(torch.ones(2).as_subclass(Marked))[0]
+    assert type(y) is Marked and log == ["marked", "fast"]
+    log.clear()
+    y = probe(torch.ones(2), torch.ones(2).as_subclass(Marked))[0]
+    assert type(y) is Marked and log == ["marked", "fast"]
+    log.clear()
+    assert type(probe(torch.nn.Parameter(torch.ones(2), requires_grad=False))[0]) is torch.Tensor and log == ["fast"]
+
+
+def test_fake_and_meta_tensors_run_nothing() -> None:
+    with FakeTensorMode() as mode:
+        fake = mode.from_tensor(torch.ones(2, 3))
+    for x in (fake, torch.ones(2, 3, device="meta")):
+        y, total = probe(x, None, x)
+        assert type(y) is type(x) and y.device == x.device and y.shape == (2, 3) and total.shape == (2,)
+    assert log == []
+
+
+def test_negated_views_are_read_as_their_numbers() -> None:
+    """The imaginary part of a conjugate is its memory's number with the sign turned round by a bit."""
+    x = torch.complex(torch.ones(1, 1), torch.full((1, 1), 2.0)).conj().imag
+    assert x.is_neg()
+    op._backends = [Backend(NAME, "native", lambda x, *rest: (torch.from_numpy(np.array([[_first(x)]], dtype=np.float32)), x.new_zeros(1)))]
+    assert probe(x, None, torch.zeros(()))[0].item() == -2.0
+
+
+def _first(x: Tensor) -> float:
+    """The number at the address of x, as a kernel reads it."""
+    return ctypes.c_float.from_address(x.data_ptr()).value
+
+
+def test_transforms() -> None:
+    x = torch.rand(3, 2)
+    log.clear()
+    torch.testing.assert_close(torch.vmap(lambda x: probe(x)[0])(x), probe(x)[0])
+    with pytest.raises(RuntimeError, match="functorch transforms"):
+        torch.func.grad(lambda x: probe(x)[0].sum())(x)
+
+
+def test_a_tangent_is_refused() -> None:
+    """PyTorch would take the derivative for zero."""
+    x = torch.rand(3)
+    message = "probe has no forward-mode derivative, and x has a tangent"
+    with pytest.raises(NotImplementedError, match=message):
+        torch.func.jvp(lambda x: probe(x)[0], (x,), (x,))
+    with forward_ad.dual_level():
+        probe(x)
+        with pytest.raises(NotImplementedError, match=message):
+            probe(forward_ad.make_dual(x, x))
+
+
+def test_inference_tensors_and_results() -> None:
+    x = torch.ones(2)
+    with torch.inference_mode():
+        inside = probe(x)[0]
+    assert inside.is_inference() and torch.equal(probe(inside)[0], inside) and not probe(inside)[0].is_inference()
 
 
 def test_constants_get_no_gradient() -> None:
