@@ -1,11 +1,12 @@
-// cvmk._native.attention_forward and attention_backward: pointers, sizes and strides in, a status checked.
+// cvmk._native.attention_forward and attention_backward: tensors and numbers in, a status checked.
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
 #include <new>
-#include <stdexcept>
+#include <numeric>
 
 #include "attention/attention.h"
+#include "bindings/tensor.h"
 
 namespace py = pybind11;
 
@@ -15,88 +16,64 @@ using cvmk::attention::Bias;
 using cvmk::attention::Integers;
 using cvmk::attention::Matrix;
 using cvmk::attention::Params;
+using cvmk::bindings::Arguments;
+using cvmk::bindings::Tensor;
 
-// Numbers of a tuple, in turn.
-class Reader {
- public:
-  explicit Reader(PyObject* tuple) : tuple_(tuple), size_(PyTuple_GET_SIZE(tuple)) {}
+// [batch, heads, rows, n], or packed [rows, heads, n]; the last dimension is contiguous.
+Matrix matrix(const Tensor& x) {
+  if (!x) return Matrix{};
+  if (x.dims == 3) return Matrix{x.data(), 0, x.stride(1), x.stride(0)};
+  x.expect(4, "a matrix");
+  return Matrix{x.data(), x.stride(0), x.stride(1), x.stride(2)};
+}
 
-  std::int64_t integer() {
-    const std::int64_t value = PyLong_AsLongLong(next());
-    if (value == -1 && PyErr_Occurred() != nullptr) throw py::error_already_set();
-    return value;
+// One number a row, contiguous: [batch, heads, rows], packed [heads, rows].
+Matrix statistics(const Tensor& x, std::int64_t heads, std::int64_t rows) { return x ? Matrix{x.data(), heads * rows, rows, 1} : Matrix{}; }
+
+Integers integers(const Tensor& x) {
+  if (!x) return Integers{};
+  x.expect(1, "lengths");
+  return Integers{x.data(), x.stride(0), x.bits == 64};
+}
+
+// Broadcast to four dimensions from the right.
+Bias bias(const Tensor& x) {
+  Bias b{};
+  if (!x) return b;
+  b.data = x.data();
+  b.dtype = cvmk::bindings::float_code(x, 0);
+  for (int i = 0; i < 4; ++i) {
+    const int at = x.dims - 4 + i;
+    b.size[i] = at < 0 ? 1 : x.size(at);
+    b.stride[i] = b.size[i] > 1 ? x.stride(at) : 0;
   }
-  float number() {
-    const double value = PyFloat_AsDouble(next());
-    if (value == -1.0 && PyErr_Occurred() != nullptr) throw py::error_already_set();
-    return static_cast<float>(value);
-  }
-  void* pointer() { return reinterpret_cast<void*>(integer()); }
-  PyObject* next() {
-    if (at_ >= size_) throw std::invalid_argument("too few arguments");
-    return PyTuple_GET_ITEM(tuple_, at_++);
-  }
-  bool done() const { return at_ == size_; }
-
- private:
-  PyObject* tuple_;
-  Py_ssize_t size_, at_ = 0;
-};
-
-Matrix strided(Reader& in) {
-  Matrix m{};
-  m.data = in.pointer();
-  m.batch = in.integer();
-  m.head = in.integer();
-  m.row = in.integer();
-  return m;
+  return b;
 }
 
-// A fresh contiguous result: [batch, heads, rows, n], packed [rows, heads, n].
-Matrix contiguous(Reader& in, bool packed, std::int64_t heads, std::int64_t rows, std::int64_t n) {
-  return packed ? Matrix{in.pointer(), 0, n, heads * n} : Matrix{in.pointer(), heads * rows * n, rows * n, n};
-}
-
-// (pointer, stride, wide), or None.
-Integers integers(Reader& in) {
-  PyObject* object = in.next();
-  if (object == Py_None) return Integers{nullptr, 0, 0};
-  Reader fields(object);
-  Integers x{};
-  x.data = fields.pointer();
-  x.stride = fields.integer();
-  x.wide = fields.integer();
-  return x;
-}
-
-// (pointer, gradient's pointer, dtype, 4 strides, 4 sizes), or None.
-Bias bias(Reader& in) {
-  PyObject* object = in.next();
-  Bias x{};
-  if (object == Py_None) return x;
-  Reader fields(object);
-  x.data = fields.pointer();
-  x.grad = fields.pointer();
-  x.dtype = fields.integer();
-  for (std::int64_t& stride : x.stride) stride = fields.integer();
-  for (std::int64_t& size : x.size) size = fields.integer();
-  return x;
-}
-
-void common(Reader& in, Params& p) {
-  p.dtype = in.integer();
-  for (std::int64_t* size : {&p.batch, &p.heads, &p.kv_heads, &p.rows, &p.keys, &p.d, &p.dv, &p.sequences}) *size = in.integer();
-  const bool packed = p.sequences >= 0;
-  p.q = strided(in);
-  p.k = strided(in);
-  p.v = strided(in);
-  p.out = contiguous(in, packed, p.heads, p.rows, p.dv);
-  p.lse = Matrix{in.pointer(), p.heads * p.rows, p.rows, 1};
-  p.bias = bias(in);
-  p.key_lengths = integers(in);
-  p.query_start = integers(in);
-  p.cu_q = integers(in);
-  p.cu_k = integers(in);
+void common(Arguments& in, Params& p) {
+  const Tensor q = in.tensor(), k = in.tensor(), v = in.tensor();
+  p.bias = bias(in.tensor());
+  p.key_lengths = integers(in.tensor());
+  p.query_start = integers(in.tensor());
+  const Tensor cu = in.tensor();
+  p.cu_q = integers(cu);
+  p.cu_k = integers(in.tensor());
+  p.sequences = cu ? cu.size(0) - 1 : -1;
+  const int rows = cu ? 0 : 2;
+  for (const Tensor* x : {&q, &k}) x->expect(cu ? 3 : 4, "q or k");
+  p.dtype = cvmk::bindings::float_code(q, 0);
+  p.batch = cu ? 1 : q.size(0);
+  p.heads = q.size(1);
+  p.kv_heads = k.size(1);
+  p.rows = q.size(rows);
+  p.keys = k.size(rows);
+  p.d = q.size(-1);
+  p.dv = v ? v.size(-1) : 0;
+  p.q = matrix(q);
+  p.k = matrix(k);
+  p.v = matrix(v);
+  p.out = matrix(in.tensor());
+  p.lse = statistics(in.tensor(), p.heads, p.rows);
   p.window_left = in.integer();
   p.window_right = in.integer();
   p.softcap = in.number();
@@ -106,22 +83,27 @@ void common(Reader& in, Params& p) {
   p.dropout_limit = static_cast<std::uint32_t>(in.integer());
 }
 
-// (heads, kv_heads, d, groups, q, k, lse, kl, its gradient, scale): the last argument of a distillation.
-void teacher(Reader& in, Params& p) {
+// (q, k, lse, kl, its gradient, scale): the last argument of a distillation.
+void teacher(Arguments& in, Params& p) {
   if (in.done()) return;
-  Reader fields(in.next());
+  Arguments fields(in.next());
+  const Tensor q = fields.tensor(), k = fields.tensor();
   cvmk::attention::Teacher& t = p.teacher;
-  for (std::int64_t* size : {&t.heads, &t.kv_heads, &t.d, &t.groups}) *size = fields.integer();
-  t.q = strided(fields);
-  t.k = strided(fields);
-  t.lse = Matrix{fields.pointer(), t.heads * p.rows, p.rows, 1};
-  t.kl = Matrix{fields.pointer(), p.heads * p.rows, p.rows, 1};
-  t.grad_kl = Matrix{fields.pointer(), p.heads * p.rows, p.rows, 1};
+  t.heads = q.size(1);
+  t.kv_heads = k.size(1);
+  t.d = q.size(3);
+  t.groups = std::gcd(p.heads, t.heads);
+  t.q = matrix(q);
+  t.k = matrix(k);
+  t.lse = statistics(fields.tensor(), t.heads, p.rows);
+  t.kl = statistics(fields.tensor(), p.heads, p.rows);
+  t.grad_kl = statistics(fields.tensor(), p.heads, p.rows);
   t.scale = fields.number();
+  fields.finish();
 }
 
-void run(int (*function)(const Params&), const Reader& in, const Params& p) {
-  if (!in.done()) throw std::invalid_argument("too many arguments");
+void run(int (*function)(const Params&), const Arguments& in, const Params& p) {
+  in.finish();
   int status = 0;
   {
     const py::gil_scoped_release release;
@@ -131,7 +113,7 @@ void run(int (*function)(const Params&), const Reader& in, const Params& p) {
 }
 
 void forward(const py::args& args) {
-  Reader in(args.ptr());
+  Arguments in(args.ptr());
   Params p{};
   common(in, p);
   teacher(in, p);
@@ -139,15 +121,15 @@ void forward(const py::args& args) {
 }
 
 void backward(const py::args& args) {
-  Reader in(args.ptr());
+  Arguments in(args.ptr());
   Params p{};
   common(in, p);
-  const bool packed = p.sequences >= 0;
-  p.grad_out = strided(in);
-  p.grad_lse = Matrix{in.pointer(), p.heads * p.rows, p.rows, 1};
-  p.dq = contiguous(in, packed, p.heads, p.rows, p.d);
-  p.dk = contiguous(in, packed, p.kv_heads, p.keys, p.d);
-  p.dv_ = contiguous(in, packed, p.kv_heads, p.keys, p.dv);
+  p.grad_out = matrix(in.tensor());
+  p.grad_lse = statistics(in.tensor(), p.heads, p.rows);
+  p.dq = matrix(in.tensor());
+  p.dk = matrix(in.tensor());
+  p.dv_ = matrix(in.tensor());
+  p.bias.grad = in.tensor().data();
   teacher(in, p);
   run(cvmk::attention::backward, in, p);
 }
@@ -155,6 +137,9 @@ void backward(const py::args& args) {
 }  // namespace
 
 void bind_attention(py::module_& m) {
-  m.def("attention_forward", &forward, "The arguments are those of cvmk/ops/native/attention.py");
-  m.def("attention_backward", &backward, "The arguments of attention_forward, then the gradients; both may end with a teacher");
+  m.def("attention_forward", &forward,
+        "q, k, v, bias, key_lengths, query_start, cu_seqlens_q, cu_seqlens_k, out, lse, window_left, window_right, softcap, scale, 1 / (1 - dropout_p), "
+        "dropout key and limit; then, for a distillation, (q, k, lse, kl, its gradient, scale) of the teacher");
+  m.def("attention_backward", &backward,
+        "the arguments of attention_forward up to the limit, the gradients of out and lse, those of q, k, v and bias to write; then the teacher");
 }

@@ -8,8 +8,8 @@ from torch import Tensor
 from cvmk.ops._dispatch import Backend, not_needed
 from cvmk.ops.native import library, reason
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 _NATIVE = library()
+_NO_DROPOUT = (1.0, 0, 0)
 
 
 def forward(
@@ -30,17 +30,18 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of `cvmk.ops.flash_attention`."""
     q, k, v = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
-    sizes = _sizes(q, k, v, cu_seqlens_q)
-    _, batch, heads, _, rows, _, _, width, sequences = sizes
     # Sizes one by one: torch reads them twice as fast as a tuple.
-    if sequences < 0:
-        out, lse = q.new_empty(batch, heads, rows, width), q.new_empty(batch, heads, rows, dtype=torch.float32)
+    if cu_seqlens_q is None:
+        batch, heads, rows, _ = q.shape
+        lse = q.new_empty(batch, heads, rows, dtype=torch.float32)
+        out = q.new_empty(batch, heads, rows, v.shape[3])
     else:
-        out, lse = q.new_empty(rows, heads, width), q.new_empty(heads, rows, dtype=torch.float32)
+        rows, heads, _ = q.shape
+        lse = q.new_empty(heads, rows, dtype=torch.float32)
+        out = q.new_empty(rows, heads, v.shape[2])
     _NATIVE.attention_forward(  # type: ignore[union-attr]
-        *sizes, *strided(q), *strided(k), *strided(v), out.data_ptr(), lse.data_ptr(),
-        None if bias is None else _bias(bias, None), integers(key_lengths), integers(query_start), integers(cu_seqlens_q), integers(cu_seqlens_k),
-        window_left, window_right, softcap, scale, *_dropout(dropout_seed, dropout_p),
+        q, k, v, bias, key_lengths, query_start, cu_seqlens_q, cu_seqlens_k, out, lse, window_left, window_right, softcap, scale,
+        *(_NO_DROPOUT if dropout_seed is None else _dropout(dropout_seed, dropout_p)),
     )  # fmt: skip
     return out, lse
 
@@ -77,12 +78,9 @@ def backward(
     by_row = want_bias and (bias.dim() == 0 or bias.shape[-1] == 1)  # type: ignore[union-attr]
     dbias = torch.empty(bias.shape, dtype=bias.dtype) if want_bias else not_needed(q)  # type: ignore[union-attr]
     _NATIVE.attention_backward(  # type: ignore[union-attr]
-        *_sizes(q, k, v, cu_seqlens_q), *strided(q), *strided(k), *strided(v), out.data_ptr(), lse.data_ptr(),
-        None if bias is None else _bias(bias, dbias if want_bias and not by_row else None),
-        integers(key_lengths), integers(query_start), integers(cu_seqlens_q), integers(cu_seqlens_k),
-        window_left, window_right, softcap, scale, *_dropout(dropout_seed, dropout_p),
-        *((0, 0, 0, 0) if grad_out is None else strided(grad_out)), 0 if grad_lse is None else grad_lse.data_ptr(),
-        dq.data_ptr() if needs[0] else 0, dk.data_ptr() if needs[1] else 0, dv.data_ptr() if needs[2] else 0,
+        q, k, v, bias, key_lengths, query_start, cu_seqlens_q, cu_seqlens_k, out, lse, window_left, window_right, softcap, scale,
+        *(_NO_DROPOUT if dropout_seed is None else _dropout(dropout_seed, dropout_p)),
+        grad_out, grad_lse, dq if needs[0] else None, dk if needs[1] else None, dv if needs[2] else None, dbias if want_bias and not by_row else None,
     )  # fmt: skip
     if by_row:
         dbias = _row_bias_gradient(bias, lse, grad_lse)  # type: ignore[arg-type]
@@ -104,36 +102,10 @@ def rows_contiguous(x: Tensor) -> Tensor:
     return x if x.is_contiguous() or x.stride(-1) == 1 else x.contiguous()
 
 
-def strided(x: Tensor) -> tuple[int, int, int, int]:
-    """Pointer and strides [batch, heads, rows] of [B, H, T, n], or of packed [total, H, n] with a batch stride of 0."""
-    stride = x.stride()
-    return (x.data_ptr(), *stride[:3]) if len(stride) == 4 else (x.data_ptr(), 0, stride[1], stride[0])
-
-
-def integers(x: Tensor | None) -> tuple[int, int, int] | None:
-    """Pointer, stride and whether the numbers have 64 bits."""
-    return None if x is None else (x.data_ptr(), x.stride(0), x.dtype == torch.int64)
-
-
-def _sizes(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> tuple[int, ...]:
-    if cu_seqlens is not None:
-        rows, heads, d = q.shape
-        return DTYPES[q.dtype], 1, heads, k.shape[1], rows, k.shape[0], d, v.shape[2], cu_seqlens.shape[0] - 1
-    batch, heads, rows, d = q.shape
-    _, kv_heads, keys, dv = v.shape
-    return DTYPES[q.dtype], batch, heads, kv_heads, rows, keys, d, dv, -1
-
-
-def _bias(bias: Tensor, grad: Tensor | None) -> tuple[int, ...]:
-    wide = bias.view((1,) * (4 - bias.dim()) + tuple(bias.shape)) if bias.dim() < 4 else bias
-    strides = (stride if size > 1 else 0 for size, stride in zip(wide.shape, wide.stride(), strict=True))
-    return bias.data_ptr(), 0 if grad is None else grad.data_ptr(), DTYPES[bias.dtype], *strides, *wide.shape
-
-
-def _dropout(seed: Tensor | None, p: float) -> tuple[float, int, int]:
+def _dropout(seed: Tensor, p: float) -> tuple[float, int, int]:
     """1 / (1 - p), the generator's key and the limit under which an element is dropped; the docstring of the op has the formulas."""
-    if seed is None or p <= 0:
-        return 1.0, 0, 0
+    if p <= 0:
+        return _NO_DROPOUT
     first, second = (int(word) & 0xFFFFFFFF for word in seed.tolist())
     return 1.0 / (1.0 - p), _mix(_mix(first) ^ second), int(p * 2**32)
 

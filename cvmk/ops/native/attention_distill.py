@@ -6,7 +6,6 @@ at a time, the divergence from the teacher's mean map. Where the two dtypes diff
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from cvmk.ops._dispatch import Backend, not_needed
 from cvmk.ops.native import library
-from cvmk.ops.native.attention import DTYPES, integers, rows_contiguous, strided, unavailable
+from cvmk.ops.native.attention import rows_contiguous, unavailable
 
 _NATIVE = library()
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -36,11 +35,11 @@ def distill_forward(
     dtype = q.dtype
     q, k, v, teacher_q, teacher_k = _of_one_dtype(q, k, v, teacher_q, teacher_k)
     teacher_lse = torch.empty(teacher_q.shape[:3], dtype=torch.float32)
-    _NATIVE.attention_forward(*_common(teacher_q, teacher_k, None, 0, teacher_lse, key_lengths, causal, teacher_scale))  # type: ignore[union-attr]
+    _NATIVE.attention_forward(*_common(teacher_q, teacher_k, None, None, teacher_lse, key_lengths, causal, teacher_scale))  # type: ignore[union-attr]
     kl, lse = (torch.empty(q.shape[:3], dtype=torch.float32) for _ in range(2))
     out = torch.empty((*q.shape[:3], 0 if v is None else v.shape[3]), dtype=q.dtype)
-    teacher = _teacher(q, teacher_q, teacher_k, teacher_lse, kl.data_ptr(), 0, teacher_scale)
-    _NATIVE.attention_forward(*_common(q, k, v, out.data_ptr(), lse, key_lengths, causal, scale), teacher)  # type: ignore[union-attr]
+    teacher = (teacher_q, teacher_k, teacher_lse, kl, None, teacher_scale)
+    _NATIVE.attention_forward(*_common(q, k, v, out, lse, key_lengths, causal, scale), teacher)  # type: ignore[union-attr]
     return out.to(dtype), kl, lse, teacher_lse
 
 
@@ -71,16 +70,12 @@ def distill_backward(
     grad_out = None if grad_out is None else rows_contiguous(grad_out.to(q.dtype))
     grad_kl = None if grad_kl is None else grad_kl.contiguous()
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
-    grads = [
-        torch.empty(t.shape, dtype=t.dtype) if t is not None and needed else not_needed(lse)
-        for t, needed in zip((q, k, v), (*needs[:2], v is not None and needs[2]), strict=True)
-    ]
-    teacher = _teacher(q, teacher_q, teacher_k, teacher_lse, 0, 0 if grad_kl is None else grad_kl.data_ptr(), teacher_scale)
+    wanted = (*needs[:2], v is not None and needs[2])
+    grads = [torch.empty(t.shape, dtype=t.dtype) if t is not None and needed else not_needed(lse) for t, needed in zip((q, k, v), wanted, strict=True)]
     _NATIVE.attention_backward(  # type: ignore[union-attr]
-        *_common(q, k, v, 0 if out is None else out.data_ptr(), lse, key_lengths, causal, scale),
-        *((0, 0, 0, 0) if grad_out is None else strided(grad_out)), 0 if grad_lse is None else grad_lse.data_ptr(),
-        *(0 if not needed else grad.data_ptr() for grad, needed in zip(grads, (*needs[:2], v is not None and needs[2]), strict=True)),
-        teacher,
+        *_common(q, k, v, out, lse, key_lengths, causal, scale), grad_out, grad_lse,
+        *(grad if needed else None for grad, needed in zip(grads, wanted, strict=True)), None,
+        (teacher_q, teacher_k, teacher_lse, None, grad_kl, teacher_scale),
     )  # fmt: skip
     dq, dk, dv = (grad.to(dtype) for grad in grads)
     return dq, dk, dv
@@ -131,20 +126,11 @@ def _of_one_dtype(q: Tensor, k: Tensor, v: Tensor | None, teacher_q: Tensor, tea
     return q, k, None if v is None else rows_contiguous(v.to(dtype)), teacher_q, teacher_k
 
 
-def _common(q: Tensor, k: Tensor, v: Tensor | None, out: int, lse: Tensor, key_lengths: Tensor | None, causal: bool, scale: float) -> tuple[Any, ...]:
+def _common(
+    q: Tensor, k: Tensor, v: Tensor | None, out: Tensor | None, lse: Tensor, key_lengths: Tensor | None, causal: bool, scale: float
+) -> tuple[Any, ...]:
     """The arguments of `attention_forward` in csrc/bindings/attention.cpp."""
-    batch, heads, rows, d = q.shape
-    values = (0, 0, 0, 0) if v is None else strided(v)
-    return (
-        DTYPES[q.dtype], batch, heads, k.shape[1], rows, k.shape[2], d, 0 if v is None else v.shape[3], -1, *strided(q), *strided(k), *values,
-        out, lse.data_ptr(), None, integers(key_lengths), None, None, None, -1, 0 if causal else -1, 0.0, scale, 1.0, 0, 0,
-    )  # fmt: skip
-
-
-def _teacher(q: Tensor, teacher_q: Tensor, teacher_k: Tensor, lse: Tensor, kl: int, grad_kl: int, scale: float) -> tuple[Any, ...]:
-    heads = teacher_q.shape[1]
-    groups = math.gcd(q.shape[1], heads)
-    return heads, teacher_k.shape[1], teacher_q.shape[3], groups, *strided(teacher_q), *strided(teacher_k), lse.data_ptr(), kl, grad_kl, scale
+    return q, k, v, None, key_lengths, None, None, None, out, lse, -1, 0 if causal else -1, 0.0, scale, 1.0, 0, 0
 
 
 def _limits(which: str, arguments: Mapping[str, Any]) -> list[str]:
