@@ -41,6 +41,7 @@ _modes, _function_modes, _transforms, _profiled, _traced = (  # who could be wat
     torch.autograd._profiler_enabled,
     _C._get_tracing_state,
 )
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 _grad_enabled, _autocast_enabled = torch.is_grad_enabled, _C._is_any_autocast_enabled
 
 
@@ -154,6 +155,8 @@ class Op:
             assert fake_backward is not None
             self._backward = self._register("backward", backward, fake_backward)
             self._function = _autograd_function(self)
+            # PyTorch's own `apply` first looks for transforms, which are known to be absent where a call goes straight on.
+            self._apply = super(torch.autograd.Function, self._function).apply
         OPS[name] = self
 
     def _register(self, which: str, schema: str, fake: Callable[..., Any]) -> Any:
@@ -180,19 +183,15 @@ class Op:
         """Run the forward pass on the schema's arguments, with autograd where a tensor asks for it."""
         if forward_ad._current_level >= 0:
             self._refuse_tangents(arguments)
-        differentiating = _grad_enabled()
-        if differentiating and self.differentiable:
+        tensors = [tensor for tensor in arguments[: self.tensors] if tensor is not None]
+        direct = _unobserved(tensors)
+        if self.differentiable and _grad_enabled() and True in [tensor.requires_grad for tensor in tensors]:
             for index in self.differentiable:
-                tensor = arguments[index]
-                if tensor is not None and tensor.requires_grad:
-                    return self._function.apply(*arguments)
-        if _unobserved(arguments[: self.tensors], differentiating):
-            return self.run("forward", arguments)
-        if differentiating and self.differentiable:
-            # A constant argument (a teacher's logits) may ask for a gradient; the result has none to give.
-            with torch.no_grad():
-                return self._forward(*arguments)
-        return self._forward(*arguments)
+                if arguments[index] is not None and arguments[index].requires_grad:
+                    return (self._apply if direct else self._function.apply)(direct, *arguments)
+            with torch.no_grad():  # a constant (a teacher's logits, say) asks for a gradient: the result has none to give
+                return self.run("forward", arguments) if direct else self._forward(*arguments)
+        return self.run("forward", arguments) if direct else self._forward(*arguments)
 
     def _refuse_tangents(self, arguments: Sequence[Any]) -> None:
         """No pass carries a forward-mode derivative, and PyTorch takes the derivative of an op that has none for zero."""
@@ -227,7 +226,7 @@ class Op:
         key = (which, _forced[-1], principal.dtype, principal.device)
         choices = self._chosen.get(key)
         if choices is not None:
-            chosen = choices.backends.get(choices.key(arguments))
+            chosen = choices.backends.get(choices.key(arguments) if choices.at else None)
             if chosen is not None:
                 return chosen
         named = _Recorded(dict(zip(self.names[which], arguments, strict=True)))
@@ -269,17 +268,12 @@ class Op:
                 results = function(*arguments)
         else:
             results = function(*arguments)
-        if isinstance(results, torch.Tensor):
+        if type(results) is not tuple:
             return results.contiguous()
-        return tuple([result.contiguous() for result in results])
-
-    def call(self, which: str, arguments: Sequence[Any]) -> Any:
-        """One pass inside autograd: straight to the implementation where nobody would miss it at the dispatcher."""
-        tensors = self.tensors if which == "forward" else self.outputs + self.tensors + len(self.saved)
-        if _unobserved(arguments[:tensors], False):
-            return self.run(which, arguments)
-        return (self._forward if which == "forward" else self._backward)(*arguments)
-
+        for result in results:
+            if not result.is_contiguous():
+                return tuple([result.contiguous() for result in results])
+        return results
 
 class _Recorded(Mapping[str, Any]):
     """Arguments by name, and which of them were read."""
@@ -305,6 +299,7 @@ class _Choices:
         self.at, self.backends = at, dict[Any, Backend]()
 
     def key(self, arguments: Sequence[Any]) -> Any:
+        """What the choice hangs on; None where that is nothing."""
         return tuple([_signature(arguments[i]) for i in self.at]) if self.at else None
 
 
@@ -314,27 +309,23 @@ def _signature(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _unobserved(tensors: Sequence[Any], differentiating: bool) -> bool:
+def _unobserved(tensors: Sequence[torch.Tensor]) -> bool:
     """Whether a call may go straight to the implementation, which saves the dispatcher's time (half of a small op's).
 
     Only where nobody would miss it there: no graph is being traced, no mode, transform or profiler is active, and the tensors are plain
-    ones on the CPU, with their numbers in memory as they are (not negated by a bit) and, when differentiating, asking for no gradient.
+    ones on the CPU, with their numbers in memory as they are (not negated by a bit).
     """
     if torch.compiler.is_compiling() or _modes() or _function_modes() or _transforms() is not None or _profiled() or _traced() is not None:
         return False
     for tensor in tensors:
-        if tensor is not None:
-            kind = type(tensor)
-            if (kind is not torch.Tensor and kind is not torch.nn.Parameter) or not tensor.is_cpu or tensor.is_neg():
-                return False
-            if differentiating and tensor.requires_grad:
-                return False
+        if type(tensor) not in _PLAIN or not tensor.is_cpu or tensor.is_neg():
+            return False
     return True
 
 
 def _autograd_function(op: Op) -> Any:
     tensors, outputs = op.tensors, op.outputs
-    nothing = [None] * len(op.names["forward"])
+    nothing = [None] * (len(op.names["forward"]) + 1)
 
     class Backward(torch.autograd.Function):
         """The first derivative by a backend; higher ones by differentiating the reference's forward."""
@@ -344,7 +335,7 @@ def _autograd_function(op: Op) -> Any:
             ctx.set_materialize_grads(False)
             ctx.save_for_backward(*arguments[: outputs + tensors])
             ctx.rest, ctx.needs, ctx.count = arguments[outputs + tensors + len(op.saved) :], needs, len(arguments)
-            return op.call("backward", (*arguments, needs))
+            return op._backward(*arguments, needs)
 
         @staticmethod
         def backward(ctx: Any, *grads_of_grads: Any) -> Any:
@@ -375,12 +366,12 @@ def _autograd_function(op: Op) -> Any:
 
     class Forward(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, *arguments: Any) -> Any:
+        def forward(ctx: Any, direct: bool, *arguments: Any) -> Any:
             ctx.set_materialize_grads(False)
-            results = op.call("forward", arguments)
+            results = op.run("forward", arguments) if direct else op._forward(*arguments)
             several = (results,) if isinstance(results, torch.Tensor) else results
             ctx.save_for_backward(*arguments[:tensors], *[several[i] for i in op.saved])
-            ctx.rest = arguments[tensors:]
+            ctx.direct, ctx.rest = direct, arguments[tensors:]
             return results
 
         @staticmethod
@@ -388,14 +379,18 @@ def _autograd_function(op: Op) -> Any:
             result: list[Any] = nothing.copy()
             if all(grad is None for grad in grads):
                 return tuple(result)
-            needs = list(ctx.needs_input_grad[:tensors])
+            needs = list(ctx.needs_input_grad[1 : tensors + 1])
             arguments = (*grads, *ctx.saved_tensors, *ctx.rest)
-            # Grad mode is on only where the gradients will be differentiated.
-            found = Backward.apply(needs, *arguments) if torch.is_grad_enabled() else op.call("backward", (*arguments, needs))
+            if _grad_enabled():  # only where the gradients will be differentiated
+                found = Backward.apply(needs, *arguments)
+            elif ctx.direct and _unobserved([grad for grad in grads if grad is not None]):
+                found = op.run("backward", (*arguments, needs))
+            else:
+                found = op._backward(*arguments, needs)
             several = (found,) if isinstance(found, torch.Tensor) else found
             for i, value in zip(op.differentiable, several, strict=True):
                 if needs[i]:
-                    result[i] = value
+                    result[i + 1] = value
             return tuple(result)
 
     return Forward

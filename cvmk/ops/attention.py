@@ -75,10 +75,7 @@ def flash_attention(
 
     Raises TypeError for a wrong dtype, ValueError for a wrong shape or number.
     """
-    arguments = _prepare(
-        q, k, v, causal=causal, window=window, key_lengths=key_lengths, query_start=query_start, bias=bias, softcap=softcap, scale=scale,
-        dropout_p=dropout_p, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, return_lse=return_lse,
-    )  # fmt: skip
+    arguments = _prepare(q, k, v, causal, window, key_lengths, query_start, bias, softcap, scale, dropout_p, cu_seqlens_q, cu_seqlens_k)
     if dropout_p > 0:
         seed = torch.randint(-(2**31), 2**31, (2,), dtype=torch.int64, device=q.device)
         arguments = (*arguments[:8], seed, *arguments[9:])
@@ -125,7 +122,6 @@ def _prepare(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    *,
     causal: bool = False,
     window: int | tuple[int, int] | None = None,
     key_lengths: Tensor | None = None,
@@ -138,18 +134,22 @@ def _prepare(
     cu_seqlens_k: Tensor | None = None,
     return_lse: bool = False,
 ) -> tuple[Any, ...]:
-    packed = _check_packing(cu_seqlens_q, cu_seqlens_k, key_lengths, query_start)
-    check_qk(q, k, names=("q", "k"), packed=packed)
-    check_values(k, v, packed=packed)
+    packed = (cu_seqlens_q is not None or cu_seqlens_k is not None) and _check_packing(cu_seqlens_q, cu_seqlens_k, key_lengths, query_start)
+    check_qk(q, k, ("q", "k"), packed)
+    check_values(k, v)
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1), not {dropout_p}")
     if not softcap >= 0.0:
         raise ValueError(f"softcap must be positive, or 0 for none, not {softcap}")
-    check_lengths(key_lengths, q, "key_lengths")
-    check_lengths(query_start, q, "query_start")
+    if key_lengths is not None:
+        check_lengths(key_lengths, q, "key_lengths")
+    if query_start is not None:
+        check_lengths(query_start, q, "query_start")
     if bias is not None:
         _check_bias(bias, q, k, packed)
-    left, right = _window(window, causal)
+    left, right = (UNBOUNDED, UNBOUNDED) if window is None else _window(window)
+    if causal:
+        right = 0
     if scale is None:
         scale = default_scale(q)
     q, k, v = autocast_lower(q, k, v)  # type: ignore[assignment]
@@ -160,20 +160,15 @@ def _prepare(
 
 def default_scale(q: Tensor) -> float:
     """1 / sqrt(D)."""
-    return 1.0 / math.sqrt(int(q.shape[-1]))
+    return 1.0 / math.sqrt(q.shape[-1])
 
 
-def check_qk(q: Tensor, k: Tensor, *, names: tuple[str, str], packed: bool = False) -> None:
+def check_qk(q: Tensor, k: Tensor, names: tuple[str, str], packed: bool = False) -> None:
     """Queries and keys that fit each other. Raises TypeError and ValueError."""
-    layout = "[total, H, D]" if packed else "[B, H, T, D]"
-    sizes_q, sizes_k = q.shape, k.shape
-    for tensor, sizes, name in ((q, sizes_q, names[0]), (k, sizes_k, names[1])):
-        if tensor.dtype not in _FLOATS:
-            raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, not {tensor.dtype}")
-        if len(sizes) != (3 if packed else 4):
-            raise ValueError(f"{name} must be {layout}, not of shape {list(sizes)}")
-        if sizes[-1] == 0:
-            raise ValueError(f"{name} must have a last dimension of at least 1, not the shape {list(sizes)}")
+    sizes_q, sizes_k, dims = q.shape, k.shape, 3 if packed else 4
+    if q.dtype not in _FLOATS or k.dtype not in _FLOATS or len(sizes_q) != dims or len(sizes_k) != dims or sizes_q[-1] == 0 or sizes_k[-1] == 0:
+        for tensor, name in ((q, names[0]), (k, names[1])):
+            _check_layout(tensor, name, packed)
     if q.device != k.device:
         raise ValueError(f"{names[0]} and {names[1]} must be on one device, not on {q.device} and {k.device}")
     wrong = ""
@@ -187,20 +182,29 @@ def check_qk(q: Tensor, k: Tensor, *, names: tuple[str, str], packed: bool = Fal
         raise ValueError(f"{names[0]} {list(sizes_q)} and {names[1]} {list(sizes_k)}: {wrong}")
 
 
-def check_values(k: Tensor, v: Tensor, *, packed: bool = False) -> None:
+def _check_layout(tensor: Tensor, name: str, packed: bool) -> None:
+    sizes = tensor.shape
+    if tensor.dtype not in _FLOATS:
+        raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, not {tensor.dtype}")
+    if len(sizes) != (3 if packed else 4):
+        raise ValueError(f"{name} must be {'[total, H, D]' if packed else '[B, H, T, D]'}, not of shape {list(sizes)}")
+    if sizes[-1] == 0:
+        raise ValueError(f"{name} must have a last dimension of at least 1, not the shape {list(sizes)}")
+
+
+def check_values(k: Tensor, v: Tensor) -> None:
     """Values that fit the keys. Raises TypeError and ValueError."""
     if v.dtype not in _FLOATS:
         raise TypeError(f"v must be float64, float32, bfloat16 or float16, not {v.dtype}")
-    if v.dim() != k.dim() or k.shape[:-1] != v.shape[:-1]:
-        raise ValueError(f"k {list(k.shape)} and v {list(v.shape)} must agree in all but the last dimension")
+    sizes_k, sizes_v = k.shape, v.shape
+    if len(sizes_v) != len(sizes_k) or sizes_v[:-1] != sizes_k[:-1]:
+        raise ValueError(f"k {list(sizes_k)} and v {list(sizes_v)} must agree in all but the last dimension")
     if v.device != k.device:
         raise ValueError(f"k and v must be on one device, not on {k.device} and {v.device}")
 
 
-def check_lengths(lengths: Tensor | None, q: Tensor, name: str) -> None:
+def check_lengths(lengths: Tensor, q: Tensor, name: str) -> None:
     """One integer a batch item. Raises TypeError and ValueError."""
-    if lengths is None:
-        return
     if lengths.dtype not in _INTEGERS:
         raise TypeError(f"{name} must be int32 or int64, not {lengths.dtype}")
     if lengths.dim() != 1 or lengths.shape[0] != q.shape[0]:
@@ -237,9 +241,8 @@ def _check_bias(bias: Tensor, q: Tensor, k: Tensor, packed: bool) -> None:
         raise ValueError(f"bias must be broadcastable to [B, H, Tq, Tk] = {list(full)}, not of shape {list(bias.shape)}")
 
 
-def _window(window: int | tuple[int, int] | None, causal: bool) -> tuple[int, int]:
-    sides = (UNBOUNDED, UNBOUNDED) if window is None else (window, window) if isinstance(window, int) else tuple(window)
+def _window(window: int | tuple[int, int]) -> tuple[int, int]:
+    sides = (window, window) if isinstance(window, int) else tuple(window)
     if len(sides) != 2 or any(side < UNBOUNDED for side in sides):
         raise ValueError(f"window must be (left, right), each at least 0, or -1 for no limit, not {window}")
-    left, right = sides
-    return left, 0 if causal else right
+    return sides

@@ -155,7 +155,8 @@ def _prepare_kl(
 ) -> tuple[Any, ...]:
     check_qk(student_q, student_k, names=("student_q", "student_k"))
     _check_teacher(student_q, student_k, teacher_q, teacher_k, student="student")
-    check_lengths(key_lengths, student_q, "key_lengths")
+    if key_lengths is not None:
+        check_lengths(key_lengths, student_q, "key_lengths")
     scale = default_scale(student_q) if scale is None else scale
     teacher_scale = default_scale(teacher_q) if teacher_scale is None else teacher_scale
     student_q, student_k, teacher_q, teacher_k = autocast_lower(student_q, student_k, teacher_q, teacher_k)  # type: ignore[assignment]
@@ -180,7 +181,8 @@ def _prepare_distill(
     check_qk(q, k, names=("q", "k"))
     check_values(k, v)
     _check_teacher(q, k, teacher_q, teacher_k, student="q and k")
-    check_lengths(key_lengths, q, "key_lengths")
+    if key_lengths is not None:
+        check_lengths(key_lengths, q, "key_lengths")
     scale = default_scale(q) if scale is None else scale
     teacher_scale = default_scale(teacher_q) if teacher_scale is None else teacher_scale
     q, k, v, teacher_q, teacher_k = autocast_lower(q, k, v, teacher_q, teacher_k)  # type: ignore[assignment]

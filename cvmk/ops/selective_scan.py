@@ -126,8 +126,8 @@ def selective_state_update(
     There is no gradient: it is a step of inference. Raises RuntimeError if gradients are on and an argument asks for one,
     TypeError for a dtype and ValueError for a shape or device that does not fit.
     """
-    y = update_op(*_prepare_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus))
-    return y if state.dim() == 4 else y.squeeze(-1)
+    out: Tensor = update_op(*_prepare_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus))
+    return out
 
 
 # -- the scan ------------------------------------------------------------------------------------------------------------------
@@ -256,14 +256,16 @@ def _check_cu_seqlens(cu_seqlens: Tensor, u: Tensor) -> None:
 update_op = Op(
     "selective_state_update",
     module="selective_scan",
-    # state [batch, heads, dim, state]; x, dt, z [batch, heads, dim]; A [heads, dim, state]; B, C [batch, groups, state];
-    # D, dt_bias [heads, dim]. Without heads each channel is a head of dim 1. A backend that writes `state` through its pointer
-    # calls torch.autograd.graph.increment_version(state), as PyTorch's own operations do.
+    # The arguments of `selective_state_update`, with heads or without; `with_heads` makes one form of them. A backend that writes
+    # `state` through its pointer calls torch.autograd.graph.increment_version(state), as PyTorch's own operations do.
     forward="(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, bool dt_softplus) -> Tensor",
     fake_forward=lambda state, x, dt, A, B, C, D, z, dt_bias, dt_softplus: x.new_empty(x.shape),
     tensors=9,
     principal="x",
 )
+
+
+_UPDATE_NAMES = ("state", "x", "dt", "A", "B", "C", "D", "z", "dt_bias")
 
 
 @update_op.prepared_by
@@ -279,33 +281,51 @@ def _prepare_update(
     dt_bias: Tensor | None = None,
     dt_softplus: bool = False,
 ) -> tuple[Any, ...]:
-    floating = {"state": state, "x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias}
-    _check_tensors("selective_state_update", floating, x.device)
-    if state.dim() not in (3, 4):
+    device, gradients = x.device, torch.is_grad_enabled()
+    for name, tensor in zip(_UPDATE_NAMES, (state, x, dt, A, B, C, D, z, dt_bias), strict=True):
+        if tensor is None:
+            continue
+        if not tensor.is_floating_point() or tensor.device != device:
+            _check_tensors("selective_state_update", {name: tensor}, device)
+        if gradients and tensor.requires_grad:
+            raise RuntimeError(f"selective_state_update has no gradient, but {name} requires one; call it under torch.no_grad() or detach {name}")
+    sizes = state.shape
+    if len(sizes) not in (3, 4):
         raise ValueError(f"state must be [batch, dim, state] or [batch, heads, dim, state], not of shape {_shape(state)}")
-    if torch.is_grad_enabled():
-        for name, tensor in floating.items():
-            if tensor is not None and tensor.requires_grad:
-                raise RuntimeError(f"selective_state_update has no gradient, but {name} requires one; call it under torch.no_grad() or detach {name}")
-    headed = state.dim() == 4
-    heads, rows = ("[batch, heads, dim]", "[heads, dim]") if headed else ("[batch, dim]", "[dim]")
-    batch, states = state.shape[0], state.shape[-1]
-    for name, tensor in (("x", x), ("dt", dt), ("z", z)):
-        _check_shape(name, tensor, heads, state.shape[:-1])
-    for name, tensor in (("D", D), ("dt_bias", dt_bias)):
-        _check_shape(name, tensor, rows, state.shape[1:-1])
-    _check_shape("A", A, rows[:-1] + ", state]", state.shape[1:])
-    B, C = (tensor.unsqueeze(1) if tensor.dim() == 2 else tensor for tensor in (B, C))
+    steps, rows = sizes[:-1], sizes[1:-1]
+    if x.shape != steps or dt.shape != steps or A.shape != sizes[1:] or (z is not None and z.shape != steps):
+        names = "[batch, heads, dim]" if len(sizes) == 4 else "[batch, dim]"
+        for name, tensor in (("x", x), ("dt", dt), ("z", z)):
+            _check_shape(name, tensor, names, steps)
+        _check_shape("A", A, names.replace("batch, ", "").replace("]", ", state]"), sizes[1:])
+    if (D is not None and D.shape != rows) or (dt_bias is not None and dt_bias.shape != rows):
+        for name, tensor in (("D", D), ("dt_bias", dt_bias)):
+            _check_shape(name, tensor, "[heads, dim]" if len(sizes) == 4 else "[dim]", rows)
     for name, tensor in (("B", B), ("C", C)):
-        if tensor.dim() != 3 or tensor.shape[0] != batch or tensor.shape[2] != states:
-            raise ValueError(f"{name} must be [batch, state] or [batch, groups, state] with batch {batch} and state {states}, not of shape {_shape(tensor)}")
-        _check_groups(name, tensor.shape[1], state.shape[1], "heads" if headed else "dim")
-    if not headed:
+        have = tensor.shape
+        if len(have) not in (2, 3) or have[0] != sizes[0] or have[-1] != sizes[-1]:
+            wanted = f"[batch, state] or [batch, groups, state] with batch {sizes[0]} and state {sizes[-1]}"
+            raise ValueError(f"{name} must be {wanted}, not of shape {_shape(tensor)}")
+        if len(have) == 3:
+            _check_groups(name, have[1], sizes[1], "heads" if len(sizes) == 4 else "dim")
+    x, B, C, z = autocast_lower(x, B, C, z)  # type: ignore[assignment]
+    return state, x, dt, A, B, C, D, z, dt_bias, dt_softplus
+
+
+def with_heads(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """The tensors of a single step with heads and groups: state [batch, heads, dim, state]; x, dt, z [batch, heads, dim];
+    A [heads, dim, state]; B, C [batch, groups, state] with the same groups; D, dt_bias [heads, dim]. Without heads each channel is a head of
+    dim 1.
+    """
+    state, x, dt, A, B, C, D, z, dt_bias = tensors
+    assert state is not None and A is not None and B is not None and C is not None
+    if state.dim() == 3:
         state, A = state.unsqueeze(2), A.unsqueeze(1)
-        x, dt = x.unsqueeze(-1), dt.unsqueeze(-1)
-        D, z, dt_bias = (None if tensor is None else tensor.unsqueeze(-1) for tensor in (D, z, dt_bias))
-    lowered_x, lowered_B, lowered_C, lowered_z = autocast_lower(x, B, C, z)
-    return state, lowered_x, dt, A, lowered_B, lowered_C, D, lowered_z, dt_bias, dt_softplus
+        x, dt, D, z, dt_bias = (None if tensor is None else tensor.unsqueeze(-1) for tensor in (x, dt, D, z, dt_bias))
+    B, C = (tensor.unsqueeze(1) if tensor.dim() == 2 else tensor for tensor in (B, C))
+    if B.shape[1] != C.shape[1]:
+        B, C = (tensor.repeat_interleave(state.shape[1] // tensor.shape[1], 1) for tensor in (B, C))
+    return state, x, dt, A, B, C, D, z, dt_bias
 
 
 # -- checks --------------------------------------------------------------------------------------------------------------------

@@ -15,8 +15,8 @@ from torch import Tensor
 from cvmk.ops import cuda
 from cvmk.ops._dispatch import Backend, not_needed
 from cvmk.ops.cuda import address
-from cvmk.ops.native.selective_scan import _CODES, _Call, _row, _view
-from cvmk.ops.selective_scan import SCAN_CHUNK
+from cvmk.ops.native.selective_scan import _CODES, _Call, _view
+from cvmk.ops.selective_scan import SCAN_CHUNK, with_heads
 
 MOST_STATES = 256
 """States of a channel; a block of the backward pass keeps four numbers a state and warp in shared memory."""
@@ -127,6 +127,8 @@ def update_forward(
     dt_bias: Tensor | None,
     dt_softplus: bool,
 ) -> Tensor:
+    shape = x.shape
+    state, x, dt, A, B, C, D, z, dt_bias = with_heads(state, x, dt, A, B, C, D, z, dt_bias)
     batch, heads, dim, states = state.shape
     dt, B, C, z, D, dt_bias = (t if t is None or t.dtype in _CODES else t.float() for t in (dt, B, C, z, D, dt_bias))  # type: ignore[assignment]
     A = A.to(_FLOAT32)
@@ -146,7 +148,12 @@ def update_forward(
         )
     )
     torch.autograd.graph.increment_version(state)
-    return y
+    return y.view(shape)
+
+
+def _row(tensor: Tensor | None) -> tuple[int, ...]:
+    """[heads, dim], the same for the whole batch."""
+    return (0,) * 5 if tensor is None else (tensor.data_ptr(), _CODES[tensor.dtype], 0, *tensor.stride())
 
 
 def _scan_limits(which: str, arguments: Mapping[str, Any]) -> list[str]:

@@ -33,12 +33,10 @@ def forward(
     # Sizes one by one: torch reads them twice as fast as a tuple.
     if cu_seqlens_q is None:
         batch, heads, rows, _ = q.shape
-        lse = q.new_empty(batch, heads, rows, dtype=torch.float32)
-        out = q.new_empty(batch, heads, rows, v.shape[3])
+        out, lse = q.new_empty(batch, heads, rows, v.shape[3]), q.new_empty(batch, heads, rows, dtype=torch.float32)
     else:
         rows, heads, _ = q.shape
-        lse = q.new_empty(heads, rows, dtype=torch.float32)
-        out = q.new_empty(rows, heads, v.shape[2])
+        out, lse = q.new_empty(rows, heads, v.shape[2]), q.new_empty(heads, rows, dtype=torch.float32)
     _NATIVE.attention_forward(  # type: ignore[union-attr]
         q, k, v, bias, key_lengths, query_start, cu_seqlens_q, cu_seqlens_k, out, lse, window_left, window_right, softcap, scale,
         *(_NO_DROPOUT if dropout_seed is None else _dropout(dropout_seed, dropout_p)),

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from cvmk.ops._dispatch import Backend, not_needed
 from cvmk.ops.native import library, reason
-from cvmk.ops.selective_scan import SCAN_CHUNK
+from cvmk.ops.selective_scan import SCAN_CHUNK, with_heads
 
 _CODES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
-_NO_VIEW, _NO_WEIGHTS, _NO_INPUT = (0,) * 5, (0,) * 6, (0,) * 5
+_NO_VIEW, _NO_WEIGHTS = (0,) * 5, (0,) * 6
 _FLOAT32 = torch.float32
+_increment_version = torch.autograd.graph.increment_version
 
 
 def _readable(tensor: Tensor) -> Tensor:
@@ -147,28 +148,15 @@ def update_forward(
     dt_bias: Tensor | None,
     dt_softplus: bool,
 ) -> Tensor:
-    batch, heads, dim, states = state.shape
-    dt, B, C, A = _readable(dt), _readable(B), _readable(C), A.to(_FLOAT32)
-    z, D, dt_bias = (None if tensor is None else _readable(tensor) for tensor in (z, D, dt_bias))
-    y = torch.empty((batch, heads, dim), dtype=x.dtype)
-    _native.scan_state_update(
-        (
-            *(batch, heads, dim, states, B.shape[1], dt_softplus),
-            *_view(state),
-            *(*_view(x), *_view(dt), *_view(z)),
-            *(A.data_ptr(), *A.stride()),
-            *(*_view(B), *_view(C)),
-            *(*_row(D), *_row(dt_bias)),
-            y.data_ptr(),
-        )
-    )
-    torch.autograd.graph.increment_version(state)
+    if B.dim() != C.dim() or B.shape[1] != C.shape[1]:  # the kernel takes one number of groups
+        B, C = with_heads(state, x, dt, A, B, C, D, z, dt_bias)[4:6]
+    y = x.new_empty(*x.shape)
+    A = A if A.dtype is _FLOAT32 else A.float()
+    dt, B, C = _readable(dt), _readable(B), _readable(C)
+    z, D, dt_bias = None if z is None else _readable(z), None if D is None else _readable(D), None if dt_bias is None else _readable(dt_bias)
+    _native.scan_state_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, y)
+    _increment_version(state)
     return y
-
-
-def _row(tensor: Tensor | None) -> tuple[int, ...]:
-    """[heads, dim], the same for the whole batch."""
-    return _NO_INPUT if tensor is None else (tensor.data_ptr(), _CODES[tensor.dtype], 0, *tensor.stride())
 
 
 def _unavailable() -> str | None:

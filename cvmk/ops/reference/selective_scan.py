@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cvmk.ops._dispatch import Backend, accumulation_dtype, not_needed
-from cvmk.ops.selective_scan import SCAN_CHUNK
+from cvmk.ops.selective_scan import SCAN_CHUNK, with_heads
 
 _BLOCK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 24}
 """How many elements a tensor of one chunk's states may have before the batch is cut into blocks."""
@@ -400,7 +400,9 @@ def update_forward(
     dt_bias: Tensor | None,
     dt_softplus: bool,
 ) -> Tensor:
-    """One step; `state` [batch, heads, dim, state] is overwritten."""
+    """One step; `state` is overwritten."""
+    shape = x.shape
+    state, x, dt, A, B, C, D, z, dt_bias = with_heads(state, x, dt, A, B, C, D, z, dt_bias)
     dtype, heads = accumulation_dtype(x.dtype), state.shape[1]
     step, value = dt.to(dtype), x.to(dtype)
     if dt_bias is not None:
@@ -416,7 +418,7 @@ def update_forward(
         y = y.addcmul_(value, D.to(dtype))
     if z is not None:
         y = y.mul_(F.silu(z.to(dtype)))
-    return y.to(x.dtype)
+    return y.to(x.dtype).view(shape)
 
 
 BACKENDS = (

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cvmk.ops import triton
 from cvmk.ops._dispatch import Backend, not_needed
-from cvmk.ops.selective_scan import SCAN_CHUNK
+from cvmk.ops.selective_scan import SCAN_CHUNK, with_heads
 from cvmk.ops.triton import _launch
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -263,6 +263,8 @@ def update_forward(
     dt_bias: Tensor | None,
     dt_softplus: bool,
 ) -> Tensor:
+    shape = x.shape
+    state, x, dt, A, B, C, D, z, dt_bias = with_heads(state, x, dt, A, B, C, D, z, dt_bias)
     batch, heads, dim, states = state.shape
     dt, A, B, C = (_readable(tensor) for tensor in (dt, A, B, C))
     D, z, dt_bias = (None if tensor is None else _readable(tensor) for tensor in (D, z, dt_bias))
@@ -284,15 +286,15 @@ def update_forward(
         SOFTPLUS=dt_softplus,
     )
     torch.autograd.graph.increment_version(state)
-    return y
+    return y.view(shape)
 
 
 def update_limits(which: str, arguments: Mapping[str, Any]) -> list[str]:
-    state, B, C = (arguments[name] for name in ("state", "B", "C"))
+    state = arguments["state"]
     found = [] if state.dtype in _DTYPES else [f"state is {state.dtype}, not one of {', '.join(map(str, _DTYPES))}"]
     if not 1 <= state.shape[-1] <= 4096:
         found.append(f"a row has {state.shape[-1]} states, not 1 ... 4096")
-    return found + ([f"B has {B.shape[1]} groups and C {C.shape[1]}"] if B.shape[1] != C.shape[1] else [])
+    return found
 
 
 def limits(which: str, arguments: Mapping[str, Any]) -> list[str]:

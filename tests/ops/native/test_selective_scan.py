@@ -334,3 +334,23 @@ def test_step_bits_do_not_depend_on_threads_nor_batch(level: str) -> None:
     assert torch.equal(y1, y[3:4]) and torch.equal(state1, state[3:4])
     empty = step_inputs(0, 4, 3)
     assert step(empty, "native")[0].shape == (0, 4)
+
+
+@pytest.mark.parametrize("groups_of_B,groups_of_C", [(1, 6), (6, 1), (2, 3), (0, 6), (3, 0)])
+@pytest.mark.parametrize("heads", [None, 6])
+def test_step_with_more_groups_in_one_than_in_the_other(groups_of_B: int, groups_of_C: int, heads: int | None) -> None:
+    """0 groups: one, without a dimension of its own."""
+    arguments = step_inputs(2, 6, 18, heads=heads, groups=1)
+    for name, groups in (("B", groups_of_B), ("C", groups_of_C)):
+        arguments[name] = torch.randn((2, groups, 18) if groups else (2, 18))
+    check_step(arguments)
+
+
+def test_step_reads_negated_views_and_ignores_a_default_device() -> None:
+    arguments = step_inputs(2, 6, 4)
+    want, state = step(arguments, "native"), arguments["state"].clone()
+    negated = {name: torch.complex(t, -t).conj().imag if name in ("x", "B") else t for name, t in arguments.items()}
+    assert negated["x"].is_neg() and torch.equal(negated["x"], arguments["x"])
+    with torch.device("meta"):
+        out = step({**negated, "state": state}, "native")
+    assert all(torch.equal(a, b) for a, b in zip(out, want, strict=True))
