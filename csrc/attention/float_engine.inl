@@ -3,78 +3,14 @@
 // Widths are padded to vectors, and everything that is padded holds zeros.
 #pragma once
 #include "attention/math.inl"
+#include "common/float_product.inl"
 
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int kTileVectors = 4;
-#else
-constexpr int kTileVectors = 2;
-#endif
-constexpr int kTileRows = 6;
-
-// c[R][C vectors] (+)= a[r * am + k * ak] b[k * bk + ...], summed in order of k from 0 and then added, so that long sums stay exact.
-template <int R, int C>
-__attribute__((noinline, unused)) void micro(int64_t depth, const float* a, int64_t am, int64_t ak, const float* b, int64_t bk, float* c, int64_t ldc, bool add) {
-  F sum[R][C];
-#pragma GCC unroll 6
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-    for (int j = 0; j < C; ++j) sum[r][j] = F{};
-  for (int64_t k = 0; k < depth; ++k) {
-    F right[C];
-#pragma GCC unroll 4
-    for (int j = 0; j < C; ++j) right[j] = simd::load(b + j * kLanes);
-#pragma GCC unroll 6
-    for (int r = 0; r < R; ++r) {
-      const F left = simd::set(a[r * am]);
-#pragma GCC unroll 4
-      for (int j = 0; j < C; ++j) sum[r][j] += left * right[j];
-    }
-    a += ak;
-    b += bk;
-  }
-#pragma GCC unroll 6
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-    for (int j = 0; j < C; ++j) {
-      float* to = c + r * ldc + j * kLanes;
-      simd::store(to, add ? simd::load(to) + sum[r][j] : sum[r][j]);
-    }
-}
-
-template <int C>
-inline void micro_rows(int rows, int64_t depth, const float* a, int64_t am, int64_t ak, const float* b, int64_t bk, float* c, int64_t ldc, bool add) {
-  switch (rows) {
-    case 6: return micro<6, C>(depth, a, am, ak, b, bk, c, ldc, add);
-    case 5: return micro<5, C>(depth, a, am, ak, b, bk, c, ldc, add);
-    case 4: return micro<4, C>(depth, a, am, ak, b, bk, c, ldc, add);
-    case 3: return micro<3, C>(depth, a, am, ak, b, bk, c, ldc, add);
-    case 2: return micro<2, C>(depth, a, am, ak, b, bk, c, ldc, add);
-    default: return micro<1, C>(depth, a, am, ak, b, bk, c, ldc, add);
-  }
-}
-
-// c[m][n] (+)= a b over `depth`; n a multiple of the lanes; column panel p of b starts at b + p * bp.
+// c[m][n] (+)= a b over `depth`, a[r * am + k * ak]; n a multiple of the lanes; column panel p of b starts at b + p * bp.
 inline void multiply(int64_t m, int64_t n, int64_t depth, const float* a, int64_t am, int64_t ak, const float* b, int64_t bp, int64_t bk, float* c, int64_t ldc,
                      bool add) {
-  constexpr int64_t kWide = kTileVectors * kLanes;
-  for (int64_t j = 0; j < n; j += kWide, b += bp) {
-    const int vectors = static_cast<int>(least(n - j, kWide)) / kLanes;
-    for (int64_t i = 0; i < m; i += kTileRows) {
-      const int rows = static_cast<int>(least(m - i, kTileRows));
-      const float* left = a + i * am;
-      float* out = c + i * ldc + j;
-      switch (vectors) {
-#if defined(__AVX512F__)
-        case 4: micro_rows<4>(rows, depth, left, am, ak, b, bk, out, ldc, add); break;
-        case 3: micro_rows<3>(rows, depth, left, am, ak, b, bk, out, ldc, add); break;
-#endif
-        case 2: micro_rows<2>(rows, depth, left, am, ak, b, bk, out, ldc, add); break;
-        default: micro_rows<1>(rows, depth, left, am, ak, b, bk, out, ldc, add); break;
-      }
-    }
-  }
+  product::multiply(m, n, depth, {a, am, ak, depth, 0}, {b, bp, bk}, c, ldc, add);
 }
 
 struct FloatEngine {
@@ -83,7 +19,7 @@ struct FloatEngine {
   static constexpr bool kTiles = false;
   static constexpr int kGroup = 32;  // rows packed at a time
   static constexpr int kRows = 96, kKeys = 128, kGradRows = 96, kGradKeys = 128;
-  static constexpr int kPanel = kTileVectors * kLanes;
+  static constexpr int kPanel = product::kPanel;
 
   static void begin() {}
   static void end() {}

@@ -124,12 +124,12 @@ void kd_loss_gradient(std::uintptr_t student, std::int64_t student_stride, int s
   gradients(pass);
 }
 
-// hidden, weight, bias: addresses; width, hidden_stride, weight_stride.
-using LayerArguments = std::tuple<std::uintptr_t, std::uintptr_t, std::uintptr_t, std::int64_t, std::int64_t, std::int64_t>;
+// hidden, weight, bias: addresses; width, hidden_stride, weight_stride, type.
+using LayerArguments = std::tuple<std::uintptr_t, std::uintptr_t, std::uintptr_t, std::int64_t, std::int64_t, std::int64_t, int>;
 
 Layer layer_of(const LayerArguments& x) {
-  return {pointer<const std::uint16_t>(std::get<0>(x)), pointer<const std::uint16_t>(std::get<1>(x)), pointer<const std::uint16_t>(std::get<2>(x)),
-          std::get<3>(x), std::get<4>(x), std::get<5>(x)};
+  return {pointer<const void>(std::get<0>(x)), pointer<const void>(std::get<1>(x)), pointer<const void>(std::get<2>(x)),
+          std::get<3>(x), std::get<4>(x), std::get<5>(x), std::get<6>(x)};
 }
 
 constexpr std::size_t kScratchAlignment = 4096;
@@ -230,8 +230,7 @@ void scaled(std::uintptr_t from, std::int64_t count, std::uintptr_t factor, std:
 }  // namespace
 
 void bind_distill(py::module_& m) {
-  m.def("has_linear_kd_loss", &has_linear, "Whether linear_kd_loss runs at the present level");
-  m.def("linear_kd_loss", &linear_kd_loss, "Losses, statistics and gradients from hidden states, in bfloat16");
+  m.def("linear_kd_loss", &linear_kd_loss, "Losses, statistics and gradients from hidden states");
   m.def("scaled", &scaled, "Numbers times a factor, in another type");
   m.def("kd_loss", &kd_loss, "Losses and statistics of rows of logits");
   m.def("kd_loss_gradient", &kd_loss_gradient, "Gradient of rows of logits");

@@ -7,20 +7,19 @@
 #endif
 
 #include "common/cpu_features.h"
-#include "common/threads.h"
-#include "distill/linear_plan.h"
 
 #define CVMK_DISTILL_LEVEL(level)                                            \
   void cvmk_distill_losses_##level(const cvmk::distill::LossPass* pass); \
   void cvmk_distill_gradients_##level(const cvmk::distill::GradientPass* pass); \
-  void cvmk_distill_scale_##level(const cvmk::distill::ScalePass* pass);
+  void cvmk_distill_scale_##level(const cvmk::distill::ScalePass* pass); \
+  void cvmk_distill_linear_##level(const cvmk::distill::LinearPass* pass); \
+  int64_t cvmk_distill_linear_scratch_##level(const cvmk::distill::LinearPass* pass);
 extern "C" {
 CVMK_DISTILL_LEVEL(base)
 #if defined(CVMK_HAVE_ISA_LEVELS)
 CVMK_DISTILL_LEVEL(avx2)
 CVMK_DISTILL_LEVEL(avx512)
 CVMK_DISTILL_LEVEL(amx)
-void cvmk_distill_linear_amx(const cvmk::distill::LinearPass* pass);
 #endif
 }
 #undef CVMK_DISTILL_LEVEL
@@ -33,29 +32,18 @@ namespace cvmk::distill {
   if (level >= IsaLevel::kAmx) return cvmk_distill_##name##_amx(&pass);       \
   if (level >= IsaLevel::kAvx512) return cvmk_distill_##name##_avx512(&pass); \
   if (level >= IsaLevel::kAvx2) return cvmk_distill_##name##_avx2(&pass);     \
-  cvmk_distill_##name##_base(&pass)
+  return cvmk_distill_##name##_base(&pass)
 #else
-#define CVMK_PICK(name) cvmk_distill_##name##_base(&pass)
+#define CVMK_PICK(name) return cvmk_distill_##name##_base(&pass)
 #endif
 
 void losses(const LossPass& pass) { CVMK_PICK(losses); }
 void gradients(const GradientPass& pass) { CVMK_PICK(gradients); }
 void scale(const ScalePass& pass) { CVMK_PICK(scale); }
+void linear(const LinearPass& pass) { CVMK_PICK(linear); }
+int64_t linear_scratch(const LinearPass& pass) { CVMK_PICK(linear_scratch); }
 
 #undef CVMK_PICK
-
-#if defined(CVMK_HAVE_ISA_LEVELS)
-bool has_linear() { return dispatch_level() >= IsaLevel::kAmx; }
-void linear(const LinearPass& pass) { cvmk_distill_linear_amx(&pass); }
-#else
-bool has_linear() { return false; }
-void linear(const LinearPass&) {}
-#endif
-
-int64_t linear_scratch(const LinearPass& pass) {
-  const LinearPlan plan = linear_plan(pass);
-  return plan.shared + threads::limit() * plan.own;
-}
 
 void advise_large_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)

@@ -9,8 +9,6 @@ void losses(const LossPass& pass);
 void gradients(const GradientPass& pass);
 void scale(const ScalePass& pass);
 
-// Whether the products of linear_kd_loss run at this level: on AMX tiles only.
-bool has_linear();
 void linear(const LinearPass& pass);
 // Bytes of scratch that `linear` needs on as many threads as it may use now.
 int64_t linear_scratch(const LinearPass& pass);

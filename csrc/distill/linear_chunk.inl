@@ -1,10 +1,9 @@
-// What linear_kd_loss keeps for a chunk of rows and for a thread, and the statistics of the rows from their sums.
+// What linear_kd_loss keeps for a chunk of rows and for a thread, and the statistics of the rows from their sums. E is the kind of product:
+// TileEngine or FloatEngine.
 #pragma once
 
-#include "common/threads.h"
-#include "distill/amx_tiles.inl"
 #include "distill/gradients.inl"
-#include "distill/linear_plan.h"
+#include "distill/linear_plan.inl"
 
 namespace {
 namespace distill {
@@ -14,84 +13,119 @@ enum Value { kLse, kLseQ, kLseP, kReduction, kKdScale, kCeScale, kSquare, kShare
 // Per group and row of a chunk, [group][kind][chunk].
 enum Sum { kTopS, kTopT, kAtOneSum, kAtTSum, kTeacherSum, kCross, kLogits, kPresent };
 
+template <typename E>
 struct Chunk {
+  typedef typename E::Element Element;
   const LinearPass& pass;
   const LinearPlan& plan;
   const int64_t* index;  // of its rows
   int64_t count, padded;
   bool first;
   float *partial, *sums, *values;
-  Half *turned, *pairs, *teacher;
+  Element *turned, *pairs, *teacher;
   int32_t* target;  // [padded], -1 behind the rows
+  float* kept;      // logits of student and teacher, [side][block][row block][kColumns][row_block]
   CVMK_INLINE bool with_teacher() const { return plan.teacher_width > 0; }
   CVMK_INLINE float* sum(int64_t group, int kind) const { return sums + (group * 8 + kind) * plan.chunk; }
   CVMK_INLINE float* value(int kind) const { return values + kind * plan.chunk; }
 };
 
-// One thread's scratch for a block of the vocabulary: the weights as left operands and the student's in pairs, their gradient, biases, the
-// logits of kRowBlock rows without the biases, [kColumns][kRowBlock], and the gradient of kSub rows as two left operands.
+template <typename E>
+Chunk<E> chunk_of(const LinearPass& pass, const LinearPlan& plan, int64_t begin) {
+  typedef typename E::Element Element;
+  char* at = pass.scratch;
+  const int64_t count = least(plan.chunk, pass.count - begin);
+  return {pass,
+          plan,
+          pass.index + begin,
+          count,
+          round_up(count, E::kRowStep),
+          begin == 0,
+          reinterpret_cast<float*>(at + plan.partial_at),
+          reinterpret_cast<float*>(at + plan.sums_at),
+          reinterpret_cast<float*>(at + plan.values_at),
+          reinterpret_cast<Element*>(at + plan.turned_at),
+          reinterpret_cast<Element*>(at + plan.pairs_at),
+          reinterpret_cast<Element*>(at + plan.teacher_at),
+          reinterpret_cast<int32_t*>(at + plan.target_at),
+          reinterpret_cast<float*>(at + plan.kept_at)};
+}
+
+// One thread's scratch for a block of the vocabulary: the weights as left operands and the student's as right ones, their gradient, biases,
+// logits without the biases, [kColumns][row_block], and the gradient of kSub rows as two left operands where it is not in place of the logits.
+template <typename E>
 struct Own {
-  Half *student_block, *teacher_block, *weight_pairs, *g_turned, *g_tiles;
+  typename E::Element *student_block, *teacher_block, *weight_pairs, *g_turned, *g_tiles;
   float *d_weight, *s, *t, *student_bias, *teacher_bias;
 };
 
-CVMK_INLINE Own own_scratch(const LinearPass& pass, const LinearPlan& plan) {
+template <typename E>
+CVMK_INLINE Own<E> own_scratch(const LinearPass& pass, const LinearPlan& plan) {
   char* p = pass.scratch + plan.shared + threads::index() * plan.own;
-  const auto take = [&p](int64_t bytes) {
-    char* here = p;
-    p += round_up(bytes, 64);
-    return here;
+  const auto take = [&p](auto*& to, int64_t count) {
+    to = reinterpret_cast<decltype(to + 0)>(p);
+    p += E::kColumns * count * static_cast<int64_t>(sizeof *to);
   };
-  Own own;
-  own.student_block = reinterpret_cast<Half*>(take(kColumns * plan.width * 2));
-  own.teacher_block = reinterpret_cast<Half*>(take(kColumns * plan.teacher_width * 2));
-  own.weight_pairs = reinterpret_cast<Half*>(take(kColumns * plan.width * 2));
-  own.g_turned = reinterpret_cast<Half*>(take(kColumns * kSub * 2));
-  own.g_tiles = reinterpret_cast<Half*>(take(kColumns * kSub * 2));
-  own.d_weight = reinterpret_cast<float*>(take(kColumns * plan.width * 4));
-  own.s = reinterpret_cast<float*>(take(kColumns * kRowBlock * 4));
-  own.t = reinterpret_cast<float*>(take(kColumns * kRowBlock * 4));
-  own.student_bias = reinterpret_cast<float*>(take(kColumns * 4));
-  own.teacher_bias = reinterpret_cast<float*>(take(kColumns * 4));
+  Own<E> own;
+  take(own.student_block, plan.room);
+  take(own.teacher_block, plan.teacher_room);
+  take(own.weight_pairs, (E::kForms - 1) * plan.room);
+  take(own.g_turned, E::kGradients / 2 * E::kSub);
+  take(own.g_tiles, E::kGradients / 2 * E::kSub);
+  take(own.d_weight, plan.room);
+  take(own.s, E::kLogitRows);
+  take(own.t, E::kRowBlock);
+  take(own.student_bias, 1);
+  take(own.teacher_bias, 1);
   return own;
 }
 
 // A block of the vocabulary.
 struct Block {
-  int64_t group, first, columns;
+  int64_t number, group, first, columns;
   bool opens;  // the first of its group
   CVMK_INLINE int64_t padded() const { return round_up(columns, 32); }
 };
 
-// Hidden states as right operands: turned, for the logits, and in pairs, a group of kSub rows after the other, for the weight's gradient.
-CVMK_INLINE void pack_rows(const Chunk& chunk) {
-  const LinearPass& pass = chunk.pass;
+// Logits of some rows, a vector of rows every `stride` floats: entry v of the vocabulary is at s + v * stride.
+struct Columns {
+  float *s, *t;
+  int64_t stride;
+};
+
+template <typename E>
+CVMK_INLINE Columns columns_of(const Chunk<E>& chunk, const Own<E>& own, const Block& block, int64_t row) {
   const LinearPlan& plan = chunk.plan;
-  threads::each(chunk.padded / 32, [&](int64_t part) {
-    const int64_t row = part * 32;
-    const Half *rows[32], *teacher[32];
-    for (int r = 0; r < 32; ++r) {
-      const bool there = row + r < chunk.count;
-      rows[r] = there ? pass.student.hidden + chunk.index[row + r] * pass.student.hidden_stride : nullptr;
-      teacher[r] = there && plan.teacher_width > 0 ? pass.teacher.hidden + chunk.index[row + r] * pass.teacher.hidden_stride : nullptr;
-      chunk.target[row + r] = there ? static_cast<int32_t>(pass.target[chunk.index[row + r]]) : -1;
-    }
-    for (int half = 0; half < 2; ++half) {
-      pack_turned(rows + 16 * half, pass.student.width, plan.width, chunk.turned + (row + 16 * half) * plan.width);
-      if (plan.teacher_width > 0) pack_turned(teacher + 16 * half, pass.teacher.width, plan.teacher_width, chunk.teacher + (row + 16 * half) * plan.teacher_width);
-    }
-    pack_pairs(rows, pass.student.width, plan.width, chunk.pairs + row / kSub * kSub * plan.width + row % kSub / 32 * kTile, kSub / 32 * kTile);
-  });
+  if (!plan.kept) return {own.s + row % E::kLogitRows * E::kColumns, own.t, plan.row_block};
+  float* s = chunk.kept + (block.number * plan.chunk + row) * E::kColumns;
+  return {s, s + plan.blocks * plan.chunk * E::kColumns, plan.row_block};
+}
+template <typename E>
+CVMK_INLINE float* student_logits(const Chunk<E>& chunk, const Own<E>& own, const Block& block, int64_t row) {
+  return columns_of(chunk, own, block, row).s;
 }
 
-CVMK_INLINE void clear_sums(const Chunk& chunk, bool tops) {
+CVMK_INLINE Any row_of_any(const void* data, int64_t stride, int type, int64_t i) { return row_of<Any>(Logits{data, stride, type}, i); }
+CVMK_INLINE Any weight_row(const Layer& layer, int64_t v) { return row_of_any(layer.weight, layer.weight_stride, layer.type, v); }
+CVMK_INLINE Any hidden_row(const Layer& layer, int64_t i) { return row_of_any(layer.hidden, layer.hidden_stride, layer.type, i); }
+CVMK_INLINE float bias_of(const Layer& layer, int64_t v) { return layer.bias == nullptr ? 0.0f : entry(row_of_any(layer.bias, 0, layer.type, 0), v); }
+
+template <typename E>
+CVMK_INLINE void pack_targets(const Chunk<E>& chunk, int64_t row) {
+  for (int64_t r = row; r < row + 32 && r < chunk.padded; ++r)
+    chunk.target[r] = r < chunk.count ? static_cast<int32_t>(chunk.pass.target[chunk.index[r]]) : -1;
+}
+
+template <typename E>
+CVMK_INLINE void clear_sums(const Chunk<E>& chunk, bool tops) {
   for (int64_t group = 0; group < chunk.plan.groups; ++group)
     for (int kind = tops ? 0 : 2; kind < (tops ? 8 : 4); ++kind)
       for (int64_t row = 0; row < chunk.padded; ++row) chunk.sum(group, kind)[row] = kind <= kTopT ? -FLT_MAX : 0.0f;
 }
 
 // A row's sums over the groups, in their order.
-CVMK_INLINE Sums gathered(const Chunk& chunk, int64_t row) {
+template <typename E>
+CVMK_INLINE Sums gathered(const Chunk<E>& chunk, int64_t row) {
   Sums all;
   const double inverse = 1.0 / static_cast<double>(chunk.pass.terms.temperature);
   const bool reverse = chunk.pass.terms.divergence == kReverseKl;
@@ -117,17 +151,17 @@ CVMK_INLINE Sums gathered(const Chunk& chunk, int64_t row) {
 // The target's logit, from the vectors themselves: sum of products in float32.
 CVMK_INLINE float target_logit(const Layer& layer, int64_t row, int64_t y) {
   F total{};
-  const BFloats h{const_cast<Half*>(layer.hidden + row * layer.hidden_stride)}, w{const_cast<Half*>(layer.weight + y * layer.weight_stride)};
+  const Any h = hidden_row(layer, row), w = weight_row(layer, y);
   vectors(0, layer.width, [&](int64_t i, int n, auto kind) __attribute__((always_inline)) { total += h.load(i, n, kind) * w.load(i, n, kind); });
-  const float bias = layer.bias == nullptr ? 0.0f : simd::bits<float>(static_cast<uint32_t>(layer.bias[y]) << 16);
-  return simd::sum(total) + bias;
+  return simd::sum(total) + bias_of(layer, y);
 }
 
 // Sums of the chunk's rows to losses and statistics, and what the gradient needs of them.
-CVMK_INLINE void finish_rows(const Chunk& chunk) {
+template <typename E>
+CVMK_INLINE void finish_rows(const Chunk<E>& chunk) {
   const LinearPass& pass = chunk.pass;
-  threads::each(chunk.padded / 32, [&](int64_t part) {
-    for (int64_t row = part * 32; row < part * 32 + 32; ++row) {
+  threads::each((chunk.padded + 31) / 32, [&](int64_t part) {
+    for (int64_t row = part * 32; row < part * 32 + 32 && row < chunk.padded; ++row) {
       const bool there = row < chunk.count;
       const int64_t i = there ? chunk.index[row] : 0;
       RowResult result = result_of(pass.terms, gathered(chunk, row), chunk.with_teacher(), there ? target_logit(pass.student, i, pass.target[i]) : 0.0f);
@@ -146,7 +180,8 @@ CVMK_INLINE void finish_rows(const Chunk& chunk) {
 }
 
 // The divergence of a mixture and its reduction, from the second sweep's sums.
-CVMK_INLINE void finish_mixture(const Chunk& chunk) {
+template <typename E>
+CVMK_INLINE void finish_mixture(const Chunk<E>& chunk) {
   const LinearPass& pass = chunk.pass;
   for (int64_t row = 0; row < chunk.count; ++row) {
     double first = 0, second = 0, value = 0, reduction = 0;
@@ -162,7 +197,8 @@ CVMK_INLINE void finish_mixture(const Chunk& chunk) {
 }
 
 // The hidden states' gradient: the groups' partial sums in their order.
-CVMK_INLINE void write_hidden_gradient(const Chunk& chunk) {
+template <typename E>
+CVMK_INLINE void write_hidden_gradient(const Chunk<E>& chunk) {
   const LinearPass& pass = chunk.pass;
   const LinearPlan& plan = chunk.plan;
   threads::each((chunk.count + 15) / 16, [&](int64_t part) {
@@ -170,7 +206,7 @@ CVMK_INLINE void write_hidden_gradient(const Chunk& chunk) {
       float* to = pass.d_hidden + chunk.index[row] * pass.student.width;
       vectors(0, pass.student.width, [&](int64_t i, int n, auto kind) __attribute__((always_inline)) {
         F total{};
-        for (int64_t group = 0; group < plan.groups; ++group) total += simd::load(chunk.partial + group * plan.chunk * plan.width + (i / 32 * plan.chunk + row) * 32 + i % 32);
+        for (int64_t group = 0; group < plan.groups; ++group) total += simd::load(chunk.partial + group * plan.chunk * plan.room + E::place(row, i, plan.chunk, plan.room));
         Floats{to}.store(i, n, total, kind);
       });
     }

@@ -59,16 +59,17 @@ struct ScalePass {
   float factor;
 };
 
-// One output layer: hidden [., width] rows of `hidden_stride` elements, weight [vocabulary, width] of rows of `weight_stride`, all bfloat16,
-// and a bias [vocabulary] or null.
+// One output layer: hidden [., width] rows of `hidden_stride` elements, weight [vocabulary, width] of rows of `weight_stride`, and a bias
+// [vocabulary] or null, all of `type`.
 struct Layer {
-  const uint16_t* hidden;  // null: there is no teacher
-  const uint16_t* weight;
-  const uint16_t* bias;
+  const void* hidden;  // null: there is no teacher
+  const void* weight;
+  const void* bias;
   int64_t width, hidden_stride, weight_stride;
+  int type;
 };
 
-// linear_kd_loss in bfloat16. Results of the rows named in `index` only; outputs of other rows are not touched.
+// linear_kd_loss. Results of the rows named in `index` only; outputs of other rows are not touched.
 struct LinearPass {
   Layer student, teacher;
   const int64_t* index;   // [count] rows that count

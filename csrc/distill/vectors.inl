@@ -59,14 +59,6 @@ CVMK_INLINE F exp_below(F above) {
 
 CVMK_INLINE F zero_where(I condition, F x) { return condition ? F{} : x; }
 
-CVMK_INLINE bool all_finite(F x) {
-#if defined(__AVX512F__)
-  return _mm512_cmp_ps_mask(_mm512_abs_ps(simd::bits<__m512>(x)), _mm512_set1_ps(__builtin_inff()), _CMP_NLT_UQ) == 0;
-#else
-  return simd::sum(simd::abs(x)) < __builtin_inff();
-#endif
-}
-
 CVMK_INLINE simd::H to_bf16(F x) {
 #if defined(__AVX512BF16__)
   return simd::bits<simd::H>(_mm512_cvtneps_pbh(simd::bits<__m512>(x)));

@@ -1,6 +1,7 @@
-"""`linear_kd_loss` on the CPU library: bfloat16 products on AMX tiles, with the losses and gradients made while the logits are in the cache.
+"""`linear_kd_loss` on the CPU library: products in bfloat16 on AMX tiles where the level and the operands have those, else in float32 on
+vector registers; losses and gradients are made while the logits are in the cache.
 
-Logits exist a block at a time and are made once for the sums and once more for the gradients, which are those of the loss by itself,
+Logits exist a block at a time, or a chunk of rows, and are made for the sums and the gradients, which are those of the loss by itself,
 before the normaliser: the backward pass multiplies them into fresh tensors. Where a part is differentiated too, it runs again.
 """
 
@@ -16,7 +17,7 @@ from cvmk.ops import native
 from cvmk.ops._dispatch import Backend, not_needed
 from cvmk.ops.native.kd_loss import DIVERGENCES, TYPES, address, missing
 
-Layer = tuple[int, int, int, int, int, int]
+Layer = tuple[int, int, int, int, int, int, int]
 _ONE = torch.ones((), dtype=torch.float32)
 
 
@@ -44,11 +45,11 @@ def _run(
 
     def layer(hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> Layer:
         if hidden is None or weight is None:
-            return 0, 0, 0, 0, 0, 0
+            return 0, 0, 0, 0, 0, 0, 0
         rows, matrix = _matrix(hidden), _matrix(weight)
         bias = None if bias is None else bias.contiguous()
         kept.extend(x for x in (rows, matrix, bias) if x is not None)
-        return rows.data_ptr(), matrix.data_ptr(), address(bias), rows.shape[1], rows.stride(0), matrix.stride(0)
+        return rows.data_ptr(), matrix.data_ptr(), address(bias), rows.shape[1], rows.stride(0), matrix.stride(0), TYPES[rows.dtype]
 
     y = target.reshape(-1).contiguous()
     stats = torch.empty((5, y.shape[0]), dtype=torch.float32)
@@ -110,12 +111,8 @@ def _backward(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _limits(which: str, arguments: Mapping[str, Any]) -> list[str]:
-    library = native.library()
-    assert library is not None
-    if not library.has_linear_kd_loss():
-        return [f"its products need AMX tiles, and the level is {native.isa_level()}"]
     teacher = arguments["teacher_weight"]
-    return [f"teacher_weight is {teacher.dtype}, not bfloat16"] if teacher is not None and teacher.dtype != torch.bfloat16 else []
+    return [f"teacher_weight is {teacher.dtype}, not float32, bfloat16 or float16"] if teacher is not None and teacher.dtype not in TYPES else []
 
 
 BACKENDS = (
@@ -124,9 +121,9 @@ BACKENDS = (
         "native",
         _forward,
         _backward,
-        dtypes=(torch.bfloat16,),
+        dtypes=tuple(TYPES),
         devices=("cpu",),
         limits=_limits,
-        unavailable=lambda: missing("linear_kd_loss", "has_linear_kd_loss", "scaled"),
+        unavailable=lambda: missing("linear_kd_loss", "scaled"),
     ),
 )

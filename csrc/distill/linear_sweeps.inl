@@ -1,0 +1,184 @@
+// linear_kd_loss a chunk of rows at a time. Logits exist a block of the vocabulary and some rows at a time, transposed: an entry of the
+// vocabulary is a row, and the lanes of a vector are the rows of the batch. Three sweeps over the vocabulary for a chunk of rows: sums; for
+// the divergences of a mixture, theirs; gradients. The products are those of the engine E.
+#pragma once
+
+#include "distill/linear_columns.inl"
+
+namespace {
+namespace distill {
+
+// body(own, block) for every block of the vocabulary, whose biases are in `own`; a group's blocks in their order, in one thread.
+template <typename E, typename Body>
+CVMK_INLINE void each_block(const Chunk<E>& chunk, bool with_teacher, const Body& body) {
+  const LinearPass& pass = chunk.pass;
+  const LinearPlan& plan = chunk.plan;
+  threads::each(plan.groups, [&](int64_t group) {
+    E::begin();
+    const Own<E> own = own_scratch<E>(pass, plan);
+    for (int64_t number = group * plan.per_group; number < (group + 1) * plan.per_group && number < plan.blocks; ++number) {
+      const int64_t first = number * E::kColumns;
+      const Block block{number, group, first, least(pass.vocabulary - first, E::kColumns), number == group * plan.per_group};
+      for (int64_t v = 0; v < block.columns; ++v) {
+        own.student_bias[v] = bias_of(pass.student, first + v);
+        if (with_teacher) own.teacher_bias[v] = bias_of(pass.teacher, first + v);
+      }
+      body(own, block);
+    }
+    E::end();
+  });
+}
+
+enum Source { kMade, kFound };  // whether logits are made, or those of the first sweep are there
+
+// body(row, logits) for the rows [begin, end), a vector of rows at a time; weights are packed before.
+template <typename E, typename Body>
+CVMK_INLINE void each_rows(const Chunk<E>& chunk, const Own<E>& own, const Block& block, bool with_teacher, Source source, int64_t begin, int64_t end,
+                           const Body& body) {
+  const LinearPlan& plan = chunk.plan;
+  for (int64_t row = begin; row < end; row += plan.row_block) {
+    const Columns at = columns_of(chunk, own, block, row);
+    const int64_t rows = least(plan.row_block, end - row);
+    if (source == kMade) {
+      E::logits(chunk, block, own.student_block, chunk.turned + row * plan.width, plan.width, rows, at.s);
+      if (with_teacher) E::logits(chunk, block, own.teacher_block, chunk.teacher + row * plan.teacher_width, plan.teacher_width, rows, at.t);
+    }
+    for (int64_t lane = 0; lane < rows; lane += kLanes) body(row + lane, Columns{at.s + lane, at.t + lane, at.stride});
+  }
+}
+
+template <typename E>
+CVMK_INLINE void pack_weights(const Chunk<E>& chunk, const Own<E>& own, const Block& block, bool student, bool teacher) {
+  if (student) E::pack_block(chunk.pass.student, chunk.plan.width, block, own.student_block);
+  if (teacher) E::pack_block(chunk.pass.teacher, chunk.plan.teacher_width, block, own.teacher_block);
+}
+
+template <int kTemperature, int kKind, typename E>
+__attribute__((noinline)) void sweep_sums(const Chunk<E>& chunk) {
+  const bool smooth = chunk.pass.terms.smoothing > 0;
+  const float inverse = 1.0f / chunk.pass.terms.temperature;
+  each_block(chunk, kKind != kNoTeacher, [&](const Own<E>& own, const Block& block) {
+    pack_weights(chunk, own, block, true, kKind != kNoTeacher);
+    each_rows(chunk, own, block, kKind != kNoTeacher, kMade, 0, chunk.padded, [&](int64_t row, const Columns& logits) __attribute__((always_inline)) {
+      I missing = simd::seti(-1);
+      if (!block.opens) missing = add_columns<kTemperature, kKind, false>(chunk, block, row, logits, own, inverse, missing);
+      if (any(missing)) add_columns<kTemperature, kKind, true>(chunk, block, row, logits, own, inverse, missing);
+      if (smooth) add_present(chunk, block, row, logits, own);
+    });
+  });
+}
+
+template <int kDivergence, typename E>
+__attribute__((noinline)) void sweep_mixture(const Chunk<E>& chunk) {
+  const float inverse = 1.0f / chunk.pass.terms.temperature;
+  const Source source = chunk.plan.kept ? kFound : kMade;
+  each_block(chunk, true, [&](const Own<E>& own, const Block& block) {
+    pack_weights(chunk, own, block, source == kMade, source == kMade);
+    each_rows(chunk, own, block, true, source, 0, chunk.padded, [&](int64_t row, const Columns& logits)
+              __attribute__((always_inline)) { add_mixture<kDivergence>(chunk, block, row, logits, own, inverse); });
+  });
+}
+
+// A block's weight gradient to its place, past the caches where nothing is added to what lies there.
+template <typename E>
+CVMK_INLINE void write_weight_gradient(const Chunk<E>& chunk, const Own<E>& own, const Block& block) {
+  const int64_t width = chunk.pass.student.width;
+  float* to = chunk.pass.d_weight + block.first * width;
+  const bool streamed = chunk.first && width % kLanes == 0 && reinterpret_cast<uintptr_t>(to) % (kLanes * sizeof(float)) == 0;
+  for (int64_t v = 0; v < block.columns; ++v, to += width) {
+    const Floats out{to, streamed};
+    vectors(0, width, [&](int64_t i, int n, auto kind) __attribute__((always_inline)) {
+      const F found = simd::load(own.d_weight + E::place(v, i, E::kColumns, chunk.plan.room));
+      out.store(i, n, chunk.first ? found : found + out.load(i, n, kind), kind);
+    });
+  }
+  finish_streams();
+}
+
+template <int kTemperature, int kDivergence, bool kKd, bool kCe, typename E>
+__attribute__((noinline)) void sweep_gradients(const Chunk<E>& chunk) {
+  const LinearPass& pass = chunk.pass;
+  const LinearPlan& plan = chunk.plan;
+  const Source source = plan.kept ? kFound : kMade;
+  each_block(chunk, kKd, [&](const Own<E>& own, const Block& block) {
+    float* d_bias = pass.d_bias == nullptr ? nullptr : pass.d_bias + block.first;
+    if (d_bias != nullptr && chunk.first) memset(d_bias, 0, static_cast<size_t>(block.columns) * 4);
+    pack_weights(chunk, own, block, source == kMade || pass.d_hidden != nullptr, kKd && source == kMade);
+    if (pass.d_hidden != nullptr) E::pack_block_pairs(pass.student, plan.width, block, own.weight_pairs);
+    for (int64_t sub = 0; sub < chunk.padded; sub += E::kSub) {
+      const int64_t rows = least(chunk.padded - sub, E::kSub);
+      each_rows(chunk, own, block, kKd, source, sub, sub + rows, [&](int64_t row, const Columns& logits) __attribute__((always_inline)) {
+        block_gradient<kTemperature, kDivergence, kKd, kCe>(chunk, block, row, logits, own, d_bias);
+      });
+      if (pass.d_weight != nullptr) E::add_weight_gradient(chunk, own, block, sub, rows);
+      if (pass.d_hidden != nullptr) E::add_hidden_gradient(chunk, own, block, sub, rows);
+    }
+    if (pass.d_weight != nullptr) write_weight_gradient(chunk, own, block);
+  });
+}
+
+// -- a chunk of rows ------------------------------------------------------------------------------------------------------------------------
+template <typename E>
+CVMK_INLINE void chunk_sums(const Chunk<E>& chunk) {
+  const Terms& terms = chunk.pass.terms;
+  if (!chunk.with_teacher()) return sweep_sums<kAtOne, kNoTeacher>(chunk);
+  if (terms.divergence == kReverseKl) return sweep_sums<kAtAny, kReverse>(chunk);
+  if (terms.divergence != kForwardKl) return sweep_sums<kAtAny, kOther>(chunk);
+  if (terms.temperature == 1.0f) return sweep_sums<kAtOne, kForward>(chunk);
+  if (terms.temperature == 2.0f) return sweep_sums<kAtTwo, kForward>(chunk);
+  sweep_sums<kAtAny, kForward>(chunk);
+}
+
+template <bool kCe, typename E>
+CVMK_INLINE void chunk_gradients_with(const Chunk<E>& chunk) {
+  const Terms& terms = chunk.pass.terms;
+  switch (terms.divergence) {
+    case kReverseKl: return sweep_gradients<kAtAny, kReverseKl, true, kCe>(chunk);
+    case kJs: return sweep_gradients<kAtAny, kJs, true, kCe>(chunk);
+    case kSkewKl: return sweep_gradients<kAtAny, kSkewKl, true, kCe>(chunk);
+    case kSkewReverseKl: return sweep_gradients<kAtAny, kSkewReverseKl, true, kCe>(chunk);
+    default: break;
+  }
+  if (terms.temperature == 1.0f) return sweep_gradients<kAtOne, kForwardKl, true, kCe>(chunk);
+  if (terms.temperature == 2.0f) return sweep_gradients<kAtTwo, kForwardKl, true, kCe>(chunk);
+  sweep_gradients<kAtAny, kForwardKl, true, kCe>(chunk);
+}
+
+template <typename E>
+CVMK_INLINE void chunk_mixture(const Chunk<E>& chunk) {
+  clear_sums(chunk, false);
+  if (chunk.pass.terms.divergence == kJs) sweep_mixture<kJs>(chunk);
+  else if (chunk.pass.terms.divergence == kSkewKl) sweep_mixture<kSkewKl>(chunk);
+  else sweep_mixture<kSkewReverseKl>(chunk);
+  finish_mixture(chunk);
+}
+
+template <typename E>
+CVMK_INLINE void chunk_gradients(const Chunk<E>& chunk) {
+  const LinearPass& pass = chunk.pass;
+  if (!pass.with_kd) return sweep_gradients<kAtOne, kForwardKl, false, true>(chunk);
+  if (pass.with_ce) return chunk_gradients_with<true>(chunk);
+  chunk_gradients_with<false>(chunk);
+}
+
+template <typename E>
+void linear_with(const LinearPass& pass) {
+  const LinearPlan plan = linear_plan<E>(pass);
+  for (int64_t begin = 0; begin < pass.count; begin += plan.chunk) {
+    const Chunk<E> chunk = chunk_of<E>(pass, plan, begin);
+    threads::each((chunk.padded + 31) / 32, [&](int64_t part) {
+      pack_targets(chunk, 32 * part);
+      E::pack_rows(chunk, 32 * part);
+    });
+    clear_sums(chunk, true);
+    chunk_sums(chunk);
+    finish_rows(chunk);
+    if (plan.mixture) chunk_mixture(chunk);
+    if (!plan.gradient) continue;
+    chunk_gradients(chunk);
+    if (pass.d_hidden != nullptr) write_hidden_gradient(chunk);
+  }
+}
+
+}  // namespace distill
+}  // namespace

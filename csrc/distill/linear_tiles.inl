@@ -1,0 +1,119 @@
+// Products of linear_kd_loss in bfloat16 on the AMX tiles. Logits exist a block of kColumns x kRowBlock at a time and are made anew in every
+// sweep, which is cheaper than keeping them.
+//
+//   logits^T [v, row] = W H^T         left W, right H turned into pairs
+//   dW [v, d]        += G^T H         left G^T, right H in pairs of rows; kSub rows after kSub rows, the chunks in their order
+//   dH [row, d]       = sum G W       left G, turned in registers, right W in pairs of rows; a partial sum a group of blocks, then the
+//                                     groups in their order
+//
+// What stays in a core's second-level cache: a block's weights in three forms, its weight gradient, and the gradient of kSub x kColumns
+// logits twice; hidden states and the hidden states' gradient pass by.
+#pragma once
+
+#include "distill/amx_tiles.inl"
+#include "distill/linear_columns.inl"
+
+namespace {
+namespace distill {
+
+struct TileEngine {
+  typedef Half Element;
+  static constexpr int64_t kColumns = 512, kRowBlock = 32, kSub = 512, kRowStep = 32, kStep = 32, kPanel = 32;
+  static constexpr int64_t kForms = 2, kGradients = 2, kLogitRows = kRowBlock;
+  static constexpr int64_t kPartialBytes = int64_t{32} << 20, kKeptBytes = 0;
+  typedef Chunk<TileEngine> Rows;
+  typedef Own<TileEngine> Mine;
+
+  static bool takes(const LinearPass& pass) { return pass.student.type == kBFloat16 && (pass.teacher.hidden == nullptr || pass.teacher.type == kBFloat16); }
+  CVMK_INLINE static void begin() { _tile_loadconfig(&kTileConfig); }
+  CVMK_INLINE static void end() { _tile_release(); }
+  CVMK_INLINE static int64_t stride(const Columns&) { return kRowBlock; }
+  // Where element i of row r of a result of `rows` rows is.
+  CVMK_INLINE static int64_t place(int64_t r, int64_t i, int64_t rows, int64_t) { return (i / 32 * rows + r) * 32 + i % 32; }
+
+  CVMK_INLINE static const Half* half(const void* rows, int64_t stride, int64_t i) { return static_cast<const Half*>(rows) + i * stride; }
+
+  CVMK_INLINE static void pack_block(const Layer& layer, int64_t padded, const Block& block, Half* to) {
+    for (int64_t v = 0; v < block.padded(); v += 16) {
+      const Half* rows[16];
+      for (int r = 0; r < 16; ++r) rows[r] = v + r < block.columns ? half(layer.weight, layer.weight_stride, block.first + v + r) : nullptr;
+      pack_left(rows, layer.width, padded, to + v * padded);
+    }
+  }
+
+  CVMK_INLINE static void pack_block_pairs(const Layer& layer, int64_t padded, const Block& block, Half* to) {
+    for (int64_t v = 0; v < block.padded(); v += 32) {
+      const Half* rows[32];
+      for (int r = 0; r < 32; ++r) rows[r] = v + r < block.columns ? half(layer.weight, layer.weight_stride, block.first + v + r) : nullptr;
+      pack_pairs(rows, layer.width, padded, to + v / 32 * kTile, kColumns / 32 * kTile);
+    }
+  }
+
+  // Hidden states as right operands: turned, for the logits, and in pairs, a group of kSub rows after the other, for the weight's gradient.
+  CVMK_INLINE static void pack_rows(const Rows& chunk, int64_t row) {
+    const Layer &student = chunk.pass.student, &teacher = chunk.pass.teacher;
+    const int64_t width = chunk.plan.width, wide = chunk.plan.teacher_width;
+    const Half *rows[32], *others[32];
+    for (int r = 0; r < 32; ++r) {
+      const bool there = row + r < chunk.count;
+      rows[r] = there ? half(student.hidden, student.hidden_stride, chunk.index[row + r]) : nullptr;
+      others[r] = there && wide > 0 ? half(teacher.hidden, teacher.hidden_stride, chunk.index[row + r]) : nullptr;
+    }
+    for (int side = 0; side < 32; side += 16) {
+      pack_turned(rows + side, student.width, width, chunk.turned + (row + side) * width);
+      if (wide > 0) pack_turned(others + side, teacher.width, wide, chunk.teacher + (row + side) * wide);
+    }
+    pack_pairs(rows, student.width, width, chunk.pairs + row / kSub * kSub * width + row % kSub / 32 * kTile, kSub / 32 * kTile);
+  }
+
+  // The logits of a block and kRowBlock rows; the hidden states of the next rows are fetched meanwhile.
+  CVMK_INLINE static void logits(const Rows&, const Block& block, const Half* weight, const Half* hidden, int64_t width, int64_t, float* to) {
+    multiply(block.padded(), kRowBlock, width / 32, {weight, kTile, 16 * width}, {hidden, kTile, 16 * width}, to, 0, false,
+             fetch_of(hidden + kRowBlock * width, kRowBlock * width, block.padded(), width / 32));
+  }
+
+  // The gradient of a vector of rows, gradient(v) for entry v, in tiles [row / 16][column / 32] and turned, in tiles [column / 16][row / 32].
+  template <typename Gradient>
+  CVMK_INLINE static void put_gradient(const Block& block, int64_t row, const Columns&, const Mine& own, float* d_bias, const Gradient& gradient) {
+    const int64_t columns = block.columns;
+    Half* tile = own.g_tiles + row % kSub / 16 * (kColumns / 32) * kTile;
+    Half* turned = own.g_turned + row % kSub / 32 * kTile + row % 32;
+    for (int64_t v = 0; v < columns; v += 32, tile += kTile) {
+      __m512i words[16];
+      for (int k = 0; k < 16; ++k) {
+        const int64_t c = v + 2 * k;
+        const F even = c < columns ? gradient(c) : F{}, odd = c + 1 < columns ? gradient(c + 1) : F{};
+        if (d_bias != nullptr) {
+          if (c < columns) d_bias[c] += simd::sum(even);
+          if (c + 1 < columns) d_bias[c + 1] += simd::sum(odd);
+        }
+        Half* to = turned + c / 16 * (kSub / 32) * kTile + c % 16 * 32;
+        const __m256i e = simd::bits<__m256i>(_mm512_cvtneps_pbh(simd::bits<__m512>(even))), o = simd::bits<__m256i>(_mm512_cvtneps_pbh(simd::bits<__m512>(odd)));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), e);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 32), o);
+        words[k] = _mm512_or_si512(_mm512_cvtepu16_epi32(e), _mm512_slli_epi32(_mm512_cvtepu16_epi32(o), 16));
+      }
+      turn(words);
+      for (int k = 0; k < 16; ++k) _mm512_storeu_si512(tile + k * 32, words[k]);
+    }
+  }
+
+  // What the rows [sub, sub + rows) add to a block's weight gradient, and the block to theirs.
+  CVMK_INLINE static void add_weight_gradient(const Rows& chunk, const Mine& own, const Block& block, int64_t sub, int64_t rows) {
+    constexpr int64_t kAcross = kSub / 32 * kTile;
+    const Half* pairs = chunk.pairs + sub * chunk.plan.width;
+    multiply(block.padded(), chunk.plan.width, rows / 32, {own.g_turned, kTile, kAcross}, {pairs, kTile, kAcross}, own.d_weight, kColumns * 32, sub > 0,
+             fetch_of(pairs + 2 * kAcross, 2 * kAcross, block.padded(), rows / 32));
+  }
+
+  CVMK_INLINE static void add_hidden_gradient(const Rows& chunk, const Mine& own, const Block& block, int64_t sub, int64_t rows) {
+    constexpr int64_t kAcross = kColumns / 32 * kTile;
+    const LinearPlan& plan = chunk.plan;
+    multiply(rows, plan.width, block.padded() / 32, {own.g_tiles, kTile, kAcross}, {own.weight_pairs, kTile, kAcross},
+             chunk.partial + block.group * plan.chunk * plan.width + sub * 32, plan.chunk * 32, !block.opens,
+             fetch_of(own.weight_pairs + 2 * kAcross, 2 * kAcross, rows, block.padded() / 32));
+  }
+};
+
+}  // namespace distill
+}  // namespace
