@@ -104,10 +104,106 @@ void scaled_numbers_are_rounded_once() {
   unsetenv("CVMK_CPU_ISA");
 }
 
+// linear_kd_loss: a student and a teacher of different widths, whose logits Problem's sums are made of; scratch and results hold NaN before.
+struct LinearProblem {
+  std::int64_t rows, vocabulary, width, teacher_width;
+  std::vector<float> hidden, weight, bias, teacher_hidden, teacher_weight, stats, kd, ce, d_hidden, d_weight, d_bias;
+  std::vector<std::int64_t> target, index;
+
+  LinearProblem(std::int64_t n, std::int64_t v, std::int64_t d, std::int64_t other) : rows(n), vocabulary(v), width(d), teacher_width(other) {
+    std::uint32_t state = 7;
+    const auto numbers = [&state](std::int64_t count) {
+      std::vector<float> x(Problem::size(count));
+      for (float& value : x) value = 2 * static_cast<float>((state = state * 1664525u + 1013904223u) >> 8) / 16777216.0f - 1;
+      return x;
+    };
+    hidden = numbers(n * d), weight = numbers(v * d), bias = numbers(v), teacher_hidden = numbers(n * other), teacher_weight = numbers(v * other);
+    for (std::int64_t i = 0; i < n; ++i) {
+      target.push_back(i % 4 == 1 ? -1 : i * 7 % v);
+      if (target.back() >= 0) index.push_back(i);
+    }
+  }
+
+  void run() {
+    const auto blank = [](std::int64_t count) { return std::vector<float>(Problem::size(count), Problem::nan()); };
+    stats = blank(5 * rows), kd = blank(rows), ce = blank(rows), d_hidden = blank(rows * width), d_weight = blank(vocabulary * width), d_bias = blank(vocabulary);
+    LinearPass pass{};
+    pass.student = {hidden.data(), weight.data(), bias.data(), width, width, width, kFloat32};
+    pass.teacher = {teacher_hidden.data(), teacher_weight.data(), nullptr, teacher_width, teacher_width, teacher_width, kFloat32};
+    pass.index = index.data(), pass.target = target.data();
+    pass.count = static_cast<std::int64_t>(index.size()), pass.rows = rows, pass.vocabulary = vocabulary;
+    pass.terms = {2.0f, kForwardKl, 0, 0};
+    pass.with_kd = pass.with_ce = true;
+    pass.kd_scale = 1.0f, pass.ce_scale = 0.25f;
+    pass.stats = stats.data(), pass.kd = kd.data(), pass.ce = ce.data();
+    pass.d_hidden = d_hidden.data(), pass.d_weight = d_weight.data(), pass.d_bias = d_bias.data();
+    std::vector<char> scratch(Problem::size(linear_scratch(pass) + 64), '\xff');
+    pass.scratch = scratch.data() + (64 - reinterpret_cast<std::uintptr_t>(scratch.data()) % 64) % 64;
+    linear(pass);
+  }
+
+  static double product(const std::vector<float>& a, std::int64_t i, const std::vector<float>& b, std::int64_t j, std::int64_t d) {
+    double total = 0;
+    for (std::int64_t k = 0; k < d; ++k) total += static_cast<double>(a[Problem::size(i * d + k)]) * static_cast<double>(b[Problem::size(j * d + k)]);
+    return total;
+  }
+
+  void compare() const {
+    const std::size_t n = Problem::size(rows), v = Problem::size(vocabulary), d = Problem::size(width);
+    std::vector<double> z(v), t(v), weights(v * d), biases(v);
+    bool near = true;  // NaN is not
+    const auto compare_one = [&near](float found, double exact) { near = near && std::fabs(static_cast<double>(found) - exact) < 5e-6; };
+    for (std::size_t i = 0; i < n; ++i) {
+      if (target[i] < 0) continue;
+      double at_one = 0, of_q = 0, of_p = 0, value = 0;
+      for (std::size_t j = 0; j < v; ++j) {
+        const auto at = static_cast<std::int64_t>(i), entry = static_cast<std::int64_t>(j);
+        z[j] = product(hidden, at, weight, entry, width) + static_cast<double>(bias[j]);
+        t[j] = product(teacher_hidden, at, teacher_weight, entry, teacher_width);
+        at_one += std::exp(z[j]), of_q += std::exp(z[j] / 2), of_p += std::exp(t[j] / 2);
+      }
+      std::vector<double> row(d);
+      for (std::size_t j = 0; j < v; ++j) {
+        const double q = std::exp(z[j] / 2) / of_q, p = std::exp(t[j] / 2) / of_p;
+        value += p * std::log(p / q);
+        const double grad = q - p + 0.25 * (std::exp(z[j]) / at_one - (static_cast<std::int64_t>(j) == target[i] ? 1 : 0));
+        biases[j] += grad;
+        for (std::size_t k = 0; k < d; ++k) {
+          row[k] += grad * static_cast<double>(weight[j * d + k]);
+          weights[j * d + k] += grad * static_cast<double>(hidden[i * d + k]);
+        }
+      }
+      for (std::size_t k = 0; k < d; ++k) compare_one(d_hidden[i * d + k], row[k]);
+      const double entropy = std::log(at_one) - z[static_cast<std::size_t>(target[i])];
+      compare_one(kd[i], value);
+      compare_one(ce[i], entropy);
+    }
+    for (std::size_t j = 0; j < v; ++j) compare_one(d_bias[j], biases[j]);
+    for (std::size_t j = 0; j < v * d; ++j) compare_one(d_weight[j], weights[j]);
+    CHECK(near);
+    bool blank = true;
+    for (std::size_t i = 0; i < n; ++i)
+      for (std::size_t k = 0; target[i] < 0 && k < d; ++k) blank = blank && std::isnan(d_hidden[i * d + k]);
+    CHECK(blank);
+  }
+};
+
+void linear_layers_agree_with_double_precision() {
+  testing::at_every_level([] {
+    for (const std::int64_t vocabulary : {5, 300, 521})
+      for (const std::int64_t rows : {3, 50, 210}) {
+        LinearProblem problem(rows, vocabulary, 37, 70);
+        problem.run();
+        problem.compare();
+      }
+  });
+}
+
 }  // namespace
 
 int main() {
   every_level_agrees_with_double_precision();
   scaled_numbers_are_rounded_once();
+  linear_layers_agree_with_double_precision();
   return cvmk::testing::check_result();
 }
