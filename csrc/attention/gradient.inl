@@ -4,7 +4,8 @@
 
 namespace {
 
-// A block of rows: visible keys of the segment, lse times log2(e), <dO, O> less the gradient of lse.
+// A block of rows: visible keys of the segment, lse times log2(e), <dO, O> less the gradient of lse. Rows that see no key count as zeros,
+// since a NaN in them would reach dk and dv (q and g are null).
 template <int kRows>
 struct GradRows {
   int64_t count, lo, hi;
@@ -31,6 +32,11 @@ void load_rows(const Params& p, const Segment& g, int64_t kv_head, int64_t first
   for (int64_t r = 0; r < count; ++r) {
     const Row& row = block->rows[r];
     const int64_t i = g.q0 + row.i;
+    if (row.lo >= row.hi) {
+      block->q[r] = block->g[r] = nullptr;
+      block->lse[r] = block->low[r] = block->delta[r] = block->weight[r] = 0.0f;
+      continue;
+    }
     block->q[r] = row_of(p.q, width, g.b, row.head, i);
     block->g[r] = p.grad_out.data == nullptr ? nullptr : row_of(p.grad_out, width, g.b, row.head, i);
     const float lse = *reinterpret_cast<const float*>(row_of(p.lse, 4, g.b, row.head, i));
@@ -41,10 +47,8 @@ void load_rows(const Params& p, const Segment& g, int64_t kv_head, int64_t first
     if (p.grad_lse.data != nullptr) delta -= *reinterpret_cast<const float*>(row_of(p.grad_lse, 4, g.b, row.head, i));
     block->delta[r] = delta;
     block->weight[r] = p.teacher.grad_kl.data == nullptr ? 0.0f : *reinterpret_cast<const float*>(row_of(p.teacher.grad_kl, 4, g.b, row.head, i));
-    if (row.lo < row.hi) {
-      block->lo = least(block->lo, row.lo);
-      block->hi = most(block->hi, row.hi);
-    }
+    block->lo = least(block->lo, row.lo);
+    block->hi = most(block->hi, row.hi);
   }
 }
 

@@ -145,6 +145,7 @@ CVMK_INLINE F load_any_n(const void* src, int64_t dtype, int64_t i, int n) {
 
 // n numbers as floats, with zeros up to `padded`.
 inline void to_floats(float* dst, const void* src, int64_t dtype, int64_t n, int64_t padded) {
+  if (src == nullptr) n = 0;
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) simd::store(dst + i, load_any(src, dtype, i));
   if (i < n) {

@@ -57,8 +57,11 @@ struct ShortFloatGradient {
     const char* out = row_of(p.out, width, seg.b, head, seg.q0 + first);
     for (int64_t r = 0; r < count; ++r) {
       float *to_q = q + r * dp, *to_g = g + r * dvp;
-      to_floats(to_q, from_q + r * p.q.row * width, p.dtype, p.d, dp);
-      to_floats(to_g, from_g + r * p.grad_out.row * width, p.dtype, p.dv, dvp);
+      int64_t lo, hi;
+      visible_keys(p, seg, first + r, &lo, &hi);
+      const bool sees = lo < hi;  // a row that does not counts as zeros, since a NaN in it would reach dk and dv
+      to_floats(to_q, sees ? from_q + r * p.q.row * width : nullptr, p.dtype, p.d, dp);
+      to_floats(to_g, sees ? from_g + r * p.grad_out.row * width : nullptr, p.dtype, p.dv, dvp);
       rows->q[r] = to_q;
       rows->g[r] = to_g;
       rows->dq[r] = p.dq.data == nullptr ? nullptr : row_of_mutable(p.dq, width, seg.b, head, seg.q0 + first + r);

@@ -61,8 +61,9 @@ def flash_attention(
     queries at the end of what is filled: it passes `query_start=lengths - Tq` with `key_lengths=lengths`; this is what FlashAttention
     does with `cache_seqlens` and `seqused_k`. (With Tq == 1, no window, and key_lengths given, both come to the same.)
 
-    Rows that see no key, or whose scores are all -inf, give out 0, lse -inf and gradient 0. NaN or inf that a row sees gives NaN in
-    that row; a NaN in a key or value that is hidden only by causal, window, bias or packing may reach other rows of its head.
+    Rows that see no key, or whose scores are all -inf, give out 0, lse -inf and gradient 0; the former's queries and gradients are not
+    used. NaN or inf that a row sees gives NaN in that row; a NaN in a key or value that is hidden only by causal, window, bias or packing
+    may reach other rows of its head.
 
     Gradient. With P = exp(S - lse), P' = P after dropout (P' = P M / (1 - p)), and g the gradient of lse:
         dV = P'^T dO,  dP = (dO V^T) M / (1 - p),  D_i = <dO_i, O_i>,  dS = P (dP - D + g),  dbias = dS,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import attention_cases
 import pytest
 import torch
 import torch.nn.functional as F
@@ -327,6 +328,31 @@ def test_visible_nan_stays_in_its_rows() -> None:
 
 
 # -- strides, blocks, repeatability --------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", attention_cases.BLIND)
+def test_rows_that_see_no_key_are_not_read(name: str, dtype: torch.dtype) -> None:
+    with use("reference"):
+        attention_cases.check_blind_rows(name, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALF])
+@pytest.mark.parametrize("heads", [1, 4])
+def test_scale_of_zero_in_poisoned_memory(dtype: torch.dtype, heads: int) -> None:
+    """Every visible key has the same weight, and what lay in the memory of the results does not matter."""
+    torch.use_deterministic_algorithms(True)  # fresh tensors are full of NaN
+    try:
+        q, k, v = (t.requires_grad_() for t in inputs(1, heads, heads, 7, 33, 64, 16, dtype=dtype))
+        with use("reference"):
+            out = flash_attention(q, k, v, scale=0.0)
+            grads = torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-6}.get(dtype, 1e-2)
+    torch.testing.assert_close(out, v.mean(2, keepdim=True).expand(out.shape), rtol=tolerance, atol=tolerance)
+    assert not grads[0].any() and not grads[1].any()
+    torch.testing.assert_close(grads[2], torch.full_like(v, 7 / 33), rtol=tolerance, atol=tolerance)
+
+
 def test_strides() -> None:
     """The model's layout [B, T, H, D], keys cut from a cache and an expanded batch, forward and backward."""
     b, h, t, d = 2, 4, 6, 4

@@ -41,7 +41,7 @@ def forward(
     if cu_seqlens_q is not None:
         q, k, v = _as_batch(q), _as_batch(k), _as_batch(v)
     mask = Mask.of(q, k, window_left, window_right, key_lengths, query_start, cu_seqlens_q, cu_seqlens_k)
-    k, v = mask.without_unread(k).contiguous(), mask.without_unread(v).contiguous()
+    q, k, v = mask.without_blind(q), mask.without_unread(k).contiguous(), mask.without_unread(v).contiguous()
     rows = []
     for part in blocks(q.shape[0], q.shape[2], q.shape[1] * k.shape[2]):
         e, _ = _scores(part, part.of(q), k, bias, mask, softcap, scale)
@@ -82,7 +82,9 @@ def backward(
         grad_out = None if grad_out is None else _as_batch(grad_out)
         grad_lse = None if grad_lse is None else grad_lse[None]
     mask = Mask.of(q, k, window_left, window_right, key_lengths, query_start, cu_seqlens_q, cu_seqlens_k)
-    k, v = mask.without_unread(k).contiguous(), mask.without_unread(v).contiguous()
+    q, k, v = mask.without_blind(q), mask.without_unread(k).contiguous(), mask.without_unread(v).contiguous()
+    grad_out = None if grad_out is None else mask.without_blind(grad_out)
+    grad_lse = None if grad_lse is None else mask.without_blind(grad_lse[..., None])[..., 0]
     lse2 = finite(LOG2E * lse)[..., None]
     want_q, want_k, want_v, want_bias = needs[0], needs[1], needs[2], bias is not None and needs[3]
     sums = Sums()
@@ -201,22 +203,27 @@ def dot(q: Tensor, k: Tensor, scale: float) -> Tensor:
     """scale q k^T: [B, H, Tq, D], [B, Hkv, Tk, D] -> [B, H, Tq, Tk]."""
     b, h, t, d = q.shape
     q3, k3 = _grouped(q, k.shape[1]), k.reshape(b * k.shape[1], k.shape[2], d)
-    s = torch.baddbmm(q3.new_zeros(1), q3, k3.transpose(1, 2), beta=0, alpha=scale)
-    return s.view(b, h, t, k.shape[2])
+    return _multiply(q3, k3.transpose(1, 2), scale).view(b, h, t, k.shape[2])
 
 
 def product(p: Tensor, v: Tensor, scale: float = 1.0) -> Tensor:
     """scale p v: [B, H, Tq, Tk], [B, Hkv, Tk, D] -> [B, H, Tq, D]."""
     b, h, t, _ = p.shape
     p3, v3 = _grouped(p, v.shape[1]), v.reshape(b * v.shape[1], v.shape[2], v.shape[3])
-    return torch.baddbmm(p3.new_zeros(1), p3, v3, beta=0, alpha=scale).view(b, h, t, v.shape[3])
+    return _multiply(p3, v3, scale).view(b, h, t, v.shape[3])
 
 
 def product_t(p: Tensor, g: Tensor, heads: int, scale: float = 1.0) -> Tensor:
     """scale p^T g, summed over the query heads of a key head: [B, H, Tq, Tk], [B, H, Tq, D] -> [B, heads, Tk, D]."""
     p3, g3 = _grouped(p, heads), _grouped(g, heads)
-    s = torch.baddbmm(p3.new_zeros(1), p3.transpose(1, 2), g3, beta=0, alpha=scale)
-    return s.view(p.shape[0], heads, p.shape[3], g.shape[3])
+    return _multiply(p3.transpose(1, 2), g3, scale).view(p.shape[0], heads, p.shape[3], g.shape[3])
+
+
+def _multiply(a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """scale a b, a batch of products."""
+    if scale == 0:  # for alpha = 0 PyTorch's products in bfloat16 and float16 hand out memory as they found it (seen in 2.13)
+        return torch.bmm(a, b) * 0.0
+    return torch.baddbmm(a.new_zeros(1), a, b, beta=0, alpha=scale)
 
 
 def _grouped(x: Tensor, heads: int) -> Tensor:
@@ -283,6 +290,7 @@ class Mask:
     right: int = -1
     unread: Tensor | None = None  # [B, Tk]: keys that nobody sees and whose content is not read
     sequence: tuple[Tensor, Tensor] | None = None  # packed: the sequence of each query [Tq] and key [Tk]
+    blind: Tensor | None = None  # [1 or B, 1 or Tq]: queries that see no key and whose content is not read; None: there is none
 
     @staticmethod
     def of(
@@ -307,20 +315,25 @@ class Mask:
             # The end of a query's sequence lies at the end of its keys': the distance between the two ends aligns bottom-right.
             after = (sequence_q + 1).clamp(max=last)
             position = (row + cu_seqlens_k[after] - cu_seqlens_q[after])[None]
-            return Mask(position if left >= 0 or right >= 0 else None, key, left, right, outside[None], (sequence_q, sequence_k))
+            mine = sequence_q.clamp(min=0, max=last)
+            blind = _blind(cu_seqlens_k[mine][None], cu_seqlens_k[(mine + 1).clamp(max=last)][None], position, left, right) | (sequence_q < 0)
+            return Mask(position if left >= 0 or right >= 0 else None, key, left, right, outside[None], (sequence_q, sequence_k), blind)
         binding = right >= 0 and (query_start is not None or rows - 1 > right) or left >= 0 and (query_start is not None or keys - 1 > left)
         first: Tensor | int = keys - rows if query_start is None else query_start[:, None]
-        return Mask(row[None] + first if binding else None, key, left, right, None if key_lengths is None else key >= key_lengths[:, None], None)
+        position = row[None] + first if binding else None
+        blind = None
+        if key_lengths is not None or query_start is not None or rows > keys:
+            zero = key.new_zeros((1, 1))
+            blind = _blind(zero, zero + keys if key_lengths is None else key_lengths[:, None].clamp(max=keys), position, left, right)
+        return Mask(position, key, left, right, None if key_lengths is None else key >= key_lengths[:, None], None, blind)
 
     def without_unread(self, x: Tensor) -> Tensor:
         """Keys or values [B, H, Tk, D] with 0 for what must not be read."""
-        if self.unread is None:
-            return x
-        if x.requires_grad:
-            return x.masked_fill(self.unread[:, None, :, None], 0)
-        # The same by a mask of bits, several times quicker on the CPU; a product with 0 would keep NaN.
-        bits = _BITS[x.dtype]
-        return (x.view(bits) & (self.unread.to(bits) - 1)[:, None, :, None]).view(x.dtype)
+        return x if self.unread is None else _without(x, self.unread[:, None, :, None])
+
+    def without_blind(self, x: Tensor) -> Tensor:
+        """Queries [B, H, Tq, D], or a gradient of the rows' results, with 0 for the rows that see no key."""
+        return x if self.blind is None else _without(x, self.blind[:, None, :, None])
 
     def hiding(self, part: Part, like: Tensor) -> Tensor | None:
         """What to add to the scores: -inf where a query does not see a key, else 0; broadcastable to the block, None where all is seen.
@@ -347,6 +360,23 @@ class Mask:
 
 
 NO_MASK = Mask()
+
+
+def _blind(first: Tensor, last: Tensor, position: Tensor | None, left: int, right: int) -> Tensor:
+    """Which queries see no key, where keys from `first` up to `last` are there and the window is (left, right): [1 or B, 1 or Tq]."""
+    if position is not None and left >= 0:
+        first = torch.maximum(first, position - left)
+    if position is not None and right >= 0:
+        last = torch.minimum(last, position + right + 1)
+    return last <= first
+
+
+def _without(x: Tensor, hidden: Tensor) -> Tensor:
+    """x with 0 where it is hidden; a product with 0 would keep NaN."""
+    if x.requires_grad:
+        return x.masked_fill(hidden, 0)
+    bits = _BITS[x.dtype]  # the same by a mask of bits, several times quicker on the CPU
+    return (x.view(bits) & (hidden.to(bits) - 1)).view(x.dtype)
 
 
 # -- dropout ----------------------------------------------------------------------------------------------------------------------------

@@ -24,8 +24,8 @@ def distill_forward(
 ) -> tuple[Tensor, ...]:
     """(out, kl, lse, teacher_lse) of `cvmk.ops.flash_attention_distill`, without out where v is None; differentiable any number of times."""
     mask, wide = Mask.of(q, k, -1, 0 if causal else -1, key_lengths), _wide(q, teacher_q)
-    k, v = mask.without_unread(k).contiguous(), None if v is None else mask.without_unread(v).contiguous()
-    teacher_q, teacher_k = teacher_q.detach(), mask.without_unread(teacher_k.detach()).contiguous()
+    q, k, v = mask.without_blind(q), mask.without_unread(k).contiguous(), None if v is None else mask.without_unread(v).contiguous()
+    teacher_q, teacher_k = mask.without_blind(teacher_q.detach()), mask.without_unread(teacher_k.detach()).contiguous()
     groups = math.gcd(q.shape[1], teacher_q.shape[1])
     found: list[tuple[Part, list[Tensor]]] = []
     for part in blocks(q.shape[0], q.shape[2], (q.shape[1] + teacher_q.shape[1]) * k.shape[2]):
@@ -67,8 +67,10 @@ def distill_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v by the formulas in the docstring of `cvmk.ops.flash_attention_distill`."""
     mask, wide = Mask.of(q, k, -1, 0 if causal else -1, key_lengths), _wide(q, teacher_q)
-    k, v = mask.without_unread(k).contiguous(), None if v is None else mask.without_unread(v).contiguous()
-    teacher_k = mask.without_unread(teacher_k).contiguous()
+    q, k, v = mask.without_blind(q), mask.without_unread(k).contiguous(), None if v is None else mask.without_unread(v).contiguous()
+    teacher_q, teacher_k = mask.without_blind(teacher_q), mask.without_unread(teacher_k).contiguous()
+    grad_out = None if grad_out is None else mask.without_blind(grad_out)
+    grad_kl, grad_lse = (None if g is None else mask.without_blind(g[..., None])[..., 0] for g in (grad_kl, grad_lse))
     lse2, teacher_lse2 = (finite(LOG2E * x.to(wide))[..., None] for x in (lse, teacher_lse))
     groups = math.gcd(q.shape[1], teacher_q.shape[1])
     sums = Sums()

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from typing import Any
 
+import attention_cases
 import pytest
 import torch
 from torch import Tensor, tensor
@@ -145,6 +146,12 @@ def test_what_is_not_read(level: str, dtype: torch.dtype) -> None:
     for a, b in zip(clean, run("native", leaves, options), strict=True):
         assert torch.equal(a, b) and torch.isfinite(b).all()
     assert not any(x[1].any() for x in clean)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", attention_cases.BLIND)
+def test_rows_that_see_no_key_are_not_read(level: str, name: str, dtype: torch.dtype) -> None:
+    attention_cases.check_blind_rows(name, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
