@@ -47,7 +47,7 @@ if(CVMK_WERROR)
   target_compile_options(cvmk_warnings INTERFACE "$<$<COMPILE_LANG_AND_ID:CXX,GNU,Clang,AppleClang>:-Werror>")
 endif()
 
-add_library(cvmk_cpu STATIC csrc/common/cpu_features.cpp csrc/sketch/sketch.cpp)
+add_library(cvmk_cpu STATIC csrc/common/blocks.cpp csrc/common/cpu_features.cpp csrc/sketch/sketch.cpp)
 target_include_directories(cvmk_cpu PUBLIC csrc)
 target_link_libraries(cvmk_cpu PRIVATE cvmk_warnings)
 
@@ -58,7 +58,7 @@ cvmk_kernels(cvmk_cpu ${CVMK_KERNELS})
 list(TRANSFORM CVMK_KERNELS REPLACE "(.+)" "csrc/bindings/\\1.cpp" OUTPUT_VARIABLE CVMK_BINDINGS)
 
 # NO_EXTRAS: link-time optimisation could move code compiled for one instruction set into code that runs on all.
-pybind11_add_module(_native NO_EXTRAS csrc/bindings/cpu.cpp ${CVMK_BINDINGS})
+pybind11_add_module(_native NO_EXTRAS csrc/bindings/cpu.cpp csrc/bindings/memory.cpp ${CVMK_BINDINGS})
 target_link_libraries(_native PRIVATE cvmk_cpu cvmk_warnings)
 target_compile_definitions(_native PRIVATE CVMK_VERSION="${PROJECT_VERSION}")
 install(TARGETS _native LIBRARY DESTINATION cvmk)

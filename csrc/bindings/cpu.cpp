@@ -17,6 +17,7 @@ using namespace py::literals;
 void bind_attention(py::module_& m);
 void bind_distill(py::module_& m);
 void bind_gemm(py::module_& m);
+void bind_memory(py::module_& m);
 void bind_scan(py::module_& m);
 
 namespace {
@@ -148,5 +149,6 @@ PYBIND11_MODULE(_native, m) {
   bind_attention(m);
   bind_distill(m);
   bind_gemm(m);
+  bind_memory(m);
   bind_scan(m);
 }

@@ -23,6 +23,8 @@ T* pointer(std::uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
+std::uintptr_t address(const float& x) { return reinterpret_cast<std::uintptr_t>(&x); }
+
 // Targets as the kernels take them: -1 where a row does not count. Throws std::invalid_argument for one outside of the vocabulary.
 struct Targets {
   std::unique_ptr<std::int64_t[]> values;
@@ -49,10 +51,15 @@ double sum(const float* values, std::int64_t n) {
   return total;
 }
 
+// What the sum over the rows is divided by.
+double divisor_of(std::uintptr_t normalizer, std::int64_t valid) {
+  return normalizer != 0 ? static_cast<double>(*pointer<const float>(normalizer)) : static_cast<double>(valid > 1 ? valid : 1);
+}
+
 // Loss, T^2 D, CE and the normaliser from the losses of the rows; a part of weight 0 is left out of the loss, for it may be infinite.
 void write_totals(const float* kd_rows, const float* ce_rows, std::int64_t rows, std::int64_t valid, std::uintptr_t normalizer, float temperature, double alpha,
                   std::uintptr_t loss, std::uintptr_t kd, std::uintptr_t ce, std::uintptr_t count) {
-  const double divisor = normalizer != 0 ? static_cast<double>(*pointer<const float>(normalizer)) : static_cast<double>(valid > 1 ? valid : 1);
+  const double divisor = divisor_of(normalizer, valid);
   const double t = static_cast<double>(temperature);
   const double kd_total = t * t * sum(kd_rows, rows) / divisor, ce_total = sum(ce_rows, rows) / divisor;
   *pointer<float>(kd) = static_cast<float>(kd_total);
@@ -79,25 +86,31 @@ Scales scales_of(std::uintptr_t g_loss, std::uintptr_t g_kd, std::uintptr_t g_ce
   return scales;
 }
 
+// Losses, statistics and, with an address for it, the gradient of the loss by itself. Its rows may be the student's.
 void kd_loss(std::uintptr_t student, std::int64_t student_stride, int student_type, std::uintptr_t teacher, std::int64_t teacher_stride, int teacher_type,
              std::uintptr_t target, bool wide_target, std::int64_t rows, std::int64_t vocabulary, std::int64_t ignore_index, float temperature, double alpha,
              int divergence, float mixture, float smoothing, std::uintptr_t normalizer, std::uintptr_t stats, std::uintptr_t loss, std::uintptr_t kd,
-             std::uintptr_t ce, std::uintptr_t count) {
+             std::uintptr_t ce, std::uintptr_t count, std::uintptr_t gradient, std::int64_t gradient_stride) {
   const py::gil_scoped_release release;
   const Targets targets(target, wide_target, rows, vocabulary, ignore_index);
   const std::unique_ptr<float[]> values(new float[static_cast<std::size_t>(2 * rows)]);
-  LossPass pass;
-  pass.in = {{pointer<const void>(student), student_stride, student_type},
-             {pointer<const void>(teacher), teacher_stride, teacher_type},
-             targets.values.get(),
-             rows,
-             vocabulary,
-             pointer<float>(stats),
-             {temperature, divergence, mixture, smoothing}};
-  pass.kd = values.get();
-  pass.ce = values.get() + rows;
-  losses(pass);
-  write_totals(pass.kd, pass.ce, rows, targets.count, normalizer, temperature, alpha, loss, kd, ce, count);
+  float* const kd_rows = values.get();
+  float* const ce_rows = kd_rows + rows;
+  const Rows in{{pointer<const void>(student), student_stride, student_type},
+                {pointer<const void>(teacher), teacher_stride, teacher_type},
+                targets.values.get(),
+                rows,
+                vocabulary,
+                pointer<float>(stats),
+                {temperature, divergence, mixture, smoothing}};
+  if (gradient == 0) {
+    losses({in, kd_rows, ce_rows});
+  } else {
+    const float one = 1, divisor = static_cast<float>(divisor_of(normalizer, targets.count));
+    const Scales scales = scales_of(address(one), 0, 0, address(divisor), teacher != 0, alpha, temperature);
+    gradients({in, scales.kd, scales.ce, scales.with_kd, scales.with_ce, pointer<void>(gradient), gradient_stride, kd_rows, ce_rows});
+  }
+  write_totals(kd_rows, ce_rows, rows, targets.count, normalizer, temperature, alpha, loss, kd, ce, count);
 }
 
 void kd_loss_gradient(std::uintptr_t student, std::int64_t student_stride, int student_type, std::uintptr_t teacher, std::int64_t teacher_stride,
@@ -107,21 +120,14 @@ void kd_loss_gradient(std::uintptr_t student, std::int64_t student_stride, int s
   const py::gil_scoped_release release;
   const Targets targets(target, wide_target, rows, vocabulary, ignore_index);
   const Scales scales = scales_of(g_loss, g_kd, g_ce, count, teacher != 0, alpha, temperature);
-  GradientPass pass;
-  pass.in = {{pointer<const void>(student), student_stride, student_type},
-             {pointer<const void>(teacher), teacher_stride, teacher_type},
-             targets.values.get(),
-             rows,
-             vocabulary,
-             pointer<float>(stats),
-             {temperature, divergence, mixture, smoothing}};
-  pass.kd_scale = scales.kd;
-  pass.ce_scale = scales.ce;
-  pass.with_kd = scales.with_kd;
-  pass.with_ce = scales.with_ce;
-  pass.gradient = pointer<void>(gradient);
-  advise_large_pages(pass.gradient, rows * vocabulary * (student_type == kFloat32 ? 4 : 2));
-  gradients(pass);
+  const Rows in{{pointer<const void>(student), student_stride, student_type},
+                {pointer<const void>(teacher), teacher_stride, teacher_type},
+                targets.values.get(),
+                rows,
+                vocabulary,
+                pointer<float>(stats),
+                {temperature, divergence, mixture, smoothing}};
+  gradients({in, scales.kd, scales.ce, scales.with_kd, scales.with_ce, pointer<void>(gradient), vocabulary, nullptr, nullptr});
 }
 
 // hidden, weight, bias: addresses; width, hidden_stride, weight_stride, type.

@@ -44,10 +44,13 @@ struct LossPass {
 
 // gradient = kd_scale * q (g - sum q g) + ce_scale * dCE/dz, 0 for rows that do not count. A scale of 0 leaves its part out.
 struct GradientPass {
-  Rows in;
+  Rows in;  // with `kd` the statistics are written, else read
   float kd_scale, ce_scale;
   bool with_kd, with_ce;
-  void* gradient;  // [rows, vocabulary], contiguous, of the student's type
+  void* gradient;           // rows of the student's type; may be the student's own
+  int64_t gradient_stride;  // elements from one of them to the next
+  float* kd;                // as in LossPass: a row's losses are made first, and its gradient while it is in the cache; or null, both
+  float* ce;
 };
 
 // to[i] = factor * from[i], of `type`.

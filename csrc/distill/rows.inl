@@ -20,37 +20,40 @@ CVMK_INLINE void each_row(const Rows& in, const Body& body) {
   });
 }
 
+// The losses and statistics of row i, 0 where it does not count.
+template <typename Row>
+CVMK_INLINE void losses_of(const Rows& in, int64_t i, float* kd, float* ce) {
+  const int64_t y = in.target[i];
+  if (y < 0) {
+    kd[i] = ce[i] = 0;
+    for (int k = 0; k < 5; ++k) in.stats[k * in.rows + i] = 0;
+    return;
+  }
+  row_losses(in.terms, in.vocabulary, row_of<Row>(in.student, i), row_of<Row>(in.teacher, i), in.teacher.data != nullptr, y, in.stats + i, in.rows, kd + i,
+             ce + i);
+}
+
 template <typename Row>
 void all_losses(const LossPass& pass) {
-  const Rows& in = pass.in;
-  each_row(in, [&](int64_t i) {
-    const int64_t y = in.target[i];
-    if (y < 0) {
-      pass.kd[i] = pass.ce[i] = 0;
-      for (int k = 0; k < 5; ++k) in.stats[k * in.rows + i] = 0;
-      return;
-    }
-    row_losses(in.terms, in.vocabulary, row_of<Row>(in.student, i), row_of<Row>(in.teacher, i), in.teacher.data != nullptr, y, in.stats + i, in.rows,
-               pass.kd + i, pass.ce + i);
-  });
+  each_row(pass.in, [&](int64_t i) { losses_of<Row>(pass.in, i, pass.kd, pass.ce); });
 }
 
 template <typename Row>
 void all_gradients(const GradientPass& pass) {
   const Rows& in = pass.in;
-  const Logits to{pass.gradient, in.vocabulary, in.student.type};
+  const Logits to{pass.gradient, pass.gradient_stride, in.student.type};
   const Parts parts{pass.with_kd, pass.with_ce, pass.kd_scale, pass.ce_scale};
   const int64_t bytes = in.vocabulary * (in.student.type == kFloat32 ? 4 : 2);
-  const bool streamed = in.rows * bytes > kStreamed;
+  const bool streamed = in.rows * bytes > kStreamed && pass.gradient != in.student.data;
   each_row(in, [&](int64_t i) {
-    const int64_t y = in.target[i];
-    if (y < 0 || !(parts.with_kd || parts.with_ce)) {
-      memset(static_cast<char*>(pass.gradient) + i * bytes, 0, static_cast<size_t>(bytes));
+    if (pass.kd != nullptr) losses_of<Row>(in, i, pass.kd, pass.ce);
+    Row out = row_of<Row>(to, i);
+    if (in.target[i] < 0 || !(parts.with_kd || parts.with_ce)) {
+      memset(out.p, 0, static_cast<size_t>(bytes));
       return;
     }
-    Row out = row_of<Row>(to, i);
     out.streamed = streamed;
-    row_gradient(in.terms, in.vocabulary, row_of<Row>(in.student, i), row_of<Row>(in.teacher, i), y, in.stats + i, in.rows, parts, out);
+    row_gradient(in.terms, in.vocabulary, row_of<Row>(in.student, i), row_of<Row>(in.teacher, i), in.target[i], in.stats + i, in.rows, parts, out);
   });
 }
 

@@ -36,7 +36,14 @@ struct Problem {
     const Rows in{{student.data(), vocabulary, kFloat32}, {teacher.data(), vocabulary, kFloat32}, target.data(), rows, vocabulary, stats.data(),
                   {temperature, kForwardKl, 0, 0}};
     losses({in, kd.data(), ce.data()});
-    gradients({in, 0.5f * temperature, 0.25f, true, true, gradient.data()});
+    gradients({in, 0.5f * temperature, 0.25f, true, true, gradient.data(), vocabulary, nullptr, nullptr});
+  }
+
+  // Losses and gradients of one row after the other, the gradients over the student's logits or not.
+  void run_at_once(float temperature, bool in_place) {
+    const Rows in{{student.data(), vocabulary, kFloat32}, {teacher.data(), vocabulary, kFloat32}, target.data(), rows, vocabulary, stats.data(),
+                  {temperature, kForwardKl, 0, 0}};
+    gradients({in, 0.5f * temperature, 0.25f, true, true, in_place ? student.data() : gradient.data(), vocabulary, kd.data(), ce.data()});
   }
 
   double sum_exp(const std::vector<float>& x, std::int64_t row, double t) const {
@@ -73,6 +80,20 @@ void every_level_agrees_with_double_precision() {
         problem.run(temperature);
         problem.compare(static_cast<double>(temperature));
       }
+  });
+}
+
+void losses_and_gradients_at_once_are_those_of_two_passes() {
+  const auto same = [](const std::vector<float>& a, const std::vector<float>& b) { return std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0; };
+  testing::at_every_level([&same] {
+    for (const std::int64_t vocabulary : {1, 33, 2049}) {
+      Problem two(5, vocabulary), one(5, vocabulary), over(5, vocabulary);
+      two.run(2);
+      one.run_at_once(2, false);
+      over.run_at_once(2, true);
+      for (const Problem* problem : {&one, &over}) CHECK(same(problem->kd, two.kd) && same(problem->ce, two.ce) && same(problem->stats, two.stats));
+      CHECK(same(one.gradient, two.gradient) && same(one.student, two.student) && same(over.student, two.gradient));
+    }
   });
 }
 
@@ -203,6 +224,7 @@ void linear_layers_agree_with_double_precision() {
 
 int main() {
   every_level_agrees_with_double_precision();
+  losses_and_gradients_at_once_are_those_of_two_passes();
   scaled_numbers_are_rounded_once();
   linear_layers_agree_with_double_precision();
   return cvmk::testing::check_result();

@@ -22,16 +22,23 @@ Gradient. Since dq_v/dz_w = q_v (1[v = w] - q_w) / T, with g = dD/dq:  T^2 dD/dz
     CE               softmax(z) - (1 - e) 1[v = y] - e / V'
 
 So the statistics lse(z), lse(z / T), lse(t / T), R and V' of each row are all that the backward pass needs besides the logits.
+
+A row's gradient is cheapest right after its loss, while its logits are in the cache. Outside of a graph the CPU library makes it then, for
+an incoming gradient of 1, and the backward pass hands it on, multiplied where the incoming one is another; `in_place` writes it over the
+student's logits. Whatever else is asked of the backward pass (the gradient of a part, a second time, a second derivative) is made from the
+logits, except in place, where they are gone.
 """
 
 from __future__ import annotations
 
-from typing import Literal, TypedDict, Unpack, overload
+import math
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
 
 from cvmk.ops._dispatch import Op, accumulation_dtype, not_needed
+from cvmk.ops.native.kd_loss import with_gradient
 
 DIVERGENCES = {"forward_kl": 0.0, "reverse_kl": 0.0, "js": 0.5, "skew_kl": 0.1, "skew_reverse_kl": 0.1}
 """The divergences and the default of their mixing weight; 0 where they have none."""
@@ -76,6 +83,47 @@ op = Op(
     saved=(3, 4),
     principal="student",
 )
+
+
+def _multiplied(gradient: Tensor, factor: Tensor) -> bool:
+    """Multiply the gradient of the loss by itself with the incoming one, in place. False on the CPU where that is not finite: nothing is done."""
+    if not gradient.is_cpu:
+        gradient.mul_(factor)
+        return True
+    value = factor.item()
+    if value != 1 and math.isfinite(value):
+        gradient.mul_(factor)
+    return math.isfinite(value)
+
+
+class _OnePass(op._function):  # type: ignore[name-defined]
+    """For calls that nobody traces: loss and gradient in one pass where the CPU library runs it, else the op's two.
+
+    Not in float16, whose gradient would underflow before a loss scale reaches it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, direct: bool, *arguments: Any) -> Any:
+        ctx.gradient = None
+        if arguments[0].dtype == torch.float16 or op.choose("forward", arguments).name != "native":
+            return op._function.forward(ctx, direct, *arguments)
+        ctx.set_materialize_grads(False)
+        results, ctx.gradient = with_gradient(*arguments)
+        ctx.save_for_backward(*arguments[: op.tensors], *[results[i] for i in op.saved])
+        ctx.direct, ctx.rest = direct, arguments[op.tensors :]
+        return results
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        gradient, ctx.gradient = ctx.gradient, None  # it is handed on once, and is its taker's then
+        alone = grads[0] is not None and grads[1] is None and grads[2] is None
+        if gradient is not None and alone and not torch.is_grad_enabled() and _multiplied(gradient, grads[0]):
+            return None, gradient, *_NOTHING
+        return op._function.backward(ctx, *grads)
+
+
+_NOTHING = (None,) * (len(op.names["forward"]) - 1)
+op._apply = super(torch.autograd.Function, _OnePass).apply  # type: ignore[misc]
 
 
 def check_options(

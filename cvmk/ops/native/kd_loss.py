@@ -1,7 +1,7 @@
 """`kd_loss` on the CPU library: a row of logits is read from memory once a pass, and nothing of its size is made but the gradient.
 
-The forward pass saves five statistics a row and reads both logits; the backward pass reads both again and writes the gradient. Writing
-it in the forward pass already would not save traffic: the incoming gradient must be multiplied into a fresh tensor afterwards.
+The forward pass saves five statistics a row and reads both logits; the backward pass reads both again and writes the gradient.
+`with_gradient` does both while a row is in the cache.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cvmk.ops import native
 from cvmk.ops._dispatch import Backend, not_needed
+from cvmk.ops.native._memory import empty
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Types of logits, as `csrc/distill/params.h` numbers them."""
@@ -35,7 +36,8 @@ def address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
-def _forward(
+def _losses(
+    gradient: Tensor | None,
     student: Tensor,
     teacher: Tensor | None,
     target: Tensor,
@@ -47,11 +49,13 @@ def _forward(
     label_smoothing: float,
     ignore_index: int,
 ) -> tuple[Tensor, ...]:
+    """What the forward pass returns; the gradient of the loss by itself goes to `gradient`, rows [..., V] at one distance, where it is given."""
     z, *z_place = _rows(student)
     t, *t_place = _rows(teacher)
     y = target.reshape(-1).contiguous()
     loss, kd, ce, count = (torch.empty((), dtype=torch.float32) for _ in range(4))
     stats = torch.empty((5, y.shape[0]), dtype=torch.float32)
+    _, gradient_address, gradient_stride, _ = _rows(gradient)
     library = native.library()
     assert library is not None
     library.kd_loss(
@@ -73,8 +77,25 @@ def _forward(
         kd.data_ptr(),
         ce.data_ptr(),
         count.data_ptr(),
+        gradient_address,
+        gradient_stride,
     )
     return loss, kd, ce, count, stats
+
+
+def _forward(*arguments: Any) -> tuple[Tensor, ...]:
+    return _losses(None, *arguments)
+
+
+def with_gradient(*arguments: Any) -> tuple[tuple[Tensor, ...], Tensor]:
+    """The forward pass, and the gradient of the loss by itself: made while a row is in the cache, it saves reading both logits again."""
+    student = arguments[0]
+    gradient = empty(student.shape, student.dtype)
+    return _losses(gradient, *arguments), gradient
+
+
+def _in_place(*arguments: Any) -> tuple[Tensor, ...]:
+    return _losses(arguments[0], *arguments)[:3]
 
 
 def _backward(
@@ -103,7 +124,7 @@ def _backward(
     t, *t_place = _rows(teacher)
     y = target.reshape(-1).contiguous()
     stats = stats.contiguous()
-    gradient = torch.empty(student.shape, dtype=student.dtype)
+    gradient = empty(student.shape, student.dtype)
     library = native.library()
     assert library is not None
     library.kd_loss_gradient(
@@ -143,15 +164,10 @@ def _limits(which: str, arguments: Mapping[str, Any]) -> list[str]:
     return [f"teacher is {teacher.dtype}, not float32, bfloat16 or float16"] if teacher is not None and teacher.dtype not in TYPES else []
 
 
-BACKENDS = (
-    Backend(
-        "kd_loss",
-        "native",
-        _forward,
-        _backward,
-        dtypes=tuple(TYPES),
-        devices=("cpu",),
-        limits=_limits,
-        unavailable=lambda: missing("kd_loss", "kd_loss_gradient"),
-    ),
-)
+_COMMON: dict[str, Any] = {
+    "dtypes": tuple(TYPES),
+    "devices": ("cpu",),
+    "limits": _limits,
+    "unavailable": lambda: missing("kd_loss", "kd_loss_gradient", "Buffer"),
+}
+BACKENDS = (Backend("kd_loss", "native", _forward, _backward, **_COMMON), Backend("kd_loss_in_place", "native", _in_place, **_COMMON))

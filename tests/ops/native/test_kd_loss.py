@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cvmk import ops
 from cvmk.ops import native
-from cvmk.ops.kd_loss import DIVERGENCES
+from cvmk.ops.kd_loss import DIVERGENCES, op, prepare
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="the native library is not there")
 AVAILABLE = native.LEVELS[: native.LEVELS.index(native.isa_level()) + 1] if native.library() is not None else ()
@@ -207,6 +207,71 @@ def test_backward_twice_and_poisoned_memory(level: str) -> None:
         del first
         (second,) = torch.autograd.grad(loss * 2, student)
     assert torch.equal(second, kept * 2)
+
+
+def two_passes(student: Tensor, teacher: Tensor, target: Tensor, factor: float = 1.0, **options: Any) -> tuple[Tensor, Tensor]:
+    """Loss and gradient by the op's two passes, as in a graph."""
+    arguments = prepare(student, teacher, target, **options)
+    with ops.use("native"):
+        loss, _, _, count, stats = op.run("forward", arguments)
+        rest = (*arguments[:4], count, stats, *arguments[4:], [True, False, False, False])
+        return loss, op.run("backward", (torch.tensor(factor), None, None, None, None, *rest))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", DIVERGENCES)
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+def test_one_pass_is_two_passes(level: str, dtype: torch.dtype, name: str, alpha: float) -> None:
+    """Bit for bit, where the incoming gradient is a power of 2; one more rounding elsewhere."""
+    student, teacher, target = make(13, 333, dtype)
+    student[target == -100] = float("nan")
+    options: dict[str, Any] = {"temperature": 2.0, "divergence": name, "label_smoothing": 0.1, "alpha": alpha}
+    for factor in (1.0, 0.25, 0.3):
+        z = student.detach().requires_grad_()
+        with ops.use("native"):
+            loss = ops.kd_loss(z, teacher, target, **options)
+            (grad,) = torch.autograd.grad(loss * factor, z)
+        expected = two_passes(student, teacher, target, factor, **options)
+        assert torch.equal(loss, expected[0])
+        if factor == 0.3:
+            torch.testing.assert_close(grad, expected[1], rtol=4 * ROUNDING[dtype], atol=4 * ROUNDING[torch.float32] * expected[1].abs().max().item())
+        else:
+            assert torch.equal(grad, expected[1])
+
+
+def test_a_gradient_is_handed_on_once(level: str) -> None:
+    """Whoever gets it may do with it what he likes: a second backward pass makes it anew, and so do the parts and second derivatives."""
+    student, teacher, target = make(40, 700)
+    expected = two_passes(student, teacher, target)[1]
+    leaf = student.clone().requires_grad_()
+    z = leaf * 1.0
+    z.register_hook(lambda grad: grad.mul_(0) if scribble else None)
+    with ops.use("native", "reference"):
+        loss, kd, _ = ops.kd_loss(z, teacher, target, return_parts=True)
+        for scribble in (True, False):
+            (grad,) = torch.autograd.grad(loss, leaf, retain_graph=True)
+            assert torch.equal(grad, torch.zeros_like(grad) if scribble else expected)
+        (grad,) = torch.autograd.grad(loss, leaf, create_graph=True)
+        assert torch.equal(grad, expected) and torch.autograd.grad(grad.square().sum(), leaf, retain_graph=True)[0].any()
+        (part,) = torch.autograd.grad(kd, leaf, retain_graph=True)
+        assert not torch.equal(part, expected)
+        for factor in (float("nan"), INF):
+            loss = ops.kd_loss(leaf, teacher, target)
+            (grad,) = torch.autograd.grad(loss * factor, leaf)
+            assert not grad[target != -100].isfinite().any() and not grad[target == -100].any()
+
+
+def test_the_gradient_uses_its_memory_again(level: str) -> None:
+    student, teacher, target = make(64, 8192)
+    student.requires_grad_()
+    places = set()
+    for _ in range(4):
+        student.grad = None
+        with ops.use("native"):
+            ops.kd_loss(student, teacher, target).backward()
+        assert student.grad is not None
+        places.add(student.grad.data_ptr())
+    assert len(places) == 1
 
 
 def test_what_is_declined() -> None:

@@ -1,0 +1,109 @@
+#include "common/blocks.h"
+
+#include <cstdlib>
+#include <mutex>
+#include <new>
+#include <vector>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace cvmk {
+namespace {
+
+constexpr std::size_t kPage = std::size_t{2} << 20;
+constexpr std::size_t kMost = 16;  // blocks that are kept
+
+#if defined(__linux__)
+// The mapping is larger by a page than the block, for the system aligns to small pages only; what is over is unmapped at once.
+void* map(std::size_t bytes) {
+  void* const whole = mmap(nullptr, bytes + kPage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (whole == MAP_FAILED) throw std::bad_alloc();
+  char* const begin = static_cast<char*>(whole);
+  const std::size_t skip = (kPage - reinterpret_cast<std::size_t>(begin) % kPage) % kPage;
+  if (skip > 0) munmap(begin, skip);
+  munmap(begin + skip + bytes, kPage - skip);
+  static_cast<void>(madvise(begin + skip, bytes, MADV_HUGEPAGE));
+  return begin + skip;
+}
+
+void unmap(Block block) noexcept { munmap(block.data, block.bytes); }
+
+// Says whether the system may now take the pages.
+bool offer(Block block) noexcept { return madvise(block.data, block.bytes, MADV_FREE) == 0; }
+#else
+void* map(std::size_t bytes) { return ::operator new(bytes, std::align_val_t{kPage}); }
+void unmap(Block block) noexcept { ::operator delete(block.data, std::align_val_t{kPage}); }
+bool offer(Block) noexcept { return false; }
+#endif
+
+// Never destroyed: blocks come back after the library's other static objects are gone. Its lock is only ever tried, so that a process
+// forked while another thread held it goes on without kept blocks.
+struct Kept {
+  std::mutex mutex;
+  std::vector<Block> blocks;  // the oldest first
+  std::size_t bytes = 0;
+
+  Kept() { blocks.reserve(kMost + 1); }
+  Block remove(std::size_t i) {
+    const Block block = blocks[i];
+    blocks.erase(blocks.begin() + static_cast<std::ptrdiff_t>(i));
+    bytes -= block.bytes;
+    return block;
+  }
+};
+
+Kept& kept() {
+  static Kept& all = *new Kept;
+  return all;
+}
+
+}  // namespace
+
+std::size_t kept_limit() noexcept {
+  static const std::size_t limit = [] {
+    const char* const text = std::getenv("CVMK_KEPT_MIB");
+    return (text == nullptr || *text == 0 ? std::size_t{512} : static_cast<std::size_t>(std::strtoull(text, nullptr, 10))) << 20;
+  }();
+  return limit;
+}
+
+std::size_t kept_bytes() noexcept {
+  Kept& all = kept();
+  const std::unique_lock<std::mutex> lock(all.mutex, std::try_to_lock);
+  return lock.owns_lock() ? all.bytes : 0;
+}
+
+Block take_block(std::size_t bytes) {
+  const std::size_t whole = (bytes + kPage - 1) / kPage * kPage;
+  Kept& all = kept();
+  if (const std::unique_lock<std::mutex> lock(all.mutex, std::try_to_lock); lock.owns_lock()) {
+    // The smallest one that fits, unless it is more than twice as large; of equal ones the last to come back.
+    std::size_t best = all.blocks.size();
+    for (std::size_t i = 0; i < all.blocks.size(); ++i) {
+      const std::size_t size = all.blocks[i].bytes;
+      if (size >= whole && size / 2 <= whole && (best == all.blocks.size() || size <= all.blocks[best].bytes)) best = i;
+    }
+    if (best < all.blocks.size()) return all.remove(best);
+  }
+  return {map(whole), whole};
+}
+
+void give_block(Block block) noexcept {
+  if (block.data == nullptr) return;
+  if (block.bytes > kept_limit() || !offer(block)) return unmap(block);
+  Kept& all = kept();
+  Block gone[kMost + 1];
+  std::size_t count = 0;
+  {
+    const std::unique_lock<std::mutex> lock(all.mutex, std::try_to_lock);
+    if (!lock.owns_lock()) return unmap(block);
+    all.blocks.push_back(block);
+    all.bytes += block.bytes;
+    while (all.bytes > kept_limit() || all.blocks.size() > kMost) gone[count++] = all.remove(0);
+  }
+  for (std::size_t i = 0; i < count; ++i) unmap(gone[i]);
+}
+
+}  // namespace cvmk

@@ -1,0 +1,26 @@
+"""Memory for large results: blocks that are used again, since fresh pages cost as much as the kernel that writes them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from cvmk.ops import native
+
+LARGE = 2**20
+"""Bytes of a tensor from which on the library's blocks are used."""
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A contiguous tensor with any values, as `torch.empty` makes it. The memory of a large one goes back to the library when its last view dies.
+
+    Up to CVMK_KEPT_MIB MiB (an environment variable, 512 by default, 0 for none) wait there for their next use; the system may take their
+    pages meanwhile. The storage cannot be resized.
+    """
+    library, count = native.library(), math.prod(shape)
+    if library is None or count * dtype.itemsize < LARGE:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(library.Buffer(count * dtype.itemsize), dtype=dtype).view(shape)
