@@ -15,6 +15,47 @@ struct alignas(64) TileConfig {
   uint8_t rows[16];
 };
 
+// Tiles for sums (0 ... 3) and for x (4, and 5 of two bands) have `columns` columns, those for weights 16.
+inline void configure_columns(int64_t columns) {
+  TileConfig c;
+  memset(&c, 0, sizeof c);
+  c.palette = 1;
+  for (int i = 0; i < 8; ++i) {
+    c.bytes_per_row[i] = static_cast<uint16_t>(i <= 4 ? columns * 4 : 64);
+    c.rows[i] = kPanel;
+  }
+  _tile_loadconfig(&c);
+}
+
+// Tiles of sums in memory, kDown below each other times kBeside beside each other.
+template <int kBeside, int kSum>
+CVMK_INLINE char* sum_at(char* sums, int64_t stride) {
+  return sums + kSum / kBeside * kPanel * stride + kSum % kBeside * kStep;
+}
+
+template <int kDown, int kBeside>
+CVMK_INLINE void begin_sums(char* sums, int64_t stride, bool first) {
+  if (first) {
+    _tile_zero(0);
+    if constexpr (kDown * kBeside > 1) _tile_zero(1);
+    if constexpr (kDown * kBeside > 2) _tile_zero(2);
+    if constexpr (kDown * kBeside > 2) _tile_zero(3);
+  } else {
+    _tile_loadd(0, (sum_at<kBeside, 0>(sums, stride)), stride);
+    if constexpr (kDown * kBeside > 1) _tile_loadd(1, (sum_at<kBeside, 1>(sums, stride)), stride);
+    if constexpr (kDown * kBeside > 2) _tile_loadd(2, (sum_at<kBeside, 2>(sums, stride)), stride);
+    if constexpr (kDown * kBeside > 2) _tile_loadd(3, (sum_at<kBeside, 3>(sums, stride)), stride);
+  }
+}
+
+template <int kDown, int kBeside>
+CVMK_INLINE void end_sums(char* sums, int64_t stride) {
+  _tile_stored(0, (sum_at<kBeside, 0>(sums, stride)), stride);
+  if constexpr (kDown * kBeside > 1) _tile_stored(1, (sum_at<kBeside, 1>(sums, stride)), stride);
+  if constexpr (kDown * kBeside > 2) _tile_stored(2, (sum_at<kBeside, 2>(sums, stride)), stride);
+  if constexpr (kDown * kBeside > 2) _tile_stored(3, (sum_at<kBeside, 3>(sums, stride)), stride);
+}
+
 }  // namespace
 
 #endif

@@ -79,6 +79,25 @@ def test_a_row_does_not_depend_on_the_others_or_on_threads(isa, dtype, k, group)
         torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("k,n,ordered,activation", [(512, 530, False, "gelu"), (1088, 1100, False, None), (4096, 80, True, "silu"), (544, 550, True, "swiglu")])
+def test_many_rows_are_the_few_ones(k, n, ordered, activation):
+    """More rows, inputs and columns than stand at one time, in as many ways as they are divided, give the bits of twenty rows alone."""
+    weight, bias, x = quantised(n, k, 32, False, ordered), random(n), random(1100, k, dtype=torch.bfloat16)
+    together = ops.int4_linear(x, weight, bias, activation=activation)
+    strided = ops.int4_linear(torch.cat((x, x), 1)[:, :k], weight, bias, activation=activation)
+    assert torch.equal(strided, together)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            for first in (0, 501, 1080):
+                assert torch.equal(ops.int4_linear(x[first : first + 20], weight, bias, activation=activation), together[first : first + 20])
+            for rows in (33, 65, 127, 129, 545):
+                assert torch.equal(ops.int4_linear(x[:rows], weight, bias, activation=activation), together[:rows])
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_single_weights_reach_their_places(isa):
     """With one weight that is not zero, only its output sees only its input."""
     for dtype in DTYPES:
