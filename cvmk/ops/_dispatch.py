@@ -184,14 +184,22 @@ class Op:
         if forward_ad._current_level >= 0:
             self._refuse_tangents(arguments)
         tensors = [tensor for tensor in arguments[: self.tensors] if tensor is not None]
-        direct = _unobserved(tensors)
-        if self.differentiable and _grad_enabled() and True in [tensor.requires_grad for tensor in tensors]:
-            for index in self.differentiable:
-                if arguments[index] is not None and arguments[index].requires_grad:
-                    return (self._apply if direct else self._function.apply)(direct, *arguments)
-            with torch.no_grad():  # a constant (a teacher's logits, say) asks for a gradient: the result has none to give
-                return self.run("forward", arguments) if direct else self._forward(*arguments)
-        return self.run("forward", arguments) if direct else self._forward(*arguments)
+        if _unobserved(tensors):
+            if not (self.differentiable and _grad_enabled() and _any_asks(tensors)):
+                return self.run("forward", arguments)
+            return self._differentiate(self._apply, True, arguments)
+        if self.differentiable and _grad_enabled():
+            return self._differentiate(self._function.apply, False, arguments)
+        return self._forward(*arguments)
+
+    def _differentiate(self, apply: Callable[..., Any], direct: bool, arguments: Sequence[Any]) -> Any:
+        """The forward pass where gradients are on; `direct`: straight to the implementation."""
+        for index in self.differentiable:
+            tensor = arguments[index]
+            if tensor is not None and tensor.requires_grad:
+                return apply(direct, *arguments)
+        with torch.no_grad():  # a constant argument (a teacher's logits) may ask for a gradient: the result has none to give
+            return self.run("forward", arguments) if direct else self._forward(*arguments)
 
     def _refuse_tangents(self, arguments: Sequence[Any]) -> None:
         """No pass carries a forward-mode derivative, and PyTorch takes the derivative of an op that has none for zero."""
@@ -300,13 +308,22 @@ class _Choices:
 
     def key(self, arguments: Sequence[Any]) -> Any:
         """What the choice hangs on; None where that is nothing."""
-        return tuple([_signature(arguments[i]) for i in self.at]) if self.at else None
+        return tuple([_signature(arguments[i]) for i in self.at]) if len(self.at) > 1 else _signature(arguments[self.at[0]]) if self.at else None
 
 
 def _signature(value: Any) -> Any:
+    if type(value) is str:
+        return value
     if isinstance(value, torch.Tensor):
         return value.dtype, value.device, value.shape, value.stride()
     return tuple(value) if isinstance(value, list) else value
+
+
+def _any_asks(tensors: Sequence[torch.Tensor]) -> bool:
+    for tensor in tensors:
+        if tensor.requires_grad:
+            return True
+    return False
 
 
 def _unobserved(tensors: Sequence[torch.Tensor]) -> bool:
