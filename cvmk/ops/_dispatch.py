@@ -394,13 +394,14 @@ def _autograd_function(op: Op) -> Any:
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
             result: list[Any] = nothing.copy()
-            if all(grad is None for grad in grads):
+            given = [grad for grad in grads if grad is not None]
+            if not given:
                 return tuple(result)
             needs = list(ctx.needs_input_grad[1 : tensors + 1])
             arguments = (*grads, *ctx.saved_tensors, *ctx.rest)
             if _grad_enabled():  # only where the gradients will be differentiated
                 found = Backward.apply(needs, *arguments)
-            elif ctx.direct and _unobserved([grad for grad in grads if grad is not None]):
+            elif ctx.direct and _unobserved(given):
                 found = op.run("backward", (*arguments, needs))
             else:
                 found = op._backward(*arguments, needs)

@@ -69,9 +69,10 @@ def backward(
     q, k, v, out, lse = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v), out.contiguous(), lse.contiguous()
     grad_out = None if grad_out is None else rows_contiguous(grad_out)
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
-    # Rows that belong to no packed sequence are in no item of work.
-    fresh = Tensor.new_empty if cu_seqlens_q is None else Tensor.new_zeros
-    dq, dk, dv = [fresh(t, *t.shape) if needed else not_needed(t) for t, needed in zip((q, k, v), needs, strict=False)]
+    fresh = _like if cu_seqlens_q is None else _zeros  # rows that belong to no packed sequence are in no item of work
+    dq = fresh(q) if needs[0] else not_needed(q)
+    dk = fresh(k) if needs[1] else not_needed(q)
+    dv = fresh(v) if needs[2] else not_needed(q)
     want_bias = bias is not None and needs[3]
     by_row = want_bias and (bias.dim() == 0 or bias.shape[-1] == 1)  # type: ignore[union-attr]
     dbias = torch.empty(bias.shape, dtype=bias.dtype) if want_bias else not_needed(q)  # type: ignore[union-attr]
@@ -92,6 +93,14 @@ def _row_bias_gradient(bias: Tensor, lse: Tensor, grad_lse: Tensor | None) -> Te
     sums = torch.where(lse == -torch.inf, 0.0, grad_lse + lse * 0.0)
     sums = (sums if sums.dim() == 3 else sums[None])[..., None]
     return sums.sum_to_size((1,) * (4 - bias.dim()) + tuple(bias.shape)).reshape(bias.shape).to(bias.dtype)
+
+
+def _like(x: Tensor) -> Tensor:
+    return torch.empty_like(x) if x.is_contiguous() else x.new_empty(x.shape)
+
+
+def _zeros(x: Tensor) -> Tensor:
+    return x.new_zeros(x.shape)
 
 
 # -- arguments of the library -----------------------------------------------------------------------------------------------------
