@@ -36,15 +36,16 @@ CVMK_INLINE Fetch fetch_of(const Half* data, int64_t count, int64_t m, int64_t d
 }
 
 // c [n / 32][m][32] (+)= a b: panels of 32 columns, `panel` numbers apart; m and n multiples of 32, `depth` steps of 32. Two columns of tiles
-// of b stay in the first-level cache; a is streamed from the second, so that it does not displace them.
-__attribute__((noinline)) void multiply(int64_t m, int64_t n, int64_t depth, const Tiles& a, const Tiles& b, float* c, int64_t panel, bool add, Fetch fetch) {
+// of b stay in the first-level cache; a is streamed from the second, so that it does not displace them. `far`: c may lie in memory.
+__attribute__((noinline)) void multiply(int64_t m, int64_t n, int64_t depth, const Tiles& a, const Tiles& b, float* c, int64_t panel, bool add, Fetch fetch,
+                                        bool far) {
   constexpr int64_t kBytes = 128;
-  const int64_t next_lines = add ? (64 + depth - 1) / depth : 0;
+  const int64_t next_lines = far ? (64 + depth - 1) / depth : 0;
   for (int64_t j = 0; j < n; j += 32) {
     for (int64_t i = 0; i < m; i += 32) {
       float* to = c + j / 32 * panel + i * 32;
       const Half *left = a.data + i / 16 * a.across, *right = b.data + j / 16 * b.across;
-      const float* next = i + 32 < m ? to + 1024 : c + (j / 32 + 1) * panel;  // sums of the next block, which may lie in memory
+      const float* next = i + 32 < m ? to + 1024 : c + (j / 32 + 1) * panel;  // the next block
       if (add) {
         _tile_loadd(0, to, kBytes);
         _tile_loadd(1, to + 16, kBytes);

@@ -69,7 +69,7 @@ struct TileEngine {
   // The logits of a block and kRowBlock rows; the hidden states of the next rows are fetched meanwhile.
   CVMK_INLINE static void logits(const Rows&, const Block& block, const Half* weight, const Half* hidden, int64_t width, int64_t, float* to) {
     multiply(block.padded(), kRowBlock, width / 32, {weight, kTile, 16 * width}, {hidden, kTile, 16 * width}, to, 0, false,
-             fetch_of(hidden + kRowBlock * width, kRowBlock * width, block.padded(), width / 32));
+             fetch_of(hidden + kRowBlock * width, kRowBlock * width, block.padded(), width / 32), false);
   }
 
   // The gradient of a vector of rows, gradient(v) for entry v, in tiles [row / 16][column / 32] and turned, in tiles [column / 16][row / 32].
@@ -103,7 +103,7 @@ struct TileEngine {
     constexpr int64_t kAcross = kSub / 32 * kTile;
     const Half* pairs = chunk.pairs + sub * chunk.plan.width;
     multiply(block.padded(), chunk.plan.width, rows / 32, {own.g_turned, kTile, kAcross}, {pairs, kTile, kAcross}, own.d_weight, kColumns * 32, sub > 0,
-             fetch_of(pairs + 2 * kAcross, 2 * kAcross, block.padded(), rows / 32));
+             fetch_of(pairs + 2 * kAcross, 2 * kAcross, block.padded(), rows / 32), true);
   }
 
   CVMK_INLINE static void add_hidden_gradient(const Rows& chunk, const Mine& own, const Block& block, int64_t sub, int64_t rows) {
@@ -111,7 +111,7 @@ struct TileEngine {
     const LinearPlan& plan = chunk.plan;
     multiply(rows, plan.width, block.padded() / 32, {own.g_tiles, kTile, kAcross}, {own.weight_pairs, kTile, kAcross},
              chunk.partial + block.group * plan.chunk * plan.width + sub * 32, plan.chunk * 32, !block.opens,
-             fetch_of(own.weight_pairs + 2 * kAcross, 2 * kAcross, rows, block.padded() / 32));
+             fetch_of(own.weight_pairs + 2 * kAcross, 2 * kAcross, rows, block.padded() / 32), true);
   }
 };
 

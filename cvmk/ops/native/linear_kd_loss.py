@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cvmk.ops import native
 from cvmk.ops._dispatch import Backend, not_needed
+from cvmk.ops.native._memory import empty
 from cvmk.ops.native.kd_loss import DIVERGENCES, TYPES, address, missing
 
 Layer = tuple[int, int, int, int, int, int, int]
@@ -54,7 +55,7 @@ def _run(
     y = target.reshape(-1).contiguous()
     stats = torch.empty((5, y.shape[0]), dtype=torch.float32)
     shapes = (student_hidden.shape, student_weight.shape, student_weight.shape[:1])
-    found = tuple(torch.empty(shape, dtype=torch.float32) if want else None for want, shape in zip(wanted, shapes, strict=True))
+    found = tuple(empty(shape, torch.float32) if want else None for want, shape in zip(wanted, shapes, strict=True))
     library = native.library()
     assert library is not None
     library.linear_kd_loss(
@@ -89,7 +90,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
 
 def _scaled(total: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """total * scale in `dtype`, rounded once."""
-    out = torch.empty(total.shape, dtype=dtype)
+    out = empty(total.shape, dtype)
     library = native.library()
     assert library is not None
     total = total.contiguous()
