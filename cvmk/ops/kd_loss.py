@@ -56,6 +56,12 @@ class LossOptions(TypedDict, total=False):
     normalizer: Tensor | float | None
 
 
+class LogitsLossOptions(LossOptions, total=False):
+    """The options of `kd_loss`."""
+
+    in_place: bool
+
+
 def _fake_forward(student: Tensor, teacher: Tensor | None, target: Tensor, *_: object) -> tuple[Tensor, ...]:
     dtype = accumulation_dtype(student.dtype)
     scalars = [student.new_empty((), dtype=dtype) for _ in range(4)]
@@ -83,13 +89,55 @@ op = Op(
     saved=(3, 4),
     principal="student",
 )
+_NOTHING = (None,) * (len(op.names["forward"]) - 1)
+"""The gradients of all arguments but the student."""
+
+
+def _fake_in_place(student: Tensor, *_: object) -> tuple[Tensor, ...]:
+    loss, kd, ce = (student.new_empty((), dtype=accumulation_dtype(student.dtype)) for _ in range(3))
+    return loss, kd, ce
+
+
+in_place_op = Op(
+    "kd_loss_in_place",
+    module="kd_loss",
+    forward=f"(Tensor(a!) student, Tensor? teacher, Tensor target, Tensor? normalizer, {_OPTIONS}) -> (Tensor loss, Tensor kd, Tensor ce)",
+    backward="(Tensor g_loss, Tensor(a!) student) -> Tensor",
+    fake_forward=_fake_in_place,
+    fake_backward=lambda g_loss, student: not_needed(student),
+    tensors=4,
+    principal="student",
+)
+"""`kd_loss` whose forward pass leaves the gradient of the loss by itself in `student`; the backward pass multiplies it, and returns nothing."""
+
+
+class _InPlace(torch.autograd.Function):
+    """The student's logits become their gradient, which the backward pass hands on."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        student = arguments[0]
+        loss, kd, ce = in_place_op(*arguments)
+        if not torch.compiler.is_compiling():
+            torch.autograd.graph.increment_version(student)  # whoever saved the logits for a backward pass is told that they are gone
+        ctx.mark_non_differentiable(kd, ce)
+        ctx.save_for_backward(student)
+        return loss, kd, ce
+
+    @staticmethod
+    def backward(ctx: Any, g_loss: Tensor, *_: Any) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError("kd_loss with in_place has no second derivative, for the logits are gone: leave in_place out")
+        (student,) = ctx.saved_tensors
+        gradient = student.detach()
+        in_place_op._backward(g_loss, gradient)
+        if not torch.compiler.is_compiling():
+            torch.autograd.graph.increment_version(gradient)  # its taker may write to it: a second backward pass is an error
+        return gradient, *_NOTHING
 
 
 def _multiplied(gradient: Tensor, factor: Tensor) -> bool:
-    """Multiply the gradient of the loss by itself with the incoming one, in place. False on the CPU where that is not finite: nothing is done."""
-    if not gradient.is_cpu:
-        gradient.mul_(factor)
-        return True
+    """Multiply the gradient of the loss by itself, on the CPU, with the incoming one in place. False where that is not finite: nothing is done."""
     value = factor.item()
     if value != 1 and math.isfinite(value):
         gradient.mul_(factor)
@@ -122,7 +170,6 @@ class _OnePass(op._function):  # type: ignore[name-defined]
         return op._function.backward(ctx, *grads)
 
 
-_NOTHING = (None,) * (len(op.names["forward"]) - 1)
 op._apply = super(torch.autograd.Function, _OnePass).apply  # type: ignore[misc]
 
 
@@ -174,7 +221,29 @@ def normalizer_tensor(normalizer: Tensor | float | None, like: Tensor) -> Tensor
     return like.new_full((), float(normalizer), dtype=dtype)
 
 
+def overwrites(student: Tensor) -> bool:
+    """Whether in_place means anything: a gradient is asked for."""
+    return torch.is_grad_enabled() and student.requires_grad
+
+
+def check_in_place(student: Tensor) -> None:
+    """ValueError unless logits that ask for a gradient can be overwritten by it."""
+    if student.is_leaf:
+        raise ValueError("in_place writes over student_logits, which must not be a leaf that requires a gradient: leave in_place out")
+    rows = student.shape[-1]
+    try:
+        flat = student.detach().view(-1, rows)
+    except RuntimeError:
+        flat = student.detach()[..., :0]
+    if flat.shape[-1] != rows or flat.stride(-1) != 1 or (flat.shape[0] > 1 and flat.stride(0) < rows):
+        raise ValueError(
+            f"in_place needs rows of student_logits that lie at one distance, got shape {tuple(student.shape)} with strides {student.stride()}:"
+            " call contiguous() on them or leave in_place out"
+        )
+
+
 @op.prepared_by
+@in_place_op.prepared_by
 def prepare(
     student_logits: Tensor,
     teacher_logits: Tensor | None,
@@ -188,6 +257,7 @@ def prepare(
     ignore_index: int = -100,
     normalizer: Tensor | float | None = None,
     return_parts: bool = False,
+    in_place: bool = False,
 ) -> tuple[object, ...]:
     weight = check_options(temperature, alpha, divergence, mixture, label_smoothing, normalizer, teacher_logits is not None)
     if not student_logits.is_floating_point():
@@ -205,19 +275,21 @@ def prepare(
         if teacher_logits.device != student_logits.device:
             raise ValueError(f"teacher_logits are on {teacher_logits.device}, but student_logits on {student_logits.device}")
         teacher_logits = teacher_logits.detach() if alpha != 0 or return_parts else None
+    if in_place and overwrites(student_logits):
+        check_in_place(student_logits)
     constant = normalizer_tensor(normalizer, student_logits)
     return student_logits, teacher_logits, target, constant, float(temperature), float(alpha), divergence, weight, float(label_smoothing), ignore_index
 
 
 @overload
 def kd_loss(
-    student_logits: Tensor, teacher_logits: Tensor | None, target: Tensor, *, return_parts: Literal[False] = False, **options: Unpack[LossOptions]
+    student_logits: Tensor, teacher_logits: Tensor | None, target: Tensor, *, return_parts: Literal[False] = False, **options: Unpack[LogitsLossOptions]
 ) -> Tensor: ...
 
 
 @overload
 def kd_loss(
-    student_logits: Tensor, teacher_logits: Tensor | None, target: Tensor, *, return_parts: Literal[True], **options: Unpack[LossOptions]
+    student_logits: Tensor, teacher_logits: Tensor | None, target: Tensor, *, return_parts: Literal[True], **options: Unpack[LogitsLossOptions]
 ) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
@@ -234,6 +306,7 @@ def kd_loss(
     ignore_index: int = -100,
     normalizer: Tensor | float | None = None,
     return_parts: bool = False,
+    in_place: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     """(alpha * T^2 * D(teacher, student) + (1 - alpha) * CE) summed over the rows whose target counts, over the normaliser.
 
@@ -248,6 +321,12 @@ def kd_loss(
     normalizer       what the sum is divided by: a number, a tensor of one element (a constant: no gradient), or None for the number of
                      rows that count, at least 1. Give the global count for gradient accumulation and data parallelism.
     return_parts     return (loss, T^2 * D, CE), both parts summed and divided likewise, without alpha; each can be differentiated.
+    in_place         where a gradient is asked for, write it over the student's logits: no tensor of their size is made, and on a GPU they
+                     are read and written once. The logits are lost then, also for whoever looks at them later (take the argmax before),
+                     and an operation that saved them for its backward pass raises PyTorch's usual error there; the parts cannot be
+                     differentiated, nor the loss twice. They must not be a leaf, and their rows must lie at one distance (a contiguous
+                     tensor's do) and apart from the teacher's. The gradient is rounded to their dtype before the incoming one multiplies it: in
+                     float16 put a loss scale into the normalizer.
 
     Returns a scalar, float32 (float64 for float64). The gradient has the dtype of student_logits.
 
@@ -273,6 +352,7 @@ def kd_loss(
         ignore_index=ignore_index,
         normalizer=normalizer,
         return_parts=return_parts,
+        in_place=in_place,
     )
-    loss, kd, ce, _, _ = op(*arguments)
+    loss, kd, ce = _InPlace.apply(*arguments) if in_place and overwrites(student_logits) else op(*arguments)[:3]
     return (loss, kd, ce) if return_parts else loss

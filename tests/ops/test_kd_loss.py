@@ -423,6 +423,131 @@ def loss_of(teacher: Tensor, target: Tensor) -> Callable[[Tensor], Tensor]:
     return loss
 
 
+# -- in place of the student's logits ------------------------------------------------------------------------------------------------
+def both_ways(student: Tensor, teacher: Tensor | None, target: Tensor, factor: float = 1.0, **options: object) -> list[tuple[Tensor, Tensor]]:
+    """Loss and gradient out of place and in place."""
+    found = []
+    for in_place in (False, True):
+        leaf = student.clone().requires_grad_()
+        loss = ops.kd_loss(leaf * 1, teacher, target, in_place=in_place, **options)
+        found.append((loss.detach(), torch.autograd.grad(loss * factor, leaf)[0]))
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_in_place_is_out_of_place(dtype: torch.dtype, name: str) -> None:
+    student, teacher, target = make(3, 5, vocabulary=40, dtype=dtype)
+    for options in ({"temperature": 2.0}, {"alpha": 1.0, "normalizer": 2.5}, {"alpha": 0.0, "label_smoothing": 0.1}):
+        for factor in (1.0, 0.5):
+            out, over = both_ways(student, teacher, target, factor, divergence=name, **options)
+            assert torch.equal(out[0], over[0])
+            tolerance = 2.0**-24 if dtype == torch.float16 else 0.0  # numbers below the least normal one are rounded twice
+            torch.testing.assert_close(out[1], over[1], rtol=0, atol=tolerance)
+    out, over = both_ways(student, None, target, alpha=0.0)
+    assert torch.equal(out[1], over[1])
+    out, over = both_ways(student, teacher, target, 0.3)
+    torch.testing.assert_close(out[1], over[1], rtol=3 * torch.finfo(dtype).eps, atol=1e-7)
+
+
+def test_in_place_overwrites_the_logits_and_only_them() -> None:
+    student, teacher, target = make(4, vocabulary=9)
+    (expected,) = torch.autograd.grad(ops.kd_loss(student.requires_grad_(), teacher, target), student)
+    wide = torch.full((4, 20), 7.0, dtype=student.dtype)
+    wide[:, 3:12] = student.detach()
+    logits = wide.requires_grad_()[:, 3:12].mul(1.0)  # a tensor of its own
+    rows = torch.cat([torch.full_like(logits, 7.0), logits, torch.full_like(logits, 7.0)], 1)[:, 9:18]
+    kept = teacher.clone()
+    loss, kd, ce = ops.kd_loss(rows, teacher, target, in_place=True, return_parts=True)
+    assert torch.equal(rows, expected) and torch.equal(teacher, kept)
+    assert rows._base is not None and (rows._base[:, :9] == 7).all() and (rows._base[:, 18:] == 7).all()
+    assert loss.requires_grad and not kd.requires_grad and not ce.requires_grad
+    loss.backward()
+    assert wide.grad is not None and torch.equal(wide.grad[:, 3:12], expected) and not wide.grad[:, :3].any()
+
+
+def test_in_place_hands_its_memory_on() -> None:
+    student, teacher, target = make(4)
+    logits = student.requires_grad_() * 1
+    places: list[int] = []
+    logits.register_hook(lambda grad: places.append(grad.data_ptr()))
+    (ops.kd_loss(logits, teacher, target, in_place=True) * 2).backward()
+    assert places == [logits.data_ptr()]
+
+
+def test_in_place_is_seen_by_autograd() -> None:
+    """Whoever saved the logits, and whoever differentiates a second time, gets an error and no wrong gradient."""
+    student, teacher, target = make(4)
+    leaf = student.requires_grad_()
+    logits = leaf * 1
+    entropy = logits.square().sum()
+    loss = ops.kd_loss(logits, teacher, target, in_place=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (loss + entropy).backward()
+    loss = ops.kd_loss(leaf * 1, teacher, target, in_place=True)
+    torch.autograd.grad(loss, leaf, retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(loss, leaf)
+    logits = leaf * 1
+    loss = ops.kd_loss(logits, teacher, target, in_place=True)
+    with torch.no_grad():
+        logits.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(ops.kd_loss(leaf * 1, teacher, target, in_place=True), leaf, create_graph=True)
+
+
+def test_what_in_place_needs() -> None:
+    student, teacher, target = make(3, 4)
+    with torch.no_grad():
+        expected = student.clone()
+        assert ops.kd_loss(student, teacher, target, in_place=True) == ops.kd_loss(student, teacher, target)
+    ops.kd_loss(student, teacher, target, in_place=True)
+    assert torch.equal(student, expected)  # no gradient is asked for
+    leaf = student.requires_grad_()
+    with pytest.raises(ValueError, match="leaf"):
+        ops.kd_loss(leaf, teacher, target, in_place=True)
+    logits = leaf * 1
+    for some in (logits[:, :3], logits.transpose(0, 1)):
+        rows = (teacher[:, :3], target[:, :3]) if some.shape[0] == 3 else (teacher.transpose(0, 1), target.t())
+        with pytest.raises(ValueError, match="rows of student_logits that lie at one distance"):
+            ops.kd_loss(some, *rows, in_place=True)
+    with pytest.raises(ValueError, match="one distance"):
+        ops.kd_loss(logits[0, 0].expand(4, -1), teacher[0], target[0], in_place=True)
+    with pytest.raises(ValueError, match="one distance"):
+        ops.kd_loss(logits[0].t().contiguous().t(), teacher[0], target[0], in_place=True)
+    for index in ((0,), (slice(None), slice(None, None, 4)), (slice(None, None, 2), 1), (0, 0)):
+        ops.kd_loss((leaf * 1)[index], teacher[index], target[index], in_place=True).backward()
+    empty = torch.empty(0, 7, requires_grad=True) * 1
+    ops.kd_loss(empty, torch.empty(0, 7), torch.empty(0, dtype=torch.int64), in_place=True).backward()
+    found = ops.explain("kd_loss_in_place", student, teacher, target)
+    assert [row.backend for row in found if row.chosen] == ["reference"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_opcheck_in_place(dtype: torch.dtype) -> None:
+    student, teacher, target = make(3, 4, dtype=dtype)
+    for some_teacher, alpha in ((teacher, 0.5), (None, 0.0)):
+        torch.library.opcheck(torch.ops.cvmk.kd_loss_in_place_forward.default, prepare(student, some_teacher, target, alpha=alpha, normalizer=3))
+    torch.library.opcheck(torch.ops.cvmk.kd_loss_in_place_backward.default, (torch.tensor(0.5, dtype=dtype), student))
+
+
+def test_compile_in_place() -> None:
+    student, teacher, target = make(3, 4, dtype=torch.float32)
+
+    def step(z: Tensor, in_place: bool) -> Tensor:
+        return ops.kd_loss(z * 1.5, teacher, target, temperature=2.0, divergence="js", in_place=in_place)
+
+    results = []
+    for function, in_place in ((step, False), (torch.compile(step, fullgraph=True, backend="aot_eager"), True)):
+        z = student.clone().requires_grad_()
+        loss = function(z, in_place)
+        (loss * 0.5).backward()
+        results.append((loss.detach(), z.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 def test_compile() -> None:
     student, teacher, target = make(3, 4, dtype=torch.float32)
     function = loss_of(teacher, target)

@@ -16,6 +16,7 @@ from cvmk.ops import cuda
 from cvmk.ops._dispatch import Backend, not_needed
 from cvmk.ops.cuda import TYPES, address
 from cvmk.ops.native.kd_loss import DIVERGENCES
+from cvmk.ops.reference.kd_loss import multiply
 
 
 def _rows(logits: Tensor | None) -> tuple[Tensor | None, int, int]:
@@ -84,10 +85,31 @@ def _backward(
 ) -> Tensor:
     if not needs[0]:
         return not_needed(student)
+    gradient = torch.empty(student.shape, dtype=student.dtype, device=student.device)
+    options = temperature, alpha, divergence, mixture, label_smoothing, ignore_index
+    _write_gradient(gradient, (g_loss, g_kd, g_ce), student, teacher, target, count, stats.contiguous(), *options)
+    return gradient
+
+
+def _write_gradient(
+    gradient: Tensor,
+    upstream: tuple[Tensor | None, Tensor | None, Tensor | None],
+    student: Tensor,
+    teacher: Tensor | None,
+    target: Tensor,
+    count: Tensor,
+    stats: Tensor,
+    temperature: float,
+    alpha: float,
+    divergence: str,
+    mixture: float,
+    label_smoothing: float,
+    ignore_index: int,
+) -> None:
+    """The gradient to a contiguous tensor, which may be the student's logits: every thread reads its entries before it writes them."""
     z, *z_place = _rows(student)
     t, *t_place = _rows(teacher)
-    y, stats = target.reshape(-1).contiguous(), stats.contiguous()
-    gradient = torch.empty(student.shape, dtype=student.dtype, device=student.device)
+    y = target.reshape(-1).contiguous()
     library = cuda.library()
     assert library is not None
     library.kd_loss_gradient(
@@ -96,11 +118,16 @@ def _backward(
             *(*z_place, *t_place, TYPES[student.dtype]),
             *(y.data_ptr(), y.dtype == torch.int64, y.shape[0], student.shape[-1], ignore_index),
             *(DIVERGENCES[divergence], stats.data_ptr(), count.data_ptr()),
-            *(address(g_loss), address(g_kd), address(g_ce), gradient.data_ptr()),
+            *(*map(address, upstream), gradient.data_ptr()),
         ),
         *(temperature, alpha, mixture, label_smoothing),
     )
-    return gradient
+
+
+def _in_place(student: Tensor, teacher: Tensor | None, target: Tensor, normalizer: Tensor | None, *options: Any) -> tuple[Tensor, ...]:
+    loss, kd, ce, count, stats = _forward(student, teacher, target, normalizer, *options)
+    _write_gradient(student, (torch.ones_like(loss), None, None), student, teacher, target, count, stats, *options)
+    return loss, kd, ce
 
 
 def _limits(which: str, arguments: Mapping[str, Any]) -> list[str]:
@@ -108,16 +135,18 @@ def _limits(which: str, arguments: Mapping[str, Any]) -> list[str]:
     return [f"teacher is {teacher.dtype}, not {student.dtype} as the student"] if teacher is not None and teacher.dtype != student.dtype else []
 
 
+def _limits_in_place(which: str, arguments: Mapping[str, Any]) -> list[str]:
+    found = _limits(which, arguments) if which == "forward" else []
+    return found if arguments["student"].is_contiguous() else [*found, "writes in place of contiguous logits only"]
+
+
+_COMMON: dict[str, Any] = {
+    "dtypes": tuple(TYPES),
+    "devices": ("cuda",),
+    "unavailable": cuda.reason,
+    "by_default": cuda.by_default("kd_loss", "student"),
+}
 BACKENDS = (
-    Backend(
-        "kd_loss",
-        "cuda",
-        _forward,
-        _backward,
-        dtypes=tuple(TYPES),
-        devices=("cuda",),
-        limits=_limits,
-        unavailable=cuda.reason,
-        by_default=cuda.by_default("kd_loss", "student"),
-    ),
+    Backend("kd_loss", "cuda", _forward, _backward, limits=_limits, **_COMMON),
+    Backend("kd_loss_in_place", "cuda", _in_place, multiply, limits=_limits_in_place, **_COMMON),
 )

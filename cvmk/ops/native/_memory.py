@@ -18,9 +18,9 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """A contiguous tensor with any values, as `torch.empty` makes it. The memory of a large one goes back to the library when its last view dies.
 
     Up to CVMK_KEPT_MIB MiB (an environment variable, 512 by default, 0 for none) wait there for their next use; the system may take their
-    pages meanwhile. The storage cannot be resized.
+    pages meanwhile. The storage cannot be resized. Where deterministic algorithms are asked for, `torch.empty` makes it all.
     """
     library, count = native.library(), math.prod(shape)
-    if library is None or count * dtype.itemsize < LARGE:
+    if library is None or count * dtype.itemsize < LARGE or torch.are_deterministic_algorithms_enabled():
         return torch.empty(shape, dtype=dtype)
     return torch.frombuffer(library.Buffer(count * dtype.itemsize), dtype=dtype).view(shape)

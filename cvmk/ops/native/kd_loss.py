@@ -15,6 +15,7 @@ from torch import Tensor
 from cvmk.ops import native
 from cvmk.ops._dispatch import Backend, not_needed
 from cvmk.ops.native._memory import empty
+from cvmk.ops.reference.kd_loss import multiply
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Types of logits, as `csrc/distill/params.h` numbers them."""
@@ -160,7 +161,7 @@ def missing(*names: str) -> str | None:
 
 
 def _limits(which: str, arguments: Mapping[str, Any]) -> list[str]:
-    teacher = arguments["teacher"]
+    teacher = arguments.get("teacher")
     return [f"teacher is {teacher.dtype}, not float32, bfloat16 or float16"] if teacher is not None and teacher.dtype not in TYPES else []
 
 
@@ -170,4 +171,4 @@ _COMMON: dict[str, Any] = {
     "limits": _limits,
     "unavailable": lambda: missing("kd_loss", "kd_loss_gradient", "Buffer"),
 }
-BACKENDS = (Backend("kd_loss", "native", _forward, _backward, **_COMMON), Backend("kd_loss_in_place", "native", _in_place, **_COMMON))
+BACKENDS = (Backend("kd_loss", "native", _forward, _backward, **_COMMON), Backend("kd_loss_in_place", "native", _in_place, multiply, **_COMMON))

@@ -8,7 +8,7 @@ and a chunk with a result that is not finite is done again; elsewhere, and where
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -326,4 +326,19 @@ def _backward(
     return grad.view(student.shape)
 
 
-BACKENDS = (Backend("kd_loss", "reference", _forward, _backward),)
+def _in_place(student: Tensor, teacher: Tensor | None, target: Tensor, normalizer: Tensor | None, *options: Any) -> tuple[Tensor, ...]:
+    loss, kd, ce, count, stats = _forward(student, teacher, target, normalizer, *options)
+    one = torch.ones_like(loss)
+    arguments: tuple[Any, ...] = (one, None, None, None, None, student, teacher, target, normalizer, count, stats, *options, [True])
+    student.copy_(_backward(*arguments))
+    return loss, kd, ce
+
+
+def multiply(factor: Tensor, gradient: Tensor) -> Tensor:
+    """Multiply the gradient with the incoming one, in place; returns nothing."""
+    if not gradient.is_cpu or factor.item() != 1:
+        gradient.mul_(factor)
+    return not_needed(gradient)
+
+
+BACKENDS = (Backend("kd_loss", "reference", _forward, _backward), Backend("kd_loss_in_place", "reference", _in_place, multiply))

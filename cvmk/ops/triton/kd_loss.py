@@ -243,24 +243,38 @@ def backward(
     return gradient
 
 
+def in_place(student: Tensor, teacher: Tensor | None, target: Tensor, normalizer: Tensor | None, *options: Any) -> tuple[Tensor, ...]:
+    z, t, y = matrix(student), None if teacher is None else matrix(teacher), vector(target)
+    count = normalizer
+    if count is None:
+        count = (y != options[5]).sum().clamp_(min=1).to(torch.float32)
+    stats, losses = (z.new_empty((n, y.shape[0]), dtype=torch.float32) for n in (5, 2))
+    launch_rows(z, t, (None, None), y, stats, losses, options, gradient=z, count=count)
+    return launch_total(losses, y, count, options)[:3]
+
+
+def multiply(factor: Tensor, student: Tensor) -> Tensor:
+    """Multiply the gradient in place of the student's logits with the incoming one, without touching it where that is 1."""
+    gradient = matrix(student)
+    config = GRADIENT.config(key(gradient.dtype, gradient.shape[1], 1), gradient.device)
+    blocks = -(-gradient.shape[1] // config["BLOCK"])
+    launch(kernels("kd_loss").kd_scale, (gradient.shape[0] * blocks,), gradient, factor, blocks, gradient.shape[1], gradient.stride(0), **config)
+    return not_needed(student)
+
+
 def _limits(which: str, arguments: Mapping[str, Any]) -> list[str]:
-    teacher = arguments["teacher"]
+    teacher = arguments.get("teacher")
     return [f"teacher is {teacher.dtype}, not float32, bfloat16 or float16"] if teacher is not None and teacher.dtype not in DTYPES else []
 
 
-BACKENDS = (
-    Backend(
-        "kd_loss",
-        "triton",
-        forward,
-        backward,
-        dtypes=DTYPES,
-        devices=triton.DEVICES,
-        limits=_limits,
-        unavailable=triton.reason,
-        by_default=triton.by_default,
-    ),
-)
+_COMMON: dict[str, Any] = {
+    "dtypes": DTYPES,
+    "devices": triton.DEVICES,
+    "limits": _limits,
+    "unavailable": triton.reason,
+    "by_default": triton.by_default,
+}
+BACKENDS = (Backend("kd_loss", "triton", forward, backward, **_COMMON), Backend("kd_loss_in_place", "triton", in_place, multiply, **_COMMON))
 
 
 # -- what the compile gate and `cvmk bench --tune` run --------------------------------------------------------------------------------
@@ -280,8 +294,9 @@ def _case(dtype: torch.dtype, vocabulary: int, temperature: float, divergence: s
 
 def _in_place(device: torch.device) -> None:
     z, t = (sample((8192, 32000), torch.bfloat16, device, 3.0) for _ in range(2))
-    y, stats, losses = torch.zeros(8192, dtype=torch.int64, device=device), sample((5, 8192), torch.float32, device), sample((2, 8192), torch.float32, device)
-    launch_rows(z, t, (None, None), y, stats, losses, (2.0, 0.5, "forward_kl", 0.0, 0.0, -100), gradient=z)
+    y = torch.zeros(8192, dtype=torch.int64, device=device)
+    loss = in_place(z, t, y, None, 2.0, 0.5, "forward_kl", 0.0, 0.0, -100)[0]
+    multiply(loss, z)
 
 
 CASES = (

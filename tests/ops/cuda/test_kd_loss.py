@@ -156,6 +156,23 @@ def test_any_order_of_the_threads(emulated: ModuleType | None, name: str) -> Non
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_in_place_is_out_of_place(emulated: ModuleType | None, dtype: torch.dtype, name: str) -> None:
+    """In whatever order the threads run, and whatever rows begin at; an incoming gradient of 1/2 comes on top."""
+    for vocabulary in (3, 1101):
+        student, teacher, target = make(6, vocabulary, dtype)
+        student[target == -100] = float("nan")
+        expected = run("cuda", student, teacher, target, divergence=name)
+        for _ in cuda_on_cpu.orders(emulated) if emulated is not None else (0,):
+            leaf = student.clone().requires_grad_()
+            with ops.use("cuda"):
+                logits = leaf * 1
+                loss = ops.kd_loss(logits, teacher, target, divergence=name, in_place=True)
+                assert torch.equal(loss, expected[0]) and torch.equal(logits, expected[1])
+                assert torch.equal(torch.autograd.grad(loss * 0.5, leaf)[0], expected[1] * 0.5)
+
+
 def test_empty_and_wrong_targets() -> None:
     nothing = torch.empty(0, 9, device=DEVICE)
     loss, grad = run("cuda", nothing, nothing, torch.empty(0, dtype=torch.int64, device=DEVICE))
@@ -175,6 +192,12 @@ def test_backward_twice_and_poisoned_memory() -> None:
         del first
         (second,) = torch.autograd.grad(loss * 2, student)
     assert torch.equal(second, kept * 2)
+
+
+def test_in_place_of_contiguous_logits_only() -> None:
+    student, teacher, target = make(6, 40)
+    chosen = {e.backend: e for e in ops.explain("kd_loss_in_place", student[:, :30], teacher[:, :30], target)}
+    assert any("contiguous logits only" in reason for reason in chosen["cuda"].reasons)
 
 
 def test_what_is_declined() -> None:

@@ -239,6 +239,39 @@ def test_one_pass_is_two_passes(level: str, dtype: torch.dtype, name: str, alpha
             assert torch.equal(grad, expected[1])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", DIVERGENCES)
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 3.0])
+def test_in_place_is_out_of_place(level: str, dtype: torch.dtype, name: str, temperature: float) -> None:
+    """Bit for bit, over rows at any distance, next to which nothing is written; rows that do not count become 0."""
+    for vocabulary in (1, 17, 2051):
+        student, teacher, target = make(9, vocabulary, dtype)
+        student[target == -100] = float("nan")
+        options: dict[str, Any] = {"temperature": temperature, "divergence": name, "label_smoothing": 0.1}
+        expected = run("native", student, teacher, target, **options)
+        wide = torch.full((9, vocabulary + 31), 7.0, dtype=dtype).requires_grad_() * 1
+        rows = wide[:, 7 : 7 + vocabulary]
+        with torch.no_grad():
+            rows.copy_(student)
+        with ops.use("native"):
+            loss = ops.kd_loss(rows, teacher, target, in_place=True, **options)
+        assert torch.equal(loss, expected[0]) and torch.equal(rows, expected[1])
+        assert (wide[:, :7] == 7).all() and (wide[:, 7 + vocabulary :] == 7).all()
+        loss.backward()
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.25, 0.3])
+def test_in_place_with_an_incoming_gradient(level: str, factor: float) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        student, teacher, target = make(70, 5001, dtype)
+        leaf = student.clone().requires_grad_()
+        found = []
+        for in_place in (False, True):
+            with ops.use("native"):
+                found.append(torch.autograd.grad(ops.kd_loss(leaf * 1, teacher.float(), target, in_place=in_place) * factor, leaf)[0])
+        assert torch.equal(*found)
+
+
 def test_a_gradient_is_handed_on_once(level: str) -> None:
     """Whoever gets it may do with it what he likes: a second backward pass makes it anew, and so do the parts and second derivatives."""
     student, teacher, target = make(40, 700)
@@ -278,6 +311,7 @@ def test_what_is_declined() -> None:
     student, teacher, target = make(3, 5)
     chosen = {e.backend: e for e in ops.explain("kd_loss", student, teacher, target)}
     assert chosen["native"].chosen
+    assert {e.backend: e for e in ops.explain("kd_loss_in_place", student, teacher, target)}["native"].chosen
     chosen = {e.backend: e for e in ops.explain("kd_loss", student, teacher.double(), target)}
     assert chosen["reference"].chosen and "teacher is torch.float64" in chosen["native"].reasons[0]
     assert not {e.backend: e for e in ops.explain("kd_loss", student.double(), teacher, target)}["native"].chosen

@@ -139,6 +139,37 @@ def test_ignored_rows_are_not_read(dtype: torch.dtype, name: str) -> None:
     assert loss == 0 and not grad.any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_in_place_is_out_of_place(dtype: torch.dtype, name: str) -> None:
+    """Over rows at any distance, next to which nothing is written; rows that do not count become 0."""
+    student, teacher, target = make(3, 300, dtype)
+    student[target == -100] = float("nan")
+    for options in ({"normalizer": 3.0, "label_smoothing": 0.1}, {"temperature": 2.0, "alpha": 1.0}):
+        expected = run("triton", student, teacher, target, divergence=name, **options)
+        wide = torch.full((3, 320), 7.0, dtype=dtype, device=DEVICE).requires_grad_() * 1
+        rows = wide[:, 7:307]
+        with torch.no_grad():
+            rows.copy_(student)
+        with ops.use("triton"):
+            loss = ops.kd_loss(rows, teacher, target, divergence=name, in_place=True, **options)
+        assert torch.equal(loss, expected[0])
+        assert (wide[:, :7] == 7).all() and (wide[:, 307:] == 7).all()
+        torch.testing.assert_close(rows.detach(), expected[1], rtol=0 if DEVICE == "cpu" else 1e-5, atol=0 if DEVICE == "cpu" else 1e-7)
+        loss.backward()
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.5, 0.3])
+def test_in_place_with_an_incoming_gradient(factor: float) -> None:
+    student, teacher, target = make(4, 300)
+    found = []
+    for in_place in (False, True):
+        leaf = student.clone().requires_grad_()
+        with ops.use("triton"):
+            found.append(torch.autograd.grad(ops.kd_loss(leaf * 1, teacher, target, in_place=in_place) * factor, leaf)[0])
+    torch.testing.assert_close(*found, rtol=1e-6 if factor == 0.3 or DEVICE == "cuda" else 0, atol=1e-9 if factor == 0.3 or DEVICE == "cuda" else 0)
+
+
 @pytest.mark.parametrize("name", DIVERGENCES)
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 3.0])
 def test_masked_vocabulary(name: str, temperature: float) -> None:

@@ -319,6 +319,18 @@ def kd_gradient(
 
 
 @triton.jit
+def kd_scale(gradient, factor, blocks, vocabulary, stride, BLOCK: tl.constexpr):
+    """gradient [N, V] times the number `factor`, in place; nothing is read or written where that is 1. Grid [N * blocks], as `kd_gradient`."""
+    by = tl.load(factor)
+    if by != 1.0:
+        row = tl.program_id(0) // blocks
+        columns = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+        at = gradient + row.to(tl.int64) * stride + columns
+        x = tl.load(at, mask=columns < vocabulary, other=0.0).to(tl.float32)
+        tl.store(at, cast(x * by, gradient.dtype.element_ty), mask=columns < vocabulary)
+
+
+@triton.jit
 def kd_total(
     losses, target, normalizer, loss, kd, ce, count, rows, stats_stride, ignore_index, temperature, alpha,
     PART: tl.constexpr, BLOCK: tl.constexpr,
