@@ -12,8 +12,8 @@ namespace {
 
 constexpr int64_t kPartSteps = 16;                  // steps of a part
 constexpr int64_t kPartBytes = kPartSteps * kTile;  // a part of a panel, or of 16 rows
-constexpr int64_t kWaitingRows = 512;               // rows, and
-constexpr int64_t kWaitingColumns = 512;            // columns whose sums wait between parts
+constexpr int64_t kRoundRows = 512;                 // rows that pass again and again, and
+constexpr int64_t kWaitingColumns = 512;            // columns whose sums wait between parts: both stand in the second cache
 
 // -- weights -------------------------------------------------------------------------------------------------------------------------
 // An item's panels, a part of their inputs, on their way to right operands [panels][kPartSteps][16 pairs of inputs][16 outputs][2], a tile at
@@ -176,7 +176,7 @@ inline WideDivision divide_wide(const Linear& l) {
   d.width = gated ? 1 : 2;
   d.most = gated ? 3 : 2;
   const int64_t all = pieces(out_columns(l), d.width * kPanel), bands = pieces(l.rows, kBand), threads = threads::limit();
-  int64_t rounds = d.waits ? pieces(l.rows, kWaitingRows) : 1;
+  int64_t rounds = pieces(l.rows, kRoundRows);
   const int64_t least_blocks = d.waits ? pieces(all, kWaitingColumns / (d.most * kPanel)) : 1;
   const int64_t shares = pieces(least_blocks * rounds, threads) * threads;  // units, a multiple of the threads where columns and rows allow it
   d.items = pieces(all, least(all, pieces(shares, rounds)));
