@@ -292,3 +292,55 @@ def test_choice() -> None:
         rows = {row.backend: row for row in ops.explain("flash_attention", q, q, q)}
         assert rows["native"].chosen == (dtype != torch.float64)
     assert "float64" in rows["native"].reasons[0]
+
+
+def test_the_binding_refuses_what_it_cannot_read() -> None:
+    library: Any = native.library()
+    q, lse = torch.randn(1, 1, 2, 4), torch.empty(1, 1, 2)
+
+    def call(q: Any, *rest: Any) -> None:
+        library.attention_forward(q, q, q, *[None] * 5, torch.empty(1, 1, 2, 4), lse, -1, -1, 0.0, 1.0, 1.0, 0, 0, *rest)
+
+    call(q)
+    for wrong, error, words in (
+        (q.to("meta"), BufferError, "meta"),
+        (q[0, 0], ValueError, "q or k has 2 dimensions, not 4"),
+        (q.long(), ValueError, "not floating"),
+        ([1.0], AttributeError, "dlpack"),
+        (None, ValueError, "dimensions"),
+    ):
+        with pytest.raises(error, match=words):
+            call(wrong)
+    with pytest.raises(ValueError, match="too few arguments"):
+        library.attention_forward(q, q, q)
+    with pytest.raises(ValueError, match="too many arguments"):
+        call(q, (q, q, lse, None, None, 1.0), 5)
+
+
+@pytest.mark.parametrize("kind", ["parameter", "subclass", "inference", "negated", "default device", "function mode"])
+def test_unusual_tensors_give_the_usual_numbers(kind: str) -> None:
+    q, k, v = (torch.randn(2, 2, 5, 16, generator=torch.Generator().manual_seed(seed)) for seed in range(3))
+    want = ops.flash_attention(q, k, v, causal=True)
+
+    class Own(torch.Tensor):
+        pass
+
+    if kind == "parameter":
+        with torch.no_grad():
+            found = ops.flash_attention(torch.nn.Parameter(q), k, torch.nn.Parameter(v), causal=True)
+    elif kind == "subclass":
+        found = ops.flash_attention(q, k.as_subclass(Own), v, causal=True)
+    elif kind == "inference":
+        with torch.inference_mode():
+            found = ops.flash_attention(q.clone(), k, v.clone(), causal=True)
+    elif kind == "negated":
+        negated = torch.complex(v, -v).conj().imag
+        assert negated.is_neg()
+        found = ops.flash_attention(q, k, negated, causal=True)
+    elif kind == "default device":
+        with torch.device("meta"):
+            found = ops.flash_attention(q, k, v, causal=True)
+    else:
+        with torch.overrides.BaseTorchFunctionMode():
+            found = ops.flash_attention(q, k, v, causal=True)
+    assert torch.equal(torch.as_tensor(found), want)  # type: ignore[arg-type]
