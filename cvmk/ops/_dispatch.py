@@ -156,7 +156,7 @@ class Op:
             self._backward = self._register("backward", backward, fake_backward)
             self._function = _autograd_function(self)
             # PyTorch's own `apply` first looks for transforms, which are known to be absent where a call goes straight on.
-            self._apply = super(torch.autograd.Function, self._function).apply
+            self._apply = super(torch.autograd.Function, self._function).apply  # type: ignore[misc]
         OPS[name] = self
 
     def _register(self, which: str, schema: str, fake: Callable[..., Any]) -> Any:

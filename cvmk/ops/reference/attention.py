@@ -320,12 +320,12 @@ class Mask:
             return Mask(position if left >= 0 or right >= 0 else None, key, left, right, outside[None], (sequence_q, sequence_k), blind)
         binding = right >= 0 and (query_start is not None or rows - 1 > right) or left >= 0 and (query_start is not None or keys - 1 > left)
         first: Tensor | int = keys - rows if query_start is None else query_start[:, None]
-        position = row[None] + first if binding else None
-        blind = None
+        places = row[None] + first if binding else None
+        unseeing = None
         if key_lengths is not None or query_start is not None or rows > keys:
             zero = key.new_zeros((1, 1))
-            blind = _blind(zero, zero + keys if key_lengths is None else key_lengths[:, None].clamp(max=keys), position, left, right)
-        return Mask(position, key, left, right, None if key_lengths is None else key >= key_lengths[:, None], None, blind)
+            unseeing = _blind(zero, zero + keys if key_lengths is None else key_lengths[:, None].clamp(max=keys), places, left, right)
+        return Mask(places, key, left, right, None if key_lengths is None else key >= key_lengths[:, None], None, unseeing)
 
     def without_unread(self, x: Tensor) -> Tensor:
         """Keys or values [B, H, Tk, D] with 0 for what must not be read."""
