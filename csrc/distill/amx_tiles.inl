@@ -37,8 +37,10 @@ CVMK_INLINE Fetch fetch_of(const Half* data, int64_t count, int64_t m, int64_t d
 
 // c [n / 32][m][32] (+)= a b: panels of 32 columns, `panel` numbers apart; m and n multiples of 32, `depth` steps of 32. Two columns of tiles
 // of b stay in the first-level cache; a is streamed from the second, so that it does not displace them. `far`: c may lie in memory.
-__attribute__((noinline)) void multiply(int64_t m, int64_t n, int64_t depth, const Tiles& a, const Tiles& b, float* c, int64_t panel, bool add, Fetch fetch,
-                                        bool far) {
+// aside() is called in every step: the vector units have time while the tiles multiply.
+template <typename Aside>
+CVMK_INLINE void multiply_beside(int64_t m, int64_t n, int64_t depth, const Tiles& a, const Tiles& b, float* c, int64_t panel, bool add, Fetch fetch, bool far,
+                                 Aside& aside) {
   constexpr int64_t kBytes = 128;
   const int64_t next_lines = far ? (64 + depth - 1) / depth : 0;
   for (int64_t j = 0; j < n; j += 32) {
@@ -65,6 +67,7 @@ __attribute__((noinline)) void multiply(int64_t m, int64_t n, int64_t depth, con
         _tile_dpbf16ps(0, 4, 6);
         _tile_loadd(7, right + b.across, 64);
         _tile_dpbf16ps(1, 4, 7);
+        aside();
         _tile_stream_loadd(5, left + a.across, 64);
         _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(3, 5, 7);
@@ -75,6 +78,16 @@ __attribute__((noinline)) void multiply(int64_t m, int64_t n, int64_t depth, con
       _tile_stored(3, to + 512 + 16, kBytes);
     }
   }
+}
+
+struct Nothing {
+  CVMK_INLINE void operator()() const {}
+};
+
+__attribute__((noinline)) void multiply(int64_t m, int64_t n, int64_t depth, const Tiles& a, const Tiles& b, float* c, int64_t panel, bool add, Fetch fetch,
+                                        bool far) {
+  Nothing nothing;
+  multiply_beside(m, n, depth, a, b, c, panel, add, fetch, far, nothing);
 }
 
 // -- packing ------------------------------------------------------------------------------------------------------------------------------

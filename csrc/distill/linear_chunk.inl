@@ -74,7 +74,7 @@ CVMK_INLINE Own<E> own_scratch(const LinearPass& pass, const LinearPlan& plan) {
   take(own.g_tiles, E::kGradients / 2 * E::kSub);
   take(own.d_weight, plan.room);
   take(own.s, E::kLogitRows);
-  take(own.t, E::kRowBlock);
+  take(own.t, E::kTeacherRows);
   take(own.student_bias, 1);
   take(own.teacher_bias, 1);
   return own;
@@ -96,7 +96,7 @@ struct Columns {
 template <typename E>
 CVMK_INLINE Columns columns_of(const Chunk<E>& chunk, const Own<E>& own, const Block& block, int64_t row) {
   const LinearPlan& plan = chunk.plan;
-  if (!plan.kept) return {own.s + row % E::kLogitRows * E::kColumns, own.t, plan.row_block};
+  if (!plan.kept) return {own.s + row % E::kLogitRows * E::kColumns, own.t + row % E::kTeacherRows * E::kColumns, plan.row_block};
   float* s = chunk.kept + (block.number * plan.chunk + row) * E::kColumns;
   return {s, s + plan.blocks * plan.chunk * E::kColumns, plan.row_block};
 }

@@ -18,7 +18,7 @@ namespace distill {
 struct FloatEngine {
   typedef float Element;
   static constexpr int64_t kPanel = product::kPanel, kColumns = 252, kRowBlock = 3 * kPanel, kSub = 192, kRowStep = kLanes, kStep = kLanes;
-  static constexpr int64_t kForms = 1, kGradients = 0, kLogitRows = kSub;
+  static constexpr int64_t kForms = 1, kGradients = 0, kLogitRows = kSub, kTeacherRows = kRowBlock;
   static constexpr int64_t kPartialBytes = int64_t{8} << 20, kKeptBytes = int64_t{32} << 20;
   static constexpr int64_t kPart = 128, kRowPart = kSub / 2;  // of a sum: such a part of a right panel stays in the first-level cache
   typedef Chunk<FloatEngine> Rows;
@@ -72,14 +72,30 @@ struct FloatEngine {
                             chunk.plan.row_block, false);
   }
 
-  // The gradient of a vector of rows takes the place of the student's logits.
-  template <typename Gradient>
-  CVMK_INLINE static void put_gradient(const Block& block, int64_t, const Columns& logits, const Mine&, float* d_bias, const Gradient& gradient) {
-    for (int64_t v = 0; v < block.columns; ++v) {
-      const F grad = gradient(v);
-      if (d_bias != nullptr) d_bias[v] += simd::sum(grad);
-      simd::store(logits.s + v * logits.stride, grad);
+  // Work for the rows [begin, end), a vector of rows after the other, whose logits are made or are there already.
+  template <typename Work>
+  CVMK_INLINE static void each_rows(const Rows& chunk, const Mine& own, const Block& block, bool with_teacher, bool found, int64_t begin, int64_t end) {
+    const LinearPlan& plan = chunk.plan;
+    for (int64_t row = begin; row < end; row += plan.row_block) {
+      const Columns at = columns_of(chunk, own, block, row);
+      const int64_t rows = least(plan.row_block, end - row);
+      if (!found) {
+        logits(chunk, block, own.student_block, chunk.turned + row * plan.width, plan.width, rows, at.s);
+        if (with_teacher) logits(chunk, block, own.teacher_block, chunk.teacher + row * plan.teacher_width, plan.teacher_width, rows, at.t);
+      }
+      for (int64_t lane = 0; lane < rows; lane += kLanes) {
+        Work work(chunk, block, own, Columns{at.s + lane, at.t + lane, at.stride}, row + lane);
+        for (int64_t u = 0; u < Work::units(block); ++u) work.unit(u);
+        work.finish();
+      }
     }
+  }
+
+  // The gradient of a vector of rows takes the place of the student's logits.
+  CVMK_INLINE static int64_t gradient_units(const Block& block) { return block.columns; }
+  template <typename Work>
+  CVMK_INLINE static void put_gradient(Work& work, int64_t v) {
+    simd::store(work.logits.s + v * work.logits.stride, work.entry(v));
   }
 
   // What the rows [sub, sub + rows) add to a block's weight gradient, and the block to theirs.

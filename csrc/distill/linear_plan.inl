@@ -76,7 +76,7 @@ inline LinearPlan linear_plan(const LinearPass& pass) {
   plan.kept_at = place(plan.kept ? (teacher ? 2 : 1) * plan.blocks * E::kColumns * plan.chunk * 4 : 0);
   plan.shared = round_up(at, 4096);
   plan.own = round_up(E::kColumns * (E::kForms * plan.room * kElement + plan.room * 4 + plan.teacher_room * kElement + E::kGradients * E::kSub * kElement +
-                                     (E::kLogitRows + E::kRowBlock) * 4 + 2 * 4),
+                                     (E::kLogitRows + E::kTeacherRows) * 4 + 2 * 4),
                       4096);
   return plan;
 }

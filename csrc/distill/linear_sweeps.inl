@@ -29,24 +29,6 @@ CVMK_INLINE void each_block(const Chunk<E>& chunk, bool with_teacher, const Body
   });
 }
 
-enum Source { kMade, kFound };  // whether logits are made, or those of the first sweep are there
-
-// body(row, logits) for the rows [begin, end), a vector of rows at a time; weights are packed before.
-template <typename E, typename Body>
-CVMK_INLINE void each_rows(const Chunk<E>& chunk, const Own<E>& own, const Block& block, bool with_teacher, Source source, int64_t begin, int64_t end,
-                           const Body& body) {
-  const LinearPlan& plan = chunk.plan;
-  for (int64_t row = begin; row < end; row += plan.row_block) {
-    const Columns at = columns_of(chunk, own, block, row);
-    const int64_t rows = least(plan.row_block, end - row);
-    if (source == kMade) {
-      E::logits(chunk, block, own.student_block, chunk.turned + row * plan.width, plan.width, rows, at.s);
-      if (with_teacher) E::logits(chunk, block, own.teacher_block, chunk.teacher + row * plan.teacher_width, plan.teacher_width, rows, at.t);
-    }
-    for (int64_t lane = 0; lane < rows; lane += kLanes) body(row + lane, Columns{at.s + lane, at.t + lane, at.stride});
-  }
-}
-
 template <typename E>
 CVMK_INLINE void pack_weights(const Chunk<E>& chunk, const Own<E>& own, const Block& block, bool student, bool teacher) {
   if (student) E::pack_block(chunk.pass.student, chunk.plan.width, block, own.student_block);
@@ -55,27 +37,19 @@ CVMK_INLINE void pack_weights(const Chunk<E>& chunk, const Own<E>& own, const Bl
 
 template <int kTemperature, int kKind, typename E>
 __attribute__((noinline)) void sweep_sums(const Chunk<E>& chunk) {
-  const bool smooth = chunk.pass.terms.smoothing > 0;
-  const float inverse = 1.0f / chunk.pass.terms.temperature;
-  each_block(chunk, kKind != kNoTeacher, [&](const Own<E>& own, const Block& block) {
-    pack_weights(chunk, own, block, true, kKind != kNoTeacher);
-    each_rows(chunk, own, block, kKind != kNoTeacher, kMade, 0, chunk.padded, [&](int64_t row, const Columns& logits) __attribute__((always_inline)) {
-      I missing = simd::seti(-1);
-      if (!block.opens) missing = add_columns<kTemperature, kKind, false>(chunk, block, row, logits, own, inverse, missing);
-      if (any(missing)) add_columns<kTemperature, kKind, true>(chunk, block, row, logits, own, inverse, missing);
-      if (smooth) add_present(chunk, block, row, logits, own);
-    });
+  constexpr bool kTeacher = kKind != kNoTeacher;
+  each_block(chunk, kTeacher, [&](const Own<E>& own, const Block& block) {
+    pack_weights(chunk, own, block, true, kTeacher);
+    E::template each_rows<SumsWork<kTemperature, kKind, E>>(chunk, own, block, kTeacher, false, 0, chunk.padded);
   });
 }
 
 template <int kDivergence, typename E>
 __attribute__((noinline)) void sweep_mixture(const Chunk<E>& chunk) {
-  const float inverse = 1.0f / chunk.pass.terms.temperature;
-  const Source source = chunk.plan.kept ? kFound : kMade;
+  const bool found = chunk.plan.kept;
   each_block(chunk, true, [&](const Own<E>& own, const Block& block) {
-    pack_weights(chunk, own, block, source == kMade, source == kMade);
-    each_rows(chunk, own, block, true, source, 0, chunk.padded, [&](int64_t row, const Columns& logits)
-              __attribute__((always_inline)) { add_mixture<kDivergence>(chunk, block, row, logits, own, inverse); });
+    pack_weights(chunk, own, block, !found, !found);
+    E::template each_rows<MixtureWork<kDivergence, E>>(chunk, own, block, true, found, 0, chunk.padded);
   });
 }
 
@@ -99,17 +73,13 @@ template <int kTemperature, int kDivergence, bool kKd, bool kCe, typename E>
 __attribute__((noinline)) void sweep_gradients(const Chunk<E>& chunk) {
   const LinearPass& pass = chunk.pass;
   const LinearPlan& plan = chunk.plan;
-  const Source source = plan.kept ? kFound : kMade;
   each_block(chunk, kKd, [&](const Own<E>& own, const Block& block) {
-    float* d_bias = pass.d_bias == nullptr ? nullptr : pass.d_bias + block.first;
-    if (d_bias != nullptr && chunk.first) memset(d_bias, 0, static_cast<size_t>(block.columns) * 4);
-    pack_weights(chunk, own, block, source == kMade || pass.d_hidden != nullptr, kKd && source == kMade);
+    if (pass.d_bias != nullptr && chunk.first) memset(pass.d_bias + block.first, 0, static_cast<size_t>(block.columns) * 4);
+    pack_weights(chunk, own, block, !plan.kept || pass.d_hidden != nullptr, kKd && !plan.kept);
     if (pass.d_hidden != nullptr) E::pack_block_pairs(pass.student, plan.width, block, own.weight_pairs);
     for (int64_t sub = 0; sub < chunk.padded; sub += E::kSub) {
       const int64_t rows = least(chunk.padded - sub, E::kSub);
-      each_rows(chunk, own, block, kKd, source, sub, sub + rows, [&](int64_t row, const Columns& logits) __attribute__((always_inline)) {
-        block_gradient<kTemperature, kDivergence, kKd, kCe>(chunk, block, row, logits, own, d_bias);
-      });
+      E::template each_rows<GradientWork<kTemperature, kDivergence, kKd, kCe, E>>(chunk, own, block, kKd, plan.kept, sub, sub + rows);
       if (pass.d_weight != nullptr) E::add_weight_gradient(chunk, own, block, sub, rows);
       if (pass.d_hidden != nullptr) E::add_hidden_gradient(chunk, own, block, sub, rows);
     }

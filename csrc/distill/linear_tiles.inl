@@ -1,5 +1,5 @@
 // Products of linear_kd_loss in bfloat16 on the AMX tiles. Logits exist a block of kColumns x kRowBlock at a time and are made anew in every
-// sweep, which is cheaper than keeping them.
+// sweep, which is cheaper than keeping them. While the tiles multiply, the vector units do the exponentials of the rows before.
 //
 //   logits^T [v, row] = W H^T         left W, right H turned into pairs
 //   dW [v, d]        += G^T H         left G^T, right H in pairs of rows; kSub rows after kSub rows, the chunks in their order
@@ -19,7 +19,7 @@ namespace distill {
 struct TileEngine {
   typedef Half Element;
   static constexpr int64_t kColumns = 512, kRowBlock = 32, kSub = 512, kRowStep = 32, kStep = 32, kPanel = 32;
-  static constexpr int64_t kForms = 2, kGradients = 2, kLogitRows = kRowBlock;
+  static constexpr int64_t kForms = 2, kGradients = 2, kLogitRows = 2 * kRowBlock, kTeacherRows = 2 * kRowBlock;
   static constexpr int64_t kPartialBytes = int64_t{32} << 20, kKeptBytes = 0;
   typedef Chunk<TileEngine> Rows;
   typedef Own<TileEngine> Mine;
@@ -66,36 +66,73 @@ struct TileEngine {
     pack_pairs(rows, student.width, width, chunk.pairs + row / kSub * kSub * width + row % kSub / 32 * kTile, kSub / 32 * kTile);
   }
 
-  // The logits of a block and kRowBlock rows; the hidden states of the next rows are fetched meanwhile.
-  CVMK_INLINE static void logits(const Rows&, const Block& block, const Half* weight, const Half* hidden, int64_t width, int64_t, float* to) {
-    multiply(block.padded(), kRowBlock, width / 32, {weight, kTile, 16 * width}, {hidden, kTile, 16 * width}, to, 0, false,
-             fetch_of(hidden + kRowBlock * width, kRowBlock * width, block.padded(), width / 32), false);
+  // The logits of a block and kRowBlock rows; aside() in every step, and the hidden states of the next rows are fetched meanwhile.
+  template <typename Aside>
+  CVMK_INLINE static void logits(const Block& block, const Half* weight, const Half* hidden, int64_t width, float* to, Aside& aside) {
+    multiply_beside(block.padded(), kRowBlock, width / 32, {weight, kTile, 16 * width}, {hidden, kTile, 16 * width}, to, 0, false,
+                    fetch_of(hidden + kRowBlock * width, kRowBlock * width, block.padded(), width / 32), false, aside);
   }
 
-  // The gradient of a vector of rows, gradient(v) for entry v, in tiles [row / 16][column / 32] and turned, in tiles [column / 16][row / 32].
-  template <typename Gradient>
-  CVMK_INLINE static void put_gradient(const Block& block, int64_t row, const Columns&, const Mine& own, float* d_bias, const Gradient& gradient) {
-    const int64_t columns = block.columns;
-    Half* tile = own.g_tiles + row % kSub / 16 * (kColumns / 32) * kTile;
-    Half* turned = own.g_turned + row % kSub / 32 * kTile + row % 32;
-    for (int64_t v = 0; v < columns; v += 32, tile += kTile) {
-      __m512i words[16];
-      for (int k = 0; k < 16; ++k) {
-        const int64_t c = v + 2 * k;
-        const F even = c < columns ? gradient(c) : F{}, odd = c + 1 < columns ? gradient(c + 1) : F{};
-        if (d_bias != nullptr) {
-          if (c < columns) d_bias[c] += simd::sum(even);
-          if (c + 1 < columns) d_bias[c + 1] += simd::sum(odd);
-        }
-        Half* to = turned + c / 16 * (kSub / 32) * kTile + c % 16 * 32;
-        const __m256i e = simd::bits<__m256i>(_mm512_cvtneps_pbh(simd::bits<__m512>(even))), o = simd::bits<__m256i>(_mm512_cvtneps_pbh(simd::bits<__m512>(odd)));
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), e);
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 32), o);
-        words[k] = _mm512_or_si512(_mm512_cvtepu16_epi32(e), _mm512_slli_epi32(_mm512_cvtepu16_epi32(o), 16));
-      }
-      turn(words);
-      for (int k = 0; k < 16; ++k) _mm512_storeu_si512(tile + k * 32, words[k]);
+  // The Work of kRowBlock rows, its units spread evenly over `steps` calls.
+  template <typename Work>
+  struct Aside {
+    Work low, high;
+    int64_t units, steps, next = 0, credit = 0;
+
+    CVMK_INLINE Aside(const Rows& chunk, const Block& block, const Mine& own, int64_t row, const Columns& at, int64_t all)
+        : low(chunk, block, own, at, row), high(chunk, block, own, Columns{at.s + kLanes, at.t + kLanes, at.stride}, row + kLanes), units(2 * Work::units(block)), steps(all) {}
+    CVMK_INLINE void unit() {
+      if (next % 2 == 0) low.unit(next / 2);
+      else high.unit(next / 2);
+      ++next;
     }
+    CVMK_INLINE void operator()() {
+      for (credit += units; credit >= steps; credit -= steps) unit();
+    }
+    CVMK_INLINE void finish() {
+      while (next < units) unit();
+      low.finish();
+      high.finish();
+    }
+  };
+
+  // Work for the rows [begin, end), while the tiles make the logits of the rows behind.
+  template <typename Work>
+  CVMK_INLINE static void each_rows(const Rows& chunk, const Mine& own, const Block& block, bool with_teacher, bool, int64_t begin, int64_t end) {
+    const LinearPlan& plan = chunk.plan;
+    const int64_t width = plan.width, wide = with_teacher ? plan.teacher_width : 0;
+    const auto make = [&](int64_t row, auto& aside) __attribute__((always_inline)) {
+      const Columns to = columns_of(chunk, own, block, row);
+      logits(block, own.student_block, chunk.turned + row * width, width, to.s, aside);
+      if (with_teacher) logits(block, own.teacher_block, chunk.teacher + row * wide, wide, to.t, aside);
+    };
+    Nothing nothing;
+    make(begin, nothing);
+    for (int64_t row = begin; row < end; row += kRowBlock) {
+      Aside<Work> aside(chunk, block, own, row, columns_of(chunk, own, block, row), block.padded() / 32 * ((width + wide) / 32));
+      if (row + kRowBlock < end) make(row + kRowBlock, aside);
+      aside.finish();
+    }
+  }
+
+  // Two entries of the gradient of a vector of rows: to tiles [row / 16][column / 32], which are turned when they are full, and to tiles of
+  // the other orientation, [column / 16][row / 32].
+  CVMK_INLINE static int64_t gradient_units(const Block& block) { return block.padded() / 2; }
+  template <typename Work>
+  CVMK_INLINE static void put_gradient(Work& work, int64_t u) {
+    const int64_t c = 2 * u, row = work.row % kSub, columns = work.block.columns;
+    const F even = c < columns ? work.entry(c) : F{}, odd = c + 1 < columns ? work.entry(c + 1) : F{};
+    const __m256i e = simd::bits<__m256i>(_mm512_cvtneps_pbh(simd::bits<__m512>(even))), o = simd::bits<__m256i>(_mm512_cvtneps_pbh(simd::bits<__m512>(odd)));
+    Half* turned = work.own.g_turned + row / 32 * kTile + row % 32 + c / 16 * (kSub / 32) * kTile + c % 16 * 32;
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(turned), e);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(turned + 32), o);
+    Half* tile = work.own.g_tiles + (row / 16 * (kColumns / 32) + u / 16) * kTile;
+    _mm512_storeu_si512(tile + u % 16 * 32, _mm512_or_si512(_mm512_cvtepu16_epi32(e), _mm512_slli_epi32(_mm512_cvtepu16_epi32(o), 16)));
+    if (u % 16 != 15) return;
+    __m512i words[16];
+    for (int k = 0; k < 16; ++k) words[k] = _mm512_loadu_si512(tile + k * 32);
+    turn(words);
+    for (int k = 0; k < 16; ++k) _mm512_storeu_si512(tile + k * 32, words[k]);
   }
 
   // What the rows [sub, sub + rows) add to a block's weight gradient, and the block to theirs.
