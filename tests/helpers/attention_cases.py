@@ -22,7 +22,7 @@ BLIND: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {  #
 def _run(inputs: list[Tensor], gradients: list[Tensor], options: dict[str, Any]) -> list[Tensor]:
     leaves = [t.detach().clone().requires_grad_() for t in inputs[:3]]
     if len(inputs) > 3:
-        results = flash_attention_distill(*leaves, *inputs[3:], **options)
+        results: Any = flash_attention_distill(*leaves, *inputs[3:], **options)
     else:
         results = flash_attention(*leaves, **options, return_lse=True)
     torch.autograd.backward(results, gradients)
