@@ -42,6 +42,37 @@ def test_cpu_kd_loss(compare: Callable[..., Any], vocabulary: int, dtype: torch.
     )
 
 
+class Logits(torch.autograd.Function):
+    """The given logits as if a layer had just made them."""
+
+    @staticmethod
+    def forward(ctx: Any, handle: Tensor, logits: Tensor) -> Tensor:
+        return logits.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
+        return None, None
+
+
+@pytest.mark.parametrize("vocabulary", [8000, 32000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_cpu_kd_loss_in_place(compare: Callable[..., Any], vocabulary: int, dtype: torch.dtype) -> None:
+    """Beside the same loss out of place, on logits that are not a leaf. What comes out is the next call's student."""
+    handle, student = torch.zeros((), requires_grad=True), torch.randn(ROWS, vocabulary, dtype=dtype)
+    teacher, target = torch.randn(ROWS, vocabulary, dtype=dtype), torch.randint(vocabulary, (ROWS,))
+    own = torch.randn(ROWS, vocabulary, dtype=dtype)
+
+    def step(logits: Tensor, in_place: bool) -> None:
+        ops.kd_loss(Logits.apply(handle, logits), teacher, target, temperature=2.0, alpha=0.5, in_place=in_place).backward()
+
+    compare(
+        lambda: step(student, True),
+        {"out of place": lambda: step(own, False)},
+        case=f"kd_loss in place fwd+bwd N{ROWS} V{vocabulary} {'bf16' if dtype == torch.bfloat16 else 'fp32'}",
+        limit=cpu_limit(traffic=3 * student.numel() * student.element_size()),
+    )
+
+
 @pytest.mark.parametrize("vocabulary", [8000, 32000])
 @pytest.mark.parametrize("width", [128, 512])
 def test_cpu_linear_kd_loss(compare: Callable[..., Any], vocabulary: int, width: int) -> None:

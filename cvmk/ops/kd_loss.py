@@ -228,8 +228,9 @@ def overwrites(student: Tensor) -> bool:
 
 def check_in_place(student: Tensor) -> None:
     """ValueError unless logits that ask for a gradient can be overwritten by it."""
-    if student.is_leaf:
-        raise ValueError("in_place writes over student_logits, which must not be a leaf that requires a gradient: leave in_place out")
+    base = None if torch.compiler.is_compiling() else student._base
+    if student.is_leaf or (base is not None and base.is_leaf and base.requires_grad):
+        raise ValueError("in_place writes over student_logits, which must not be a leaf that requires a gradient, nor a view of one: leave in_place out")
     rows = student.shape[-1]
     try:
         flat = student.detach().view(-1, rows)
@@ -324,8 +325,8 @@ def kd_loss(
     in_place         where a gradient is asked for, write it over the student's logits: no tensor of their size is made, and on a GPU they
                      are read and written once. The logits are lost then, also for whoever looks at them later (take the argmax before),
                      and an operation that saved them for its backward pass raises PyTorch's usual error there; the parts cannot be
-                     differentiated, nor the loss twice. They must not be a leaf, and their rows must lie at one distance (a contiguous
-                     tensor's do) and apart from the teacher's. The gradient is rounded to their dtype before the incoming one multiplies it: in
+                     differentiated, nor the loss twice. They must not be a leaf, nor a view of one, and their rows must lie at one distance
+                     (a contiguous tensor's do) and apart from the teacher's. The gradient is rounded to their dtype before the incoming one multiplies it: in
                      float16 put a loss scale into the normalizer.
 
     Returns a scalar, float32 (float64 for float64). The gradient has the dtype of student_logits.

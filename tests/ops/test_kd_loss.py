@@ -508,6 +508,8 @@ def test_what_in_place_needs() -> None:
     leaf = student.requires_grad_()
     with pytest.raises(ValueError, match="leaf"):
         ops.kd_loss(leaf, teacher, target, in_place=True)
+    with pytest.raises(ValueError, match="view"):
+        ops.kd_loss(leaf[1:], teacher[1:], target[1:], in_place=True)
     logits = leaf * 1
     for some in (logits[:, :3], logits.transpose(0, 1)):
         rows = (teacher[:, :3], target[:, :3]) if some.shape[0] == 3 else (teacher.transpose(0, 1), target.t())

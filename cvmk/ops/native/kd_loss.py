@@ -22,14 +22,23 @@ TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 DIVERGENCES = {"forward_kl": 0, "reverse_kl": 1, "js": 2, "skew_kl": 3, "skew_reverse_kl": 4}
 
 
+_NUMBER = torch.empty((), dtype=torch.float32)  # what results of one number are made like: half the time of torch.empty with a shape
+_NOTHING = (None, 0, 0, 0)
+
+
 def _rows(logits: Tensor | None) -> tuple[Tensor | None, int, int, int]:
     """[N, V] with a contiguous last dimension, its address, the stride of its rows and the type; zeros for None."""
     if logits is None:
-        return None, 0, 0, 0
+        return _NOTHING
     rows = logits if logits.dim() == 2 else logits.reshape(-1, logits.shape[-1])
     if rows.stride(1) != 1:
         rows = rows.contiguous()
     return rows, rows.data_ptr(), rows.stride(0), TYPES[rows.dtype]
+
+
+def _flat(target: Tensor) -> Tensor:
+    """[N], contiguous."""
+    return target if target.dim() == 1 and target.is_contiguous() else target.reshape(-1).contiguous()
 
 
 def address(x: Tensor | None) -> int:
@@ -53,10 +62,10 @@ def _losses(
     """What the forward pass returns; the gradient of the loss by itself goes to `gradient`, rows [..., V] at one distance, where it is given."""
     z, *z_place = _rows(student)
     t, *t_place = _rows(teacher)
-    y = target.reshape(-1).contiguous()
-    loss, kd, ce, count = (torch.empty((), dtype=torch.float32) for _ in range(4))
+    y = _flat(target)
+    loss, kd, ce, count = torch.empty_like(_NUMBER), torch.empty_like(_NUMBER), torch.empty_like(_NUMBER), torch.empty_like(_NUMBER)
     stats = torch.empty((5, y.shape[0]), dtype=torch.float32)
-    _, gradient_address, gradient_stride, _ = _rows(gradient)
+    _, gradient_address, gradient_stride, _ = _NOTHING if gradient is None else _rows(gradient)
     library = native.library()
     assert library is not None
     library.kd_loss(
@@ -123,7 +132,7 @@ def _backward(
         return not_needed(student)
     z, *z_place = _rows(student)
     t, *t_place = _rows(teacher)
-    y = target.reshape(-1).contiguous()
+    y = _flat(target)
     stats = stats.contiguous()
     gradient = empty(student.shape, student.dtype)
     library = native.library()
