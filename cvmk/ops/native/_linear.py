@@ -12,9 +12,6 @@ The layouts, for N outputs and K inputs, in panels of 16 outputs (P = N / 16 rou
 
 from __future__ import annotations
 
-import functools
-from types import ModuleType
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -22,9 +19,8 @@ from torch.nn import functional as F
 from cvmk.ops import native
 from cvmk.ops.quantize import QuantizedWeight
 
-TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
-"""Types of elements, as `csrc/gemm/params.h` numbers them."""
 INPUT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+OUTPUT_TYPES = (*INPUT_TYPES, torch.float64)
 ACTIVATIONS = {None: 0, "relu": 1, "gelu": 2, "silu": 3, "swiglu": 4}
 PANEL = 16
 
@@ -34,20 +30,11 @@ def rows_of(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 
-def vector(tensor: Tensor) -> tuple[Tensor, int, int]:
-    """A vector as the kernels read it, with its address and type."""
+def vector(tensor: Tensor) -> Tensor:
+    """A vector as the kernels read it."""
     if tensor.dtype not in INPUT_TYPES:
         tensor = tensor.float()
-    tensor = tensor.contiguous()
-    return tensor, tensor.data_ptr(), TYPES[tensor.dtype]
-
-
-@functools.cache
-def linears() -> ModuleType:
-    """The library, where `reason` has none."""
-    library = native.library()
-    assert library is not None
-    return library
+    return tensor.contiguous()
 
 
 def reason() -> str | None:

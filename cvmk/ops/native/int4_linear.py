@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cvmk.ops._dispatch import Backend
-from cvmk.ops.native._linear import ACTIVATIONS, INPUT_TYPES, PANEL, TYPES, linears, pack_reasons, panels, reason, rows_of, vector
+from cvmk.ops.native import library
+from cvmk.ops.native._linear import ACTIVATIONS, INPUT_TYPES, PANEL, pack_reasons, panels, reason, rows_of, vector
 from cvmk.ops.quantize import PLAIN, Layout, QuantizedWeight, outputs, pack_int4, unpack_int4
 
 BLOCK = 128
@@ -41,6 +42,7 @@ def unpack(weight: QuantizedWeight) -> QuantizedWeight:
 
 LAYOUT = Layout("native_int4", 4, pack, unpack, pack_reasons)
 LAYOUTS = (LAYOUT,)
+_NATIVE = library()
 
 
 def forward(
@@ -56,30 +58,10 @@ def forward(
     activation: str | None,
 ) -> Tensor:
     x = rows_of(x)
-    rows, inputs = x.shape
-    out = x.new_empty((rows, outputs(out_features, activation)))
-    bias_address = bias_type = 0
+    out = x.new_empty((x.shape[0], outputs(out_features, activation)))
     if bias is not None:
-        bias, bias_address, bias_type = vector(bias)
-    kind = TYPES[x.dtype]
-    linears().int4_linear(
-        x.data_ptr(),
-        kind,
-        x.stride(0),
-        rows,
-        inputs,
-        out_features,
-        out.data_ptr(),
-        kind,
-        scales.data_ptr(),
-        bias_address,
-        bias_type,
-        ACTIVATIONS[activation],
-        values.data_ptr(),
-        0 if zeros is None else zeros.data_ptr(),
-        0 if order is None else order.data_ptr(),
-        group_size,
-    )
+        bias = vector(bias)
+    _NATIVE.int4_linear(x, out, scales, bias, ACTIVATIONS[activation], values, zeros, order, group_size)  # type: ignore[union-attr]
     return out
 
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cvmk.ops._dispatch import Backend
-from cvmk.ops.native._linear import ACTIVATIONS, INPUT_TYPES, PANEL, TYPES, linears, pack_reasons, panels, reason, rows_of, vector
+from cvmk.ops.native import library
+from cvmk.ops.native._linear import ACTIVATIONS, INPUT_TYPES, OUTPUT_TYPES, PANEL, pack_reasons, panels, reason, rows_of, vector
 from cvmk.ops.quantize import PLAIN, Layout, QuantizedWeight, outputs
 
 STEP = 64
@@ -37,6 +38,7 @@ def unpack(weight: QuantizedWeight) -> QuantizedWeight:
 
 LAYOUT = Layout("native_int8", 8, pack, unpack, pack_reasons)
 LAYOUTS = (LAYOUT,)
+_NATIVE = library()
 
 
 def forward(
@@ -51,31 +53,13 @@ def forward(
     out_dtype: torch.dtype,
 ) -> Tensor:
     x = rows_of(x)
-    rows, inputs = x.shape
-    columns = outputs(out_features, activation)
-    out = x.new_empty((rows, columns)) if out_dtype == x.dtype else x.new_empty((rows, columns), dtype=out_dtype)
-    bias_address = bias_type = smooth_address = smooth_type = 0
+    size = x.shape[0], outputs(out_features, activation)
+    out = x.new_empty(size) if out_dtype == x.dtype else x.new_empty(size, dtype=out_dtype)
     if bias is not None:
-        bias, bias_address, bias_type = vector(bias)
+        bias = vector(bias)
     if smooth_scale is not None:
-        smooth_scale, smooth_address, smooth_type = vector(smooth_scale)
-    linears().int8_linear(
-        x.data_ptr(),
-        TYPES[x.dtype],
-        x.stride(0),
-        rows,
-        inputs,
-        out_features,
-        out.data_ptr(),
-        TYPES[out_dtype],
-        scales.data_ptr(),
-        bias_address,
-        bias_type,
-        ACTIVATIONS[activation],
-        values.data_ptr(),
-        smooth_address,
-        smooth_type,
-    )
+        smooth_scale = vector(smooth_scale)
+    _NATIVE.int8_linear(x, out, scales, bias, ACTIVATIONS[activation], values, smooth_scale)  # type: ignore[union-attr]
     return out
 
 
@@ -83,8 +67,8 @@ def limits(which: str, arguments: Mapping[str, Any]) -> list[str]:
     found = []
     if arguments["layout"] != LAYOUT.name:
         found.append(f"the weight is in the layout {arguments['layout']!r}, not {LAYOUT.name!r}: pack it with weight.pack()")
-    if arguments["out_dtype"] not in TYPES:
-        found.append(f"out_dtype is {arguments['out_dtype']}, not one of {', '.join(map(str, TYPES))}")
+    if arguments["out_dtype"] not in OUTPUT_TYPES:
+        found.append(f"out_dtype is {arguments['out_dtype']}, not one of {', '.join(map(str, OUTPUT_TYPES))}")
     return found
 
 
