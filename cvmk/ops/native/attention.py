@@ -29,7 +29,8 @@ def forward(
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of `cvmk.ops.flash_attention`."""
-    q, k, v = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
+    if not (q.is_contiguous() and k.is_contiguous() and v.is_contiguous()):
+        q, k, v = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
     # Sizes one by one: torch reads them twice as fast as a tuple.
     if cu_seqlens_q is None:
         batch, heads, rows, _ = q.shape
@@ -37,10 +38,10 @@ def forward(
     else:
         rows, heads, _ = q.shape
         out, lse = q.new_empty(rows, heads, v.shape[2]), q.new_empty(heads, rows, dtype=torch.float32)
+    factor, key, limit = _NO_DROPOUT if dropout_seed is None else _dropout(dropout_seed, dropout_p)
     _NATIVE.attention_forward(  # type: ignore[union-attr]
-        q, k, v, bias, key_lengths, query_start, cu_seqlens_q, cu_seqlens_k, out, lse, window_left, window_right, softcap, scale,
-        *(_NO_DROPOUT if dropout_seed is None else _dropout(dropout_seed, dropout_p)),
-    )  # fmt: skip
+        q, k, v, bias, key_lengths, query_start, cu_seqlens_q, cu_seqlens_k, out, lse, window_left, window_right, softcap, scale, factor, key, limit
+    )
     return out, lse
 
 
@@ -76,9 +77,9 @@ def backward(
     want_bias = bias is not None and needs[3]
     by_row = want_bias and (bias.dim() == 0 or bias.shape[-1] == 1)  # type: ignore[union-attr]
     dbias = torch.empty(bias.shape, dtype=bias.dtype) if want_bias else not_needed(q)  # type: ignore[union-attr]
+    factor, key, limit = _NO_DROPOUT if dropout_seed is None else _dropout(dropout_seed, dropout_p)
     _NATIVE.attention_backward(  # type: ignore[union-attr]
-        q, k, v, bias, key_lengths, query_start, cu_seqlens_q, cu_seqlens_k, out, lse, window_left, window_right, softcap, scale,
-        *(_NO_DROPOUT if dropout_seed is None else _dropout(dropout_seed, dropout_p)),
+        q, k, v, bias, key_lengths, query_start, cu_seqlens_q, cu_seqlens_k, out, lse, window_left, window_right, softcap, scale, factor, key, limit,
         grad_out, grad_lse, dq if needs[0] else None, dk if needs[1] else None, dv if needs[2] else None, dbias if want_bias and not by_row else None,
     )  # fmt: skip
     if by_row:

@@ -34,13 +34,14 @@ def distill_forward(
     """(out, kl, lse, teacher_lse) of `cvmk.ops.flash_attention_distill`; out has no elements where v is None."""
     dtype = q.dtype
     q, k, v, teacher_q, teacher_k = _of_one_dtype(q, k, v, teacher_q, teacher_k)
-    teacher_lse = torch.empty(teacher_q.shape[:3], dtype=torch.float32)
+    batch, heads, rows, _ = q.shape
+    teacher_lse = q.new_empty(batch, teacher_q.shape[1], rows, dtype=torch.float32)
     _NATIVE.attention_forward(*_common(teacher_q, teacher_k, None, None, teacher_lse, key_lengths, causal, teacher_scale))  # type: ignore[union-attr]
-    kl, lse = (torch.empty(q.shape[:3], dtype=torch.float32) for _ in range(2))
-    out = torch.empty((*q.shape[:3], 0 if v is None else v.shape[3]), dtype=q.dtype)
+    kl, lse = q.new_empty(batch, heads, rows, dtype=torch.float32), q.new_empty(batch, heads, rows, dtype=torch.float32)
+    out = q.new_empty(batch, heads, rows, 0 if v is None else v.shape[3])
     teacher = (teacher_q, teacher_k, teacher_lse, kl, None, teacher_scale)
     _NATIVE.attention_forward(*_common(q, k, v, out, lse, key_lengths, causal, scale), teacher)  # type: ignore[union-attr]
-    return out.to(dtype), kl, lse, teacher_lse
+    return out if out.dtype == dtype else out.to(dtype), kl, lse, teacher_lse
 
 
 def distill_backward(
@@ -66,8 +67,7 @@ def distill_backward(
     dtype = q.dtype
     q, k, v, teacher_q, teacher_k = _of_one_dtype(q, k, v, teacher_q, teacher_k)
     lse, teacher_lse = lse.contiguous(), teacher_lse.contiguous()
-    out = None if out is None else out.to(q.dtype).contiguous()
-    grad_out = None if grad_out is None else rows_contiguous(grad_out.to(q.dtype))
+    out, grad_out = None if out is None else out.to(q.dtype).contiguous(), None if grad_out is None else rows_contiguous(grad_out.to(q.dtype))
     grad_kl = None if grad_kl is None else grad_kl.contiguous()
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     wanted = (*needs[:2], v is not None and needs[2])
@@ -121,9 +121,10 @@ def kl_backward(
 
 # -- arguments of the library -----------------------------------------------------------------------------------------------------
 def _of_one_dtype(q: Tensor, k: Tensor, v: Tensor | None, teacher_q: Tensor, teacher_k: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
-    dtype = q.dtype if q.dtype == teacher_q.dtype else torch.float32
-    q, k, teacher_q, teacher_k = (rows_contiguous(x.to(dtype)) for x in (q, k, teacher_q, teacher_k))
-    return q, k, None if v is None else rows_contiguous(v.to(dtype)), teacher_q, teacher_k
+    if q.dtype != teacher_q.dtype:
+        q, k, teacher_q, teacher_k = q.float(), k.float(), teacher_q.float(), teacher_k.float()
+        v = None if v is None else v.float()
+    return rows_contiguous(q), rows_contiguous(k), None if v is None else rows_contiguous(v), rows_contiguous(teacher_q), rows_contiguous(teacher_k)
 
 
 def _common(
