@@ -34,7 +34,8 @@ library = torch.library.Library("cvmk", "DEF")
 OPS: dict[str, Op] = {}
 _IMPLEMENTED_KEYS = ("CPU", "CUDA")
 _CACHE_LIMIT = 4096
-_modes, _function_modes, _transforms, _profiled, _traced = (  # who could be watching a call
+_compiling, _modes, _function_modes, _transforms, _profiled, _traced = (  # who could be watching a call
+    torch.compiler.is_compiling,
     _C._len_torch_dispatch_stack,
     _C._len_torch_function_stack,
     _C._functorch.peek_interpreter_stack,
@@ -183,21 +184,19 @@ class Op:
         """Run the forward pass on the schema's arguments, with autograd where a tensor asks for it."""
         if forward_ad._current_level >= 0:
             self._refuse_tangents(arguments)
-        tensors = [tensor for tensor in arguments[: self.tensors] if tensor is not None]
-        if _unobserved(tensors):
-            if not (self.differentiable and _grad_enabled() and _any_asks(tensors)):
-                return self.run("forward", arguments)
-            return self._differentiate(self._apply, True, arguments)
+        asks = _unobserved(arguments[: self.tensors])
+        if asks is False or (asks and not _grad_enabled()):
+            return self.run("forward", arguments)
         if self.differentiable and _grad_enabled():
-            return self._differentiate(self._function.apply, False, arguments)
+            return self._differentiate(bool(asks), arguments)
         return self._forward(*arguments)
 
-    def _differentiate(self, apply: Callable[..., Any], direct: bool, arguments: Sequence[Any]) -> Any:
+    def _differentiate(self, direct: bool, arguments: Sequence[Any]) -> Any:
         """The forward pass where gradients are on; `direct`: straight to the implementation."""
         for index in self.differentiable:
             tensor = arguments[index]
             if tensor is not None and tensor.requires_grad:
-                return apply(direct, *arguments)
+                return (self._apply if direct else self._function.apply)(direct, *arguments)
         with torch.no_grad():  # a constant argument (a teacher's logits) may ask for a gradient: the result has none to give
             return self.run("forward", arguments) if direct else self._forward(*arguments)
 
@@ -319,25 +318,23 @@ def _signature(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _any_asks(tensors: Sequence[torch.Tensor]) -> bool:
-    for tensor in tensors:
-        if tensor.requires_grad:
-            return True
-    return False
+def _unobserved(tensors: Sequence[torch.Tensor | None]) -> bool | None:
+    """None, or, where a call may go straight to the implementation, whether a tensor asks for a gradient.
 
-
-def _unobserved(tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether a call may go straight to the implementation, which saves the dispatcher's time (half of a small op's).
-
-    Only where nobody would miss it there: no graph is being traced, no mode, transform or profiler is active, and the tensors are plain
-    ones on the CPU, with their numbers in memory as they are (not negated by a bit).
+    Going straight saves the dispatcher's time (half of a small op's), and is for where nobody would miss a call there: no graph is being
+    traced, no mode, transform or profiler is active, and the tensors are plain ones on the CPU, with their numbers in memory as they are
+    (not negated by a bit).
     """
-    if torch.compiler.is_compiling() or _modes() or _function_modes() or _transforms() is not None or _profiled() or _traced() is not None:
-        return False
+    if _compiling() or _modes() or _function_modes() or _transforms() is not None or _profiled() or _traced() is not None:
+        return None
+    asks = False
     for tensor in tensors:
-        if type(tensor) not in _PLAIN or not tensor.is_cpu or tensor.is_neg():
-            return False
-    return True
+        if tensor is not None:
+            if type(tensor) not in _PLAIN or not tensor.is_cpu or tensor.is_neg():
+                return None
+            if tensor.requires_grad:
+                asks = True
+    return asks
 
 
 def _autograd_function(op: Op) -> Any:
@@ -401,7 +398,7 @@ def _autograd_function(op: Op) -> Any:
             arguments = (*grads, *ctx.saved_tensors, *ctx.rest)
             if _grad_enabled():  # only where the gradients will be differentiated
                 found = Backward.apply(needs, *arguments)
-            elif ctx.direct and _unobserved(given):
+            elif ctx.direct and _unobserved(given) is not None:
                 found = op.run("backward", (*arguments, needs))
             else:
                 found = op._backward(*arguments, needs)
