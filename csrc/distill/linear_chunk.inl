@@ -87,6 +87,13 @@ struct Block {
   CVMK_INLINE int64_t padded() const { return round_up(columns, 32); }
 };
 
+template <typename E>
+CVMK_INLINE Block block_of(const LinearPass& pass, const LinearPlan& plan, int64_t number, int64_t group, bool opens) {
+  const int64_t units = (pass.vocabulary + E::kUnit - 1) / E::kUnit;
+  const int64_t first = number * units / plan.blocks * E::kUnit, end = least((number + 1) * units / plan.blocks * E::kUnit, pass.vocabulary);
+  return {number, group, first, end - first, opens};
+}
+
 // Logits of some rows, a vector of rows every `stride` floats: entry v of the vocabulary is at s + v * stride.
 struct Columns {
   float *s, *t;

@@ -1,8 +1,8 @@
 // How linear_kd_loss divides its work: sizes that depend on the problem's shape and the kind of product only, never on the number of threads.
 //
-// The vocabulary is taken in blocks of E::kColumns entries, whose weights stay in the second-level cache while all rows of a chunk pass by:
+// The vocabulary is taken in blocks of at most E::kColumns entries, all of about the same size, whose weights stay in the second-level cache while all rows of a chunk pass by:
 // a block of rows for their logits, E::kSub rows for the products with their gradient. The blocks of a vocabulary belong to at most kGroups
-// groups, each the work of one thread at a time and with a partial sum of the hidden states' gradient of its own.
+// groups of as many blocks, each the work of one thread at a time and with a partial sum of the hidden states' gradient of its own.
 #pragma once
 
 #include "common/threads.h"
@@ -23,7 +23,7 @@ struct LinearPlan {
   int64_t row_block;                     // rows whose logits are made at one time
   bool gradient, mixture;                // sweeps behind the first
   bool kept;                             // whether they find the logits of the first
-  int64_t blocks, groups, per_group;     // blocks of the vocabulary, groups of blocks, blocks of a group
+  int64_t blocks, groups;                // blocks of the vocabulary, a multiple of the groups of blocks
   int64_t width, teacher_width;          // rounded up to what products are made of
   int64_t room, teacher_room;            // the same of packed operands
   int64_t shared, own;                   // bytes that all threads share, and bytes of one thread
@@ -56,8 +56,8 @@ inline LinearPlan linear_plan(const LinearPass& pass) {
   plan.gradient = (pass.d_hidden != nullptr || pass.d_weight != nullptr || pass.d_bias != nullptr) && (pass.with_kd || pass.with_ce);
   plan.mixture = teacher && pass.terms.divergence != kForwardKl && pass.terms.divergence != kReverseKl;
   plan.blocks = (pass.vocabulary + E::kColumns - 1) / E::kColumns;
-  plan.per_group = (plan.blocks + kGroups - 1) / kGroups;
-  plan.groups = (plan.blocks + plan.per_group - 1) / plan.per_group;
+  plan.groups = least(plan.blocks, kGroups);
+  plan.blocks = round_up(plan.blocks, plan.groups);
   divide_rows<E>(pass, plan);
   int64_t at = 0;
   const auto place = [&at](int64_t bytes) {

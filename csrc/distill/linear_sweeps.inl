@@ -16,9 +16,10 @@ CVMK_INLINE void each_block(const Chunk<E>& chunk, bool with_teacher, const Body
   threads::each(plan.groups, [&](int64_t group) {
     E::begin();
     const Own<E> own = own_scratch<E>(pass, plan);
-    for (int64_t number = group * plan.per_group; number < (group + 1) * plan.per_group && number < plan.blocks; ++number) {
-      const int64_t first = number * E::kColumns;
-      const Block block{number, group, first, least(pass.vocabulary - first, E::kColumns), number == group * plan.per_group};
+    const int64_t each = plan.blocks / plan.groups;
+    for (int64_t number = group * each; number < (group + 1) * each; ++number) {
+      const Block block = block_of<E>(pass, plan, number, group, number == group * each);
+      const int64_t first = block.first;
       for (int64_t v = 0; v < block.columns; ++v) {
         own.student_bias[v] = bias_of(pass.student, first + v);
         if (with_teacher) own.teacher_bias[v] = bias_of(pass.teacher, first + v);
