@@ -41,10 +41,16 @@ CVMK_INLINE void raise(Sums& sums, const S& s, const T& t, int64_t begin, int64_
   }
 }
 
+// What a sweep keeps of its exponentials: nothing. See one_pass.inl.
+struct KeepNothing {
+  CVMK_INLINE void put(int64_t, F, F) const {}
+  CVMK_INLINE void end_block(const Sums&) {}
+};
+
 // Adds the logits [begin, end) to the sums and says whether it did. The quick form takes the greatest logits of the blocks before for those
 // of this one, and entries of -inf for absent: it adds nothing where a sum is then not finite, and the careful form has to.
-template <int kTemperature, int kKind, bool kCareful, typename S, typename T>
-CVMK_INLINE bool add_block(Sums& sums, const S& s, const T& t, int64_t begin, int64_t end, float inverse) {
+template <int kTemperature, int kKind, bool kCareful, typename S, typename T, typename Keep>
+CVMK_INLINE bool add_block(Sums& sums, const S& s, const T& t, int64_t begin, int64_t end, float inverse, const Keep& keep) {
   if (kCareful) raise<kKind>(sums, s, t, begin, end, inverse);
   const F max_s = simd::set(sums.top_s), max_t = simd::set(sums.top_t), scale = simd::set(inverse);
   F one{}, at_t{}, teacher{}, cross{};
@@ -62,6 +68,7 @@ CVMK_INLINE bool add_block(Sums& sums, const S& s, const T& t, int64_t begin, in
     const F b = w - max_t;
     const F p = within(exp_below(kTemperature == kAtOne ? b : b * scale), n, kind);
     teacher += p;
+    keep.put(i, e, p);
     if (kKind == kForward) cross += p * (kCareful ? zero_where(p == F{}, w - z) : w - z);
     if (kKind == kReverse) cross += e * (kCareful ? zero_where(e == F{}, z - w) : z - w);
   });
@@ -88,15 +95,16 @@ CVMK_INLINE void add_logits(Sums& sums, const S& s, int64_t begin, int64_t end) 
   sums.count += static_cast<double>(simd::sum(count));
 }
 
-template <int kTemperature, int kKind, typename S, typename T>
-__attribute__((noinline)) void first_pass(const Terms& terms, int64_t vocabulary, const S& s, const T& t, Sums& sums) {
+template <int kTemperature, int kKind, typename S, typename T, typename Keep>
+__attribute__((noinline)) void first_pass(const Terms& terms, int64_t vocabulary, const S& s, const T& t, Sums& sums, Keep& keep) {
   const float inverse = 1.0f / terms.temperature;
   int64_t end = 0;
   for (int64_t begin = 0; begin < vocabulary; begin = end) {
     end = begin + (begin == 0 ? kFirstBlock : kBlock);
     if (end > vocabulary) end = vocabulary;
-    if (begin == 0 || !add_block<kTemperature, kKind, false>(sums, s, t, begin, end, inverse))
-      add_block<kTemperature, kKind, true>(sums, s, t, begin, end, inverse);
+    if (begin == 0 || !add_block<kTemperature, kKind, false>(sums, s, t, begin, end, inverse, keep))
+      add_block<kTemperature, kKind, true>(sums, s, t, begin, end, inverse, keep);
+    keep.end_block(sums);
     if (terms.smoothing > 0) add_logits(sums, s, begin, end);
   }
 }
@@ -143,12 +151,13 @@ __attribute__((noinline)) void second_pass(const Terms& terms, int64_t vocabular
 
 template <typename S, typename T>
 CVMK_INLINE void sum_row(const Terms& terms, int64_t vocabulary, const S& s, const T& t, bool with_teacher, Sums& sums) {
-  if (!with_teacher) return first_pass<kAtOne, kNoTeacher>(terms, vocabulary, s, t, sums);
-  if (terms.divergence == kReverseKl) return first_pass<kAtAny, kReverse>(terms, vocabulary, s, t, sums);
-  if (terms.divergence != kForwardKl) return first_pass<kAtAny, kOther>(terms, vocabulary, s, t, sums);
-  if (terms.temperature == 1.0f) return first_pass<kAtOne, kForward>(terms, vocabulary, s, t, sums);
-  if (terms.temperature == 2.0f) return first_pass<kAtTwo, kForward>(terms, vocabulary, s, t, sums);
-  first_pass<kAtAny, kForward>(terms, vocabulary, s, t, sums);
+  KeepNothing keep;
+  if (!with_teacher) return first_pass<kAtOne, kNoTeacher>(terms, vocabulary, s, t, sums, keep);
+  if (terms.divergence == kReverseKl) return first_pass<kAtAny, kReverse>(terms, vocabulary, s, t, sums, keep);
+  if (terms.divergence != kForwardKl) return first_pass<kAtAny, kOther>(terms, vocabulary, s, t, sums, keep);
+  if (terms.temperature == 1.0f) return first_pass<kAtOne, kForward>(terms, vocabulary, s, t, sums, keep);
+  if (terms.temperature == 2.0f) return first_pass<kAtTwo, kForward>(terms, vocabulary, s, t, sums, keep);
+  first_pass<kAtAny, kForward>(terms, vocabulary, s, t, sums, keep);
 }
 
 // Losses and statistics of one row. `value` and `reduction` of the divergences of a mixture are another sweep's.

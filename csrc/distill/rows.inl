@@ -1,7 +1,9 @@
 // kd_loss: the losses of all rows, and their gradients. Rows are handed to threads a few at a time; a row is one thread's.
 
+#include <stdlib.h>
+
 #include "common/threads.h"
-#include "distill/gradients.inl"
+#include "distill/one_pass.inl"
 
 namespace {
 namespace distill {
@@ -38,6 +40,14 @@ void all_losses(const LossPass& pass) {
   each_row(pass.in, [&](int64_t i) { losses_of<Row>(pass.in, i, pass.kd, pass.ce); });
 }
 
+// Whether the exponentials of the losses make the gradient too; nothing but the arguments of a row may decide.
+template <typename Row>
+CVMK_INLINE bool from_exponentials(const GradientPass& pass) {
+  const Terms& terms = pass.in.terms;
+  return Row::kKeepExponentials && pass.kd != nullptr && pass.with_kd && pass.in.teacher.data != nullptr && terms.divergence == kForwardKl &&
+         (terms.temperature == 1.0f || terms.temperature == 2.0f);
+}
+
 template <typename Row>
 void all_gradients(const GradientPass& pass) {
   const Rows& in = pass.in;
@@ -45,16 +55,25 @@ void all_gradients(const GradientPass& pass) {
   const Parts parts{pass.with_kd, pass.with_ce, pass.kd_scale, pass.ce_scale};
   const int64_t bytes = in.vocabulary * (in.student.type == kFloat32 ? 4 : 2);
   const bool streamed = in.rows * bytes > kStreamed && pass.gradient != in.student.data;
+  const int64_t size = Exponentials::size(in.vocabulary);
+  float* const places = from_exponentials<Row>(pass) ? static_cast<float*>(aligned_alloc(64, static_cast<size_t>(threads::limit() * size) * sizeof(float))) : nullptr;
   each_row(in, [&](int64_t i) {
-    if (pass.kd != nullptr) losses_of<Row>(in, i, pass.kd, pass.ce);
+    const Row s = row_of<Row>(in.student, i), t = row_of<Row>(in.teacher, i);
+    const int64_t y = in.target[i];
     Row out = row_of<Row>(to, i);
-    if (in.target[i] < 0 || !(parts.with_kd || parts.with_ce)) {
+    out.streamed = streamed;
+    if (places != nullptr && y >= 0) {
+      const auto row = in.terms.temperature == 1.0f ? &row_in_one_pass<kAtOne, Row, Row, Row> : &row_in_one_pass<kAtTwo, Row, Row, Row>;
+      return row(in.terms, in.vocabulary, s, t, y, in.stats + i, in.rows, pass.kd + i, pass.ce + i, parts, out, places + threads::index() * size);
+    }
+    if (pass.kd != nullptr) losses_of<Row>(in, i, pass.kd, pass.ce);
+    if (y < 0 || !(parts.with_kd || parts.with_ce)) {
       memset(out.p, 0, static_cast<size_t>(bytes));
       return;
     }
-    out.streamed = streamed;
-    row_gradient(in.terms, in.vocabulary, row_of<Row>(in.student, i), row_of<Row>(in.teacher, i), in.target[i], in.stats + i, in.rows, parts, out);
+    row_gradient(in.terms, in.vocabulary, s, t, y, in.stats + i, in.rows, parts, out);
   });
+  free(places);
 }
 
 template <typename Row>

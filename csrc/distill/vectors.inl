@@ -102,8 +102,10 @@ CVMK_INLINE void finish_streams() {
 #endif
 }
 
-// `streamed`: whole vectors are written past the caches, and lie at multiples of their size.
+// `streamed`: whole vectors are written past the caches, and lie at multiples of their size. kKeepExponentials: for loss and gradient in one
+// pass it is quicker to keep the exponentials (8 bytes an entry in the cache) than to make them again; in float32 memory is what takes time.
 struct Floats {
+  static constexpr bool kKeepExponentials = false;
   float* p;
   bool streamed = false;
   template <typename Kind>
@@ -125,6 +127,7 @@ struct Floats {
 };
 
 struct BFloats {
+  static constexpr bool kKeepExponentials = true;
   uint16_t* p;
   bool streamed = false;
   template <typename Kind>
@@ -148,6 +151,7 @@ struct BFloats {
 
 // A row of any type, for half precision and for a student and a teacher of two types.
 struct Any {
+  static constexpr bool kKeepExponentials = false;
   void* p;
   int type;
   bool streamed;  // not obeyed
