@@ -73,16 +73,17 @@ def test_cpu_kd_loss_in_place(compare: Callable[..., Any], vocabulary: int, dtyp
     )
 
 
-@pytest.mark.parametrize("vocabulary", [8000, 32000])
+@pytest.mark.parametrize(("dtype", "vocabulary"), [(torch.bfloat16, 8000), (torch.bfloat16, 32000), (torch.float32, 8000)])
 @pytest.mark.parametrize("width", [128, 512])
-def test_cpu_linear_kd_loss(compare: Callable[..., Any], vocabulary: int, width: int) -> None:
+def test_cpu_linear_kd_loss(compare: Callable[..., Any], dtype: torch.dtype, vocabulary: int, width: int) -> None:
     hidden, weight = torch.randn(ROWS, width, requires_grad=True), (torch.randn(vocabulary, width) * width**-0.5).requires_grad_()
     teacher_hidden, teacher_weight = torch.randn(ROWS, width), torch.randn(vocabulary, width) * width**-0.5
     target = torch.randint(vocabulary, (ROWS,))
+    lowered = dtype == torch.bfloat16
 
     def step(loss: Callable[[], Tensor]) -> None:
         hidden.grad = weight.grad = None
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=lowered):
             value = loss()
         value.backward()
 
@@ -92,7 +93,7 @@ def test_cpu_linear_kd_loss(compare: Callable[..., Any], vocabulary: int, width:
     operations = 2 * ROWS * vocabulary * width * 4  # student and teacher logits, and the gradients of hidden states and weight
     compare(
         lambda: step(lambda: ops.linear_kd_loss(hidden, weight, teacher_hidden, teacher_weight, target, temperature=2.0, alpha=0.5)),
-        {"eager, autocast": lambda: step(peer)},
-        case=f"linear_kd_loss fwd+bwd N{ROWS} V{vocabulary} d{width} autocast bf16",
-        limit=cpu_limit(operations=operations, dtype=torch.bfloat16),
+        {"eager, autocast" if lowered else "eager": lambda: step(peer)},
+        case=f"linear_kd_loss fwd+bwd N{ROWS} V{vocabulary} d{width} {'autocast bf16' if lowered else 'fp32'}",
+        limit=cpu_limit(operations=operations, dtype=dtype),
     )

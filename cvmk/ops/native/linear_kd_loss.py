@@ -3,6 +3,9 @@ vector registers; losses and gradients are made while the logits are in the cach
 
 Logits exist a block at a time, or a chunk of rows, and are made for the sums and the gradients, which are those of the loss by itself,
 before the normaliser: the backward pass multiplies them into fresh tensors. Where a part is differentiated too, it runs again.
+
+Besides the gradients in float32 there is scratch of a bounded size, whatever the rows and the vocabulary: at widths of up to 512 less than
+64 MiB on up to 6 threads, and at most 69 MiB.
 """
 
 from __future__ import annotations
