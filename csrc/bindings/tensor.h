@@ -49,6 +49,8 @@ inline const ExchangeTable& exchange_table(PyTypeObject* type) {
     const auto* found = static_cast<const ExchangeTable*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
     if (found == nullptr) throw pybind11::error_already_set();
     if (found->major != 1 || found->view == nullptr) throw std::runtime_error("the tensors' library speaks another version of DLPack than 1");
+    Py_INCREF(type);  // or another type could come to stand at its address
+    Py_XDECREF(known);
     known = type;
     table = found;
   }
