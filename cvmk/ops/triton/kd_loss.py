@@ -1,6 +1,7 @@
 """`kd_loss` in Triton: two launches forward (rows, then their sum), one backward.
 
-The forward pass saves five statistics a row and reads both logits; the backward pass reads both again and writes the gradient.
+The forward pass saves five statistics a row and reads both logits; the backward pass reads both again and writes the gradient. In place of
+the student's logits the first launch writes the gradient too, and the backward pass touches it only where the incoming one is not 1.
 """
 
 from __future__ import annotations
