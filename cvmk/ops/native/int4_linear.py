@@ -58,7 +58,7 @@ def forward(
     activation: str | None,
 ) -> Tensor:
     x = rows_of(x)
-    out = x.new_empty((x.shape[0], outputs(out_features, activation)))
+    out = x.new_empty(x.shape[0], outputs(out_features, activation))
     if bias is not None:
         bias = vector(bias)
     _NATIVE.int4_linear(x, out, scales, bias, ACTIVATIONS[activation], values, zeros, order, group_size)  # type: ignore[union-attr]

@@ -54,7 +54,7 @@ def forward(
 ) -> Tensor:
     x = rows_of(x)
     size = x.shape[0], outputs(out_features, activation)
-    out = x.new_empty(size) if out_dtype == x.dtype else x.new_empty(size, dtype=out_dtype)
+    out = x.new_empty(*size) if out_dtype == x.dtype else x.new_empty(*size, dtype=out_dtype)
     if bias is not None:
         bias = vector(bias)
     if smooth_scale is not None:
