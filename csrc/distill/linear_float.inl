@@ -19,7 +19,7 @@ struct FloatEngine {
   typedef float Element;
   static constexpr int64_t kPanel = product::kPanel, kColumns = 252, kUnit = product::kRows, kRowBlock = 3 * kPanel, kSub = 192, kRowStep = kLanes, kStep = kLanes;
   static constexpr int64_t kForms = 1, kGradients = 0, kLogitRows = kSub, kTeacherRows = kRowBlock;
-  static constexpr int64_t kPartialBytes = int64_t{8} << 20, kKeptBytes = int64_t{32} << 20;
+  static constexpr int64_t kKeptBytes = int64_t{32} << 20;
   static constexpr int64_t kPart = 128, kRowPart = kSub / 2;  // of a sum: such a part of a right panel stays in the first-level cache
   typedef Chunk<FloatEngine> Rows;
   typedef Own<FloatEngine> Mine;

@@ -13,6 +13,7 @@ namespace distill {
 
 using namespace cvmk::distill;
 constexpr int64_t kGroups = 8;
+constexpr int64_t kPartialBytes = int64_t{32} << 20;
 constexpr int64_t kFewestKept = 96;  // rows: fewer would read the weights and their gradient too often
 
 inline __attribute__((always_inline)) int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
@@ -31,13 +32,13 @@ struct LinearPlan {
   CVMK_INLINE int64_t total() const { return shared + least(threads::limit(), groups) * own; }
 };
 
-// Rows of a chunk: as many as the partial sums, or the kept logits, have bytes for.
+// Rows of a chunk: as many as the partial sums have bytes for, and the logits where they are kept.
 template <typename E>
 inline void divide_rows(const LinearPass& pass, LinearPlan& plan) {
-  int64_t rows = E::kPartialBytes / (kGroups * 4 * plan.room);
-  rows = rows < 64 ? 64 : least(rows, 2048);
   const int64_t fit = E::kKeptBytes / ((plan.teacher_width > 0 ? 8 : 4) * plan.blocks * E::kColumns);
   plan.kept = (plan.gradient || plan.mixture) && fit >= kFewestKept;
+  int64_t rows = (plan.kept ? kPartialBytes / 4 : kPartialBytes) / (kGroups * 4 * plan.room);
+  rows = rows < 64 ? 64 : least(rows, 2048);
   if (plan.kept) rows = least(rows, fit);
   const int64_t step = rows < E::kRowBlock ? E::kRowStep : E::kRowBlock;
   plan.chunk = least(rows / step * step, round_up(pass.count, pass.count < E::kRowBlock ? E::kRowStep : E::kRowBlock));

@@ -20,7 +20,7 @@ struct TileEngine {
   typedef Half Element;
   static constexpr int64_t kColumns = 512, kUnit = 32, kRowBlock = 32, kSub = 512, kRowStep = 32, kStep = 32, kPanel = 32;
   static constexpr int64_t kForms = 2, kGradients = 2, kLogitRows = 2 * kRowBlock, kTeacherRows = 2 * kRowBlock;
-  static constexpr int64_t kPartialBytes = int64_t{32} << 20, kKeptBytes = 0;
+  static constexpr int64_t kKeptBytes = 0;
   typedef Chunk<TileEngine> Rows;
   typedef Own<TileEngine> Mine;
 
