@@ -60,7 +60,7 @@ inline void dequantise(const Int4Linear& p, int64_t panel, int n, int64_t block,
 // -- as tiles ------------------------------------------------------------------------------------------------------------------------
 #if CVMK_GEMM_TILES
 constexpr int64_t kBlockTiles = kBlock / kTileInputs;
-constexpr int64_t kAhead = 4;  // blocks that the packed weight is fetched ahead
+constexpr int64_t kAhead = 2;  // blocks that the packed weight is fetched ahead
 
 // The values of two outputs' nibbles in bfloat16, each table twice, for the fifth bit of an index is the next nibble's.
 template <bool kZeros>
