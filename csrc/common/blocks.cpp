@@ -13,7 +13,8 @@ namespace cvmk {
 namespace {
 
 constexpr std::size_t kPage = std::size_t{2} << 20;
-constexpr std::size_t kMost = 16;  // blocks that are kept
+constexpr std::size_t kMost = 16;                       // blocks that are kept
+constexpr std::size_t kOurs = std::size_t{32} << 20;    // bytes of the youngest ones that are not offered to the system
 
 #if defined(__linux__)
 // The mapping is larger by a page than the block, for the system aligns to small pages only; what is over is unmapped at once.
@@ -43,14 +44,28 @@ bool offer(Block) noexcept { return false; }
 struct Kept {
   std::mutex mutex;
   std::vector<Block> blocks;  // the oldest first
-  std::size_t bytes = 0;
+  std::size_t bytes = 0, offered = 0;  // of all; and how many blocks, of the oldest ones, the system may take
 
   Kept() { blocks.reserve(kMost + 1); }
   Block remove(std::size_t i) {
     const Block block = blocks[i];
     blocks.erase(blocks.begin() + static_cast<std::ptrdiff_t>(i));
     bytes -= block.bytes;
+    offered -= i < offered;
     return block;
+  }
+  // Offers the oldest blocks beyond kOurs bytes. To offer a small one costs more time than its fresh pages, for all threads are told.
+  void offer_old() {
+    std::size_t ours = 0, first = blocks.size();
+    while (first > offered && ours + blocks[first - 1].bytes <= kOurs) ours += blocks[--first].bytes;
+    while (offered < first) {
+      if (offer(blocks[offered])) {
+        ++offered;
+      } else {
+        unmap(remove(offered));
+        --first;
+      }
+    }
   }
 };
 
@@ -92,7 +107,7 @@ Block take_block(std::size_t bytes) {
 
 void give_block(Block block) noexcept {
   if (block.data == nullptr) return;
-  if (block.bytes > kept_limit() || !offer(block)) return unmap(block);
+  if (block.bytes > kept_limit()) return unmap(block);
   Kept& all = kept();
   Block gone[kMost + 1];
   std::size_t count = 0;
@@ -102,6 +117,7 @@ void give_block(Block block) noexcept {
     all.blocks.push_back(block);
     all.bytes += block.bytes;
     while (all.bytes > kept_limit() || all.blocks.size() > kMost) gone[count++] = all.remove(0);
+    all.offer_old();
   }
   for (std::size_t i = 0; i < count; ++i) unmap(gone[i]);
 }

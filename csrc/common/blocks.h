@@ -14,8 +14,8 @@ struct Block {
 // From the blocks that are kept, or new. Throws std::bad_alloc.
 Block take_block(std::size_t bytes);
 
-// Gives it back, from any thread. Of blocks given back up to `kept_limit()` bytes are kept; the system may take their pages whenever it
-// wants them (MADV_FREE), so that they are in nobody's way.
+// Gives it back, from any thread. Of blocks given back up to `kept_limit()` bytes are kept; all but the youngest 32 MiB the system may take
+// whenever it wants their pages (MADV_FREE), so that they are in nobody's way.
 void give_block(Block block) noexcept;
 
 // The environment variable CVMK_KEPT_MIB in bytes, 512 MiB without it; 0 keeps nothing. Read at the first call.

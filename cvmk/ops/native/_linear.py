@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cvmk.ops import native
+from cvmk.ops.native._memory import LARGE, empty
 from cvmk.ops.quantize import QuantizedWeight
 
 INPUT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -28,6 +29,14 @@ PANEL = 16
 def rows_of(x: Tensor) -> Tensor:
     """x with contiguous inputs."""
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+
+
+def result(x: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
+    """Memory for the result [M, columns]."""
+    rows = x.shape[0]
+    if rows * columns >= LARGE // 8:  # an element has eight bytes at most
+        return empty((rows, columns), dtype)
+    return x.new_empty(rows, columns) if x.dtype == dtype else x.new_empty(rows, columns, dtype=dtype)
 
 
 def vector(tensor: Tensor) -> Tensor:

@@ -17,8 +17,8 @@ LARGE = 2**20
 def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """A contiguous tensor with any values, as `torch.empty` makes it. The memory of a large one goes back to the library when its last view dies.
 
-    Up to CVMK_KEPT_MIB MiB (an environment variable, 512 by default, 0 for none) wait there for their next use; the system may take their
-    pages meanwhile. The storage cannot be resized. Where deterministic algorithms are asked for, `torch.empty` makes it all.
+    Up to CVMK_KEPT_MIB MiB (an environment variable, 512 by default, 0 for none) wait there for their next use; the system may take the
+    pages of all but the last 32 MiB meanwhile. The storage cannot be resized. Where deterministic algorithms are asked for, `torch.empty` makes it all.
     """
     library, count = native.library(), math.prod(shape)
     if library is None or count * dtype.itemsize < LARGE or torch.are_deterministic_algorithms_enabled():

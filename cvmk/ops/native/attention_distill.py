@@ -127,9 +127,7 @@ def _of_one_dtype(q: Tensor, k: Tensor, v: Tensor | None, teacher_q: Tensor, tea
     return rows_contiguous(q), rows_contiguous(k), None if v is None else rows_contiguous(v), rows_contiguous(teacher_q), rows_contiguous(teacher_k)
 
 
-def _common(
-    q: Tensor, k: Tensor, v: Tensor | None, out: Tensor | None, lse: Tensor, key_lengths: Tensor | None, causal: bool, scale: float
-) -> tuple[Any, ...]:
+def _common(q: Tensor, k: Tensor, v: Tensor | None, out: Tensor | None, lse: Tensor, key_lengths: Tensor | None, causal: bool, scale: float) -> tuple[Any, ...]:
     """The arguments of `attention_forward` in csrc/bindings/attention.cpp."""
     return q, k, v, None, key_lengths, None, None, None, out, lse, -1, 0 if causal else -1, 0.0, scale, 1.0, 0, 0
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from cvmk.ops._dispatch import Backend
 from cvmk.ops.native import library
-from cvmk.ops.native._linear import ACTIVATIONS, INPUT_TYPES, PANEL, pack_reasons, panels, reason, rows_of, vector
+from cvmk.ops.native._linear import ACTIVATIONS, INPUT_TYPES, PANEL, pack_reasons, panels, reason, result, rows_of, vector
 from cvmk.ops.quantize import PLAIN, Layout, QuantizedWeight, outputs, pack_int4, unpack_int4
 
 BLOCK = 128
@@ -58,7 +58,7 @@ def forward(
     activation: str | None,
 ) -> Tensor:
     x = rows_of(x)
-    out = x.new_empty(x.shape[0], outputs(out_features, activation))
+    out = result(x, outputs(out_features, activation), x.dtype)
     if bias is not None:
         bias = vector(bias)
     _NATIVE.int4_linear(x, out, scales, bias, ACTIVATIONS[activation], values, zeros, order, group_size)  # type: ignore[union-attr]

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from cvmk.ops._dispatch import Backend
 from cvmk.ops.native import library
-from cvmk.ops.native._linear import ACTIVATIONS, INPUT_TYPES, OUTPUT_TYPES, PANEL, pack_reasons, panels, reason, rows_of, vector
+from cvmk.ops.native._linear import ACTIVATIONS, INPUT_TYPES, OUTPUT_TYPES, PANEL, pack_reasons, panels, reason, result, rows_of, vector
 from cvmk.ops.quantize import PLAIN, Layout, QuantizedWeight, outputs
 
 STEP = 64
@@ -53,8 +53,7 @@ def forward(
     out_dtype: torch.dtype,
 ) -> Tensor:
     x = rows_of(x)
-    size = x.shape[0], outputs(out_features, activation)
-    out = x.new_empty(*size) if out_dtype == x.dtype else x.new_empty(*size, dtype=out_dtype)
+    out = result(x, outputs(out_features, activation), out_dtype)
     if bias is not None:
         bias = vector(bias)
     if smooth_scale is not None:
