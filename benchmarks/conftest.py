@@ -73,7 +73,10 @@ def compare(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., dic
 
 
 def _in_turn(contestants: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str, list[float]]:
-    """Seconds a call, one sample a round; a sample repeats the call so often that it lasts a millisecond at least."""
+    """Seconds a call, one sample a round; a sample repeats the call so often that it lasts a millisecond at least.
+
+    Rounds go there and back, so that nobody always comes after the one that leaves the caches coldest.
+    """
     repeats = {}
     for name, function in contestants.items():
         function()
@@ -81,9 +84,11 @@ def _in_turn(contestants: Mapping[str, Callable[[], Any]], seconds: float) -> di
         repeats[name] = max(1, round(1e-3 / max(_timed(function, 1), 1e-7)))
     samples: dict[str, list[float]] = {name: [] for name in contestants}
     end = time.perf_counter() + seconds * len(contestants)
+    order = list(contestants.items())
     while time.perf_counter() < end or len(samples["cvmk"]) < 5:
-        for name, function in contestants.items():
+        for name, function in order:
             samples[name].append(_timed(function, repeats[name]))
+        order.reverse()
     return samples
 
 
