@@ -29,11 +29,12 @@ def _run(inputs: list[Tensor], gradients: list[Tensor], options: dict[str, Any])
     return [*(t.detach() for t in results), *(t.grad for t in leaves if t.grad is not None)]
 
 
-def check_blind_rows(name: str, dtype: torch.dtype) -> None:
+def check_blind_rows(name: str, dtype: torch.dtype, device: str = "cpu") -> None:
     """NaN in the queries, and in the gradients of the results, of rows that see no key changes no bit of anything."""
     size_q, size_k, options = BLIND[name]
+    options = {option: value.to(device) if isinstance(value, Tensor) else value for option, value in options.items()}
     make = torch.Generator().manual_seed(3)
-    q, k, v, g = (torch.randn(size, generator=make).to(dtype) for size in (size_q, size_k, size_k, size_q))
+    q, k, v, g = (torch.randn(size, generator=make).to(device, dtype) for size in (size_q, size_k, size_k, size_q))
     _, lse = flash_attention(q, k, v, **options, return_lse=True)
     blind = lse == -torch.inf
     rows = blind.t() if q.dim() == 3 else blind

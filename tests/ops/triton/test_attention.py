@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
+import attention_cases
 import pytest
 import torch
 from torch import Tensor, tensor
@@ -178,6 +179,43 @@ def test_what_is_not_read(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
         for a, b in zip(clean, run("triton", leaves, options), strict=True):
             assert torch.equal(a, b) and torch.isfinite(b).all()
         assert not any(x[1].any() for x in clean)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [(name, torch.float32) for name in attention_cases.BLIND] + [(name, torch.bfloat16) for name in ("no keys of one item", "packed")]
+)
+def test_rows_that_see_no_key_are_not_read(monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype) -> None:
+    with small_blocks(monkeypatch), ops.use("triton"):
+        attention_cases.check_blind_rows(name, dtype, DEVICE)
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")  # of the interpreter
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"q": (2, 2, 7, 16), "k": (2, 2, 30, 16), "bias": (2, 1, 1, 30), "key_lengths": tensor([0, 20])},
+        {"q": (2, 2, 40, 16), "k": (2, 1, 36, 16), "bias": (2, 2, 40, 36), "causal": True},
+        {"q": (2, 2, 20, 16), "k": (2, 1, 36, 16), "bias": (20, 1), "key_lengths": tensor([36, 0])},
+        {
+            "q": (70, 2, 16), "k": (60, 2, 16), "bias": (2, 1, 60), "cu_seqlens_q": tensor([0, 20, 45, 65]), "cu_seqlens_k": tensor([0, 20, 20, 60]),
+            "dropout_p": 0.3,
+        },
+    ],
+)  # fmt: skip
+def test_a_bias_learns_nothing_from_rows_that_see_no_key(monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]) -> None:
+    """Nor do keys behind a soft cap, whose slope is a number of those rows' too."""
+    (q, *others), options = make({"softcap": 2.0, **change}, torch.float32)
+    found = []
+    with small_blocks(monkeypatch), ops.use("triton"):
+        blind = ops.flash_attention(q, *others[:2], return_lse=True, **options)[1] == -INF
+        assert blind.any() and not blind.all()
+        for filler in (0.0, NAN):
+            torch.manual_seed(1)
+            query = q.masked_fill((blind.t() if q.dim() == 3 else blind)[..., None], filler)
+            leaves = [x.detach().requires_grad_() for x in (query, *others)]
+            results = ops.flash_attention(*leaves[:3], bias=leaves[3], return_lse=True, **options)
+            found.append([*results, *torch.autograd.grad(results, leaves, (query, torch.ones_like(results[1]).masked_fill(blind, filler)))])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True)) and all(x.any() for x in found[0])
 
 
 def test_infinities(monkeypatch: pytest.MonkeyPatch) -> None:

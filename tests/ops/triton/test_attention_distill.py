@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
+import attention_cases
 import pytest
 import torch
 from torch import Tensor, tensor
@@ -111,6 +112,30 @@ def test_what_is_not_read(name: str) -> None:
     again = run("triton", tensors, options, True)
     assert all(torch.equal(a, b) for a, b in zip(clean, again, strict=True))
     assert not any(x[0].any() for x in again)
+
+
+def test_rows_that_see_no_key_are_not_read() -> None:
+    with ops.use("triton"):
+        attention_cases.check_blind_rows("no keys of one item", FP32, DEVICE)
+
+
+@pytest.mark.parametrize("with_values", [True, False])
+@pytest.mark.parametrize("name", ["two share one", "groups of two and three"])
+def test_rows_before_the_first_key_are_not_read(name: str, with_values: bool) -> None:
+    """NaN in both models' queries and in the gradients of rows that come before every key, or whose item has none, reaches nothing."""
+    (q, k, v, tq, tk), options = make({**CASES[name], "rows": 40, "keys": 20, "key_lengths": tensor([20, 0])}, (FP32, FP32))
+    blind = torch.ones(2, 1, 40, dtype=torch.bool, device=DEVICE)
+    blind[0, :, 20:] = False
+    found = []
+    for filler in (0.0, NAN):
+        query, teacher = (x.masked_fill(blind[..., None], filler) for x in (q, tq))
+        leaves = [x.detach().requires_grad_() for x in ((query, k, v) if with_values else (query, k))]
+        with ops.use("triton"):
+            results = ops.flash_attention_distill(*leaves, teacher, tk, **options) if with_values else (ops.attention_kl(*leaves, teacher, tk, **options),)
+            ones = [torch.ones_like(x).masked_fill(blind if x.dim() == 3 else blind[..., None], filler) for x in results]
+            found.append([*results, *torch.autograd.grad(results, leaves, ones)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True)) and all(x.any() for x in found[0])
+    assert not any(x.masked_select(blind if x.dim() == 3 else blind[..., None]).any() for x in found[0][: len(results) + 1])
 
 
 def test_out_is_that_of_flash_attention_and_kl_that_of_attention_kl() -> None:

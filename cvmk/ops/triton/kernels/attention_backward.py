@@ -141,13 +141,20 @@ def scatter(
     dk, dv, k, v, Q, GRAD, LSE, DELTA, BIAS, first, last, end, low, high, columns, key, b, kv_head, heads,
     q_h, q_t, g_h, g_t, bias_h, bias_i, bias_j, group, rows, factor, ceiling, threshold, keep_scale,
     D: tl.constexpr, DV: tl.constexpr, D_PADDED: tl.constexpr, DV_PADDED: tl.constexpr, BLOCK_M: tl.constexpr,
-    EARLY: tl.constexpr, CAP: tl.constexpr, WANT_K: tl.constexpr, WANT_V: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    EARLY: tl.constexpr, CAP: tl.constexpr, WANT_K: tl.constexpr, WANT_V: tl.constexpr, MASKED: tl.constexpr, PACKED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add what the rows from `first` to `last` give to the gradients of keys (without the scale) and values (without that of dropout)."""
+    """Add what the rows from `first` to `last` give to the gradients of keys (without the scale) and values (without that of dropout).
+
+    PACKED: between the rows that see keys of the tile may lie rows that see no key at all, and those must not be read (else there are none
+    in between). Their mask is made in a layout of its own: `seen` itself would have to stay in registers during the products.
+    """
     block = tl.arange(0, BLOCK_M)
     for m in tl.range(first, last, BLOCK_M):
         r = m + block
         inside = r < end
+        if MASKED and PACKED:
+            inside = tl.max(((r[:, None] >= low[None, :]) & (r[:, None] < high[None, :])).to(tl.int32), 1) > 0
         query, head = (r // group).to(tl.int64), (r % group).to(tl.int64)
         q = load_rows(Q + head * q_h + query * q_t, inside, D, D_PADDED, MASKED)
         grad = load_rows(GRAD + head * g_h + query * g_t, inside, DV, DV_PADDED, MASKED)
@@ -213,17 +220,17 @@ def key_gradient(
     dk, dv = scatter(
         dk, dv, k, v, Q, GRAD, LSE, DELTA, BIAS, start, middle, end, low, high, columns, key, b, kv_head, kv_heads * group,
         q_h, q_t, g_h, g_t, bias_h, bias_i, bias_j, group, rows, factor, ceiling, threshold, keep_scale,
-        D, DV, D_PADDED, DV_PADDED, BLOCK_M, EARLY, CAP, DK is not None, DV_OUT is not None, True, PRECISION,
+        D, DV, D_PADDED, DV_PADDED, BLOCK_M, EARLY, CAP, DK is not None, DV_OUT is not None, True, STEPS > 0, PRECISION,
     )  # fmt: skip
     dk, dv = scatter(
         dk, dv, k, v, Q, GRAD, LSE, DELTA, BIAS, middle, stop, end, low, high, columns, key, b, kv_head, kv_heads * group,
         q_h, q_t, g_h, g_t, bias_h, bias_i, bias_j, group, rows, factor, ceiling, threshold, keep_scale,
-        D, DV, D_PADDED, DV_PADDED, BLOCK_M, EARLY, CAP, DK is not None, DV_OUT is not None, False, PRECISION,
+        D, DV, D_PADDED, DV_PADDED, BLOCK_M, EARLY, CAP, DK is not None, DV_OUT is not None, False, STEPS > 0, PRECISION,
     )  # fmt: skip
     dk, dv = scatter(
         dk, dv, k, v, Q, GRAD, LSE, DELTA, BIAS, stop, end, end, low, high, columns, key, b, kv_head, kv_heads * group,
         q_h, q_t, g_h, g_t, bias_h, bias_i, bias_j, group, rows, factor, ceiling, threshold, keep_scale,
-        D, DV, D_PADDED, DV_PADDED, BLOCK_M, EARLY, CAP, DK is not None, DV_OUT is not None, True, PRECISION,
+        D, DV, D_PADDED, DV_PADDED, BLOCK_M, EARLY, CAP, DK is not None, DV_OUT is not None, True, STEPS > 0, PRECISION,
     )  # fmt: skip
     inside = columns < keys
     if DK is not None:
