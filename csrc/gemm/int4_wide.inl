@@ -122,8 +122,10 @@ inline void copy_part(const char* x, int64_t stride, int64_t rows, int64_t steps
 }
 
 // -- the output ----------------------------------------------------------------------------------------------------------------------
-// Rows of 32 sums -> activation(sum + bias) in the output, a line at a time. `bias` [32] or null.
-template <int kAct>
+constexpr int64_t kPastCaches = 1 << 22;  // bytes of a result that no second cache holds: whole lines of it are not read before they are written
+
+// Rows of 32 sums -> activation(sum + bias) in the output, a line at a time, with kPast past the caches. `bias` [32] or null.
+template <int kAct, bool kPast>
 inline void finish_lines(const float* sums, const float* bias, int64_t rows, __mmask32 some, uint16_t* out, int64_t out_stride) {
   const F zero = F{}, b0 = bias ? simd::load(bias) : zero, b1 = bias ? simd::load(bias + kLanes) : zero;
   for (int64_t r = 0; r < rows; ++r, sums += kBand, out += out_stride) {
@@ -133,8 +135,15 @@ inline void finish_lines(const float* sums, const float* bias, int64_t rows, __m
       v += b1;
     }
     const __m512i line = simd::bits<__m512i>(_mm512_cvtne2ps_pbh(simd::bits<__m512>(activate<kAct>(v)), simd::bits<__m512>(activate<kAct>(u))));
-    _mm512_mask_storeu_epi16(out, some, line);
+    if constexpr (kPast) _mm512_stream_si512(reinterpret_cast<__m512i*>(out), line);
+    else _mm512_mask_storeu_epi16(out, some, line);
   }
+}
+
+template <int kAct>
+inline void finish_lines(const float* sums, const float* bias, int64_t rows, __mmask32 some, uint16_t* out, int64_t out_stride, bool past) {
+  if (past) finish_lines<kAct, true>(sums, bias, rows, some, out, out_stride);
+  else finish_lines<kAct, false>(sums, bias, rows, some, out, out_stride);
 }
 
 // The biases of an item of two panels.
@@ -151,11 +160,13 @@ inline void finish_wide(const Linear& l, const Item& item, const float* sums, co
   const int64_t width = least(kBand, l.outputs - item.column);
   const __mmask32 some = width == kBand ? 0xFFFFFFFFu : (1u << width) - 1u;
   uint16_t* out = static_cast<uint16_t*>(l.out) + row * l.outputs + item.column;
+  const bool lines = width == kBand && l.outputs % kBand == 0 && reinterpret_cast<uintptr_t>(out) % kStep == 0;
+  const bool past = lines && l.rows * l.outputs * 2 >= kPastCaches;
   switch (l.activation) {
-    case kRelu: return finish_lines<kRelu>(sums, bias, rows, some, out, l.outputs);
-    case kGelu: return finish_lines<kGelu>(sums, bias, rows, some, out, l.outputs);
-    case kSilu: return finish_lines<kSilu>(sums, bias, rows, some, out, l.outputs);
-    default: return finish_lines<kNone>(sums, bias, rows, some, out, l.outputs);
+    case kRelu: return finish_lines<kRelu>(sums, bias, rows, some, out, l.outputs, past);
+    case kGelu: return finish_lines<kGelu>(sums, bias, rows, some, out, l.outputs, past);
+    case kSilu: return finish_lines<kSilu>(sums, bias, rows, some, out, l.outputs, past);
+    default: return finish_lines<kNone>(sums, bias, rows, some, out, l.outputs, past);
   }
 }
 
@@ -245,6 +256,7 @@ inline void wide(const Int4Linear& p, const WideDivision& d, char* scratch) {
       const int64_t count = least(d.items, up(out_columns(l) - column, d.width * kPanel) / (d.width * kPanel));
       wide_unit(p, d, column, count, row, least(d.round, l.rows - row), hold);
     }
+    _mm_sfence();  // what went past the caches is there for whoever is told that the call is over
     _tile_release();
   });
 }

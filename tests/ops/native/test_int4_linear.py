@@ -79,7 +79,10 @@ def test_a_row_does_not_depend_on_the_others_or_on_threads(isa, dtype, k, group)
         torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("k,n,ordered,activation", [(512, 530, False, "gelu"), (1088, 1100, False, None), (4096, 80, True, "silu"), (544, 550, True, "swiglu")])
+@pytest.mark.parametrize(
+    "k,n,ordered,activation",
+    [(512, 530, False, "gelu"), (128, 2048, False, "relu"), (1088, 1100, False, None), (4096, 80, True, "silu"), (544, 550, True, "swiglu")],
+)
 def test_many_rows_are_the_few_ones(k, n, ordered, activation):
     """More rows, inputs and columns than stand at one time, in as many ways as they are divided, give the bits of twenty rows alone."""
     weight, bias, x = quantised(n, k, 32, False, ordered), random(n), random(1100, k, dtype=torch.bfloat16)
