@@ -40,21 +40,26 @@ struct ExchangeTable {
   void* stream;
 };
 
+// The last two types are kept: tensors and parameters come mixed.
 inline const ExchangeTable& exchange_table(PyTypeObject* type) {
-  static PyTypeObject* known = nullptr;  // guarded by the interpreter's lock, as all of this
-  static const ExchangeTable* table = nullptr;
-  if (type != known) {
-    const auto capsule = pybind11::reinterpret_steal<pybind11::object>(PyObject_GetAttrString(reinterpret_cast<PyObject*>(type), "__dlpack_c_exchange_api__"));
-    if (!capsule) throw pybind11::error_already_set();
-    const auto* found = static_cast<const ExchangeTable*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
-    if (found == nullptr) throw pybind11::error_already_set();
-    if (found->major != 1 || found->view == nullptr) throw std::runtime_error("the tensors' library speaks another version of DLPack than 1");
-    Py_INCREF(type);  // or another type could come to stand at its address
-    Py_XDECREF(known);
-    known = type;
-    table = found;
-  }
-  return *table;
+  struct Known {
+    PyTypeObject* type;
+    const ExchangeTable* table;
+  };
+  static Known known[2] = {};  // guarded by the interpreter's lock, as all of this
+  if (type == known[0].type) return *known[0].table;
+  if (type == known[1].type) return *known[1].table;
+  const auto capsule = pybind11::reinterpret_steal<pybind11::object>(PyObject_GetAttrString(reinterpret_cast<PyObject*>(type), "__dlpack_c_exchange_api__"));
+  if (!capsule) throw pybind11::error_already_set();
+  const auto* found = static_cast<const ExchangeTable*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+  if (found == nullptr) throw pybind11::error_already_set();
+  if (found->major != 1 || found->view == nullptr) throw std::runtime_error("the tensors' library speaks another version of DLPack than 1");
+  Py_INCREF(type);  // or another type could come to stand at its address
+  PyTypeObject* const gone = known[1].type;
+  known[1] = known[0];
+  known[0] = {type, found};
+  Py_XDECREF(gone);
+  return *found;
 }
 
 // The arguments of a call, in turn. Tensors are on the CPU, and None where they are absent.
