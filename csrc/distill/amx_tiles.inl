@@ -91,9 +91,15 @@ __attribute__((noinline)) void multiply(int64_t m, int64_t n, int64_t depth, con
 }
 
 // -- packing ------------------------------------------------------------------------------------------------------------------------------
-CVMK_INLINE __m512i load_pairs(const Half* row, int64_t i, int64_t width) {  // 32 numbers from i on, zeros behind the width
+// 32 numbers of a row of bfloat16, or with kLowered of float32, from i on, zeros behind the width.
+template <bool kLowered>
+CVMK_INLINE __m512i load_pairs(const void* row, int64_t i, int64_t width) {
   if (row == nullptr || i >= width) return _mm512_setzero_si512();
-  return _mm512_maskz_loadu_epi16(width - i >= 32 ? ~0u : (1u << (width - i)) - 1u, row + i);
+  const __mmask32 there = width - i >= 32 ? ~0u : (1u << (width - i)) - 1u;
+  if constexpr (!kLowered) return _mm512_maskz_loadu_epi16(there, static_cast<const Half*>(row) + i);
+  const float* from = static_cast<const float*>(row) + i;
+  const __m512 low = _mm512_maskz_loadu_ps(static_cast<__mmask16>(there), from), high = _mm512_maskz_loadu_ps(static_cast<__mmask16>(there >> 16), from + 16);
+  return simd::bits<__m512i>(_mm512_cvtne2ps_pbh(high, low));
 }
 
 // Rows and columns of a 16 x 16 block of 32-bit words change places.
@@ -121,27 +127,30 @@ CVMK_INLINE void turn(__m512i* x) {
 }
 
 // 16 rows to [width / 32] tiles of a left operand.
-CVMK_INLINE void pack_left(const Half* const* rows, int64_t width, int64_t padded, Half* to) {
+template <bool kLowered>
+CVMK_INLINE void pack_left(const void* const* rows, int64_t width, int64_t padded, Half* to) {
   for (int r = 0; r < 16; ++r)
-    for (int64_t i = 0; i < padded; i += 32) _mm512_storeu_si512(to + i / 32 * kTile + r * 32, load_pairs(rows[r], i, width));
+    for (int64_t i = 0; i < padded; i += 32) _mm512_storeu_si512(to + i / 32 * kTile + r * 32, load_pairs<kLowered>(rows[r], i, width));
 }
 
 // 16 rows to [width / 32] tiles of a right operand whose columns they are.
-CVMK_INLINE void pack_turned(const Half* const* rows, int64_t width, int64_t padded, Half* to) {
+template <bool kLowered>
+CVMK_INLINE void pack_turned(const void* const* rows, int64_t width, int64_t padded, Half* to) {
   for (int64_t i = 0; i < padded; i += 32, to += kTile) {
     __m512i x[16];
-    for (int r = 0; r < 16; ++r) x[r] = load_pairs(rows[r], i, width);
+    for (int r = 0; r < 16; ++r) x[r] = load_pairs<kLowered>(rows[r], i, width);
     turn(x);
     for (int r = 0; r < 16; ++r) _mm512_storeu_si512(to + r * 32, x[r]);
   }
 }
 
 // 32 rows to [width / 16] tiles of a right operand along whose sum they are, `across` numbers apart.
-CVMK_INLINE void pack_pairs(const Half* const* rows, int64_t width, int64_t padded, Half* to, int64_t across) {
+template <bool kLowered>
+CVMK_INLINE void pack_pairs(const void* const* rows, int64_t width, int64_t padded, Half* to, int64_t across) {
   for (int r = 0; r < 16; ++r) {
     Half* tile = to + r * 32;
     for (int64_t i = 0; i < padded; i += 32, tile += 2 * across) {
-      const __m512i x = load_pairs(rows[2 * r], i, width), y = load_pairs(rows[2 * r + 1], i, width);
+      const __m512i x = load_pairs<kLowered>(rows[2 * r], i, width), y = load_pairs<kLowered>(rows[2 * r + 1], i, width);
       const __m512i low = _mm512_unpacklo_epi16(x, y), high = _mm512_unpackhi_epi16(x, y);  // of every 8 columns the first and the last 4
       _mm512_storeu_si512(tile, _mm512_permutex2var_epi64(low, _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), high));
       _mm512_storeu_si512(tile + across, _mm512_permutex2var_epi64(low, _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15), high));

@@ -24,46 +24,67 @@ struct TileEngine {
   typedef Chunk<TileEngine> Rows;
   typedef Own<TileEngine> Mine;
 
-  static bool takes(const LinearPass& pass) { return pass.student.type == kBFloat16 && (pass.teacher.hidden == nullptr || pass.teacher.type == kBFloat16); }
+  static bool takes(const LinearPass& pass) {
+    const int type = pass.student.type;
+    return (type == kBFloat16 || type == kLowered) && (pass.teacher.hidden == nullptr || pass.teacher.type == type);
+  }
   CVMK_INLINE static void begin() { _tile_loadconfig(&kTileConfig); }
   CVMK_INLINE static void end() { _tile_release(); }
   CVMK_INLINE static int64_t stride(const Columns&) { return kRowBlock; }
   // Where element i of row r of a result of `rows` rows is.
   CVMK_INLINE static int64_t place(int64_t r, int64_t i, int64_t rows, int64_t) { return (i / 32 * rows + r) * 32 + i % 32; }
 
-  CVMK_INLINE static const Half* half(const void* rows, int64_t stride, int64_t i) { return static_cast<const Half*>(rows) + i * stride; }
-
-  CVMK_INLINE static void pack_block(const Layer& layer, int64_t padded, const Block& block, Half* to) {
-    for (int64_t v = 0; v < block.padded(); v += 16) {
-      const Half* rows[16];
-      for (int r = 0; r < 16; ++r) rows[r] = v + r < block.columns ? half(layer.weight, layer.weight_stride, block.first + v + r) : nullptr;
-      pack_left(rows, layer.width, padded, to + v * padded);
-    }
+  template <bool kLowered>
+  CVMK_INLINE static const void* row_at(const void* rows, int64_t stride, int64_t i) {
+    return static_cast<const char*>(rows) + i * stride * (kLowered ? 4 : 2);
   }
 
-  CVMK_INLINE static void pack_block_pairs(const Layer& layer, int64_t padded, const Block& block, Half* to) {
-    for (int64_t v = 0; v < block.padded(); v += 32) {
-      const Half* rows[32];
-      for (int r = 0; r < 32; ++r) rows[r] = v + r < block.columns ? half(layer.weight, layer.weight_stride, block.first + v + r) : nullptr;
-      pack_pairs(rows, layer.width, padded, to + v / 32 * kTile, kColumns / 32 * kTile);
+  template <bool kLowered>
+  CVMK_INLINE static void pack_block_from(const Layer& layer, int64_t padded, const Block& block, Half* to) {
+    for (int64_t v = 0; v < block.padded(); v += 16) {
+      const void* rows[16];
+      for (int r = 0; r < 16; ++r) rows[r] = v + r < block.columns ? row_at<kLowered>(layer.weight, layer.weight_stride, block.first + v + r) : nullptr;
+      pack_left<kLowered>(rows, layer.width, padded, to + v * padded);
     }
+  }
+  CVMK_INLINE static void pack_block(const Layer& layer, int64_t padded, const Block& block, Half* to) {
+    if (layer.type == kLowered) pack_block_from<true>(layer, padded, block, to);
+    else pack_block_from<false>(layer, padded, block, to);
+  }
+
+  template <bool kLowered>
+  CVMK_INLINE static void pack_block_pairs_from(const Layer& layer, int64_t padded, const Block& block, Half* to) {
+    for (int64_t v = 0; v < block.padded(); v += 32) {
+      const void* rows[32];
+      for (int r = 0; r < 32; ++r) rows[r] = v + r < block.columns ? row_at<kLowered>(layer.weight, layer.weight_stride, block.first + v + r) : nullptr;
+      pack_pairs<kLowered>(rows, layer.width, padded, to + v / 32 * kTile, kColumns / 32 * kTile);
+    }
+  }
+  CVMK_INLINE static void pack_block_pairs(const Layer& layer, int64_t padded, const Block& block, Half* to) {
+    if (layer.type == kLowered) pack_block_pairs_from<true>(layer, padded, block, to);
+    else pack_block_pairs_from<false>(layer, padded, block, to);
   }
 
   // Hidden states as right operands: turned, for the logits, and in pairs, a group of kSub rows after the other, for the weight's gradient.
-  CVMK_INLINE static void pack_rows(const Rows& chunk, int64_t row) {
+  template <bool kLowered>
+  CVMK_INLINE static void pack_rows_from(const Rows& chunk, int64_t row) {
     const Layer &student = chunk.pass.student, &teacher = chunk.pass.teacher;
     const int64_t width = chunk.plan.width, wide = chunk.plan.teacher_width;
-    const Half *rows[32], *others[32];
+    const void *rows[32], *others[32];
     for (int r = 0; r < 32; ++r) {
       const bool there = row + r < chunk.count;
-      rows[r] = there ? half(student.hidden, student.hidden_stride, chunk.index[row + r]) : nullptr;
-      others[r] = there && wide > 0 ? half(teacher.hidden, teacher.hidden_stride, chunk.index[row + r]) : nullptr;
+      rows[r] = there ? row_at<kLowered>(student.hidden, student.hidden_stride, chunk.index[row + r]) : nullptr;
+      others[r] = there && wide > 0 ? row_at<kLowered>(teacher.hidden, teacher.hidden_stride, chunk.index[row + r]) : nullptr;
     }
     for (int side = 0; side < 32; side += 16) {
-      pack_turned(rows + side, student.width, width, chunk.turned + (row + side) * width);
-      if (wide > 0) pack_turned(others + side, teacher.width, wide, chunk.teacher + (row + side) * wide);
+      pack_turned<kLowered>(rows + side, student.width, width, chunk.turned + (row + side) * width);
+      if (wide > 0) pack_turned<kLowered>(others + side, teacher.width, wide, chunk.teacher + (row + side) * wide);
     }
-    pack_pairs(rows, student.width, width, chunk.pairs + row / kSub * kSub * width + row % kSub / 32 * kTile, kSub / 32 * kTile);
+    pack_pairs<kLowered>(rows, student.width, width, chunk.pairs + row / kSub * kSub * width + row % kSub / 32 * kTile, kSub / 32 * kTile);
+  }
+  CVMK_INLINE static void pack_rows(const Rows& chunk, int64_t row) {
+    if (chunk.pass.student.type == kLowered) pack_rows_from<true>(chunk, row);
+    else pack_rows_from<false>(chunk, row);
   }
 
   // The logits of a block and kRowBlock rows; aside() in every step, and the hidden states of the next rows are fetched meanwhile.

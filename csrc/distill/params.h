@@ -6,7 +6,8 @@
 namespace cvmk {
 namespace distill {
 
-enum Type { kFloat32 = 0, kBFloat16 = 1, kHalf = 2 };
+// kLowered: float32 that is rounded to bfloat16 where it is read, for the operands of linear_kd_loss.
+enum Type { kFloat32 = 0, kBFloat16 = 1, kHalf = 2, kLowered = 3 };
 
 enum Divergence { kForwardKl = 0, kReverseKl = 1, kJs = 2, kSkewKl = 3, kSkewReverseKl = 4 };
 

@@ -158,6 +158,7 @@ struct Any {
   template <typename Kind>
   CVMK_INLINE F load(int64_t i, int n, Kind kind) const {
     if (type == kFloat32) return Floats{static_cast<float*>(p)}.load(i, n, kind);
+    if (type == kLowered) return simd::from_bf16(to_bf16(Floats{static_cast<float*>(p)}.load(i, n, kind)));
     if (type == kBFloat16) return BFloats{static_cast<uint16_t*>(p)}.load(i, n, kind);
     const uint16_t* h = static_cast<uint16_t*>(p) + i;
     return simd::from_half(Kind::value ? simd::load_h(h) : simd::load_h_n(h, n));
@@ -182,7 +183,7 @@ CVMK_INLINE void view(void* p, int type, Any& row) { row.p = p, row.type = type;
 template <typename Row>
 CVMK_INLINE Row row_of(const Logits& logits, int64_t i) {
   Row row;
-  view(const_cast<char*>(static_cast<const char*>(logits.data)) + i * logits.stride * (logits.type == kFloat32 ? 4 : 2), logits.type, row);
+  view(const_cast<char*>(static_cast<const char*>(logits.data)) + i * logits.stride * (logits.type == kFloat32 || logits.type == kLowered ? 4 : 2), logits.type, row);
   return row;
 }
 

@@ -184,7 +184,7 @@ class Op:
         """Run the forward pass on the schema's arguments, with autograd where a tensor asks for it."""
         if forward_ad._current_level >= 0:
             self._refuse_tangents(arguments)
-        asks = _unobserved(arguments[: self.tensors])
+        asks = unobserved(arguments[: self.tensors])
         if asks is False or (asks and not _grad_enabled()):
             return self.run("forward", arguments)
         if self.differentiable and _grad_enabled():
@@ -318,7 +318,7 @@ def _signature(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _unobserved(tensors: Sequence[torch.Tensor | None]) -> bool | None:
+def unobserved(tensors: Sequence[torch.Tensor | None]) -> bool | None:
     """None, or, where a call may go straight to the implementation, whether a tensor asks for a gradient.
 
     Going straight saves the dispatcher's time (half of a small op's), and is for where nobody would miss a call there: no graph is being
@@ -398,7 +398,7 @@ def _autograd_function(op: Op) -> Any:
             arguments = (*grads, *ctx.saved_tensors, *ctx.rest)
             if _grad_enabled():  # only where the gradients will be differentiated
                 found = Backward.apply(needs, *arguments)
-            elif ctx.direct and _unobserved(given) is not None:
+            elif ctx.direct and unobserved(given) is not None:
                 found = op.run("backward", (*arguments, needs))
             else:
                 found = op._backward(*arguments, needs)
@@ -494,12 +494,17 @@ def backends_report() -> dict[str, list[BackendStatus]]:
 
 
 # -- small things that every op needs --------------------------------------------------------------------------------------------
+def autocast_dtype(*tensors: torch.Tensor | None) -> torch.dtype | None:
+    """The type to which autocast casts the operands of a matrix product; None where it is off."""
+    device = _autocast_device(tensors)
+    return None if device is None else torch.get_autocast_dtype(device)
+
+
 def autocast_lower(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     """Under autocast: floating tensors cast to its dtype, as autocast does for matrix products. Else unchanged."""
-    device = _autocast_device(tensors)
-    if device is None:
+    dtype = autocast_dtype(*tensors)
+    if dtype is None:
         return tensors
-    dtype = torch.get_autocast_dtype(device)
     return tuple(t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
 
 

@@ -8,13 +8,14 @@ G = dloss/dlogits [N, V] (the formulas of `cvmk/ops/kd_loss.py`), made and used 
 
 from __future__ import annotations
 
-from typing import Literal, Unpack, overload
+from typing import Any, Literal, Unpack, overload
 
 import torch
 from torch import Tensor
 
-from cvmk.ops._dispatch import Op, accumulation_dtype, autocast_lower, not_needed
+from cvmk.ops._dispatch import Op, accumulation_dtype, autocast_dtype, autocast_lower, not_needed, unobserved
 from cvmk.ops.kd_loss import LossOptions, check_options, check_target, normalizer_tensor
+from cvmk.ops.native.linear_kd_loss import lowered_forward
 
 
 class LinearLossOptions(LossOptions, total=False):
@@ -123,6 +124,50 @@ def prepare(
     return hidden, weight, bias, t_hidden, t_weight, t_bias, target, constant, *options
 
 
+class _Lowered(torch.autograd.Function):
+    """Under autocast, for calls that nobody traces: float32 operands become bfloat16 on their way into the CPU library's products, and the
+    gradients keep float32. Saves copies of all operands, and the gradients a rounding."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        ctx.set_materialize_grads(False)
+        loss, ctx.count, ctx.found = lowered_forward(*arguments)
+        ctx.save_for_backward(*arguments[: op.tensors])
+        ctx.rest = arguments[op.tensors :]
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        found, ctx.found = ctx.found, None  # handed on once, and the taker's then
+        nothing = (None,) * (op.tensors + len(ctx.rest) - 3)
+        (grad,) = grads
+        if grad is None:
+            return None, None, None, *nothing
+        if found is None or torch.is_grad_enabled():
+            return *_Lowered.again(ctx, grad), *nothing
+        scale = grad / ctx.count
+        return *(None if x is None else x.mul_(scale) for x in found), *nothing
+
+    @staticmethod
+    def again(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients by the op on lowered operands: for a second backward pass, and for derivatives of gradients."""
+        create_graph, saved = torch.is_grad_enabled(), ctx.saved_tensors
+        with torch.enable_grad():
+            # Views, for one tensor may stand in several places, and each needs its own derivative.
+            leaves = [None if x is None else x.view_as(x) for x in saved[:6]]
+            loss = op(*(None if x is None else x.bfloat16() for x in leaves), *saved[6:], *ctx.rest)[0]
+            wanted = [x for x, need in zip(leaves, ctx.needs_input_grad[:3], strict=False) if x is not None and need]
+            found = iter(torch.autograd.grad(loss, wanted, grad, create_graph=create_graph))
+        return tuple([next(found) if need else None for need in ctx.needs_input_grad[:3]])
+
+
+def _may_lower(operands: list[Tensor | None], target: Tensor) -> bool:
+    """Whether `_Lowered` may take the call, if the CPU library does."""
+    if not torch.is_grad_enabled() or autocast_dtype(*operands) != torch.bfloat16 or not unobserved([*operands, target]):
+        return False
+    return all(x is None or x.dtype == torch.float32 for x in operands)
+
+
 @overload
 def linear_kd_loss(
     student_hidden: Tensor,
@@ -176,8 +221,9 @@ def linear_kd_loss(
     target           [...], int64 or int32. Rows with `ignore_index` count nothing and are not read: they may hold NaN.
 
     The other arguments, the value and the treatment of -inf (in a bias) are those of `ops.kd_loss`. Half-precision products are summed
-    and kept in float32, and so is the weight's gradient until all rows are in it; under autocast all operands are lowered first. A
-    gradient that nobody needs (a frozen weight) is not computed.
+    and kept in float32, and so is the weight's gradient until all rows are in it; under autocast all operands are lowered first (by the CPU
+    library on their way into the products, and the gradients of float32 operands are not rounded). A gradient that nobody needs (a frozen
+    weight) is not computed.
 
     Memory: with n = max(2^20 / V, 64) rows a chunk on the CPU and max(2^25 / V, 1024) elsewhere (Triton: max(2^26 / V, 2048)), temporaries
     are a handful of [n, V] tensors, the gradients in float32, and for half precision on the CPU float32 copies of the weights: nothing
@@ -190,22 +236,23 @@ def linear_kd_loss(
     Raises ValueError for shapes or vocabularies that differ (naming both), options out of range, and, on the CPU, a target outside of
     the vocabulary; TypeError for wrong or mixed dtypes.
     """
-    arguments = prepare(
-        student_hidden,
-        student_weight,
-        teacher_hidden,
-        teacher_weight,
-        target,
-        student_bias=student_bias,
-        teacher_bias=teacher_bias,
-        temperature=temperature,
-        alpha=alpha,
-        divergence=divergence,
-        mixture=mixture,
-        label_smoothing=label_smoothing,
-        ignore_index=ignore_index,
-        normalizer=normalizer,
-        return_parts=return_parts,
-    )
-    loss, kd, ce = op(*arguments)[:3]
+    options: dict[str, Any] = {
+        "student_bias": student_bias,
+        "teacher_bias": teacher_bias,
+        "temperature": temperature,
+        "alpha": alpha,
+        "divergence": divergence,
+        "mixture": mixture,
+        "label_smoothing": label_smoothing,
+        "ignore_index": ignore_index,
+        "normalizer": normalizer,
+        "return_parts": return_parts,
+    }
+    operands = (student_hidden, student_weight, teacher_hidden, teacher_weight, target)
+    if not return_parts and _may_lower([*operands[:4], student_bias, teacher_bias], target):
+        with torch.autocast("cpu", enabled=False):
+            arguments = prepare(*operands, **options)
+        if op.choose("forward", arguments).name == "native":
+            return _Lowered.apply(*arguments)
+    loss, kd, ce = op(*prepare(*operands, **options))[:3]
     return (loss, kd, ce) if return_parts else loss

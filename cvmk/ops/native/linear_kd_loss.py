@@ -22,6 +22,8 @@ from cvmk.ops.native._memory import empty
 from cvmk.ops.native.kd_loss import DIVERGENCES, TYPES, address, missing
 
 Layer = tuple[int, int, int, int, int, int, int]
+_LOWERED = 3
+"""The type of float32 operands that are rounded to bfloat16 where they are read (csrc/distill/params.h)."""
 _ONE = torch.ones((), dtype=torch.float32)
 
 
@@ -40,8 +42,12 @@ def _run(
     divisor: Tensor,
     wanted: list[bool],
     scalars: tuple[Tensor, ...] | None,
+    lowered: bool = False,
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-    """Statistics and the gradients in float32 of those that are wanted; the loss, its parts and the normaliser go to `scalars`."""
+    """Statistics and the gradients in float32 of those that are wanted; the loss, its parts and the normaliser go to `scalars`.
+
+    `lowered`: the operands are float32 and are rounded to bfloat16 first.
+    """
     temperature, alpha, divergence, mixture, label_smoothing, ignore_index = options
     student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias = tensors
     assert student_hidden is not None and student_weight is not None
@@ -53,7 +59,7 @@ def _run(
         rows, matrix = _matrix(hidden), _matrix(weight)
         bias = None if bias is None else bias.contiguous()
         kept.extend(x for x in (rows, matrix, bias) if x is not None)
-        return rows.data_ptr(), matrix.data_ptr(), address(bias), rows.shape[1], rows.stride(0), matrix.stride(0), TYPES[rows.dtype]
+        return rows.data_ptr(), matrix.data_ptr(), address(bias), rows.shape[1], rows.stride(0), matrix.stride(0), _LOWERED if lowered else TYPES[rows.dtype]
 
     y = target.reshape(-1).contiguous()
     stats = torch.empty((5, y.shape[0]), dtype=torch.float32)
@@ -89,6 +95,15 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     loss, kd, ce, count = (torch.empty((), dtype=torch.float32) for _ in range(4))
     stats, found = _run(tensors, target, normalizer, options, (_ONE, None, None), _ONE, wanted, (loss, kd, ce, count))
     return loss, kd, ce, count, stats, *(not_needed(stats) if x is None else x for x in found)
+
+
+def lowered_forward(*arguments: Any) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
+    """(loss, count, gradients of the student's operands by the loss times count) of float32 operands that are rounded to bfloat16 on their way
+    into the products; the gradients keep float32, where they are wanted."""
+    tensors, target, normalizer, options, wanted = arguments[:6], arguments[6], arguments[7], arguments[8:14], arguments[14]
+    loss, kd, ce, count = (torch.empty((), dtype=torch.float32) for _ in range(4))
+    _, found = _run(tensors, target, normalizer, options, (_ONE, None, None), _ONE, wanted, (loss, kd, ce, count), lowered=True)
+    return loss, count, found
 
 
 def _scaled(total: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

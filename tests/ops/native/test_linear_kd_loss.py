@@ -244,3 +244,80 @@ def test_memory(dtype: str) -> None:
     done = subprocess.run([sys.executable, "-c", _MEMORY, dtype], capture_output=True, text=True, check=True)
     unit = 1 if sys.platform == "darwin" else 1024
     assert int(done.stdout) * unit < 60 * 2**20
+
+
+# -- autocast ------------------------------------------------------------------------------------------------------------------------
+def under_autocast(case: Case, needs: tuple[bool, ...] = (True, True, True), biases: bool = True, **options: Any) -> tuple[Tensor, list[Tensor]]:
+    """The loss and the student's operands, of which `needs` says which ask for a gradient."""
+    *tensors, target = case
+    leaves = [x.detach().requires_grad_(need) for x, need in zip(tensors[:3], needs, strict=True)]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = ops.linear_kd_loss(
+            leaves[0],
+            leaves[1],
+            tensors[3],
+            tensors[4],
+            target,
+            student_bias=leaves[2] if biases else None,
+            teacher_bias=tensors[5] if biases else None,
+            **options,
+        )
+    return loss, leaves
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_autocast_keeps_the_gradients_in_float32(shape: tuple[int, ...], level: str) -> None:
+    """Operands are rounded as they are by hand; the gradients are those by hand before they were rounded to bfloat16."""
+    case = make(*shape, dtype=torch.float32)
+    loss, leaves = under_autocast(case, temperature=2.0, label_smoothing=0.1)
+    found = torch.autograd.grad(loss * 3, leaves)
+    by_hand = [x.bfloat16() for x in case[:6]]
+    students = [x.requires_grad_() for x in by_hand[:3]]
+    expected = ops.linear_kd_loss(
+        students[0], students[1], by_hand[3], by_hand[4], case[6], student_bias=students[2], teacher_bias=by_hand[5], temperature=2.0, label_smoothing=0.1
+    )
+    assert torch.equal(loss, expected) and loss.dtype == torch.float32
+    for ours, theirs in zip(found, torch.autograd.grad(expected * 3, students), strict=True):
+        assert ours.dtype == torch.float32 and torch.equal(ours.bfloat16(), theirs)
+        assert shape[0] < 2 or not torch.equal(ours, theirs.float())
+
+
+def test_autocast_again_and_derivatives_of_gradients() -> None:
+    case = make(40, 300, 64, 32, dtype=torch.float32)
+    loss, leaves = under_autocast(case)
+    first = torch.autograd.grad(loss, leaves, retain_graph=True)
+    for ours, theirs in zip(first, torch.autograd.grad(loss, leaves), strict=True):
+        assert theirs.dtype == torch.float32 and torch.equal(ours.bfloat16(), theirs.bfloat16())
+    loss, leaves = under_autocast(case)
+    grads = torch.autograd.grad(loss, leaves, create_graph=True)
+    second = torch.autograd.grad(sum(g.square().sum() for g in grads), leaves)
+    exact = [x.bfloat16().double() for x in case[:6]]
+    students = [x.requires_grad_() for x in exact[:3]]
+    with ops.use("reference"):
+        value = ops.linear_kd_loss(students[0], students[1], exact[3], exact[4], case[6], student_bias=students[2], teacher_bias=exact[5])
+        wanted = torch.autograd.grad(sum(g.square().sum() for g in torch.autograd.grad(value, students, create_graph=True)), students)
+    for ours, right in zip(second, wanted, strict=True):
+        assert (ours.double() - right).abs().max() < 0.05 * right.abs().max()
+
+
+def test_autocast_takes_what_the_op_takes() -> None:
+    case = make(40, 300, 64, 32, dtype=torch.float32)
+    full, leaves = under_autocast(case)
+    gradients = torch.autograd.grad(full, leaves)
+    for needs in itertools.product((False, True), repeat=3):
+        loss, leaves = under_autocast(case, needs)
+        assert torch.equal(loss, full) and loss.requires_grad == any(needs)
+        if any(needs):
+            loss.backward()
+        for leaf, gradient, need in zip(leaves, gradients, needs, strict=True):
+            assert torch.equal(leaf.grad, gradient) if need else leaf.grad is None
+    hidden = case[0].requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(ValueError, match="student_weight"):
+        ops.linear_kd_loss(hidden, case[1][:, 1:], case[3], case[4], case[6])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        without = ops.linear_kd_loss(hidden, case[1], None, None, case[6], alpha=0.0)
+        shared = ops.linear_kd_loss(hidden[:, :32], case[1][:, :32], hidden[:, :32], case[1][:, :32], case[6], normalizer=7.0)
+    (gradient,) = torch.autograd.grad(without + shared, hidden)
+    assert gradient.shape == hidden.shape and bool(gradient.isfinite().all())
+    loss, leaves = under_autocast(case, biases=False)
+    torch.autograd.grad(loss, leaves[:2])
