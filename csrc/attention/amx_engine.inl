@@ -10,15 +10,6 @@ namespace {
 typedef uint16_t Half;
 constexpr int64_t kTile = 512;  // elements of a tile
 
-struct __attribute__((aligned(64))) TileConfig {
-  uint8_t palette, start_row, reserved[14];
-  uint16_t row_bytes[16];
-  uint8_t rows[16];
-};
-
-// Not on the stack: the compiler takes only the first word of what the instruction reads for used.
-const TileConfig kTileConfig = {1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
-
 // Where the tiles of an operand are: a step in k is 32 numbers of the sum, a step in m or n is 16 rows or columns.
 struct Tiles {
   const Half* data;
@@ -77,7 +68,7 @@ struct AmxEngine {
   static constexpr int kGroup = 32;
   static constexpr int kRows = 64, kKeys = 256, kGradRows = 128, kGradKeys = 128;
 
-  static void begin() { _tile_loadconfig(&kTileConfig); }
+  static void begin() { configure_tiles(kWholeTiles); }
   static void end() { _tile_release(); }
   static int64_t padded(int64_t width) { return up(width, 32); }
   static int64_t key_step() { return 32; }

@@ -2,6 +2,7 @@
 // A tile is 16 rows of 64 bytes: 16 x 32 numbers of a left operand, 16 pairs x 16 columns of a right one.
 #pragma once
 
+#include "common/amx.h"
 #include "distill/vectors.inl"
 
 namespace {
@@ -9,13 +10,6 @@ namespace distill {
 
 typedef uint16_t Half;
 constexpr int64_t kTile = 512;  // numbers of a tile
-
-struct __attribute__((aligned(64))) TileConfig {
-  uint8_t palette, start_row, reserved[14];
-  uint16_t row_bytes[16];
-  uint8_t rows[16];
-};
-const TileConfig kTileConfig = {1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
 
 // Packed tiles of an operand: steps in numbers from tile to tile along the sum and across it.
 struct Tiles {
@@ -102,30 +96,6 @@ CVMK_INLINE __m512i load_pairs(const void* row, int64_t i, int64_t width) {
   return simd::bits<__m512i>(_mm512_cvtne2ps_pbh(high, low));
 }
 
-// Rows and columns of a 16 x 16 block of 32-bit words change places.
-CVMK_INLINE void turn(__m512i* x) {
-  __m512i y[16];
-  for (int i = 0; i < 16; i += 2) {
-    y[i] = _mm512_unpacklo_epi32(x[i], x[i + 1]);
-    y[i + 1] = _mm512_unpackhi_epi32(x[i], x[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4) {
-    x[i] = _mm512_unpacklo_epi64(y[i], y[i + 2]);
-    x[i + 1] = _mm512_unpackhi_epi64(y[i], y[i + 2]);
-    x[i + 2] = _mm512_unpacklo_epi64(y[i + 1], y[i + 3]);
-    x[i + 3] = _mm512_unpackhi_epi64(y[i + 1], y[i + 3]);
-  }
-  for (int i = 0; i < 16; i += 8)
-    for (int j = 0; j < 4; ++j) {
-      y[i + j] = _mm512_shuffle_i32x4(x[i + j], x[i + j + 4], 0x88);
-      y[i + j + 4] = _mm512_shuffle_i32x4(x[i + j], x[i + j + 4], 0xdd);
-    }
-  for (int j = 0; j < 8; ++j) {
-    x[j] = _mm512_shuffle_i32x4(y[j], y[j + 8], 0x88);
-    x[j + 8] = _mm512_shuffle_i32x4(y[j], y[j + 8], 0xdd);
-  }
-}
-
 // 16 rows to [width / 32] tiles of a left operand.
 template <bool kLowered>
 CVMK_INLINE void pack_left(const void* const* rows, int64_t width, int64_t padded, Half* to) {
@@ -139,7 +109,7 @@ CVMK_INLINE void pack_turned(const void* const* rows, int64_t width, int64_t pad
   for (int64_t i = 0; i < padded; i += 32, to += kTile) {
     __m512i x[16];
     for (int r = 0; r < 16; ++r) x[r] = load_pairs<kLowered>(rows[r], i, width);
-    turn(x);
+    transpose16(x);
     for (int r = 0; r < 16; ++r) _mm512_storeu_si512(to + r * 32, x[r]);
   }
 }

@@ -28,7 +28,7 @@ struct TileEngine {
     const int type = pass.student.type;
     return (type == kBFloat16 || type == kLowered) && (pass.teacher.hidden == nullptr || pass.teacher.type == type);
   }
-  CVMK_INLINE static void begin() { _tile_loadconfig(&kTileConfig); }
+  CVMK_INLINE static void begin() { configure_tiles(kWholeTiles); }
   CVMK_INLINE static void end() { _tile_release(); }
   CVMK_INLINE static int64_t stride(const Columns&) { return kRowBlock; }
   // Where element i of row r of a result of `rows` rows is.
@@ -152,7 +152,7 @@ struct TileEngine {
     if (u % 16 != 15) return;
     __m512i words[16];
     for (int k = 0; k < 16; ++k) words[k] = _mm512_loadu_si512(tile + k * 32);
-    turn(words);
+    transpose16(words);
     for (int k = 0; k < 16; ++k) _mm512_storeu_si512(tile + k * 32, words[k]);
   }
 

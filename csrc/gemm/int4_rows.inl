@@ -8,34 +8,6 @@ namespace {
 
 constexpr int64_t kTileInputs = 32;
 
-// 16 vectors of 16 words -> their transpose.
-CVMK_INLINE void turn(__m512i* a) {
-  __m512i b[16];
-#pragma GCC unroll 8
-  for (int i = 0; i < 16; i += 2) {
-    b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
-    b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 16; i += 4) {
-    a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
-    a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
-    a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
-    a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {  // a[4 q + i] holds, in its 128-bit lane l, column 4 l + i of rows 4 q ... 4 q + 3
-    const __m512i low01 = _mm512_shuffle_i32x4(a[i], a[4 + i], 0x44), high01 = _mm512_shuffle_i32x4(a[i], a[4 + i], 0xEE);
-    const __m512i low23 = _mm512_shuffle_i32x4(a[8 + i], a[12 + i], 0x44), high23 = _mm512_shuffle_i32x4(a[8 + i], a[12 + i], 0xEE);
-    b[i] = _mm512_shuffle_i32x4(low01, low23, 0x88);
-    b[4 + i] = _mm512_shuffle_i32x4(low01, low23, 0xDD);
-    b[8 + i] = _mm512_shuffle_i32x4(high01, high23, 0x88);
-    b[12 + i] = _mm512_shuffle_i32x4(high01, high23, 0xDD);
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) a[i] = b[i];
-}
-
 // -- rows of x ---------------------------------------------------------------------------------------------------------------------
 // Up to 16 rows of x from `row` on as [inputs / 2 pairs][16 rows][2], zeros behind the last row.
 inline void turn_rows(const Linear& l, int64_t row, int64_t rows, char* to) {
@@ -56,7 +28,7 @@ inline void turn_rows(const Linear& l, int64_t row, int64_t rows, char* to) {
 #pragma GCC unroll 16
       for (int r = 0; r < kPanel; ++r) a[r] = r < rows ? _mm512_loadu_si512(x + r * stride) : _mm512_setzero_si512();
     }
-    turn(a);
+    transpose16(a);
 #pragma GCC unroll 16
     for (int i = 0; i < kPanel; ++i) _mm512_store_si512(to + i * kStep, a[i]);
   }

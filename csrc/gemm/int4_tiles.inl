@@ -132,7 +132,7 @@ inline void finish_turned(const Linear& l, const Item& item, const float* sums, 
       const F even = value(c + 2 * i), odd = value(c + 2 * i + 1);
       a[i] = _mm512_permutexvar_epi16(pairs, simd::bits<__m512i>(_mm512_cvtne2ps_pbh(simd::bits<__m512>(odd), simd::bits<__m512>(even))));
     }
-    turn(a);
+    transpose16(a);
     const __mmask32 some = width - c >= kBand ? 0xFFFFFFFFu : (1u << (width - c)) - 1u;
     uint16_t* out = static_cast<uint16_t*>(l.out) + row * columns + item.column + c;
 #pragma GCC unroll 16

@@ -42,7 +42,7 @@ struct Weights {
       __m512i a[kPanel];
 #pragma GCC unroll 16
       for (int n = 0; n < kPanel; ++n) a[n] = _mm512_load_si512(natural + s % kBlockTiles * kTile + n * kStep);
-      turn(a);
+      transpose16(a);
       char* at = to + panel * kPartBytes + s * kTile;
 #pragma GCC unroll 16
       for (int n = 0; n < kPanel; ++n) _mm512_store_si512(at + n * kStep, a[n]);
@@ -107,7 +107,7 @@ inline void ordered_rows(const Int4Linear& p, int64_t row, int64_t rows, char* t
     __m512i a[kPanel];
 #pragma GCC unroll 16
     for (int i = 0; i < kPanel; ++i) a[i] = _mm512_load_si512(tile + i * kStep);
-    turn(a);
+    transpose16(a);
 #pragma GCC unroll 16
     for (int r = 0; r < kPanel; ++r) _mm512_storeu_si512(to + (r * inputs + k) * 2, a[r]);
   }

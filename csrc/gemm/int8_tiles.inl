@@ -15,14 +15,10 @@ constexpr int64_t kFetched = 1 << 20;  // bytes of a weight above which panels a
 
 // Tiles of `rows` rows for A (4) and the sums where only one tile of rows is in use; else 16 everywhere.
 inline void configure_rows(int64_t rows) {
-  TileConfig c;
-  memset(&c, 0, sizeof c);
-  c.palette = 1;
-  for (int i = 0; i < 8; ++i) {
-    c.bytes_per_row[i] = 64;
-    c.rows[i] = static_cast<uint8_t>(i <= 4 && rows < kPanel ? rows : kPanel);
-  }
-  _tile_loadconfig(&c);
+  TileConfig c = kWholeTiles;
+  if (rows < kPanel)
+    for (int i = 0; i <= 4; ++i) c.rows[i] = static_cast<uint8_t>(rows);
+  configure_tiles(c);
 }
 
 CVMK_INLINE void fetch_tile(const char* at) {

@@ -1,5 +1,6 @@
 // What products on AMX tiles share. An operand is kept as tiles of 16 rows of 64 bytes, one behind the other.
 #pragma once
+#include "common/amx.h"
 #include "gemm/common.inl"
 
 #if CVMK_GEMM_TILES
@@ -9,22 +10,11 @@ namespace {
 constexpr int64_t kTile = kPanel * kStep;
 constexpr int64_t kBand = 2 * kPanel;  // rows of x that are multiplied at one time
 
-struct alignas(64) TileConfig {
-  uint8_t palette, start_row, reserved[14];
-  uint16_t bytes_per_row[16];
-  uint8_t rows[16];
-};
-
 // Tiles for sums (0 ... 3) and for x (4, and 5 of two bands) have `columns` columns, those for weights 16.
 inline void configure_columns(int64_t columns) {
-  TileConfig c;
-  memset(&c, 0, sizeof c);
-  c.palette = 1;
-  for (int i = 0; i < 8; ++i) {
-    c.bytes_per_row[i] = static_cast<uint16_t>(i <= 4 ? columns * 4 : 64);
-    c.rows[i] = kPanel;
-  }
-  _tile_loadconfig(&c);
+  TileConfig c = kWholeTiles;
+  for (int i = 0; i <= 4; ++i) c.row_bytes[i] = static_cast<uint16_t>(columns * 4);
+  configure_tiles(c);
 }
 
 // Tiles of sums in memory, kDown below each other times kBeside beside each other.
