@@ -122,6 +122,7 @@ def test_after_a_fork() -> None:
     """Parent and child write to what were the same blocks, each for itself."""
     code = """
 import os
+torch.set_num_threads(1)  # OpenMP's threads do not outlive a fork
 kept = empty((4, 2**18), torch.float32).fill_(1)
 free = empty((4, 2**18), torch.float32).fill_(2)
 del free
