@@ -104,6 +104,12 @@ def test_no_more_is_kept_than_the_limit() -> None:
     assert run(code, CVMK_KEPT_MIB="0").split() == ["0"] * 4
 
 
+@pytest.mark.parametrize("value", ["much", "-1", "1.5", "²"])
+def test_a_limit_that_is_no_number(value: str) -> None:
+    done = subprocess.run([sys.executable, "-m", "cvmk", "doctor"], env={**os.environ, "CVMK_KEPT_MIB": value}, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stderr == f"cvmk: CVMK_KEPT_MIB is {value!r}: set it to a number of MiB, or unset it\n"
+
+
 def test_the_system_may_take_kept_pages() -> None:
     """What waits for its next use is marked as free: of 64 MiB nothing else holds."""
     code = """
