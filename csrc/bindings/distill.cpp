@@ -86,6 +86,10 @@ Scales scales_of(std::uintptr_t g_loss, std::uintptr_t g_kd, std::uintptr_t g_ce
   return scales;
 }
 
+Rows rows_in(const Logits& student, const Logits& teacher, const Targets& targets, std::int64_t rows, std::int64_t vocabulary, std::uintptr_t stats, const Terms& terms) {
+  return {student, teacher, targets.values.get(), rows, vocabulary, pointer<float>(stats), terms};
+}
+
 // Losses, statistics and, with an address for it, the gradient of the loss by itself. Its rows may be the student's.
 void kd_loss(std::uintptr_t student, std::int64_t student_stride, int student_type, std::uintptr_t teacher, std::int64_t teacher_stride, int teacher_type,
              std::uintptr_t target, bool wide_target, std::int64_t rows, std::int64_t vocabulary, std::int64_t ignore_index, float temperature, double alpha,
@@ -96,13 +100,8 @@ void kd_loss(std::uintptr_t student, std::int64_t student_stride, int student_ty
   const std::unique_ptr<float[]> values(new float[static_cast<std::size_t>(2 * rows)]);
   float* const kd_rows = values.get();
   float* const ce_rows = kd_rows + rows;
-  const Rows in{{pointer<const void>(student), student_stride, student_type},
-                {pointer<const void>(teacher), teacher_stride, teacher_type},
-                targets.values.get(),
-                rows,
-                vocabulary,
-                pointer<float>(stats),
-                {temperature, divergence, mixture, smoothing}};
+  const Rows in = rows_in({pointer<const void>(student), student_stride, student_type}, {pointer<const void>(teacher), teacher_stride, teacher_type}, targets, rows,
+                          vocabulary, stats, {temperature, divergence, mixture, smoothing});
   if (gradient == 0) {
     losses({in, kd_rows, ce_rows});
   } else {
@@ -120,13 +119,8 @@ void kd_loss_gradient(std::uintptr_t student, std::int64_t student_stride, int s
   const py::gil_scoped_release release;
   const Targets targets(target, wide_target, rows, vocabulary, ignore_index);
   const Scales scales = scales_of(g_loss, g_kd, g_ce, count, teacher != 0, alpha, temperature);
-  const Rows in{{pointer<const void>(student), student_stride, student_type},
-                {pointer<const void>(teacher), teacher_stride, teacher_type},
-                targets.values.get(),
-                rows,
-                vocabulary,
-                pointer<float>(stats),
-                {temperature, divergence, mixture, smoothing}};
+  const Rows in = rows_in({pointer<const void>(student), student_stride, student_type}, {pointer<const void>(teacher), teacher_stride, teacher_type}, targets, rows,
+                          vocabulary, stats, {temperature, divergence, mixture, smoothing});
   gradients({in, scales.kd, scales.ce, scales.with_kd, scales.with_ce, pointer<void>(gradient), vocabulary, nullptr, nullptr});
 }
 

@@ -87,7 +87,7 @@ def _backward(
         return not_needed(student)
     gradient = torch.empty(student.shape, dtype=student.dtype, device=student.device)
     options = temperature, alpha, divergence, mixture, label_smoothing, ignore_index
-    _write_gradient(gradient, (g_loss, g_kd, g_ce), student, teacher, target, count, stats.contiguous(), *options)
+    _write_gradient(gradient, (g_loss, g_kd, g_ce), student, teacher, target, count, stats.contiguous(), options)
     return gradient
 
 
@@ -99,14 +99,10 @@ def _write_gradient(
     target: Tensor,
     count: Tensor,
     stats: Tensor,
-    temperature: float,
-    alpha: float,
-    divergence: str,
-    mixture: float,
-    label_smoothing: float,
-    ignore_index: int,
+    options: tuple[Any, ...],
 ) -> None:
     """The gradient to a contiguous tensor, which may be the student's logits: every thread reads its entries before it writes them."""
+    temperature, alpha, divergence, mixture, label_smoothing, ignore_index = options
     z, *z_place = _rows(student)
     t, *t_place = _rows(teacher)
     y = target.reshape(-1).contiguous()
@@ -126,7 +122,7 @@ def _write_gradient(
 
 def _in_place(student: Tensor, teacher: Tensor | None, target: Tensor, normalizer: Tensor | None, *options: Any) -> tuple[Tensor, ...]:
     loss, kd, ce, count, stats = _forward(student, teacher, target, normalizer, *options)
-    _write_gradient(student, (torch.ones_like(loss), None, None), student, teacher, target, count, stats, *options)
+    _write_gradient(student, (torch.ones_like(loss), None, None), student, teacher, target, count, stats, options)
     return loss, kd, ce
 
 
