@@ -55,14 +55,15 @@ SHAPES = [(5, 7, 3, 9), (33, 300, 40, 64), (70, 1000, 128, 96), (130, 2500, 64, 
 def check_two_baselines(case: Case, **options: Any) -> None:
     """At every level the greatest error against float64 of the same values: at most twice (loss) or thrice (gradients) that of the reference
     of the same dtype. Where few numbers are compared the reference's may be nothing by luck, so one rounding of the result is free; of the
-    loss also one of the magnitudes that it is a difference of: logits and log-sum-exps; of the gradients of a small vocabulary also one of
-    the largest term of their sums."""
+    loss also one of the magnitudes that it is a difference of: logits and log-sum-exps; of the gradients of a small vocabulary, but in
+    bfloat16, also one of the largest term of their sums."""
     exact, reference = (run("reference", case, double=double, **options) for double in (True, False))
     hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, target = (x.double() for x in case)
     student, teacher = hidden @ weight.t() + bias, teacher_hidden @ teacher_weight.t() + teacher_bias
     temperature = options["temperature"]
     terms = 2 * (temperature / 2 * (student.abs().max() + teacher.abs().max()) + student.abs().max() / 2) + temperature**2 * math.log(weight.shape[0])
-    few = largest_terms(student, teacher, case[6], temperature)[1].max() / (target != -100).sum() if weight.shape[0] < 300 else target.new_zeros(())
+    small = weight.shape[0] < 300 and case[0].dtype != torch.bfloat16
+    few = largest_terms(student, teacher, case[6], temperature)[1].max() / (target != -100).sum() if small else target.new_zeros(())
     floors = [2.0**-24 * (exact[0].abs() + terms)]  # a log-sum-exp is at most logit + log V
     for right, other in zip(exact[1:], (weight, hidden, torch.ones(1)), strict=True):
         floors.append(ROUNDING[case[0].dtype] * right.abs().max() + 2.0**-24 * few * other.abs().max())
@@ -240,10 +241,10 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_memory(dtype: str) -> None:
-    """The logits would be 2 x 131 MB; all that grows is under 60 MiB."""
+    """The logits would be 2 x 131 MB; all that grows is under 40 MiB."""
     done = subprocess.run([sys.executable, "-c", _MEMORY, dtype], capture_output=True, text=True, check=True)
     unit = 1 if sys.platform == "darwin" else 1024
-    assert int(done.stdout) * unit < 60 * 2**20
+    assert int(done.stdout) * unit < 40 * 2**20
 
 
 # -- autocast ------------------------------------------------------------------------------------------------------------------------
