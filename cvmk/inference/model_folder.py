@@ -34,7 +34,7 @@ import cvmk
 from cvmk.config.schema import ModelConfig
 from cvmk.errors import DataError
 from cvmk.files import explained, read_bytes, read_json, sync_folder, write_bytes, write_json, write_text
-from cvmk.text.tokenizer import Tokenizer, load_tokenizer
+from cvmk.text.tokenizers import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from cvmk.nn import CVMTransformer

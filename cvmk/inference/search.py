@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cvmk.inference.options import Hypothesis, SearchOptions, final_score
 from cvmk.nn import CVMTransformer, DecoderState, Memory
-from cvmk.text.tokenizer import Tokenizer
+from cvmk.text.tokenizers import Tokenizer
 
 BOS, EOS = Tokenizer.BOS, Tokenizer.EOS
 NEVER = (Tokenizer.PAD, Tokenizer.UNK, Tokenizer.BOS)

@@ -11,7 +11,7 @@ from cvmk.errors import ConfigError
 from cvmk.inference.options import Hypothesis, SearchOptions
 from cvmk.inference.search import search
 from cvmk.nn import CVMTransformer
-from cvmk.text.tokenizer import Tokenizer
+from cvmk.text.tokenizers import Tokenizer
 
 ComputeType = Literal["float32", "bfloat16"]
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 from cvmk.errors import ConfigError, DataError
 from cvmk.inference.options import Hypothesis, SearchOptions
-from cvmk.text.tokenizer import Tokenizer
+from cvmk.text.tokenizers import Tokenizer
 
 if TYPE_CHECKING:
     from cvmk.nn import CVMTransformer

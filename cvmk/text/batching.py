@@ -11,7 +11,7 @@ import torch
 
 from cvmk.errors import ConfigError
 from cvmk.text.cache import TokenizedCorpus
-from cvmk.text.tokenizer import Tokenizer
+from cvmk.text.tokenizers import Tokenizer
 
 LENGTH_NOISE = 2.0  # tokens; mixes neighbouring lengths so that batches differ between epochs
 

@@ -21,7 +21,7 @@ import numpy as np
 from cvmk.errors import DataError
 from cvmk.files import atomic
 from cvmk.text.corpus import CorpusReport, ParallelCorpus
-from cvmk.text.tokenizer import Tokenizer
+from cvmk.text.tokenizers import Tokenizer
 
 MAGIC = b"cvmktok1"
 HEADER = struct.Struct("<8sIIQQ")  # magic, checksum of the rest, bytes of the description, pairs, ids

@@ -14,7 +14,7 @@ from cvmk.inference import Translator
 from cvmk.telemetry import Reporter
 from cvmk.text.corpus import ParallelCorpus, check_language, read_corpus
 from cvmk.text.phrasebook import phrasebook
-from cvmk.text.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from cvmk.text.tokenizers import Tokenizer, load_tokenizer, train_tokenizer
 
 _CHUNK = 512
 

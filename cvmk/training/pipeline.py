@@ -21,7 +21,7 @@ from cvmk.nn import CVMTransformer, count_parameters
 from cvmk.telemetry import Reporter, RunLog
 from cvmk.text.cache import TokenizedCorpus, over_long, tokenized
 from cvmk.text.corpus import CorpusReport, ParallelCorpus
-from cvmk.text.tokenizer import Tokenizer
+from cvmk.text.tokenizers import Tokenizer
 from cvmk.training.materials import Corpora, load_corpora, prepare_tokenizer, teacher_translations
 from cvmk.training.report import model_card, training_report
 from cvmk.training.run_folder import open_run

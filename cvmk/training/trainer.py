@@ -23,7 +23,7 @@ from cvmk.nn import CVMTransformer
 from cvmk.telemetry import Reporter, RunLog
 from cvmk.text.batching import Batch, TokenBatchSampler, collate
 from cvmk.text.cache import TokenizedCorpus
-from cvmk.text.tokenizer import Tokenizer
+from cvmk.text.tokenizers import Tokenizer
 from cvmk.training.averaging import WeightHistory
 from cvmk.training.checkpoint import Checkpoint, CheckpointStore
 from cvmk.training.guard import DivergenceGuard

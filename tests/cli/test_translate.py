@@ -16,7 +16,7 @@ from cvmk.config.schema import ModelConfig, TokenizerConfig
 from cvmk.errors import DataError
 from cvmk.inference import Translator, save_model_folder
 from cvmk.nn import CVMTransformer
-from cvmk.text.tokenizer import train_tokenizer
+from cvmk.text.tokenizers import train_tokenizer
 
 
 @pytest.fixture(scope="module")

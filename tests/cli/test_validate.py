@@ -269,7 +269,7 @@ def test_a_real_model(tmp_path, capsys):
     from cvmk.config.schema import ModelConfig, TokenizerConfig
     from cvmk.inference import Translator, save_model_folder
     from cvmk.nn import CVMTransformer
-    from cvmk.text.tokenizer import train_tokenizer
+    from cvmk.text.tokenizers import train_tokenizer
 
     torch.manual_seed(0)
     tokenizer = train_tokenizer(REFERENCES * 4, TokenizerConfig(kind="fallback", vocabulary=300), seed=0)

@@ -10,7 +10,7 @@ import torch
 
 from cvmk.config.schema import ModelConfig
 from cvmk.nn import CVMTransformer
-from cvmk.text.tokenizer import Tokenizer
+from cvmk.text.tokenizers import Tokenizer
 
 SMALL = {"d_model": 16, "ffn": 32, "heads": 2, "encoder_layers": 2, "decoder_layers": 2, "max_length": 40}
 

@@ -14,7 +14,7 @@ import cvmk
 from cvmk.config.schema import TokenizerConfig
 from cvmk.errors import DataError
 from cvmk.inference import load_model_folder, save_model_folder
-from cvmk.text.tokenizer import Tokenizer, train_tokenizer
+from cvmk.text.tokenizers import Tokenizer, train_tokenizer
 
 
 @pytest.fixture(scope="module")

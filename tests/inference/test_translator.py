@@ -15,7 +15,7 @@ from cvmk.errors import ConfigError, DataError
 from cvmk.inference import TooLongError, Translator, save_model_folder
 from cvmk.inference.options import Hypothesis, SearchOptions
 from cvmk.inference.translator import batches
-from cvmk.text.tokenizer import train_tokenizer
+from cvmk.text.tokenizers import train_tokenizer
 
 
 class Echo:

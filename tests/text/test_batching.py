@@ -14,7 +14,7 @@ from cvmk.errors import ConfigError
 from cvmk.text.batching import TokenBatchSampler, collate
 from cvmk.text.cache import tokenized
 from cvmk.text.corpus import CorpusReport, ParallelCorpus
-from cvmk.text.fallback_tokenizer import FallbackTokenizer
+from cvmk.text.tokenizers.fallback import FallbackTokenizer
 
 BYTES = FallbackTokenizer([])  # one id a byte: "a" is 101, and every text starts with the space 36
 

@@ -12,8 +12,8 @@ from cvmk.config.schema import CorpusConfig, DataConfig
 from cvmk.errors import DataError
 from cvmk.text.cache import tokenized
 from cvmk.text.corpus import CorpusReport, ParallelCorpus, read_corpus
-from cvmk.text.fallback_tokenizer import FallbackTokenizer, train_fallback
 from cvmk.text.phrasebook import phrasebook
+from cvmk.text.tokenizers.fallback import FallbackTokenizer, train_fallback
 
 CORPUS = phrasebook(1000, seed=2).train
 TOKENIZER = train_fallback(CORPUS.sources + CORPUS.targets, 400)

@@ -9,12 +9,11 @@ from collections import Counter
 import pytest
 
 from cvmk.errors import ConfigError
-from cvmk.text import phrasebook_lexicon as lexicon
-from cvmk.text import phrasebook_numbers as numbers
-from cvmk.text.phrasebook import phrasebook
-from cvmk.text.phrasebook_choice import TEMPLATES, Choice
-from cvmk.text.phrasebook_grammar import after, noun_phrase
-from cvmk.text.phrasebook_verbs import VERBS
+from cvmk.text.phrasebook import lexicon, numbers, phrasebook
+from cvmk.text.phrasebook.choice import Choice
+from cvmk.text.phrasebook.grammar import after, noun_phrase
+from cvmk.text.phrasebook.pairs import TEMPLATES
+from cvmk.text.phrasebook.verbs import VERBS
 
 BOOK = phrasebook(20_000)
 SPLITS = (BOOK.train, BOOK.valid, BOOK.test)
@@ -42,9 +41,9 @@ def test_a_source_has_one_target_and_splits_share_nothing() -> None:
 def test_templates_never_contradict_each_other() -> None:
     choice = Choice(11)
     seen: dict[str, str] = {}
-    for function, _ in TEMPLATES:
+    for template in TEMPLATES:
         for _ in range(1500):
-            en, de = function(choice)
+            en, de = template.say(choice)
             assert seen.setdefault(en, de) == de
 
 

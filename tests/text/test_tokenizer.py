@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 from cvmk.config.schema import TokenizerConfig
 from cvmk.errors import ConfigError, DataError
-from cvmk.text.fallback_tokenizer import FallbackTokenizer, train_fallback
 from cvmk.text.phrasebook import phrasebook
-from cvmk.text.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from cvmk.text.tokenizers import Tokenizer, load_tokenizer, train_tokenizer
+from cvmk.text.tokenizers.fallback import FallbackTokenizer, train_fallback
 
 KINDS = ("bpe", "unigram", "fallback")
 BOOK = phrasebook(1000, seed=4)
@@ -155,7 +155,7 @@ def test_training_is_deterministic_and_compresses(tokenizer: Tokenizer) -> None:
 
 def test_training_does_not_depend_on_the_hash_seed() -> None:
     program = (
-        "from cvmk.text.phrasebook import phrasebook; from cvmk.text.fallback_tokenizer import train_fallback; "
+        "from cvmk.text.phrasebook import phrasebook; from cvmk.text.tokenizers.fallback import train_fallback; "
         "b = phrasebook(1000, 4); print(train_fallback(b.train.targets, 400).fingerprint, b.valid.sources[7])"
     )
     root = Path(__file__).parents[2]
@@ -299,6 +299,6 @@ def test_without_sentencepiece(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
 
 
 def test_text_needs_no_torch() -> None:
-    modules = "cvmk.text.corpus, cvmk.text.cache, cvmk.text.tokenizer, cvmk.text.fallback_tokenizer, cvmk.text.phrasebook"
+    modules = "cvmk.text.corpus, cvmk.text.cache, cvmk.text.tokenizers, cvmk.text.tokenizers.fallback, cvmk.text.phrasebook"
     program = f"import sys, {modules}; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parents[2], check=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cvmk.text.phrasebook_grammar import Both, Subject, Verb
+from cvmk.text.phrasebook.grammar import Both, Subject, Verb
 
 PRONOUNS = (
     Subject("I", "ich", "1", "my"),

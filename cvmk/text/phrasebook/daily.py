@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from cvmk.text import phrasebook_lexicon as lexicon
-from cvmk.text import phrasebook_numbers as numbers
-from cvmk.text import phrasebook_verbs as verbs
-from cvmk.text.phrasebook_choice import OWNERS, Choice, template
-from cvmk.text.phrasebook_grammar import RELATIVE, Both, Case, after, counted, noun_phrase
+from cvmk.text.phrasebook import lexicon, numbers, verbs
+from cvmk.text.phrasebook.choice import OWNERS, Choice, Template
+from cvmk.text.phrasebook.grammar import RELATIVE, Both, Case, after, counted, noun_phrase
 
 VERBS = verbs.VERBS
 
@@ -53,7 +51,6 @@ def with_or_without(choice: Choice) -> Both:
     return f"without {noun.en}", f"ohne {noun.de}"
 
 
-@template(3)
 def order(choice: Choice) -> Both:
     (en, de), (en_extra, de_extra) = dish(choice, "a", "acc"), with_or_without(choice)
     if choice.chance(0.5):
@@ -61,21 +58,18 @@ def order(choice: Choice) -> Both:
     return f"could you bring me {en} {en_extra}, please?", f"könnten Sie mir bitte {de} {de_extra} bringen?"
 
 
-@template(3)
 def order_two(choice: Choice) -> Both:
     (en, de), (en_drink, de_drink) = dish(choice, "a", "acc"), drink(choice)
     opening = choice.one((("I would like", "ich möchte"), ("we would like", "wir möchten"), ("I will take", "ich nehme"), ("we will take", "wir nehmen")))
     return f"{opening[0]} {en} and {en_drink}.", f"{opening[1]} {de} und {de_drink}."
 
 
-@template(2)
 def order_for(choice: Choice) -> Both:
     subject, (en, de), (en_part, de_part) = choice.subject(), drink(choice), choice.one(lexicon.DAY_PARTS)
     verb = VERBS["drink"]
     return f"{subject.en} {verb.english(subject.person)} {en} {en_part}.", f"{subject.de} {verb.present(subject.person)} {de_part} {de}."
 
 
-@template(3)
 def market(choice: Choice) -> Both:
     (en, de), (en_second, de_second) = groceries(choice), groceries(choice)
     if choice.chance(0.5):
@@ -83,20 +77,17 @@ def market(choice: Choice) -> Both:
     return f"I need {en} and {en_second}.", f"ich brauche {de} und {de_second}."
 
 
-@template(1.5)
 def complaint(choice: Choice) -> Both:
     (en, de), adjective = noun_phrase(choice.one(("the", "this", "my", "your")), choice.one(lexicon.DISHES), "nom"), choice.one(lexicon.FOOD_FAULTS)
     degree = choice.one((("too", "zu"), ("very", "sehr"), ("a little too", "etwas zu")))
     return f"{en} is {degree[0]} {adjective.en}.", f"{de} ist {degree[1]} {adjective.de}."
 
 
-@template(1.5)
 def contents(choice: Choice) -> Both:
     noun, (en, de) = choice.one(lexicon.MASS_FOOD), dish(choice, choice.one(("the", "this")), "dat", 0.4)
     return f"is there {noun.en} in {en}?", f"ist {noun.de} {after('in', de)}?"
 
 
-@template(1.5)
 def abstains(choice: Choice) -> Both:
     subject, eats = choice.subject(), choice.chance(0.5)
     verb, noun = (VERBS["eat"], choice.one(lexicon.MASS_FOOD)) if eats else (VERBS["drink"], choice.one(lexicon.DRINKS))
@@ -106,7 +97,6 @@ def abstains(choice: Choice) -> Both:
     return f"{subject.en} {does} not {verb.en} {noun.en} on {en_day}.", f"{subject.de} {verb.present(subject.person)} am {de_day} {de}."
 
 
-@template(2)
 def table(choice: Choice) -> Both:
     value, (en_time, de_time), (en_day, de_day) = choice.between(2, 12), choice.time(), choice.weekday()
     people = numbers.number(value)
@@ -118,31 +108,26 @@ def table(choice: Choice) -> Both:
     )
 
 
-@template(2)
 def price(choice: Choice) -> Both:
     (en, de), (en_price, de_price) = choice.ware(choice.one(("the", "this")), "nom", 0.8), choice.price()
     return f"{en} costs {en_price}.", f"{de} kostet {de_price}."
 
 
-@template(1.5)
 def price_question(choice: Choice) -> Both:
     (en, de) = choice.ware(choice.one(("the", "this", "your")), "nom", 0.8)
     return f"how much does {en} cost?", f"wie viel kostet {de}?"
 
 
-@template(1.5)
 def bill(choice: Choice) -> Both:
     (en, de), (en_price, de_price) = dish(choice, "the", "nom", 0.3), choice.price()
     return f"{en} costs {en_price}.", f"{de} kostet {de_price}."
 
 
-@template(1)
 def total(choice: Choice) -> Both:
     en, de = choice.price()
     return f"that is {en} in total.", f"das macht zusammen {de}."
 
 
-@template(2)
 def size(choice: Choice) -> Both:
     noun, adjective = choice.one(lexicon.CLOTHES), choice.one(lexicon.CLOTHES_FAULTS)
     (en, de) = noun_phrase(choice.one(("the", "this")), noun, "nom", choice.one(lexicon.COLOURS) if choice.chance(0.6) else None)
@@ -150,7 +135,6 @@ def size(choice: Choice) -> Both:
     return f"{en} is too {adjective.en} for {en_whom}.", f"{de} ist zu {adjective.de} für {de_whom}."
 
 
-@template(2)
 def pairs(choice: Choice) -> Both:
     """Things in the plural, with and without an article."""
     noun, adjective, fault = choice.one(lexicon.PAIRED_CLOTHES), choice.one(lexicon.COLOURS), choice.one(lexicon.CLOTHES_FAULTS[:4])
@@ -165,13 +149,11 @@ def pairs(choice: Choice) -> Both:
     return f"{subject.en} {buy.english(subject.person)} {en} for {en_whom}.", f"{subject.de} {buy.present(subject.person)} {de} für {de_whom}."
 
 
-@template(1.5)
 def colour(choice: Choice) -> Both:
     (en, de), shade = choice.ware("this", "acc", 0), choice.one(lexicon.COLOURS)
     return f"do you also have {en} in {shade.en}?", f"haben Sie {de} auch in {shade.de.capitalize()}?"
 
 
-@template(2)
 def comparison(choice: Choice) -> Both:
     (first, second), (en, de) = choice.two(choice.one((lexicon.CLOTHES, lexicon.THINGS))), choice.one(lexicon.COMPARATIVES)
     shade = choice.one(lexicon.COLOURS) if choice.chance(0.7) else None
@@ -180,7 +162,6 @@ def comparison(choice: Choice) -> Both:
     return f"{en_first} is {en} than {en_second}.", f"{de_first} ist {de} als {de_second}."
 
 
-@template(3)
 def gift(choice: Choice) -> Both:
     """Two objects: the person in the dative before the thing in the accusative."""
     subject, verb = choice.subject(), choice.one((("give as a present", "gives", "give"), ("show", "shows", "show")))
@@ -192,13 +173,11 @@ def gift(choice: Choice) -> Both:
     )
 
 
-@template(2)
 def belongs(choice: Choice) -> Both:
     (en, de), (en_whom, de_whom) = choice.ware("the", "nom", 0.8), choice.relative("dat")
     return f"{en} belongs to {en_whom}.", f"{de} gehört {de_whom}."
 
 
-@template(3)
 def lies(choice: Choice) -> Both:
     """Rest: liegen or stehen with the dative."""
     flat = choice.chance(0.6)
@@ -208,7 +187,6 @@ def lies(choice: Choice) -> Both:
     return f"{en} is {en_on} {en_where}.", f"{de} {'liegt' if flat else 'steht'} {after(de_on, de_where)}."
 
 
-@template(3)
 def put(choice: Choice) -> Both:
     """Motion: legen or stellen with the accusative."""
     flat = choice.chance(0.6)
@@ -218,7 +196,6 @@ def put(choice: Choice) -> Both:
     return f"please put {en} {en_on} {en_where}.", f"bitte {'legen' if flat else 'stellen'} Sie {de} {after(de_on, de_where)}."
 
 
-@template(2)
 def several(choice: Choice) -> Both:
     noun = choice.one(lexicon.FLAT_THINGS + lexicon.UPRIGHT_THINGS)
     (en, de), (en_where, de_where) = counted(numbers.number(choice.amount()), noun, "nom", choice.one(lexicon.THING_ADJECTIVES)), noun_phrase(
@@ -227,7 +204,6 @@ def several(choice: Choice) -> Both:
     return f"there are {en} on {en_where}.", f"{after('auf', de_where)} sind {de}."
 
 
-@template(3)
 def that_i_bought(choice: Choice) -> Both:
     """Relative clauses: the pronoun has the gender of the noun and the case of its clause."""
     clothes = choice.chance(0.5)
@@ -242,7 +218,6 @@ def that_i_bought(choice: Choice) -> Both:
     )
 
 
-@template(2)
 def who(choice: Choice) -> Both:
     person = choice.one(lexicon.PEOPLE)
     en, de = noun_phrase("the", person, "nom", choice.one(lexicon.PERSON_ADJECTIVES) if choice.chance(0.5) else None)
@@ -256,7 +231,6 @@ def who(choice: Choice) -> Both:
 YOUNG = {"girl": ("daughter", "sister", "niece", "granddaughter"), "child": ("son", "daughter", "brother", "sister")}
 
 
-@template(2)
 def wears(choice: Choice) -> Both:
     subject, wear = choice.subject(), VERBS["wear"]
     first, second = choice.two(lexicon.COMMON_CLOTHES)
@@ -265,7 +239,6 @@ def wears(choice: Choice) -> Both:
     return f"{subject.en} {wear.english(subject.person)} {en} and {en_second}.", f"{subject.de} {wear.present(subject.person)} {de} und {de_second}."
 
 
-@template(2)
 def lost(choice: Choice) -> Both:
     subject, (en_where, de_where) = choice.subject(), choice.place("the", "dat", lexicon.INSIDE_PLACES)
     en, de = choice.ware(subject.owner, "acc")
@@ -273,7 +246,6 @@ def lost(choice: Choice) -> Both:
     return f"{subject.en} {has} left {en} in {en_where}.", f"{subject.de} {VERBS['have'].present(subject.person)} {de} {after('in', de_where)} vergessen."
 
 
-@template(2)
 def age(choice: Choice) -> Both:
     (en, de), value = choice.relative("nom"), choice.between(2, 99)
     if choice.chance(0.4):
@@ -285,7 +257,6 @@ def age(choice: Choice) -> Both:
     return f"{en} is {numbers.english(value)} years old.", f"{de} ist {numbers.german(value)} Jahre alt."
 
 
-@template(3)
 def works(choice: Choice) -> Both:
     subject, (en_city, de_city), (en, de) = choice.subject(), choice.one(lexicon.CITIES), choice.place("a", "dat", lexicon.WORKPLACES, 0.5)
     live, work = VERBS["live"], VERBS["work"]
@@ -295,14 +266,12 @@ def works(choice: Choice) -> Both:
     )
 
 
-@template(2)
 def helps(choice: Choice) -> Both:
     subject, verb = choice.subject(), VERBS["help"]
     (en_whom, de_whom), (en, de) = choice.relative("dat", subject.owner), noun_phrase("the", choice.one(lexicon.ROOM_PARTS), "dat")
     return f"{subject.en} {verb.english(subject.person)} {en_whom} in {en}.", f"{subject.de} {verb.present(subject.person)} {de_whom} {after('in', de)}."
 
 
-@template(2)
 def pet(choice: Choice) -> Both:
     subject, adjective = choice.subject(), choice.one(lexicon.PET_ADJECTIVES)
     animal, have = choice.one(lexicon.PETS), VERBS["have"]
@@ -310,13 +279,11 @@ def pet(choice: Choice) -> Both:
     return f"{subject.en} {have.english(subject.person)} {en}.", f"{subject.de} {have.present(subject.person)} {de}."
 
 
-@template(1.5)
 def pain(choice: Choice) -> Both:
     (en, de), (en_day, de_day) = noun_phrase(choice.one(OWNERS), choice.one(lexicon.BODY), "nom"), choice.weekday()
     return f"{en} has hurt since {en_day}.", f"{de} tut seit {de_day} weh."
 
 
-@template(1.5)
 def mood(choice: Choice) -> Both:
     subject, feeling, (en, de) = choice.subject(), choice.one(lexicon.MOODS), choice.one((("today", "heute"), ("often", "oft"), ("always", "immer")))
     be = {"1": "am", "3": "is"}.get(subject.person, "are")
@@ -324,7 +291,6 @@ def mood(choice: Choice) -> Both:
     return f"{subject.en} {en}.", f"{subject.de} {VERBS['be'].present(subject.person)} {de} {feeling.de}."
 
 
-@template(2)
 def speaks(choice: Choice) -> Both:
     subject, (en, de), (en_second, de_second) = choice.subject(), *choice.two(lexicon.NATIONAL)
     speak = {"1": "spreche", "3": "spricht"}.get(subject.person, "sprechen")
@@ -334,27 +300,63 @@ def speaks(choice: Choice) -> Both:
     )
 
 
-@template(2)
 def introduce(choice: Choice) -> Both:
     (en, de), (en_city, de_city) = choice.relative("nom"), choice.one(lexicon.CITIES)
     return f"this is {en} from {en_city}.", f"das ist {de} aus {de_city}."
 
 
-@template(2)
 def arithmetic(choice: Choice) -> Both:
     first, second = choice.between(2, 99), choice.between(2, 99)
     (en, de), (en_second, de_second), (en_sum, de_sum) = (numbers.number(value) for value in (first, second, first + second))
     return f"{en} plus {en_second} is {en_sum}.", f"{de} plus {de_second} ist {de_sum}."
 
 
-@template(1.5)
 def population(choice: Choice) -> Both:
     (en, de), value = choice.place("the", "dat", lexicon.INSIDE_PLACES, 0.3), choice.between(2, 99) * 100 + choice.between(2, 99) * choice.between(0, 1)
     value += value % 100 == 1
     return f"there were {numbers.english(value)} people in {en}.", f"{after('in', de)} waren {numbers.german(value)} Menschen."
 
 
-@template(2)
 def help_with(choice: Choice) -> Both:
     en, de = choice.ware("my", "dat")
     return f"could you help me with {en}, please?", f"könnten Sie mir bitte mit {de} helfen?"
+
+
+TEMPLATES: tuple[Template, ...] = (
+    Template(order, 3),
+    Template(order_two, 3),
+    Template(order_for, 2),
+    Template(market, 3),
+    Template(complaint, 1.5),
+    Template(contents, 1.5),
+    Template(abstains, 1.5),
+    Template(table, 2),
+    Template(price, 2),
+    Template(price_question, 1.5),
+    Template(bill, 1.5),
+    Template(total, 1),
+    Template(size, 2),
+    Template(pairs, 2),
+    Template(colour, 1.5),
+    Template(comparison, 2),
+    Template(gift, 3),
+    Template(belongs, 2),
+    Template(lies, 3),
+    Template(put, 3),
+    Template(several, 2),
+    Template(that_i_bought, 3),
+    Template(who, 2),
+    Template(wears, 2),
+    Template(lost, 2),
+    Template(age, 2),
+    Template(works, 3),
+    Template(helps, 2),
+    Template(pet, 2),
+    Template(pain, 1.5),
+    Template(mood, 1.5),
+    Template(speaks, 2),
+    Template(introduce, 2),
+    Template(arithmetic, 2),
+    Template(population, 1.5),
+    Template(help_with, 2),
+)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cvmk.text.phrasebook_grammar import Adjective, Both, Noun
+from cvmk.text.phrasebook.grammar import Adjective, Both, Noun
 
 
 def _nouns(table: str) -> tuple[Noun, ...]:

@@ -1,15 +1,13 @@
-"""Random choices of phrases, and the register of sentence templates."""
+"""Random choices of phrases, and what a sentence template is."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
-from cvmk.text import phrasebook_lexicon as lexicon
-from cvmk.text import phrasebook_numbers as numbers
-from cvmk.text import phrasebook_verbs as verbs
-from cvmk.text.phrasebook_grammar import Both, Case, Noun, Subject, noun_phrase
+from cvmk.text.phrasebook import lexicon, numbers, verbs
+from cvmk.text.phrasebook.grammar import Both, Case, Noun, Subject, noun_phrase
 
 T = TypeVar("T")
 OWNERS = ("my", "his", "her", "our", "your", "their")
@@ -116,15 +114,8 @@ class Choice:
         return Subject(en, de, "3", "her" if member.gender == "f" else "his")
 
 
-Template = Callable[[Choice], Both]
-TEMPLATES: list[tuple[Template, float]] = []
+class Template(NamedTuple):
+    """A shape of sentences; `weight` is its share of them. `say` gives the text without capitals."""
 
-
-def template(weight: float) -> Callable[[Template], Template]:
-    """Register a sentence template; `weight` is its share of the sentences. Templates give the text without capitals."""
-
-    def register(function: Template) -> Template:
-        TEMPLATES.append((function, weight))
-        return function
-
-    return register
+    say: Callable[[Choice], Both]
+    weight: float

@@ -19,7 +19,7 @@ import sentencepiece
 from cvmk.config.schema import TokenizerConfig
 from cvmk.errors import ConfigError, DataError
 from cvmk.files import read_bytes, write_bytes
-from cvmk.text.tokenizer import Tokenizer, corrupt, without_surrogates, write_description
+from cvmk.text.tokenizers.base import Tokenizer, corrupt, without_surrogates, write_description
 
 MODEL = "tokenizer.model"
 TRAINING_SENTENCES = 2_000_000  # more do not improve a vocabulary; beyond it a seeded sample is taken

@@ -16,7 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from cvmk.errors import ConfigError, DataError
-from cvmk.text.tokenizer import DESCRIPTION, Tokenizer, corrupt, without_surrogates, write_description
+from cvmk.text.tokenizers.base import DESCRIPTION, Tokenizer, corrupt, without_surrogates, write_description
 
 Pair = tuple[int, int]
 

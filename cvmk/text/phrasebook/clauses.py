@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cvmk.text import phrasebook_lexicon as lexicon
-from cvmk.text import phrasebook_verbs as verbs
-from cvmk.text.phrasebook_choice import Choice, template
-from cvmk.text.phrasebook_grammar import Both, Subject, Verb, after, noun_phrase
+from cvmk.text.phrasebook import lexicon, verbs
+from cvmk.text.phrasebook.choice import Choice, Template
+from cvmk.text.phrasebook.grammar import Both, Subject, Verb, after, noun_phrase
 
 VERBS = verbs.VERBS
 HAVE = VERBS["have"]
@@ -98,49 +97,42 @@ def future(choice: Choice) -> Both:
     return choice.day() if choice.chance(0.4) else choice.one(lexicon.FUTURE)
 
 
-@template(8)
 def wish(choice: Choice) -> Both:
     subject, (en_time, de_time) = choice.subject(), future(choice)
     doing, (en_modal, de_modal) = activity(choice, subject.owner), modal(choice, subject.person)
     return f"{subject.en} {en_modal} {doing.base()} {en_time}.", f"{subject.de} {de_modal} {de_time} {doing.infinitive()}."
 
 
-@template(5)
 def wish_after_time(choice: Choice) -> Both:
     subject, (en_time, de_time) = choice.subject(), future(choice)
     doing, (en_modal, de_modal) = activity(choice, subject.owner), modal(choice, subject.person)
     return f"{en_time} {subject.en} {en_modal} {doing.base()}.", f"{de_time} {de_modal} {subject.de} {doing.infinitive()}."
 
 
-@template(6)
 def plan(choice: Choice) -> Both:
     subject, (en_time, de_time) = choice.subject(), future(choice)
     doing = activity(choice, subject.owner)
     return f"{subject.en} will {doing.base()} {en_time}.", f"{subject.de} {doing.verb.present(subject.person)} {de_time} {doing.end()}."
 
 
-@template(4)
 def plan_after_time(choice: Choice) -> Both:
     subject, (en_time, de_time) = choice.subject(), future(choice)
     doing = activity(choice, subject.owner)
     return f"{en_time} {subject.en} will {doing.base()}.", f"{de_time} {doing.verb.present(subject.person)} {subject.de} {doing.end()}."
 
 
-@template(7)
 def past(choice: Choice) -> Both:
     subject, (en_time, de_time) = choice.subject(), choice.one(lexicon.PAST)
     doing = activity(choice, subject.owner, chosen=False)
     return f"{subject.en} {doing.past()} {en_time}.", f"{subject.de} {doing.auxiliary(subject.person)} {de_time} {doing.perfect_end()}."
 
 
-@template(4)
 def past_after_time(choice: Choice) -> Both:
     subject, (en_time, de_time) = choice.subject(), choice.one(lexicon.PAST)
     doing = activity(choice, subject.owner, chosen=False)
     return f"{en_time} {subject.en} {doing.past()}.", f"{de_time} {doing.auxiliary(subject.person)} {subject.de} {doing.perfect_end()}."
 
 
-@template(5)
 def question(choice: Choice) -> Both:
     subject, (en_time, de_time) = choice.subject(), future(choice)
     doing, (english, key) = activity(choice, subject.owner), choice.one(verbs.MODALS)
@@ -155,7 +147,6 @@ def question(choice: Choice) -> Both:
     return f"{opening} {doing.base()} {en_time}?", f"{VERBS[key].present(subject.person)} {subject.de} {de_time} {doing.infinitive()}?"
 
 
-@template(4)
 def past_question(choice: Choice) -> Both:
     subject, (en_time, de_time) = choice.subject(), choice.one(lexicon.PAST)
     doing = activity(choice, subject.owner, chosen=False)
@@ -171,21 +162,18 @@ DOUBTS: tuple[Both, ...] = (
 )  # fmt: skip
 
 
-@template(4)
 def opinion(choice: Choice) -> Both:
     subject, (en_time, de_time), (en, de) = choice.subject(), future(choice), choice.one(OPINIONS)
     doing = activity(choice, subject.owner)
     return f"{en} {subject.en} will {doing.base()} {en_time}.", f"{de} {subject.de} {de_time} {doing.de} {doing.verb.joined(subject.person)}."
 
 
-@template(3)
 def modal_opinion(choice: Choice) -> Both:
     subject, (en, de) = choice.subject(), choice.one(OPINIONS)
     doing, (en_modal, de_modal) = activity(choice, subject.owner), modal(choice, subject.person)
     return f"{en} {subject.en} {en_modal} {doing.base()}.", f"{de} {subject.de} {doing.infinitive()} {de_modal}."
 
 
-@template(3)
 def doubt(choice: Choice) -> Both:
     subject, (en_time, de_time), (en, de) = choice.subject(), choice.one(lexicon.PAST), choice.one(DOUBTS)
     doing = activity(choice, subject.owner, chosen=False)
@@ -196,7 +184,6 @@ def doubt(choice: Choice) -> Both:
     )
 
 
-@template(4)
 def reason(choice: Choice) -> Both:
     subject, (en_time, de_time), mood = choice.one(verbs.PRONOUNS), choice.one(lexicon.PAST), choice.one(lexicon.MOODS)
     doing = activity(choice, subject.owner, chosen=False)
@@ -207,14 +194,12 @@ def reason(choice: Choice) -> Both:
     )
 
 
-@template(3)
 def attempt(choice: Choice) -> Both:
     subject, verb = choice.subject(), VERBS[choice.one(("try", "hope"))]
     doing = activity(choice, subject.owner)
     return f"{subject.en} {verb.english(subject.person)} to {doing.base()}.", f"{subject.de} {verb.present(subject.person)}, {doing.zu()}."
 
 
-@template(2)
 def advice(choice: Choice) -> Both:
     (en, de), (en_time, de_time) = choice.one(ADVICE), future(choice)
     doing = activity(choice, "your")
@@ -224,7 +209,6 @@ def advice(choice: Choice) -> Both:
 ADVICE: tuple[Both, ...] = (("important", "wichtig"), ("easy", "leicht"), ("difficult", "schwierig"), ("possible", "möglich"), ("better", "besser"))
 
 
-@template(3)
 def purpose(choice: Choice) -> Both:
     subject, (en, de) = choice.subject(), choice.one(lexicon.CITIES)
     doing = activity(choice, subject.owner)
@@ -235,7 +219,6 @@ def purpose(choice: Choice) -> Both:
     )
 
 
-@template(3)
 def condition(choice: Choice) -> Both:
     subject, (en_day, de_day), (en_weather, de_weather) = choice.subject(), choice.weekday(), choice.one(lexicon.WEATHER)
     doing = activity(choice, subject.owner)
@@ -249,10 +232,30 @@ def lacks(subject: Subject) -> str:
     return f"{subject.en} {'does' if subject.person == '3' else 'do'} not"
 
 
-@template(3)
 def lack(choice: Choice) -> Both:
     subject, verb = choice.subject(), VERBS[choice.one(("have", "need", "find"))]
     en, de = choice.ware("no", "acc")
     words = en.removeprefix("no ")
     article = "an" if words[0] in "aeiou" else "a"
     return f"{lacks(subject)} {verb.en} {article} {words}.", f"{subject.de} {verb.present(subject.person)} {de}."
+
+
+TEMPLATES: tuple[Template, ...] = (
+    Template(wish, 8),
+    Template(wish_after_time, 5),
+    Template(plan, 6),
+    Template(plan_after_time, 4),
+    Template(past, 7),
+    Template(past_after_time, 4),
+    Template(question, 5),
+    Template(past_question, 4),
+    Template(opinion, 4),
+    Template(modal_opinion, 3),
+    Template(doubt, 3),
+    Template(reason, 4),
+    Template(attempt, 3),
+    Template(advice, 2),
+    Template(purpose, 3),
+    Template(condition, 3),
+    Template(lack, 3),
+)

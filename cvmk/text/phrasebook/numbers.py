@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cvmk.text.phrasebook_grammar import Both
+from cvmk.text.phrasebook.grammar import Both
 
 _EN_SMALL = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen").split()
 _EN_TENS = "- - twenty thirty forty fifty sixty seventy eighty ninety".split()

@@ -14,12 +14,13 @@ from collections.abc import Container, Iterator
 from dataclasses import dataclass
 
 from cvmk.errors import ConfigError
-from cvmk.text import phrasebook_clauses, phrasebook_daily, phrasebook_travel  # noqa: F401 - they register the templates
 from cvmk.text.corpus import CorpusReport, ParallelCorpus
-from cvmk.text.phrasebook_choice import TEMPLATES, Choice
-from cvmk.text.phrasebook_grammar import Both, sentence
-from cvmk.text.phrasebook_numbers import german
+from cvmk.text.phrasebook import clauses, daily, travel
+from cvmk.text.phrasebook.choice import Choice, Template
+from cvmk.text.phrasebook.grammar import Both, sentence
+from cvmk.text.phrasebook.numbers import german
 
+TEMPLATES: tuple[Template, ...] = (*clauses.TEMPLATES, *daily.TEMPLATES, *travel.TEMPLATES)
 HELD_OUT = 500  # pairs each of validation and test
 CANDIDATES = 3 * HELD_OUT
 LARGEST = 200_000
@@ -60,11 +61,10 @@ def phrasebook(pairs: int = 20_000, seed: int = 0) -> Phrasebook:
 def _distinct(seed: int) -> Iterator[Both]:
     """Endless pairs whose sources are all different."""
     choice = Choice(seed)
-    templates = [function for function, _ in TEMPLATES]
-    shares = list(itertools.accumulate(weight for _, weight in TEMPLATES))
+    shares = list(itertools.accumulate(template.weight for template in TEMPLATES))
     seen: set[str] = set()
     while True:
-        en, de = templates[bisect.bisect(shares, choice.share() * shares[-1])](choice)
+        en, de = TEMPLATES[bisect.bisect(shares, choice.share() * shares[-1])].say(choice)
         if en in seen or not SHORTEST <= en.count(" ") + 1 <= LONGEST or not SHORTEST <= de.count(" ") + 1 <= LONGEST:
             continue
         seen.add(en)
