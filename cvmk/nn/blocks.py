@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from cvmk.config.schema import ModelConfig
 from cvmk.nn.cache import DecoderState
+from cvmk.nn.linear import Linear
 from cvmk.nn.mixers import CrossAttention, build_mixer
-from cvmk.nn.mixers.base import linear
 from cvmk.nn.outputs import AttentionMap
 from cvmk.nn.positions import Rotation
 
@@ -22,21 +20,19 @@ def make_norm(config: ModelConfig) -> nn.Module:
 
 
 class FeedForward(nn.Module):
-    """outer(act(inner(x))); for SwiGLU (Shazeer 2020) `inner` has the rows [gate; up] and the layer is outer(silu(gate) * up)."""
+    """outer(activation(inner(x))); for swiglu `inner` has the rows [gate; up]."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.activation = config.activation
         widths = (config.ffn, config.ffn) if config.activation == "swiglu" else (config.ffn,)
-        self.inner = linear(config, config.d_model, *widths)
-        self.outer = linear(config, config.ffn, config.d_model)
+        self.inner = Linear(config.d_model, widths, bias=config.bias)
+        self.outer = Linear(config.ffn, config.d_model, bias=config.bias, residual_output=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        inner = self.inner(x)
-        if self.activation == "swiglu":
-            gate, up = inner.chunk(2, dim=-1)
-            return self.outer(F.silu(gate) * up)
-        return self.outer(F.relu(inner) if self.activation == "relu" else F.gelu(inner))
+        """x [..., d] -> [..., d]."""
+        mixed: Tensor = self.outer(self.inner(x, self.activation))
+        return mixed
 
 
 class EncoderBlock(nn.Module):
@@ -93,11 +89,3 @@ class DecoderBlock(nn.Module):
         x = x + self.dropout(mixed.view(x.shape))
         return x + self.dropout(self.ffn(self.ffn_norm(x)))
 
-
-def scale_residual_outputs(blocks: nn.ModuleList) -> None:
-    """Divide the initial weights of what is added to the residual stream by sqrt(number of additions), so that its
-    variance does not grow with depth (Radford et al. 2019)."""
-    outputs = [module for name, module in blocks.named_modules() if name.endswith((".out", ".outer")) and isinstance(module, nn.Linear)]
-    with torch.no_grad():
-        for module in outputs:
-            module.weight.mul_(len(outputs) ** -0.5)

@@ -9,12 +9,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cvmk.config.schema import ModelConfig
+from cvmk.nn.linear import TiedLinear
 
 
 class Embeddings(nn.Module):
     """`source` [V, d]; with tie_embeddings it is the target embedding and the output matrix as well.
 
     Untied, `target` and `output` [V, d] are parameters of their own; tied, they are None and nothing is stored twice.
+    `projection` is the output layer, a linear layer by the output matrix.
     """
 
     def __init__(self, config: ModelConfig, vocab_size: int) -> None:
@@ -25,6 +27,7 @@ class Embeddings(nn.Module):
         self.output = None if config.tie_embeddings else nn.Parameter(torch.empty(vocab_size, config.d_model))
         for matrix in self.parameters():
             nn.init.normal_(matrix, std=config.d_model**-0.5)
+        self.projection = TiedLinear(self, "output_matrix")
 
     def embed_source(self, ids: Tensor) -> Tensor:
         """ids [...] -> [..., d], scaled by sqrt(d)."""
@@ -41,4 +44,5 @@ class Embeddings(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [..., d] -> [..., V]."""
-        return F.linear(hidden, self.output_matrix)
+        logits: Tensor = self.projection(hidden)
+        return logits

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from cvmk.config.schema import ModelConfig
 from cvmk.errors import ConfigError
-from cvmk.nn.blocks import DecoderBlock, EncoderBlock, make_norm, scale_residual_outputs
+from cvmk.nn.blocks import DecoderBlock, EncoderBlock, make_norm
 from cvmk.nn.cache import DecoderState, Memory
 from cvmk.nn.embeddings import Embeddings
+from cvmk.nn.linear import scale_residual_outputs
 from cvmk.nn.mixers import mixer_names
 from cvmk.nn.outputs import AttentionMaps, HiddenStates
 from cvmk.nn.positions import Rotation, rotary_table, sinusoidal_table
@@ -139,7 +140,3 @@ class CVMTransformer(nn.Module):
         state.position = end
         return self.decoder.norm(x)
 
-
-def count_parameters(model: nn.Module) -> int:
-    """Number of weights; shared matrices count once."""
-    return sum(parameter.numel() for parameter in model.parameters())

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from cvmk import ops
 from cvmk.config.schema import ModelConfig
-from cvmk.nn.mixers.base import Mixer, MixerState, linear
+from cvmk.nn.linear import Linear
+from cvmk.nn.mixers.base import Mixer, MixerState
 from cvmk.nn.outputs import AttentionMap
 from cvmk.nn.positions import Rotation, rotate
 
@@ -68,8 +69,8 @@ class SelfAttention(Mixer):
     def __init__(self, config: ModelConfig, causal: bool) -> None:
         super().__init__(config, causal)
         self.heads = _Heads(config, causal)
-        self.qkv = linear(config, config.d_model, self.heads.q_width, self.heads.kv_width, self.heads.kv_width)
-        self.out = linear(config, config.d_model, config.d_model)
+        self.qkv = Linear(config.d_model, (self.heads.q_width, self.heads.kv_width, self.heads.kv_width), bias=config.bias)
+        self.out = Linear(config.d_model, config.d_model, bias=config.bias, residual_output=True)
 
     def _project(self, x: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor, Tensor]:
         heads = self.heads
@@ -99,9 +100,9 @@ class CrossAttention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.heads = _Heads(config, causal=False)
-        self.query = linear(config, config.d_model, self.heads.q_width)
-        self.key_value = linear(config, config.d_model, self.heads.kv_width, self.heads.kv_width)
-        self.out = linear(config, config.d_model, config.d_model)
+        self.query = Linear(config.d_model, self.heads.q_width, bias=config.bias)
+        self.key_value = Linear(config.d_model, (self.heads.kv_width, self.heads.kv_width), bias=config.bias)
+        self.out = Linear(config.d_model, config.d_model, bias=config.bias, residual_output=True)
 
     def keys_values(self, memory: Tensor) -> tuple[Tensor, Tensor]:
         """memory [B, S, d] -> keys and values [B, Hkv, S, D]."""

@@ -47,16 +47,3 @@ class Mixer(nn.Module, ABC):
     def extend(self, x: Tensor, state: MixerState, position: int, rotation: Rotation | None) -> Tensor:
         """x [N, T, d], the positions from `position` on -> [N, T, d]; the state is updated in place."""
 
-
-def linear(config: ModelConfig, inputs: int, *outputs: int, scale: float = 1.0) -> nn.Linear:
-    """A linear layer whose rows stack one or more projections, each with its own Xavier initialisation; biases are 0.
-
-    scale multiplies the initial weights.
-    """
-    layer = nn.Linear(inputs, sum(outputs), bias=config.bias)
-    with torch.no_grad():
-        for part in layer.weight.split(list(outputs)):
-            nn.init.xavier_uniform_(part).mul_(scale)
-        if layer.bias is not None:
-            layer.bias.zero_()
-    return layer
