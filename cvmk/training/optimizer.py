@@ -7,21 +7,21 @@ from collections.abc import Iterable
 import torch
 
 from cvmk.config import OptimizerConfig
+from cvmk.nn import decays
 
 
 def build_optimizer(config: OptimizerConfig, modules: Iterable[torch.nn.Module]) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov & Hutter 2019), fused where PyTorch has it. Matrices of linear layers decay; embeddings, norms and biases do not."""
+    """AdamW (Loshchilov & Hutter 2019), fused where PyTorch has it. Weight decay applies as `cvmk.nn.decays` says."""
     decayed: list[torch.nn.Parameter] = []
     plain: list[torch.nn.Parameter] = []
     seen: set[int] = set()
     for root in modules:
         for module in root.modules():
-            for parameter in module.parameters(recurse=False):
+            for name, parameter in module.named_parameters(recurse=False):
                 if not parameter.requires_grad or id(parameter) in seen:
                     continue
                 seen.add(id(parameter))
-                matrix = parameter.ndim == 2 and isinstance(module, torch.nn.Linear)
-                (decayed if matrix else plain).append(parameter)
+                (decayed if decays(module, name) else plain).append(parameter)
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     first = (decayed + plain)[0]
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=_has_fused(first))
