@@ -6,6 +6,7 @@ import math
 
 from cvmk.config.schema import DistillationConfig, LayerMap, ModelConfig
 from cvmk.errors import ConfigError
+from cvmk.nn.mixers import mixer_class, mixer_names
 
 KEY = "distillation.layer_map"
 
@@ -40,7 +41,7 @@ def hidden_pairs(config: DistillationConfig, student: ModelConfig, teacher: Mode
 def attention_pairs(config: DistillationConfig, student: ModelConfig, teacher: ModelConfig) -> list[tuple[str, int, int]]:
     """(kind, student map, teacher map) of every attention that is compared, counted among the maps that a model returns.
 
-    A block whose mixer is not attention returns no self-attention map: rules then count the blocks that do, and naming another one
+    A block whose mixer has no attention map returns none of its own: rules then count the blocks that do, and naming another one
     in a list of pairs raises ConfigError.
     """
     if not config.attention:
@@ -56,7 +57,7 @@ def attention_pairs(config: DistillationConfig, student: ModelConfig, teacher: M
         stack = "decoder" if kind == "cross" else kind
         for s, t in layer_pairs(config.layer_map, _layers(student, stack), _layers(teacher, stack), stack):
             if s not in ours or t not in theirs:
-                raise ConfigError(f"{KEY} pairs {stack} layers {s} and {t}, but not both have attention: pair others, or set distillation.gamma to 0")
+                raise ConfigError(f"{KEY} pairs {stack} layers {s} and {t}, but not both have an attention map: pair others, or set distillation.gamma to 0")
             found.append((kind, ours.index(s), theirs.index(t)))
     return found
 
@@ -69,5 +70,5 @@ def _attention_blocks(model: ModelConfig, kind: str) -> list[int]:
     """The blocks that return a map of the kind."""
     if kind == "cross":
         return list(range(model.decoder_layers))
-    mixers = model.encoder_mixers if kind == "encoder" else model.decoder_mixers
-    return [i for i in range(_layers(model, kind)) if mixers[i % len(mixers)] == "attention"]
+    names = mixer_names([*(model.encoder_mixers if kind == "encoder" else model.decoder_mixers)], _layers(model, kind))
+    return [i for i, name in enumerate(names) if mixer_class(name).has_attention_map]

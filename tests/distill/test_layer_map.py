@@ -7,6 +7,7 @@ import pytest
 from cvmk.config.schema import DistillationConfig, ModelConfig
 from cvmk.distill.layer_map import attention_pairs, hidden_pairs, layer_pairs
 from cvmk.errors import ConfigError
+from cvmk.nn.mixers import MIXERS, Mixer
 
 STUDENT = ModelConfig(encoder_layers=3, decoder_layers=1)
 TEACHER = ModelConfig(encoder_layers=6, decoder_layers=4)
@@ -49,14 +50,28 @@ def test_pairs_of_all_stacks() -> None:
         attention_pairs(DistillationConfig(attention=["cross"], layer_map=[(2, 3)]), STUDENT, TEACHER)
 
 
-def test_blocks_without_attention() -> None:
-    """Maps are counted among the blocks that return one."""
+class WithoutMap(Mixer):
+    """A mixer that returns no attention map; only its class is asked."""
+
+
+class WithMap(Mixer):
+    """One that does, and is not called "attention"."""
+
+    has_attention_map = True
+
+
+def test_blocks_without_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Maps are counted among the blocks that return one, whatever their mixers are called."""
+    monkeypatch.setitem(MIXERS, "other", WithoutMap)
+    monkeypatch.setitem(MIXERS, "window", WithMap)
     hybrid = ModelConfig.model_construct(encoder_layers=4, decoder_layers=2, encoder_mixers=["other", "attention"], decoder_mixers=["other"])
     assert attention_pairs(DistillationConfig(attention=["encoder"]), hybrid, TEACHER) == [("encoder", 0, 2), ("encoder", 1, 5)]
     assert attention_pairs(DistillationConfig(attention=["encoder"], layer_map=[(3, 2)]), hybrid, TEACHER) == [("encoder", 1, 2)]
     assert attention_pairs(DistillationConfig(attention=["cross"]), hybrid, TEACHER) == [("cross", 0, 1), ("cross", 1, 3)]
     with pytest.raises(ConfigError, match=r"distillation\.layer_map pairs encoder layers 0 and 2"):
         attention_pairs(DistillationConfig(attention=["encoder"], layer_map=[(0, 2)]), hybrid, TEACHER)
+    windows = ModelConfig.model_construct(encoder_layers=3, decoder_layers=1, encoder_mixers=["window", "other"], decoder_mixers=["window"])
+    assert attention_pairs(DistillationConfig(attention=["encoder"]), windows, TEACHER) == [("encoder", 0, 2), ("encoder", 1, 5)]
     with pytest.raises(ConfigError, match='"decoder", but the student'):
         attention_pairs(DistillationConfig(attention=["decoder"]), hybrid, TEACHER)
 

@@ -11,7 +11,7 @@ from cvmk.nn.mixers.base import Mixer, MixerState
 
 MIXERS: dict[str, type[Mixer]] = {"attention": SelfAttention}
 
-__all__ = ["MIXERS", "CrossAttention", "Mixer", "MixerState", "SelfAttention", "build_mixer", "mixer_names"]
+__all__ = ["MIXERS", "CrossAttention", "Mixer", "MixerState", "SelfAttention", "build_mixer", "mixer_class", "mixer_names"]
 
 
 def mixer_names(names: list[str], blocks: int) -> list[str]:
@@ -19,8 +19,13 @@ def mixer_names(names: list[str], blocks: int) -> list[str]:
     return [names[index % len(names)] for index in range(blocks)]
 
 
-def build_mixer(name: str, config: ModelConfig, causal: bool) -> Mixer:
-    """The mixer called `name`; `causal` for a decoder. Raises ValueError for an unknown name."""
+def mixer_class(name: str) -> type[Mixer]:
+    """The mixer called `name`. Raises ValueError for an unknown name."""
     if name not in MIXERS:
         raise ValueError(f"there is no mixer {name!r}; the mixers are {', '.join(sorted(MIXERS))}")
-    return MIXERS[name](config, causal)
+    return MIXERS[name]
+
+
+def build_mixer(name: str, config: ModelConfig, causal: bool) -> Mixer:
+    """A mixer of the kind called `name`; `causal` where a position must not see later ones. Raises ValueError for an unknown name."""
+    return mixer_class(name)(config, causal)

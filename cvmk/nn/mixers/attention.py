@@ -66,6 +66,8 @@ class _Heads:
 class SelfAttention(Mixer):
     """`qkv` has the rows [q; k; v] and `out` brings the heads back to d_model."""
 
+    has_attention_map = True
+
     def __init__(self, config: ModelConfig, causal: bool) -> None:
         super().__init__(config, causal)
         self.heads = _Heads(config, causal)

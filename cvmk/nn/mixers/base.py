@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,12 @@ class MixerState(ABC):
 
 
 class Mixer(nn.Module, ABC):
-    """Mixes the positions of a sequence. The block around it does norm, dropout and the residual sum."""
+    """Mixes the positions of a sequence. The block around it does norm, dropout and the residual sum.
+
+    has_attention_map says whether `forward` returns an attention map when asked for one: distillation pairs only blocks that do.
+    """
+
+    has_attention_map: ClassVar[bool] = False
 
     def __init__(self, config: ModelConfig, causal: bool) -> None:
         super().__init__()
