@@ -1,6 +1,18 @@
-"""Translation with a finished model: the Translator, its engines, and models on disk. torch is imported by the torch engine only."""
+"""Translation with a finished model: the Translator and its engines. torch is imported by the torch engine only."""
 
-from cvmk.inference.model_folder import load_model_folder, save_model_folder
+from __future__ import annotations
+
+from typing import Any
+
+from cvmk.deprecation import moved
 from cvmk.inference.translator import TooLongError, Translation, TranslationHypothesis, Translator
 
-__all__ = ["TooLongError", "Translation", "TranslationHypothesis", "Translator", "load_model_folder", "save_model_folder"]
+__all__ = ["TooLongError", "Translation", "TranslationHypothesis", "Translator"]
+
+_moved = moved(__name__, "cvmk.formats")
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("load_model_folder", "save_model_folder"):
+        return _moved(name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

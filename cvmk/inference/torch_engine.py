@@ -8,8 +8,8 @@ from typing import Literal, get_args
 import torch
 
 from cvmk.errors import ConfigError
+from cvmk.inference.decoding import search
 from cvmk.inference.options import Hypothesis, SearchOptions
-from cvmk.inference.search import search
 from cvmk.nn import CVMTransformer
 from cvmk.text.tokenizers import Tokenizer
 

@@ -67,7 +67,7 @@ class Translator:
     """
 
     def __init__(self, path: str | os.PathLike[str], device: str = "cpu", compute_type: str = "float32") -> None:
-        from cvmk.inference.model_folder import load_model_folder
+        from cvmk.formats import load_model_folder
         from cvmk.inference.torch_engine import TorchEngine, check_compute_type, check_device
 
         check_device(device)

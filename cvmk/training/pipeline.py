@@ -15,8 +15,9 @@ from cvmk.config.schema import Recipe
 from cvmk.distill import DistillationObjective, check_vocabularies
 from cvmk.errors import ConfigError, DataError
 from cvmk.files import read_json, write_json
+from cvmk.formats.folder import BEST, resolve_model_folder, save_model_folder
+from cvmk.formats.torch_weights import load_model_folder
 from cvmk.inference import Translator
-from cvmk.inference.model_folder import BEST, load_model_folder, resolve_model_folder, save_model_folder
 from cvmk.nn import CVMTransformer, count_parameters
 from cvmk.telemetry import Reporter, RunLog
 from cvmk.text.cache import TokenizedCorpus, over_long, tokenized

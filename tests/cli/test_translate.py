@@ -14,7 +14,8 @@ from cvmk.cli import main
 from cvmk.cli.translate import one_line, read_lines
 from cvmk.config.schema import ModelConfig, TokenizerConfig
 from cvmk.errors import DataError
-from cvmk.inference import Translator, save_model_folder
+from cvmk.formats import save_model_folder
+from cvmk.inference import Translator
 from cvmk.nn import CVMTransformer
 from cvmk.text.tokenizers import train_tokenizer
 

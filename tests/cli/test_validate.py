@@ -267,7 +267,8 @@ def test_a_real_model(tmp_path, capsys):
     """End to end with an untrained model: what is printed is the score of what its translator says."""
     torch = pytest.importorskip("torch")
     from cvmk.config.schema import ModelConfig, TokenizerConfig
-    from cvmk.inference import Translator, save_model_folder
+    from cvmk.formats import save_model_folder
+    from cvmk.inference import Translator
     from cvmk.nn import CVMTransformer
     from cvmk.text.tokenizers import train_tokenizer
 

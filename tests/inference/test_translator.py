@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from cvmk.config.schema import TokenizerConfig
 from cvmk.errors import ConfigError, DataError
-from cvmk.inference import TooLongError, Translator, save_model_folder
+from cvmk.formats import save_model_folder
+from cvmk.inference import TooLongError, Translator
 from cvmk.inference.options import Hypothesis, SearchOptions
 from cvmk.inference.translator import batches
 from cvmk.text.tokenizers import train_tokenizer

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cvmk.errors import ConfigError
+from cvmk.inference.decoding import _forbid_repeats
 from cvmk.inference.options import Hypothesis, SearchOptions
-from cvmk.inference.search import _forbid_repeats
 from cvmk.inference.torch_engine import TorchEngine
 from cvmk.nn import CVMTransformer
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import cvmk
 from cvmk.config.schema import TokenizerConfig
 from cvmk.errors import DataError
-from cvmk.inference import load_model_folder, save_model_folder
+from cvmk.formats import load_model_folder, save_model_folder
 from cvmk.text.tokenizers import Tokenizer, train_tokenizer
 
 
@@ -196,7 +196,7 @@ def test_a_model_larger_than_its_weights_is_told_before_it_is_built(saved: Path,
 
 
 def test_a_described_folder_with_weights_is_a_model(tmp_path: Path, make_model, tokenizer: Tokenizer) -> None:
-    from cvmk.inference.model_folder import describe_model
+    from cvmk.formats.folder import describe_model
 
     model = make_model(tokenizer.vocab_size)
     save_file(model.state_dict(), tmp_path / "model.safetensors")
