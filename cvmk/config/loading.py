@@ -1,4 +1,4 @@
-"""TOML to configuration objects, with errors that name the key and the nearest known one."""
+"""TOML to configuration objects of any schema, with errors that name the key and the nearest known one."""
 
 from __future__ import annotations
 
@@ -6,46 +6,68 @@ import difflib
 import json
 import tomllib
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails, PydanticUndefined
 
 from cvmk.config.schema import TrainConfig
+from cvmk.config.section import Document, table_of, walk
 from cvmk.errors import ConfigError, DataError
 
+D = TypeVar("D", bound=Document)
 
-def load_train_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
+
+def load_config(schema: type[D], path: str | Path, overrides: Sequence[str] = ()) -> D:
     """The configuration in the TOML file `path` with `overrides` ("section.key=value") applied.
 
     Raises DataError where the file cannot be read, ConfigError for anything wrong in it.
     """
+    return parse_config(schema, read_config(path), str(path), overrides)
+
+
+def load_train_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """`load_config` for `cvmk train`."""
+    return load_config(TrainConfig, path, overrides)
+
+
+def read_config(path: str | Path) -> str:
+    """The text of a configuration. A pipe is read to its end, so it can be read only once. Raises DataError."""
     try:
-        text = Path(path).read_bytes().decode("utf-8")
+        return Path(path).read_bytes().decode("utf-8")
     except OSError as error:
         raise DataError(f"cannot read the configuration {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise DataError(f"the configuration {path} is not UTF-8 text (byte {error.start})") from error
+
+
+def parse_config(schema: type[D], text: str, name: str, overrides: Sequence[str] = ()) -> D:
+    """The configuration in the TOML `text` with `overrides` applied; `name` stands in the errors. Raises ConfigError."""
     try:
         values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}") from error
+        raise ConfigError(f"{name} is not valid TOML: {error}") from error
     if not values and not overrides:
-        raise ConfigError(f"the configuration {path} is empty; `cvmk train --explain-config` lists the keys")
+        raise ConfigError(f"the configuration {name} is empty; `{schema.COMMAND} --explain-config` lists the keys")
     for override in overrides:
         _apply(values, override)
-    return parse_train_config(values, str(path))
+    return check_values(schema, values, name)
+
+
+def check_values(schema: type[D], values: dict[str, Any], name: str) -> D:
+    """Check plain values (as TOML or JSON gives them) against the schema; `name` stands in the error message."""
+    try:
+        return schema.model_validate_json(json.dumps(values, default=_not_json))
+    except ValidationError as error:
+        problems = [_sentence(schema, detail) for detail in error.errors()]
+        raise ConfigError(f"{name}: " + "; ".join(problems)) from error
 
 
 def parse_train_config(values: dict[str, Any], name: str) -> TrainConfig:
-    """Check plain values (as TOML or JSON gives them) against the schema; `name` stands in the error message."""
-    try:
-        return TrainConfig.model_validate_json(json.dumps(values, default=_not_json))
-    except ValidationError as error:
-        problems = [_sentence(detail) for detail in error.errors()]
-        raise ConfigError(f"{name}: " + "; ".join(problems)) from error
+    """`check_values` for `cvmk train`."""
+    return check_values(TrainConfig, values, name)
 
 
 def _not_json(value: Any) -> str:
@@ -69,12 +91,12 @@ def _apply(values: dict[str, Any], override: str) -> None:
     table[path[-1]] = value
 
 
-def _sentence(detail: ErrorDetails) -> str:
+def _sentence(schema: type[BaseModel], detail: ErrorDetails) -> str:
     location = [str(part) for part in detail["loc"]]
     key = ".".join(location) or "the configuration"
     kind, given = detail["type"], detail.get("input")
     if kind == "extra_forbidden":
-        return f"unknown key {key}{_suggestion(location)}"
+        return f"unknown key {key}{_suggestion(schema, location)}"
     if kind == "missing":
         return f"{key} is missing"
     message = detail["msg"].removeprefix("Value error, ")
@@ -89,65 +111,56 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _suggestion(location: Sequence[str]) -> str:
+def _suggestion(schema: type[BaseModel], location: Sequence[str]) -> str:
     """Where the key may have been meant: the nearest key of its table, or else the table that has it."""
-    model = _model_at(location[:-1])
+    model = _section_at(schema, location[:-1])
     keys = list(model.model_fields) if model is not None else []
     wrong = location[-1]
     near = difflib.get_close_matches(wrong, keys, n=1, cutoff=0.6)
     if near:
         return f"; did you mean {'.'.join([*location[:-1], near[0]])}?"
-    elsewhere = [name for name, _, _ in walk(TrainConfig) if name.split(".")[-1] == wrong and not name.startswith("teacher.")]
+    elsewhere = [name for name, _, _ in walk(schema) if name.split(".")[-1] == wrong and not _repeats(schema, name)]
     if elsewhere:
         return f"; did you mean {elsewhere[0]}?"
     return f"; the keys there are {', '.join(keys)}" if keys else ""
 
 
-def _model_at(location: Sequence[str]) -> type[BaseModel] | None:
-    model: type[BaseModel] | None = TrainConfig
+def _section_at(schema: type[BaseModel], location: Sequence[str]) -> type[BaseModel] | None:
+    model: type[BaseModel] | None = schema
     for part in location:
         field = model.model_fields.get(part) if model is not None else None
-        model = _table(field.annotation) if field is not None else None
+        model = table_of(field.annotation) if field is not None else None
     return model
 
 
-def _table(annotation: Any) -> type[BaseModel] | None:
-    for candidate in (annotation, *typing.get_args(annotation)):
-        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
-            return candidate
-    return None
+def _repeats(schema: type[BaseModel], name: str) -> bool:
+    """Whether the key is in a table of the same name and kind as one at the top: `teacher.model` has the keys of `model`."""
+    parts = name.split(".")
+    top = _section_at(schema, parts[1:2])
+    return top is not None and _section_at(schema, parts[:2]) is top
 
 
-def walk(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any, type[BaseModel] | None]]:
-    """Every key below `model` as (dotted name, field, table class or None), in the schema's order."""
-    for name, field in model.model_fields.items():
-        table = _table(field.annotation)
-        yield prefix + name, field, table
-        if table is not None:
-            yield from walk(table, f"{prefix}{name}.")
-
-
-def explain_config() -> str:
+def explain_config(schema: type[Document] = TrainConfig) -> str:
     """All keys with default, limits and meaning, as commented TOML."""
-    lines = ["# Every key of `cvmk train CONFIG.toml`, with its default. A key without a default must be given where its table is.", ""]
+    lines = [f"# Every key of `{schema.COMMAND} CONFIG.toml`, with its default. A key without a default must be given where its table is.", ""]
     scalars: dict[str, list[str]] = {}
-    titles: dict[str, str] = {}
-    for name, field, table in walk(TrainConfig):
-        if name.startswith("teacher.") and name.split(".")[1] in TrainConfig.model_fields:
-            continue  # the teacher's tables have the keys of the tables of the same name
-        if table is not None:
+    titles = {"": ""}
+    repeated: dict[str, list[str]] = {}
+    for name, field, table in walk(schema):
+        section, _, key = name.rpartition(".")
+        if _repeats(schema, name):
+            if table is not None and name.count(".") == 1:
+                repeated.setdefault(section, []).append(f"[{name}]")
+        elif table is not None:
             titles[name] = field.description or ""
             scalars.setdefault(name, [])
-            continue
-        section, _, key = name.rpartition(".")
-        scalars.setdefault(section, []).append(f"{_default(key, field)}  # {field.description} [{_type(field)}]")
-    first = ["run", "data", "tokenizer"]
-    ordered = [*(name for name in scalars if name.split(".")[0] in first), *(name for name in scalars if name.split(".")[0] not in first)]
-    for section, keys in ((name, scalars[name]) for name in ordered):
-        lines += [f"# {titles[section]}", f"[{section}]", *keys]
-        if section == "teacher":
-            inner = ", ".join(f"[teacher.{name}]" for name, _, t in walk(TrainConfig) if t is not None and _model_at(["teacher", name]) is not None)
-            lines.append(f"# {inner}: the keys of the tables of the same name, for the teacher")
+        else:
+            scalars.setdefault(section, []).append(f"{_default(key, field)}  # {field.description} [{_type(field)}]")
+    for section in sorted(scalars, key=lambda name: name != "" and name.split(".")[0] not in schema.FIRST):
+        lines += [f"# {titles[section]}", f"[{section}]"] if section else []
+        lines += scalars[section]
+        if section in repeated:
+            lines.append(f"# {', '.join(repeated[section])}: the keys of the tables of the same name, for the {section}")
         lines.append("")
     return "\n".join(lines)
 

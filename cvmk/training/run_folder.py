@@ -11,17 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from cvmk.config import TrainConfig
+from cvmk.config.resume import changed_keys
 from cvmk.errors import ConfigError, DataError
 from cvmk.files import explained, read_json, write_json, write_text
 from cvmk.telemetry import environment
 
 RESOLVED = "config.resolved.json"
-_MAY_CHANGE = (
-    *("run.folder", "run.device", "run.threads", "data.cache", "guard."),
-    *(f"training.{key}" for key in ("iterations", "log_every", "save_every", "keep")),
-    *(f"validation.{key}" for key in ("validate_every", "metrics", "patience", "min_delta", "bootstrap", "confidence")),
-)
-"""What a resumed run may have otherwise; anything else would make its past another's."""
 
 
 @contextlib.contextmanager
@@ -80,17 +75,8 @@ def _unused(folder: Path) -> Path:
 def _check_unchanged(folder: Path, before: Any, now: dict[str, Any]) -> None:
     if not isinstance(before, dict):
         raise DataError(f"{folder / RESOLVED} describes no run: restore it, or --restart")
-    old, new = dict(_flat(before)), dict(_flat(now))
-    changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key) and not key.startswith(_MAY_CHANGE))
+    changed = changed_keys(TrainConfig, before, now, by_content=False)
     if changed:
         raise ConfigError(
             f"the run in {folder} was started with another configuration ({', '.join(changed[:5])} differ): resume it with its own config.toml, or --restart"
         )
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value

@@ -5,9 +5,11 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from pydantic import Field
 
 from cvmk.config import TrainConfig
-from cvmk.config.loading import explain_config, load_train_config, walk
+from cvmk.config.loading import explain_config, load_config, load_train_config
+from cvmk.config.section import Document, Section, walk
 from cvmk.errors import ConfigError, DataError
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").rglob("*.toml"))
@@ -142,3 +144,36 @@ def test_a_validation_or_warmup_beyond_the_end_is_legal(tmp_path: Path) -> None:
 def test_explanation_begins_with_the_run_and_its_data() -> None:
     sections = [line for line in explain_config().splitlines() if line.startswith("[")]
     assert [name for name in sections if "." not in name][:4] == ["[run]", "[data]", "[tokenizer]", "[model]"]
+
+
+class Server(Section):
+    port: int = Field(50051, ge=1, description="Port.")
+
+
+class ServeConfig(Document):
+    COMMAND = "cvmk serve"
+    FIRST = ("server",)
+
+    level: int = Field(3, description="A key outside of all tables.")
+    limits: Server | None = Field(None, description="The limits.")
+    server: Server = Field(Server(), description="The server.")
+
+
+def test_any_schema_is_read_by_the_same_code(tmp_path: Path) -> None:
+    path = tmp_path / "serve.toml"
+    path.write_text("level = 4\n[server]\nport = 80\n")
+    loaded = load_config(ServeConfig, path, ["server.port=81"])
+    assert (loaded.level, loaded.server.port) == (4, 81)
+    for text, message in (
+        ("[server]\nprot = 1", "unknown key server.prot; did you mean server.port?"),
+        ("[servers]\nport = 1", "unknown key servers; did you mean server?"),
+        ("port = 1", "unknown key port; did you mean limits.port?"),
+        ("", "`cvmk serve --explain-config`"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            load_config(ServeConfig, path)
+    lines = explain_config(ServeConfig).splitlines()
+    assert lines[0].startswith("# Every key of `cvmk serve CONFIG.toml`")
+    assert tomllib.loads("\n".join(lines)) == {"level": 3, "server": {"port": 50051}, "limits": {"port": 50051}}
+    assert lines.index("[server]") < lines.index("[limits]")

@@ -1,0 +1,67 @@
+"""`[data]` and `[tokenizer]`: the parallel text, and how it becomes pieces."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from cvmk.config.section import BY_CONTENT, MAY_CHANGE, Section
+
+
+class CorpusConfig(Section):
+    """One parallel corpus: two aligned text files, one TSV file, or one JSONL file; each may end in .gz."""
+
+    source: str | None = Field(None, description="Source sentences, one a line (with `target`).")
+    target: str | None = Field(None, description="Target sentences, one a line (with `source`).")
+    tsv: str | None = Field(None, description="A file with source and target separated by a tab.")
+    jsonl: str | None = Field(None, description="A file with one JSON object a line; keys as data.jsonl_source and data.jsonl_target say.")
+
+    @model_validator(mode="after")
+    def _one_form(self) -> CorpusConfig:
+        given = [name for name in ("tsv", "jsonl") if getattr(self, name)]
+        pair = [name for name in ("source", "target") if getattr(self, name)]
+        if len(given) + bool(pair) != 1 or len(pair) == 1:
+            raise ValueError("give either source and target, or tsv, or jsonl")
+        return self
+
+
+class DataConfig(Section):
+    embedded: Literal["phrasebook"] | None = Field(None, description="Use the embedded English-German phrasebook instead of files.")
+    phrasebook_pairs: int = Field(20000, ge=1000, le=200000, description="Number of training pairs that the phrasebook generates.")
+    folder: Annotated[str, BY_CONTENT] = Field(
+        ".",
+        description="Folder that the corpus files' names are relative to; itself relative to the working directory.",
+    )
+    source_language: str = Field("en", description="Language code of the source, ISO 639-1.")
+    target_language: str = Field("de", description="Language code of the target, ISO 639-1.")
+    train: Annotated[CorpusConfig | None, BY_CONTENT] = Field(None, description="Training pairs.")
+    valid: Annotated[CorpusConfig | None, BY_CONTENT] = Field(None, description="Validation pairs: they choose the best checkpoint.")
+    test: Annotated[CorpusConfig | None, BY_CONTENT] = Field(None, description="Held-out pairs, scored once at the end.")
+    jsonl_source: Annotated[str, BY_CONTENT] = Field("source", description="Key of the source sentence in JSONL files.")
+    jsonl_target: Annotated[str, BY_CONTENT] = Field("target", description="Key of the target sentence in JSONL files.")
+    on_bad_line: Literal["error", "skip"] = Field(
+        "error",
+        description="What to do with invalid UTF-8, empty lines, and over-long pairs of the training data: stop, or skip and count them.",
+    )
+    max_tokens_per_sentence: int = Field(256, ge=2, description="A training pair with a longer side is over-long.")
+    max_length_ratio: float = Field(0.0, ge=0, description="A training pair whose token counts differ by more than this factor is over-long; 0 = no limit.")
+    cache: Annotated[str, MAY_CHANGE] = Field("", description="Folder of the tokenised cache; empty = `cache` beside the run's checkpoints.")
+
+    @model_validator(mode="after")
+    def _some_data(self) -> DataConfig:
+        if self.embedded is None and (self.train is None or self.valid is None):
+            raise ValueError('give data.train and data.valid, or data.embedded = "phrasebook"')
+        if self.embedded is not None and (self.train or self.valid or self.test):
+            raise ValueError("data.embedded and data.train, data.valid, data.test exclude each other")
+        return self
+
+
+class TokenizerConfig(Section):
+    kind: Literal["bpe", "unigram", "fallback"] = Field(
+        "bpe",
+        description="SentencePiece BPE or unigram, or the plain-Python fallback; the SentencePiece kinds need the package sentencepiece.",
+    )
+    path: Annotated[str | None, BY_CONTENT] = Field(None, description="Folder with a tokenizer to use; without it one is trained on the training data.")
+    vocabulary: int = Field(8000, ge=64, le=256000, description="Pieces, special ones included, when it is trained; source and target share them.")
+    character_coverage: float = Field(1.0, gt=0.9, le=1.0, description="Share of characters that get a piece of their own; others are spelt in bytes.")
