@@ -4,7 +4,8 @@ Every op runs on every device and under `torch.compile`; which backend takes a c
 environment variable CVMK_BACKEND.
 """
 
-from cvmk.ops._dispatch import Explanation, backends_report, explain, use
+from cvmk.ops._backend import use
+from cvmk.ops._explain import Explanation, backends_report, explain
 from cvmk.ops.attention import flash_attention
 from cvmk.ops.attention_distill import attention_kl, flash_attention_distill
 from cvmk.ops.int4_linear import int4_linear

@@ -11,106 +11,25 @@ backend is adding that file.
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import importlib
 import importlib.util
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import _C
 from torch.autograd import forward_ad
 
 from cvmk import nvtx
-from cvmk.errors import ConfigError
-from cvmk.libraries import isa_level
+from cvmk.ops._backend import PREFERENCE, Backend, allowed
+from cvmk.ops._dtypes import accumulation_dtype, autocast_dtype, autocast_float32, autocast_lower, not_needed
+from cvmk.ops._op import OPS, library
+from cvmk.ops._watch import autocast_enabled, grad_enabled, unobserved
 
-PREFERENCE = ("cuda", "triton", "native", "reference")
-"""Backends in the order in which they are asked."""
-
-library = torch.library.Library("cvmk", "DEF")
-OPS: dict[str, Op] = {}
 _IMPLEMENTED_KEYS = ("CPU", "CUDA")
 _CACHE_LIMIT = 4096
-_compiling, _modes, _function_modes, _transforms, _profiled, _traced = (  # who could be watching a call
-    torch.compiler.is_compiling,
-    _C._len_torch_dispatch_stack,
-    _C._len_torch_function_stack,
-    _C._functorch.peek_interpreter_stack,
-    torch.autograd._profiler_enabled,
-    _C._get_tracing_state,
-)
-_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
-_grad_enabled, _autocast_enabled = torch.is_grad_enabled, _C._is_any_autocast_enabled
-
-
-@dataclass(frozen=True)
-class Backend:
-    """One implementation of one op: what it supports is data, what it declines is text.
-
-    `forward` and `backward` take the arguments of the schemas and return their results as a tuple of tensors; `backward` is None
-    where the backend has none. `limits` gets the arguments by name and returns further reasons to decline; its answer may depend on
-    nothing but the values, dtypes, devices, shapes and strides of what it takes from that mapping. `unavailable` says why
-    the backend cannot run in this process at all (a library that did not load, an instruction set), or None. `by_default` gets the
-    arguments by name too and says why the call goes to this backend only where `use` or CVMK_BACKEND names it (a kernel that was not
-    yet measured on this device, an interpreter), or None.
-    """
-
-    op: str
-    name: str
-    forward: Callable[..., Any]
-    backward: Callable[..., Any] | None = None
-    dtypes: tuple[torch.dtype, ...] = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-    devices: tuple[str, ...] = ("cpu", "cuda")
-    limits: Callable[[str, Mapping[str, Any]], list[str]] | None = None
-    unavailable: Callable[[], str | None] | None = None
-    by_default: Callable[[str, Mapping[str, Any]], str | None] | None = None
-
-    def missing(self) -> list[str]:
-        """Why the backend cannot run in this process; empty when it can."""
-        reason = self.unavailable() if self.unavailable is not None else None
-        return [] if reason is None else [f"{self.name}: {reason}"]
-
-    def general_reasons(self, op: Op, which: str, principal: torch.Tensor) -> list[str]:
-        """Why the backend cannot take any call whose principal argument has this dtype and device."""
-        found = self.missing()
-        if which == "backward" and self.backward is None:
-            found.append(f"{self.name}: has no backward pass")
-        if principal.dtype not in self.dtypes:
-            found.append(f"{self.name}: {op.principal} is {principal.dtype}, not one of {', '.join(str(d) for d in self.dtypes)}")
-        if principal.device.type not in self.devices:
-            found.append(f"{self.name}: runs on {', '.join(self.devices)}, not {principal.device.type}")
-        return found
-
-    def reasons(self, op: Op, which: str, arguments: Sequence[Any], named: Mapping[str, Any] | None = None) -> list[str]:
-        """Why the backend cannot take this call; empty when it can. `named`: the arguments by name."""
-        found = self.general_reasons(op, which, arguments[op.principal_at[which]])
-        if found or (self.limits is None and self.by_default is None):
-            return found
-        if named is None:
-            named = dict(zip(op.names[which], arguments, strict=True))
-        if self.limits is not None:
-            found += [f"{self.name}: {reason}" for reason in self.limits(which, named)]
-        if self.by_default is not None and not found and self.name not in _allowed():
-            reason = self.by_default(which, named)
-            found += [] if reason is None else [f"{self.name}: {reason}; ops.use({self.name!r}) selects it"]
-        return found
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """Whether one backend takes one call; `reasons` is empty when it does. `chosen` marks the one that would run."""
-
-    backend: str
-    reasons: tuple[str, ...]
-    chosen: bool
-
-    def __str__(self) -> str:
-        if self.chosen:
-            return f"{self.backend}: chosen"
-        return f"{self.backend}: able, but another is preferred" if not self.reasons else "; ".join(self.reasons)
+_autocast_enabled, _grad_enabled, _allowed = autocast_enabled, grad_enabled, allowed
+__all__ = ["Backend", "accumulation_dtype", "autocast_dtype", "autocast_float32", "autocast_lower", "not_needed", "unobserved"]
 
 
 class Op:
@@ -158,7 +77,7 @@ class Op:
             self._function = _autograd_function(self)
             # PyTorch's own `apply` first looks for transforms, which are known to be absent where a call goes straight on.
             self._apply = super(torch.autograd.Function, self._function).apply  # type: ignore[misc]
-        OPS[name] = self
+        OPS[name] = self  # type: ignore[assignment]
 
     def _register(self, which: str, schema: str, fake: Callable[..., Any]) -> Any:
         full = f"{self.name}_{which}"
@@ -177,7 +96,11 @@ class Op:
 
     def prepared_by(self, prepare: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
         """Decorator: the function that checks the public arguments and turns them into the schema's; `explain` calls it too."""
-        self.prepare = prepare
+        @functools.wraps(prepare)
+        def named(*args: Any, **kwargs: Any) -> Any:
+            return _Recorded(dict(zip(self.names["forward"], prepare(*args, **kwargs), strict=True)))
+
+        self.prepare = named
         return prepare
 
     def __call__(self, *arguments: Any) -> Any:
@@ -206,6 +129,9 @@ class Op:
             if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
                 raise NotImplementedError(f"{self.name} has no forward-mode derivative, and {name} has a tangent; differentiate in reverse mode")
 
+    def forget_choices(self) -> None:
+        self._chosen.clear()
+
     @property
     def backends(self) -> list[Backend]:
         """The op's backends, the preferred one first."""
@@ -230,7 +156,7 @@ class Op:
         make it.
         """
         principal = arguments[self.principal_at[which]]
-        key = (which, _forced[-1], principal.dtype, principal.device)
+        key = (which, _allowed(), principal.dtype, principal.device)
         choices = self._chosen.get(key)
         if choices is not None:
             chosen = choices.backends.get(choices.key(arguments) if choices.at else None)
@@ -248,15 +174,15 @@ class Op:
 
     def _find(self, which: str, arguments: Sequence[Any], named: Mapping[str, Any]) -> Backend:
         refusals: list[str] = []
-        for backend in self._candidates():
-            reasons = backend.reasons(self, which, arguments, named)
+        for backend in self.candidates():
+            reasons = backend.reasons(which, _Named(dict(zip(self.names[which], arguments, strict=True))), self.principal, named)
             if not reasons:
                 return backend
             refusals += reasons
         asked = f" (only {', '.join(_allowed())} allowed)" if _allowed() else ""
         raise NotImplementedError(f"no backend takes this call of {self.name}{asked}:\n  " + "\n  ".join(refusals or ["none is there"]))
 
-    def _candidates(self) -> list[Backend]:
+    def candidates(self) -> list[Backend]:
         allowed = _allowed()
         if not allowed:
             return self.backends
@@ -282,6 +208,11 @@ class Op:
                 return tuple([result.contiguous() for result in results])
         return results
 
+class _Named:
+    def __init__(self, values: dict[str, Any]) -> None:
+        self.__dict__.update(values)
+
+
 class _Recorded(Mapping[str, Any]):
     """Arguments by name, and which of them were read."""
 
@@ -291,6 +222,11 @@ class _Recorded(Mapping[str, Any]):
     def __getitem__(self, name: str) -> Any:
         self.read.add(name)
         return self.values_by_name[name]
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in self.values_by_name:
+            raise AttributeError(name)
+        return self[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.values_by_name)
@@ -316,25 +252,6 @@ def _signature(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return value.dtype, value.device, value.shape, value.stride()
     return tuple(value) if isinstance(value, list) else value
-
-
-def unobserved(tensors: Sequence[torch.Tensor | None]) -> bool | None:
-    """None, or, where a call may go straight to the implementation, whether a tensor asks for a gradient.
-
-    Going straight saves the dispatcher's time (half of a small op's), and is for where nobody would miss a call there: no graph is being
-    traced, no mode, transform or profiler is active, and the tensors are plain ones on the CPU, with their numbers in memory as they are
-    (not negated by a bit).
-    """
-    if _compiling() or _modes() or _function_modes() or _transforms() is not None or _profiled() or _traced() is not None:
-        return None
-    asks = False
-    for tensor in tensors:
-        if tensor is not None:
-            if type(tensor) not in _PLAIN or not tensor.is_cpu or tensor.is_neg():
-                return None
-            if tensor.requires_grad:
-                asks = True
-    return asks
 
 
 def _autograd_function(op: Op) -> Any:
@@ -409,126 +326,3 @@ def _autograd_function(op: Op) -> Any:
             return tuple(result)
 
     return Forward
-
-
-# -- which backends are allowed ------------------------------------------------------------------------------------------------
-def _from_environment() -> tuple[str, ...]:
-    names = tuple(name.strip() for name in os.environ.get("CVMK_BACKEND", "").split(",") if name.strip())
-    isa_level()  # raises where CVMK_CPU_ISA makes no sense
-    try:
-        _check_names(names, "CVMK_BACKEND")
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-    return names
-
-
-def _check_names(names: Sequence[str], where: str) -> None:
-    for name in names:
-        if name not in PREFERENCE:
-            raise ValueError(f"{where} names the backend {name!r}; the backends are {', '.join(PREFERENCE)}")
-
-
-_forced: list[tuple[str, ...]] = [_from_environment()]
-
-
-def _allowed() -> tuple[str, ...]:
-    return _forced[-1]
-
-
-@contextlib.contextmanager
-def use(*names: str) -> Iterator[None]:
-    """Allow only the named backends, in this order of preference, in the whole process while the block runs.
-
-    A call that none of them takes raises NotImplementedError with the reasons. The environment variable CVMK_BACKEND (names
-    separated by commas) does the same for a whole run. Raises ValueError for a name that is no backend.
-    """
-    _check_names(names, "use()")
-    _forced.append(tuple(names))
-    try:
-        yield
-    finally:
-        _forced.pop()
-
-
-# -- questions about backends ---------------------------------------------------------------------------------------------------
-def explain(name: str, *args: Any, **kwargs: Any) -> list[Explanation]:
-    """Every backend of the op `name` with the reasons why it does not take this call (the arguments are those of `ops.<name>`).
-
-    Raises ValueError for an unknown op, and whatever the op itself raises for wrong arguments.
-    """
-    op = OPS.get(name)
-    if op is None or op.prepare is None:
-        raise ValueError(f"{name!r} is no op that chooses among backends; these are {', '.join(sorted(OPS))}")
-    arguments = op.prepare(*args, **kwargs)
-    candidates = op._candidates()
-    found = {}
-    for backend in op.backends:
-        found[backend.name] = backend.reasons(op, "forward", arguments)
-        if backend not in candidates:
-            found[backend.name].append(f"{backend.name}: not among the allowed backends ({', '.join(_allowed())})")
-    chosen = next((backend.name for backend in candidates if not found[backend.name]), None)
-    return [Explanation(backend, tuple(reasons), backend == chosen) for backend, reasons in found.items()]
-
-
-@dataclass(frozen=True)
-class BackendStatus:
-    """Whether a backend can run in this process."""
-
-    backend: str
-    available: bool
-    reasons: tuple[str, ...] = field(default=())
-
-
-def backends_report() -> dict[str, list[BackendStatus]]:
-    """For every op, its backends and whether they can run in this process (a particular call: `explain`)."""
-    report = {}
-    for name, op in sorted(OPS.items()):
-        rows = []
-        for backend in op.backends:
-            reasons = tuple(backend.missing())
-            rows.append(BackendStatus(backend.name, not reasons, reasons))
-        there = {row.backend for row in rows}
-        rows += [BackendStatus(other, False, (f"{other}: not written for this op",)) for other in PREFERENCE if other not in there]
-        report[name] = rows
-    return report
-
-
-# -- small things that every op needs --------------------------------------------------------------------------------------------
-def autocast_dtype(*tensors: torch.Tensor | None) -> torch.dtype | None:
-    """The type to which autocast casts the operands of a matrix product; None where it is off."""
-    device = _autocast_device(tensors)
-    return None if device is None else torch.get_autocast_dtype(device)
-
-
-def autocast_lower(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    """Under autocast: floating tensors cast to its dtype, as autocast does for matrix products. Else unchanged."""
-    dtype = autocast_dtype(*tensors)
-    if dtype is None:
-        return tensors
-    return tuple(t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
-
-
-def autocast_float32(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    """Under autocast: half-precision tensors cast to float32, as autocast does for losses. Else unchanged."""
-    device = _autocast_device(tensors)
-    if device is None:
-        return tensors
-    return tuple(t.float() if t is not None and t.dtype in (torch.bfloat16, torch.float16) else t for t in tensors)
-
-
-def _autocast_device(tensors: Sequence[torch.Tensor | None]) -> str | None:
-    """The kind of device that the tensors are on, where autocast is on for it."""
-    if not _autocast_enabled():
-        return None
-    device = next(t.device.type for t in tensors if t is not None)
-    return device if torch.is_autocast_enabled(device) else None
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64, float32 for everything narrower: the dtype of sums, exponentials and statistics."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def not_needed(like: torch.Tensor) -> torch.Tensor:
-    """The place holder for a gradient or output that nobody asked for."""
-    return like.new_empty(0)

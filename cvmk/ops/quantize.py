@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree
 
-from cvmk.ops import _dispatch
+from cvmk.ops import _backend, _dtypes
 
 PLAIN = "plain"
 GROUP_SIZES = (32, 64, 128)
@@ -96,7 +96,7 @@ class QuantizedWeight:
         plain = self.plain()
         if torch.compiler.is_compiling():
             return plain
-        allowed = _dispatch._allowed() or _dispatch.PREFERENCE
+        allowed = _backend.allowed() or _backend.PREFERENCE
         for backend in allowed:
             for (owner, _), layout in layouts().items():
                 if owner == backend and layout.bits == self.bits and not layout.reasons(plain):
@@ -152,7 +152,7 @@ class Layout:
 def layouts() -> dict[tuple[str, str], Layout]:
     """Every packed layout, by backend and name."""
     found = {}
-    for backend in _dispatch.PREFERENCE:
+    for backend in _backend.PREFERENCE:
         for module in ("int8_linear", "int4_linear"):
             name = f"cvmk.ops.{backend}.{module}"
             if importlib.util.find_spec(f"cvmk.ops.{backend}") is None or importlib.util.find_spec(name) is None:
@@ -196,7 +196,7 @@ def quantize_int8(weight: torch.Tensor) -> QuantizedWeight:
     _check_weight("quantize_int8", weight)
     if weight.shape[1] > INT8_MAX_INPUTS:
         raise ValueError(f"quantize_int8: weight has {weight.shape[1]} inputs; int32 sums are exact up to {INT8_MAX_INPUTS}: split the layer")
-    wide = weight.detach().to(_dispatch.accumulation_dtype(weight.dtype))
+    wide = weight.detach().to(_dtypes.accumulation_dtype(weight.dtype))
     scales = _divided(wide.abs().amax(1), 127).float().clamp_(min=_SMALLEST_SCALE)
     values = (wide / scales[:, None]).round_().clamp_(-127, 127).to(torch.int8)
     return QuantizedWeight(values, scales, None, None, weight.shape[0], weight.shape[1], 8, weight.shape[1]).pack()
@@ -224,7 +224,7 @@ def quantize_int4(weight: torch.Tensor, group_size: int = 64, *, symmetric: bool
         raise ValueError(f"quantize_int4: group_size is {group_size}, not one of {', '.join(map(str, GROUP_SIZES))}")
     if columns % group_size:
         raise ValueError(f"quantize_int4: {columns} inputs are no multiple of group_size {group_size}; take a smaller group or int8")
-    wide = weight.detach().to(_dispatch.accumulation_dtype(weight.dtype))
+    wide = weight.detach().to(_dtypes.accumulation_dtype(weight.dtype))
     if order is not None:
         order = order.to(device=weight.device, dtype=torch.int32)
         _check_order(order, columns)
@@ -272,7 +272,7 @@ def inverse_order(order: torch.Tensor) -> torch.Tensor:
 
 def dequantized_rows(weight: QuantizedWeight, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
     """Rows [start, stop) of a weight in the canonical layout, as `dtype` [rows, K], inputs in stored order."""
-    wide = _dispatch.accumulation_dtype(dtype)
+    wide = _dtypes.accumulation_dtype(dtype)
     scales = weight.scales[start:stop].to(wide)
     if weight.bits == 8:
         return weight.values[start:stop].to(wide).mul_(scales[:, None]).to(dtype)

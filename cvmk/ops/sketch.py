@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from cvmk.ops._dispatch import BackendStatus, _allowed
+from cvmk.ops._backend import allowed
+from cvmk.ops._explain import BackendStatus
 from cvmk.ops.native import library, reason
 from cvmk.ops.reference.sketch import ReferenceSketch
 
@@ -184,12 +185,12 @@ def sketch_backends() -> list[BackendStatus]:
 
 def _choose() -> str:
     there = {status.backend: status for status in sketch_backends()}
-    allowed = _allowed() or tuple(there)
-    for name in allowed:
+    names = allowed() or tuple(there)
+    for name in names:
         if name in there and there[name].available:
             return name
-    refusals = [text for name in allowed for text in (there[name].reasons if name in there else (f"{name}: not written for CVMSketch",))]
-    raise NotImplementedError(f"no backend of CVMSketch among those allowed ({', '.join(allowed)}): {'; '.join(refusals)}")
+    refusals = [text for name in names for text in (there[name].reasons if name in there else (f"{name}: not written for CVMSketch",))]
+    raise NotImplementedError(f"no backend of CVMSketch among those allowed ({', '.join(names)}): {'; '.join(refusals)}")
 
 
 def _ids(ids: Any) -> np.ndarray:

@@ -1,0 +1,351 @@
+"""An op: its schemas, the choice of a backend for each call, and the way there.
+
+An op has one schema a pass (`cvmk::<op>_forward`, `cvmk::<op>_backward`), derived from its `Call` and `Out`; its implementation for every device
+picks a backend at run time, so a graph made by `torch.compile` or `torch.export` holds the op and not a choice. A call that nobody observes
+goes straight to the implementation; any other goes through PyTorch's dispatcher, where autograd stands as a kernel of the op
+(`_autograd.py`), so that transforms, tracers and modes find it where they look for it.
+
+Backends are found by file: `cvmk/ops/<backend>/<module>.py` holds `BACKENDS`, for the op module of the same name. Adding a
+backend is adding that file.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections import namedtuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import _C
+from torch.autograd import forward_ad
+from torch.autograd.graph import increment_version
+
+from cvmk import nvtx
+from cvmk.ops._autograd import autograd_kernels, forward_function, refuse_tangents
+from cvmk.ops._backend import PREFERENCE, Backend, allowed
+from cvmk.ops._call import fields_of
+from cvmk.ops._dtypes import not_needed
+from cvmk.ops._watch import autocast_enabled, grad_enabled, unobserved
+
+library = torch.library.Library("cvmk", "DEF")
+OPS: dict[str, Op] = {}
+_IMPLEMENTED_KEYS = ("CPU", "CUDA")
+_CACHE_LIMIT = 4096
+_make = tuple.__new__
+
+
+class Op:
+    """An op with a forward pass and, where it is differentiable, a backward pass.
+
+    name            the op's name; the passes are `torch.ops.cvmk.<name>_forward` and `..._backward`.
+    call, out       the NamedTuples of its arguments and results (`_call.py`).
+    fake_forward    call -> out: shapes and dtypes of the results.
+    differentiable  names of the tensors that have a gradient; without any there is no backward pass.
+    saved           names of the results that the backward pass reads.
+    principal       the field whose dtype and device decide; the first one by default.
+    module          name of the files that hold the op's backends; that of the call's module by default.
+    function        makes the autograd function, where the op's derivative is not made as others' are.
+
+    The backward pass's schema has the gradients of the results (each may be absent), the call's tensors, the saved results, the call's other
+    fields, and `bool[] needs`, one a differentiable tensor. It returns one gradient each; one that is not needed comes back without elements.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        call: type,
+        out: type,
+        *,
+        fake_forward: Callable[[Any], Any],
+        differentiable: Sequence[str] = (),
+        saved: Sequence[str] = (),
+        principal: str | None = None,
+        module: str | None = None,
+        function: Callable[[Op], type[torch.autograd.Function]] = forward_function,
+    ) -> None:
+        fields, results = fields_of(call), fields_of(out)
+        self.name, self.call, self.out = name, call, out
+        self.fields, self.tensors, self.written, self.outputs = fields.names, fields.tensors, fields.written, len(results.names)
+        self.differentiable = tuple([fields.names.index(field) for field in differentiable])
+        self.saved = tuple([results.names.index(field) for field in saved])
+        self.principal = principal or fields.names[0]
+        self._principal_at = fields.names.index(self.principal)
+        self.module = module or call.__module__.rpartition(".")[2]
+        self.needs = _needs(tuple(differentiable))
+        self.prepare: Callable[..., Any] | None = None
+        self._fake_forward = fake_forward
+        self._backends: list[Backend] | None = None
+        self._chosen: dict[Any, _Choices] = {}
+        self._apply: Callable[..., Any] | None = None
+        self._forward = self._define_forward(fields.declared, results.declared)
+        if differentiable:
+            self._backward = self._define_backward(fields.declared, results)
+        if differentiable or function is not forward_function:
+            # The `apply` of PyTorch's Python class looks for transforms first; here it runs where none is, or as a kernel below them.
+            self._apply = super(torch.autograd.Function, function(self)).apply  # type: ignore[misc]
+            autograd_kernels(self, library)
+        OPS[name] = self
+
+    # -- schemas ---------------------------------------------------------------------------------------------------------------
+    def _define_forward(self, declared: Sequence[str], results: Sequence[str]) -> Any:
+        def implementation(*arguments: Any) -> Any:
+            return self._as_returned(self.run_forward(_make(self.call, arguments)))
+
+        def fake(*arguments: Any) -> Any:
+            return self._as_returned(self._fake_forward(_make(self.call, arguments)))
+
+        returns = f"({', '.join(results)})" if len(results) > 1 else results[0]
+        packet = self._define("forward", f"({', '.join(declared)}) -> {returns}", implementation, fake)
+        if self.written:
+
+            def version_bump(keyset: Any, *arguments: Any) -> Any:
+                increment_version([arguments[i] for i in self.written])
+                with _C._AutoDispatchBelowADInplaceOrView():
+                    return packet.redispatch(keyset & _C._after_ADInplaceOrView_keyset, *arguments)
+
+            library.impl(f"{self.name}_forward", version_bump, "ADInplaceOrView", with_keyset=True)
+        return packet
+
+    def _define_backward(self, declared: Sequence[str], results: Any) -> Any:
+        grads = [f"Tensor? grad_{name}" for name in results.names]
+        saved = [f"Tensor {results.names[i]}" for i in self.saved]
+        schema = ", ".join([*grads, *declared[: self.tensors], *saved, *declared[self.tensors :], "bool[] needs"])
+
+        def implementation(*arguments: Any) -> Any:
+            found = self.run_backward(*self.parts(arguments))
+            return found if isinstance(found, torch.Tensor) else tuple(found)
+
+        def fake(*arguments: Any) -> Any:
+            _, call, _, needs = self.parts(arguments)
+            like, found = call[self._principal_at], []
+            for i, need in zip(self.differentiable, needs, strict=True):
+                tensor = call[i]
+                found.append(tensor.new_empty(tensor.shape) if need and tensor is not None else not_needed(like))
+            return found[0] if len(found) == 1 else tuple(found)
+
+        returns = ", ".join(["Tensor"] * len(self.differentiable))
+        return self._define("backward", f"({schema}) -> " + (f"({returns})" if len(self.differentiable) > 1 else returns), implementation, fake)
+
+    def _define(self, which: str, schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+        full = f"{self.name}_{which}"
+        library.define(full + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        for key in _IMPLEMENTED_KEYS:
+            library.impl(full, implementation, key)
+        torch.library.register_fake(f"cvmk::{full}", fake, lib=library)
+        return getattr(torch.ops.cvmk, full).default
+
+    def _as_returned(self, results: Any) -> Any:
+        """Results as the dispatcher takes them."""
+        if self.outputs == 1:
+            return results if isinstance(results, torch.Tensor) else results[0]
+        return tuple(results)
+
+    def parts(self, arguments: Sequence[Any]) -> tuple[Any, Any, Any, Any]:
+        """(gradients, call, saved, needs) of the backward schema's arguments."""
+        first, kept = self.outputs + self.tensors, self.outputs + self.tensors + len(self.saved)
+        grads: Any = _make(self.out, arguments[: self.outputs])
+        call: Any = _make(self.call, (*arguments[self.outputs : first], *arguments[kept:-1]))
+        return grads, call, self.saved_out(arguments[first:kept]), self.needs._make(arguments[-1])
+
+    def saved_out(self, tensors: Sequence[torch.Tensor]) -> Any:
+        """The saved results in their places of an `Out`; None in the others."""
+        results: list[Any] = [None] * self.outputs
+        for i, tensor in zip(self.saved, tensors, strict=True):
+            results[i] = tensor
+        return _make(self.out, results)
+
+    def prepared_by(self, prepare: Callable[..., Any]) -> Callable[..., Any]:
+        """Decorator: the function that checks the public arguments and makes a `Call` of them; `explain` calls it too."""
+        self.prepare = prepare
+        return prepare
+
+    # -- a call ----------------------------------------------------------------------------------------------------------------
+    def __call__(self, call: Any) -> Any:
+        """Run the forward pass, with autograd where a tensor asks for it. Returns the results as a tuple, or the only one."""
+        if forward_ad._current_level >= 0:
+            refuse_tangents(self, self.fields, call)
+        if self.written:
+            self._check_written(call)
+        asks = unobserved(call[: self.tensors])
+        if asks is None:
+            return self._forward(*call)
+        if asks and self._apply is not None and grad_enabled() and self.asks(call):
+            return self._apply(None, *call)
+        if not asks or not grad_enabled():
+            return self._run_directly(call)
+        with torch.no_grad():  # a constant argument (a teacher's logits) may ask for a gradient: the result has none to give
+            return self._run_directly(call)
+
+    def asks(self, arguments: Sequence[Any]) -> bool:
+        """Whether one of the differentiable tensors asks for a gradient."""
+        for index in self.differentiable or range(self.tensors):
+            tensor = arguments[index]
+            if tensor is not None and tensor.requires_grad:
+                return True
+        return False
+
+    def _run_directly(self, call: Any) -> Any:
+        results = self.run_forward(call)
+        if self.written:
+            increment_version([call[i] for i in self.written if not call[i].is_inference()])
+        return results
+
+    def _check_written(self, call: Any) -> None:
+        """PyTorch's rules for tensors that are written to: RuntimeError for an inference tensor outside of inference mode, and for one whose
+        elements share memory."""
+        for i in self.written:
+            tensor = call[i]
+            if tensor.is_inference() and not torch.is_inference_mode_enabled():
+                raise RuntimeError(f"{self.name} writes to {self.fields[i]}, an inference tensor, outside of inference mode: clone() it first")
+            if not tensor.is_contiguous() and torch._debug_has_internal_overlap(tensor) == 1:
+                raise RuntimeError(f"{self.name} writes to {self.fields[i]}, whose elements share memory (an expanded tensor): clone() it first")
+
+    def run_forward(self, call: Any) -> Any:
+        """The forward pass behind the schema: choose, call, and hand back contiguous tensors."""
+        backend = self.choose("forward", call)
+        return self.run(backend, "forward", backend.forward, call, call)
+
+    def run_backward(self, grads: Any, call: Any, saved: Any, needs: Any) -> Any:
+        """The backward pass behind the schema."""
+        backend = self.choose("backward", call)
+        assert backend.backward is not None
+        return self.run(backend, "backward", backend.backward, call, grads, call, saved, needs)
+
+    def run(self, backend: Backend, which: str, function: Callable[..., Any], call: Any, *arguments: Any) -> Any:
+        """A pass of a backend, as profilers name it, without autocast (casts are decided by the public function), its results contiguous."""
+        principal = call[self._principal_at]
+        if nvtx.LISTENING and principal.is_cuda:
+            function = nvtx.spanned(f"{self.name}_{which} {backend.name}", function)
+        if autocast_enabled():
+            with torch.autocast(principal.device.type, enabled=False):
+                results = function(*arguments)
+        else:
+            results = function(*arguments)
+        if isinstance(results, torch.Tensor):
+            return results.contiguous()
+        for result in results:
+            if not result.is_contiguous():
+                return tuple([result.contiguous() for result in results])
+        return results
+
+    # -- the choice ------------------------------------------------------------------------------------------------------------
+    @property
+    def backends(self) -> list[Backend]:
+        """The op's backends, the preferred one first."""
+        if self._backends is None:
+            found = []
+            for folder in PREFERENCE:
+                name = f"cvmk.ops.{folder}.{self.module}"
+                if importlib.util.find_spec(f"cvmk.ops.{folder}") is None or importlib.util.find_spec(name) is None:
+                    continue
+                found += [backend for backend in importlib.import_module(name).BACKENDS if backend.op == self.name]
+            self._backends = found
+        return self._backends
+
+    @backends.setter
+    def backends(self, backends: Iterable[Backend] | None) -> None:
+        """Replace them (tests do); None finds them anew."""
+        self._backends = None if backends is None else list(backends)
+        self._chosen.clear()
+
+    @property
+    def reference(self) -> Backend:
+        return next(backend for backend in self.backends if backend.name == "reference")
+
+    def choose(self, which: str, call: Any) -> Backend:
+        """The first allowed backend that takes the call. Raises NotImplementedError with every reason where none does.
+
+        A choice holds for all calls with the same dtype and device of the principal argument and the same of whatever else was read to
+        make it.
+        """
+        principal = call[self._principal_at]
+        key = (which, allowed(), principal.dtype, principal.device)
+        choices = self._chosen.get(key)
+        if choices is not None:
+            chosen = choices.backends.get(choices.key(call) if choices.at else None)
+            if chosen is not None:
+                return chosen
+        recorded = _Recorded(call)
+        chosen = self._find(which, call, recorded)
+        if choices is not None:
+            recorded.read.update(self.fields[at] for at in choices.at)
+        at = tuple([at for at, name in enumerate(self.fields) if name in recorded.read])
+        if choices is None or choices.at != at or len(choices.backends) >= _CACHE_LIMIT:
+            choices = self._chosen[key] = _Choices(at)
+        choices.backends[choices.key(call)] = chosen
+        return chosen
+
+    def _find(self, which: str, call: Any, recorded: _Recorded) -> Backend:
+        refusals: list[str] = []
+        for backend in self.candidates():
+            reasons = backend.reasons(which, call, self.principal, recorded)
+            if not reasons:
+                return backend
+            refusals += reasons
+        asked = f" (only {', '.join(allowed())} allowed)" if allowed() else ""
+        raise NotImplementedError(f"no backend takes this call of {self.name}{asked}:\n  " + "\n  ".join(refusals or ["none is there"]))
+
+    def candidates(self) -> list[Backend]:
+        """The allowed backends, in the order in which they are asked."""
+        names = allowed()
+        if not names:
+            return self.backends
+        return [backend for name in names for backend in self.backends if backend.name == name]
+
+    def forget_choices(self) -> None:
+        """Make every choice anew, where what a choice may not depend on has changed (the instruction sets that are allowed)."""
+        self._chosen.clear()
+
+
+def _needs(names: tuple[str, ...]) -> Any:
+    return namedtuple("Needs", names)
+
+
+def forget_choices() -> None:
+    """`Op.forget_choices` of every op."""
+    for op in OPS.values():
+        op.forget_choices()
+
+
+class _Recorded:
+    """A call, and which of its fields were read."""
+
+    def __init__(self, call: Any) -> None:
+        self._call, self.read = call, set[str]()
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._call, name)
+        self.read.update([name] if name in self._call._fields else self._call._fields)
+        return value
+
+    def __iter__(self) -> Iterator[Any]:
+        self.read.update(self._call._fields)
+        return iter(self._call)
+
+    def __getitem__(self, at: Any) -> Any:
+        self.read.update(self._call._fields)
+        return self._call[at]
+
+    def __len__(self) -> int:
+        return len(self._call)
+
+
+class _Choices:
+    """The backends chosen for calls of one pass, dtype and device, by what else was read to choose: the fields at `at`."""
+
+    def __init__(self, at: tuple[int, ...]) -> None:
+        self.at, self.backends = at, dict[Any, Backend]()
+
+    def key(self, call: Sequence[Any]) -> Any:
+        """What the choice hangs on; None where that is nothing."""
+        return tuple([_signature(call[i]) for i in self.at]) if len(self.at) > 1 else _signature(call[self.at[0]]) if self.at else None
+
+
+def _signature(value: Any) -> Any:
+    if type(value) is str:
+        return value
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.device, value.shape, value.stride()
+    return tuple(value) if isinstance(value, list) else value
