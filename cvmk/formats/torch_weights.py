@@ -1,56 +1,90 @@
-"""The weights of a model's folder as torch tensors, and the model that they make."""
+"""Between a model's folder and a CVMTransformer."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
+from torch import Tensor
 
 from cvmk.errors import DataError
-from cvmk.files import read_bytes
-from cvmk.formats.folder import CONFIG, WEIGHTS, load_model_tokenizer, read_model_config
-from cvmk.nn import CVMTransformer
+from cvmk.files import write_json
+from cvmk.formats.folder import WEIGHTS, load_model_tokenizer, read_model_manifest, read_model_weights, write_model_folder
+from cvmk.formats.manifest import CONFIG, Manifest, Scheme, Schemes
+from cvmk.formats.tensors import REMEDY, RawTensor, read_tensors
+from cvmk.nn import CVMTransformer, count_parameters
 from cvmk.text.tokenizers import Tokenizer
 
 
+# -- writing --------------------------------------------------------------------------------------------------------------------
+def save_model_folder(path: str | os.PathLike[str], model: CVMTransformer, tokenizer: Tokenizer, card: str, extra: dict[str, Any] | None = None) -> None:
+    """Write a model's folder, whole or not at all, as `folder.write_model_folder` says. `extra` goes into config.json as it is: `languages`, how
+    it was trained. Raises DataError where it cannot be written, and ValueError where `extra` would overwrite a key or the tokenizer is not the model's.
+    """
+    weights = safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()})
+    write_model_folder(path, _manifest(model, tokenizer, hashlib.sha256(weights).hexdigest(), extra), weights, tokenizer, card)
+
+
+def describe_model(folder: Path, model: CVMTransformer, tokenizer: Tokenizer, extra: dict[str, Any] | None = None) -> None:
+    """Write what a model's folder has besides weights and card, so that a folder with `model.safetensors` becomes one."""
+    tokenizer.save(folder)
+    write_json(folder / CONFIG, _manifest(model, tokenizer, None, extra).to_dict())
+
+
+def _manifest(model: CVMTransformer, tokenizer: Tokenizer, checksum: str | None, extra: dict[str, Any] | None) -> Manifest:
+    return Manifest(
+        model=model.config,
+        vocab_size=model.vocab_size,
+        pad_id=model.pad_id,
+        parameters=count_parameters(model),
+        tokenizer=tokenizer.fingerprint,
+        schemes=Schemes.of_weights({name: Scheme(str(tensor.dtype).removeprefix("torch.")) for name, tensor in model.state_dict().items()}),
+        weights_sha256=checksum,
+        extra=extra or {},
+    )
+
+
+# -- reading --------------------------------------------------------------------------------------------------------------------
 def load_model_folder(path: str | os.PathLike[str]) -> tuple[CVMTransformer, Tokenizer, dict[str, Any]]:
     """The model (on the CPU, in evaluation mode, float32 unless saved otherwise), its tokenizer, and config.json.
 
-    `path` is a model's folder or a run's. Raises DataError in one sentence for anything missing, truncated, corrupt or
-    not fitting together.
+    `path` is a model's folder or a run's. Raises DataError in one sentence for anything missing, truncated, corrupt, newer
+    or not fitting together.
     """
-    folder, config, info = read_model_config(path)
-    tokenizer = load_model_tokenizer(folder, info)
-    weights = read_weights(folder / WEIGHTS, info.get("weights_sha256"))
+    folder, manifest, info = read_model_manifest(path)
+    tokenizer = load_model_tokenizer(folder, manifest)
+    return load_model(folder, manifest), tokenizer, info
+
+
+def load_model(folder: Path, manifest: Manifest) -> CVMTransformer:
+    """The model of a folder whose manifest was read. Where its weights have several dtypes, it gets the narrowest that holds them all."""
+    weights = _tensors(read_model_weights(folder, manifest))
+    arguments = manifest.model, manifest.vocab_size, manifest.pad_id
     with torch.device("meta"):  # nothing is allocated before the sizes are known to be those of the weights
-        shapes = CVMTransformer(config, info["vocab_size"], info["pad_id"]).state_dict()
+        shapes = CVMTransformer(*arguments).state_dict()
     _check_weights(shapes, weights, folder / WEIGHTS)
-    model = CVMTransformer(config, info["vocab_size"], info["pad_id"]).to(next(iter(weights.values())).dtype)
+    model = CVMTransformer(*arguments).to(functools.reduce(torch.promote_types, {tensor.dtype for tensor in weights.values()}))
     model.load_state_dict(weights)
-    return model.eval(), tokenizer, info
+    return model.eval()
 
 
-def read_weights(file: Path, checksum: str | None = None, remedy: str = "restore it or save the model again") -> dict[str, Any]:
+def read_weights(file: Path, checksum: str | None = None, remedy: str = REMEDY) -> dict[str, Tensor]:
     """The tensors of a safetensors file by name. Raises DataError, with the remedy, where it is missing, corrupt or not of that sha256."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-
-    if not file.is_file():
-        raise DataError(f"{file} is missing: {remedy}")
-    data = read_bytes(file)
-    try:
-        weights = load(data)
-    except (SafetensorError, ValueError, KeyError, OverflowError) as error:
-        raise DataError(f"{file} is truncated or corrupt ({error}): {remedy}") from error
-    if checksum is not None and hashlib.sha256(data).hexdigest() != checksum:
-        raise DataError(f"{file} is corrupt (its checksum differs from {CONFIG}): {remedy}")
-    return weights
+    return _tensors(read_tensors(file, checksum, remedy))
 
 
-def _check_weights(expected: dict[str, Any], weights: dict[str, Any], file: Path) -> None:
+def _tensors(weights: Mapping[str, RawTensor]) -> dict[str, Tensor]:
+    """Copies in memory of our own, which stay what they are when the file goes."""
+    return {name: torch.from_numpy(raw.data.copy()).view(getattr(torch, raw.dtype)) for name, raw in weights.items()}
+
+
+def _check_weights(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor], file: Path) -> None:
     missing, unknown = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
     if missing or unknown:
         what = f"lacks the tensor {missing[0]}" if missing else f"has the unknown tensor {unknown[0]}"

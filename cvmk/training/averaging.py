@@ -8,7 +8,7 @@ import safetensors.torch
 import torch
 
 from cvmk.files import explained, write_bytes
-from cvmk.formats.torch_weights import read_weights
+from cvmk.formats import read_weights
 from cvmk.nn import CVMTransformer
 
 

@@ -21,7 +21,7 @@ import torch
 
 from cvmk.errors import DataError
 from cvmk.files import explained, read_bytes, read_json, sync_folder, write_bytes, write_json
-from cvmk.formats.torch_weights import read_weights
+from cvmk.formats import read_weights
 
 _STEP = re.compile(r"step-(\d+)$")
 _REMEDY = "remove this checkpoint's folder to resume from the one before it, or start again"

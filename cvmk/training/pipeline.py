@@ -15,8 +15,7 @@ from cvmk.config.schema import Recipe
 from cvmk.distill import DistillationObjective, check_vocabularies
 from cvmk.errors import ConfigError, DataError
 from cvmk.files import read_json, write_json
-from cvmk.formats.folder import BEST, resolve_model_folder, save_model_folder
-from cvmk.formats.torch_weights import load_model_folder
+from cvmk.formats import BEST, load_model_folder, resolve_model_folder, save_model_folder
 from cvmk.inference import Translator
 from cvmk.nn import CVMTransformer, count_parameters
 from cvmk.telemetry import Reporter, RunLog

@@ -17,7 +17,7 @@ from cvmk import nvtx
 from cvmk.config.schema import Recipe
 from cvmk.distill import DistillationObjective
 from cvmk.errors import DataError, DivergedError
-from cvmk.formats.folder import describe_model
+from cvmk.formats import describe_model
 from cvmk.inference import Translator
 from cvmk.nn import CVMTransformer
 from cvmk.telemetry import Reporter, RunLog

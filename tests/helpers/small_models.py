@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from cvmk.config.schema import ModelConfig
+from cvmk.config.schema import ModelConfig, TokenizerConfig
 from cvmk.nn import CVMTransformer
-from cvmk.text.tokenizers import Tokenizer
+from cvmk.text.tokenizers import Tokenizer, train_tokenizer
 
 SMALL = {"d_model": 16, "ffn": 32, "heads": 2, "encoder_layers": 2, "decoder_layers": 2, "max_length": 40}
 
@@ -55,6 +55,11 @@ def make_model() -> Callable[..., CVMTransformer]:
         return model
 
     return make
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    return train_tokenizer(["a man rides a horse", "two horses ride a man"] * 20, TokenizerConfig(kind="fallback", vocabulary=270))
 
 
 @pytest.fixture
