@@ -19,6 +19,7 @@ from cvmk.hardware import keep_freed_memory
 if TYPE_CHECKING:
     from cvmk.validation.bootstrap import PairedResult
     from cvmk.validation.metrics import Measurement
+    from cvmk.validation.tokenization import Tokenization
 
 HELP = "score a model against references, with confidence intervals, signatures and a baseline"
 
@@ -29,6 +30,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--reference", required=True, metavar="FILE", help="their reference translations, one a line, UTF-8; may end in .gz")
     parser.add_argument("--baseline", metavar="MODEL2", help="folder of a model to compare with, by paired bootstrap")
     parser.add_argument("--metrics", nargs="+", default=["bleu", "chrf", "ter"], metavar="METRIC", help="bleu chrf ter rouge bertscore; default: bleu chrf ter")
+    parser.add_argument(
+        "--tokenize", default="auto", metavar="NAME",
+        help="how BLEU finds words: auto (default: by the model's target language), 13a intl zh ja-mecab ko-mecab flores101 flores200 char none",
+    )  # fmt: skip
     parser.add_argument("--beam-size", type=_positive, default=1, metavar="N", help="beam of the search; default: 1, greedy")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ... or auto; default: cpu")
     parser.add_argument("--batch-tokens", type=_positive, default=4096, metavar="N", help="tokens translated at a time; default: 4096")
@@ -43,11 +48,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from cvmk.inference.options import SearchOptions
+    from cvmk.validation.tokenization import check_tokenizer
 
     need_open(sys.stdout, "output")
     SearchOptions(beam_size=arguments.beam_size)
     limits = [_limit(text) for text in arguments.min_score]
     metrics = _metrics(arguments.metrics, [metric for metric, _ in limits])
+    check_tokenizer(arguments.tokenize, "--tokenize")
     if arguments.max_drop is not None and arguments.baseline is None:
         raise ConfigError("--max-drop needs a model to compare with: give --baseline MODEL2")
     sources, references = read_lines(arguments.source), read_lines(arguments.reference)
@@ -88,11 +95,14 @@ def read_lines(path: str) -> list[str]:
 def _report(arguments: argparse.Namespace, metrics: list[str], limits: list[tuple[str, float]], sources: list[str], references: list[str]) -> dict[str, Any]:
     from cvmk.inference import Translator
     from cvmk.validation.bootstrap import paired_of
+    from cvmk.validation.tokenization import tokenization
 
     keep_freed_memory()
     translator = Translator(arguments.model, device=arguments.device)
     baseline = None if arguments.baseline is None else Translator(arguments.baseline, device=arguments.device)
-    system, measurements = _system(arguments, arguments.model, translator, metrics, sources, references)
+    language = _target_language(translator) or (None if baseline is None else _target_language(baseline))
+    words = tokenization(language, references, arguments.tokenize, "--tokenize")
+    system, measurements = _system(arguments, arguments.model, translator, metrics, sources, references, words)
     report: dict[str, Any] = {
         "source": arguments.source,
         "reference": arguments.reference,
@@ -100,12 +110,14 @@ def _report(arguments: argparse.Namespace, metrics: list[str], limits: list[tupl
         "device": arguments.device,
         "bootstrap": arguments.bootstrap,
         "confidence": arguments.confidence,
+        "language": language,
+        "notes": _notes(metrics, references, words),
         **system,
         "baseline": None,
     }
     drop: PairedResult | None = None
     if baseline is not None:
-        other, others = _system(arguments, arguments.baseline, baseline, metrics, sources, references)
+        other, others = _system(arguments, arguments.baseline, baseline, metrics, sources, references, words)
         pairs = [paired_of(ours, theirs, arguments.bootstrap, arguments.confidence) for ours, theirs in zip(measurements, others, strict=True)]
         report["baseline"] = {**other, "paired": [pair.to_dict() for pair in pairs]}
         drop = pairs[0]
@@ -118,8 +130,25 @@ def _report(arguments: argparse.Namespace, metrics: list[str], limits: list[tupl
     return report
 
 
+def _target_language(translator: Any) -> str | None:
+    """The target language that the model's config.json names."""
+    languages = getattr(translator, "info", {}).get("languages")
+    language = languages.get("target") if isinstance(languages, dict) else None
+    return language if isinstance(language, str) and language else None
+
+
+def _notes(metrics: list[str], references: list[str], words: Tokenization) -> list[str]:
+    """What a reader of the scores should know: a tokeniser that is missing, metrics that cannot judge this text."""
+    from cvmk.validation.metrics import blind_spot
+
+    notes = []
+    if words.note and not {"bleu", "ter"}.isdisjoint(metrics):
+        notes.append(words.note + (f"; chrF judges such text better: --metrics {words.better}" if words.better and words.better not in metrics else ""))
+    return notes + [note for metric in metrics if (note := blind_spot(metric, references, words)) is not None]
+
+
 def _system(
-    arguments: argparse.Namespace, name: str, translator: Any, metrics: list[str], sources: list[str], references: list[str]
+    arguments: argparse.Namespace, name: str, translator: Any, metrics: list[str], sources: list[str], references: list[str], words: Tokenization
 ) -> tuple[dict[str, Any], list[Measurement]]:
     """Translate and score: what the report says of one model, and its measurements."""
     from cvmk.validation.bootstrap import interval_of
@@ -129,7 +158,7 @@ def _system(
     start = time.perf_counter()
     hypotheses, tokens = translate(translator, sources, arguments.beam_size, max_batch_tokens=arguments.batch_tokens, on_long="truncate")
     seconds = time.perf_counter() - start
-    measurements = [measure(metric, hypotheses, references) for metric in metrics]
+    measurements = [measure(metric, hypotheses, references, words) for metric in metrics]
     scores = []
     for measurement in measurements:
         low, high = interval_of(measurement, arguments.bootstrap, arguments.confidence)
@@ -178,6 +207,7 @@ def _text(report: dict[str, Any]) -> str:
             values = (f"{pair['value_a']:.2f}", f"{pair['value_b']:.2f}", f"{pair['difference']:+.2f}", f"[{pair['low']:+.2f}, {pair['high']:+.2f}]")
             rows.append((_label(score), *values, f"{pair['p_value']:.4f}"))
         parts.append(f"Paired bootstrap, {report['bootstrap']} resamples\n{_table(rows)}")
+    parts += [f"Note: {note}" for note in report["notes"]]
     if report["gates"] and report["passed"]:
         parts.append("All quality gates passed.")
     return "\n\n".join(parts)

@@ -9,6 +9,7 @@ from pydantic import Field
 from cvmk.config.section import MAY_CHANGE, Section
 
 Metric = Literal["bleu", "chrf", "ter", "rouge", "bertscore"]
+BleuTokenizer = Literal["auto", "13a", "intl", "zh", "ja-mecab", "ko-mecab", "flores101", "flores200", "char", "none"]
 
 
 class TrainingConfig(Section):
@@ -31,6 +32,11 @@ class ValidationConfig(Section):
     validate_every: Annotated[int, MAY_CHANGE] = Field(1000, ge=1, description="Iterations between validations; the last iteration is always validated.")
     metric: Metric = Field("bleu", description="Metric that chooses the best checkpoint.")
     metrics: Annotated[list[Metric], MAY_CHANGE] = Field(["bleu", "chrf", "ter"], min_length=1, description="Metrics that are reported.")
+    bleu_tokenize: Annotated[BleuTokenizer, MAY_CHANGE] = Field(
+        "auto",
+        description="How BLEU finds words, by sacrebleu's name; auto goes by data.target_language: zh for Chinese, ja-mecab and ko-mecab where "
+        "installed, flores200 or char for others without spaces, else 13a.",
+    )
     beam_size: int = Field(1, ge=1, le=16, description="Beam of the validation translations.")
     max_sentences: int = Field(1000, ge=1, description="Validate on the first so many pairs.")
     patience: Annotated[int, MAY_CHANGE] = Field(10, ge=0, description="Stop after so many validations without a better metric; 0 = never.")

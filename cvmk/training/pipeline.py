@@ -156,6 +156,7 @@ def _train_one(job: Job, recipe: Recipe, folder: Path, title: str, tokenizer: To
             languages=(config.data.source_language, config.data.target_language),
         )
         step = trainer.resume()
+        trainer.validator.check_metric(refuse=step is None)
         parameters = count_parameters(model)
         resumed = f", resumed at iteration {step}" if step else ""
         job.reporter.say(f"{title}: {parameters / 1e6:.2f} M parameters on {job.device}, {len(corpus)} pairs, {recipe.training.iterations} iterations{resumed}")
@@ -210,7 +211,8 @@ def _validator(job: Job, recipe: Recipe, corpus: ParallelCorpus, name: str, fold
         outputs = teacher_translations(teacher.translator(), teacher.fingerprint, sources[:count], config.beam_size, job.cache, name, job.reporter)
     history = folder / "validation_history.json" if folder is not None else None
     hypotheses = folder / "hypotheses" if folder is not None else None
-    return DistillationValidator(config, sources[:count], references[:count], outputs, history, hypotheses)
+    language = job.config.data.target_language
+    return DistillationValidator(config, sources[:count], references[:count], outputs, history, hypotheses, language, job.reporter.say)
 
 
 def _final_weights(trainer: Trainer) -> tuple[ValidationResult, str]:
@@ -221,8 +223,7 @@ def _final_weights(trainer: Trainer) -> tuple[ValidationResult, str]:
     if mean is not None:
         trainer.model.load_state_dict(mean)
         # a validator of its own: the history holds what training went through, once each
-        judge = DistillationValidator(validator.config, validator.sources, validator.references, validator.teacher_outputs)
-        averaged = judge.run(trainer.translator(), trainer.progress.step, on_long="truncate")
+        averaged = validator.without_history().run(trainer.translator(), trainer.progress.step, on_long="truncate")
         steps = ", ".join(map(str, trainer.averages.steps()))
         trainer.log.event("average", iterations=trainer.averages.steps(), **averaged.to_dict())
         if validator.better(averaged, best):

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from cvmk.errors import DataError
-from cvmk.validation.metrics import Measurement, References, good_direction, measure
+from cvmk.validation.metrics import DEFAULT_TOKENIZATION, Measurement, References, good_direction, measure
+from cvmk.validation.tokenization import Tokenization
 
 SEED = 12345
 """sacrebleu's default seed: the same resamples as its paired test."""
@@ -39,6 +40,9 @@ class PairedResult:
     """As sacrebleu's paired bootstrap computes it; 1 where the scores are equal."""
     samples: int
     confidence: float
+    sentences: int = 0
+    differing: int = 0
+    """Sentences on which the two systems do not score alike: a difference that hangs on few of them says little, however sure the test is."""
 
     @property
     def gain(self) -> float:
@@ -55,10 +59,16 @@ class PairedResult:
 
 
 def interval(
-    metric: str, hypotheses: Sequence[str], references: References, samples: int = 1000, confidence: float = 0.95, seed: int = SEED
+    metric: str,
+    hypotheses: Sequence[str],
+    references: References,
+    samples: int = 1000,
+    confidence: float = 0.95,
+    seed: int = SEED,
+    tokenization: Tokenization = DEFAULT_TOKENIZATION,
 ) -> tuple[float, float]:
     """Percentile confidence interval (low, high) of a corpus score. Raises as `metrics.score`."""
-    return interval_of(measure(metric, hypotheses, references), samples, confidence, seed)
+    return interval_of(measure(metric, hypotheses, references, tokenization), samples, confidence, seed)
 
 
 def paired(
@@ -69,9 +79,11 @@ def paired(
     samples: int = 1000,
     confidence: float = 0.95,
     seed: int = SEED,
+    tokenization: Tokenization = DEFAULT_TOKENIZATION,
 ) -> PairedResult:
     """Paired bootstrap test of two systems. Raises as `metrics.score`."""
-    return paired_of(measure(metric, hypotheses_a, references), measure(metric, hypotheses_b, references), samples, confidence, seed)
+    a, b = (measure(metric, hypotheses, references, tokenization) for hypotheses in (hypotheses_a, hypotheses_b))
+    return paired_of(a, b, samples, confidence, seed)
 
 
 def interval_of(measurement: Measurement, samples: int = 1000, confidence: float = 0.95, seed: int = SEED) -> tuple[float, float]:
@@ -80,14 +92,17 @@ def interval_of(measurement: Measurement, samples: int = 1000, confidence: float
 
 
 def paired_of(a: Measurement, b: Measurement, samples: int = 1000, confidence: float = 0.95, seed: int = SEED) -> PairedResult:
-    """As `paired`, of two measurements with the same metric and references.
+    """As `paired`, of two measurements with the same metric, tokenisation and references. Raises ValueError where they differ.
 
     The p-value is defined as in sacrebleu and Moses, so that it can stand beside published ones: the share of resamples whose absolute
     difference exceeds the mean absolute difference by more than the real difference, the real corpus counted as one resample. For
     clear differences it is about half of a two-sided p-value; the interval is two-sided.
     """
-    if a.score.metric != b.score.metric or a.score.fallback != b.score.fallback:
-        raise ValueError(f"cannot compare {a.score.label} with {b.score.label}: measure both systems with the same metric and implementation")
+    if a.score.metric != b.score.metric or a.score.signature != b.score.signature:
+        raise ValueError(
+            f"cannot compare {a.score.label} with {b.score.label} ({a.score.signature}; {b.score.signature}): "
+            "measure both systems with the same metric, implementation and tokenisation"
+        )
     if a.sentences != b.sentences:
         raise DataError(f"cannot compare systems on {a.sentences} and {b.sentences} sentences: translate the same sources with both")
     values_a, values_b = _resampled([a, b], samples, confidence, seed)
@@ -96,7 +111,8 @@ def paired_of(a: Measurement, b: Measurement, samples: int = 1000, confidence: f
     sizes = np.abs(values_a - values_b)
     exceeding = int(np.count_nonzero(sizes - sizes.mean() > abs(difference)))
     p_value = (exceeding + 1) / (samples + 1) if difference else 1.0
-    return PairedResult(a.score.metric, a.score.value, b.score.value, difference, low, high, p_value, samples, confidence)
+    differing = int(np.count_nonzero((a.statistics != b.statistics).any(axis=1)))
+    return PairedResult(a.score.metric, a.score.value, b.score.value, difference, low, high, p_value, samples, confidence, a.sentences, differing)
 
 
 def _resampled(measurements: Sequence[Measurement], samples: int, confidence: float, seed: int) -> list[np.ndarray]:

@@ -20,6 +20,7 @@ import numpy as np
 import cvmk
 from cvmk.errors import ConfigError, DataError
 from cvmk.validation.fallback import bleu, chrf, embedding_score, rouge, ter
+from cvmk.validation.tokenization import Tokenization, words_of
 
 METRICS = ("bleu", "chrf", "ter", "rouge", "bertscore")
 LOWER_IS_BETTER = frozenset({"ter"})
@@ -28,6 +29,8 @@ BERTSCORE_MODEL = "bert-base-multilingual-cased"
 
 References = Sequence[str] | Sequence[Sequence[str]]
 """One reference a hypothesis, or several sets of references, each as long as the hypotheses."""
+
+DEFAULT_TOKENIZATION = Tokenization()
 
 _BUILT_IN: dict[str, ModuleType] = {"bleu": bleu, "chrf": chrf, "ter": ter, "rouge": rouge, "bertscore": embedding_score}
 _PACKAGES = {"bleu": "sacrebleu", "chrf": "sacrebleu", "ter": "sacrebleu", "rouge": "rouge-score", "bertscore": "bert-score"}
@@ -98,27 +101,40 @@ def good_direction(metric: str) -> int:
     return -1 if metric in LOWER_IS_BETTER else 1
 
 
-def score(metric: str, hypotheses: Sequence[str], references: References) -> Score:
-    """The corpus score of `hypotheses`. Empty hypotheses are legal.
+def score(metric: str, hypotheses: Sequence[str], references: References, tokenization: Tokenization = DEFAULT_TOKENIZATION) -> Score:
+    """The corpus score of `hypotheses`. Empty hypotheses are legal. `tokenization` says what words are in BLEU and TER.
 
     Raises ConfigError for an unknown metric, DataError for an empty list or unequal lengths.
     """
-    return measure(metric, hypotheses, references).score
+    return measure(metric, hypotheses, references, tokenization).score
 
 
-def measure(metric: str, hypotheses: Sequence[str], references: References) -> Measurement:
+def measure(metric: str, hypotheses: Sequence[str], references: References, tokenization: Tokenization = DEFAULT_TOKENIZATION) -> Measurement:
     """As `score`, with the statistics for a bootstrap, which are computed when they are first asked for."""
     check_metric(metric)
     hypotheses = list(hypotheses)
     sets = _reference_sets(hypotheses, references)
     if metric in ("bleu", "chrf", "ter"):
-        return _by_sacrebleu(metric, hypotheses, sets) or _by_fallback(metric, hypotheses, sets)
+        return _by_sacrebleu(metric, hypotheses, sets, tokenization) or _by_fallback(metric, hypotheses, sets, tokenization)
     means = _rouge_score(hypotheses, sets) if metric == "rouge" else _bert_score(hypotheses, sets)
     if means is None:
-        return _by_fallback(metric, hypotheses, sets)
+        return _by_fallback(metric, hypotheses, sets, tokenization)
     values, signature = means
     rows = np.stack([values, np.ones_like(values)], axis=1)
     return Measurement(Score(metric, float(100.0 * values.mean()), signature, False), len(hypotheses), lambda: rows)
+
+
+def blind_spot(metric: str, references: Sequence[str], tokenization: Tokenization = DEFAULT_TOKENIZATION) -> str | None:
+    """Why the metric cannot judge these references, in a sentence, or None: the references themselves must get a good score.
+
+    BLEU gives them 0 where no sentence has four words. BERTScore is not asked: its model takes any text.
+    """
+    if metric == "bertscore" or not references:
+        return None
+    own = score(metric, references, references, tokenization)
+    if metric in LOWER_IS_BETTER or own.value > 50:
+        return None
+    return f"{own.label} gives the references themselves only {own.value:.2f}: they have too few words for it ({own.signature})"
 
 
 def available() -> dict[str, Available]:
@@ -148,32 +164,66 @@ def _reference_sets(hypotheses: list[str], references: References) -> list[list[
     return sets
 
 
-def _by_fallback(metric: str, hypotheses: list[str], sets: list[list[str]]) -> Measurement:
+def _by_fallback(metric: str, hypotheses: list[str], sets: list[list[str]], tokenization: Tokenization) -> Measurement:
     built_in = _BUILT_IN[metric]
-    rows = built_in.statistics(hypotheses, sets)
-    signature = f"cvmk-fallback|{built_in.signature(len(sets))}|version:{cvmk.__version__}"
+    name = _tokenizer(metric, sets, tokenization)
+    rows = _statistics(metric, hypotheses, sets, name)
+    described = built_in.signature(len(sets)) if name is None else built_in.signature(len(sets), name)
+    signature = f"cvmk-fallback|{described}|version:{cvmk.__version__}"
     return Measurement(Score(metric, float(built_in.value(rows.sum(axis=0))), signature, True), len(hypotheses), lambda: rows)
 
 
-def _by_sacrebleu(metric: str, hypotheses: list[str], sets: list[list[str]]) -> Measurement | None:
+def _by_sacrebleu(metric: str, hypotheses: list[str], sets: list[list[str]], tokenization: Tokenization) -> Measurement | None:
     try:
         from sacrebleu.metrics import BLEU, CHRF, TER
     except ImportError:
         return None
-    scorer = {"bleu": BLEU, "chrf": CHRF, "ter": TER}[metric]()
+    name = _tokenizer(metric, sets, tokenization)
+    scorer: Any
+    if metric == "bleu":
+        scorer = BLEU(tokenize=name)
+    elif metric == "ter":
+        scorer = TER(normalized=name == "asian", asian_support=name == "asian")
+    else:
+        scorer = CHRF()
     value = scorer.corpus_score(hypotheses, sets).score
     result = Score(metric, float(value), str(scorer.get_signature()), False)
-    return Measurement(result, len(hypotheses), lambda: _BUILT_IN[metric].statistics(hypotheses, sets))
+    return Measurement(result, len(hypotheses), lambda: _statistics(metric, hypotheses, sets, name))
+
+
+def _tokenizer(metric: str, sets: list[list[str]], tokenization: Tokenization) -> str | None:
+    """The name of the metric's tokeniser; None for a metric without a choice."""
+    if metric == "rouge":
+        return rouge.tokenizer_for(sets)
+    return {"bleu": tokenization.bleu, "ter": tokenization.ter}.get(metric)
+
+
+def _statistics(metric: str, hypotheses: list[str], sets: list[list[str]], tokenizer: str | None) -> np.ndarray:
+    if metric == "bleu":
+        return bleu.statistics(hypotheses, sets, words_of(tokenizer or "13a"))
+    if metric == "ter":
+        return ter.statistics(hypotheses, sets, ter.TOKENIZERS[tokenizer or "tercom"])
+    if metric == "rouge":
+        return rouge.statistics(hypotheses, sets, rouge.TOKENIZERS[tokenizer or "default"])
+    rows: np.ndarray = _BUILT_IN[metric].statistics(hypotheses, sets)
+    return rows
 
 
 def _rouge_score(hypotheses: list[str], sets: list[list[str]]) -> tuple[np.ndarray, str] | None:
     try:
         from rouge_score.rouge_scorer import RougeScorer
+        from rouge_score.tokenizers import Tokenizer
     except ImportError:
         return None
-    scorer = RougeScorer(["rougeL"], use_stemmer=False)
+
+    class Words(Tokenizer):
+        def tokenize(self, text: str) -> list[str]:
+            return rouge.TOKENIZERS[name](text)
+
+    name = rouge.tokenizer_for(sets)
+    scorer = RougeScorer(["rougeL"], use_stemmer=False, tokenizer=None if name == "default" else Words())
     values = [scorer.score_multi(list(references), hypothesis)["rougeL"].fmeasure for hypothesis, *references in zip(hypotheses, *sets, strict=True)]
-    return np.array(values, dtype=np.float64), f"rouge-score|{rouge.signature(len(sets))}|version:{_version('rouge-score')}"
+    return np.array(values, dtype=np.float64), f"rouge-score|{rouge.signature(len(sets), name)}|version:{_version('rouge-score')}"
 
 
 def _bert_score(hypotheses: list[str], sets: list[list[str]]) -> tuple[np.ndarray, str] | None:

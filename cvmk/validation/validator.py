@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -13,9 +14,11 @@ from cvmk.config.schema import ValidationConfig
 from cvmk.errors import ConfigError, DataError
 from cvmk.files import write_json, write_text
 from cvmk.validation.bootstrap import PairedResult, interval_of, paired_of
-from cvmk.validation.metrics import Measurement, Score, good_direction, measure
+from cvmk.validation.metrics import Measurement, Score, blind_spot, good_direction, measure
+from cvmk.validation.tokenization import tokenization
 
 SAMPLES_SHOWN = 5
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,9 @@ class DistillationValidator:
 
     `references` and `teacher_outputs` are as long as `sources`; only the first `config.max_sentences` are used. With `history_path`
     the history is written there after every validation (a JSON list, the file is replaced whole); with `hypotheses_folder` the
-    translations are written to step-N.txt in it, one a line.
+    translations are written to step-N.txt in it, one a line. `language` is the target's (BCP 47): it chooses the tokenisers of BLEU and TER, which
+    every comparison here shares, where `config.bleu_tokenize` does not; None lets the script of the references choose. `say` gets what a person
+    should know, a sentence at a time (default: a warning of the logger). Raises ConfigError where the tokeniser of the configuration cannot be used.
     """
 
     def __init__(
@@ -117,6 +122,8 @@ class DistillationValidator:
         teacher_outputs: Sequence[str] | None = None,
         history_path: str | os.PathLike[str] | None = None,
         hypotheses_folder: str | os.PathLike[str] | None = None,
+        language: str | None = None,
+        say: Callable[[str], None] = _log.warning,
     ) -> None:
         if not sources:
             raise DataError("the validation set is empty: give at least one pair in data.valid")
@@ -129,6 +136,8 @@ class DistillationValidator:
         self.teacher_outputs = None if teacher_outputs is None else list(teacher_outputs[: config.max_sentences])
         self.history_path = history_path
         self.hypotheses_folder = hypotheses_folder
+        self.language, self.say = language, say
+        self.tokenization = tokenization(language, self.references, config.bleu_tokenize)
         self.history: list[ValidationResult] = []
         self.best: ValidationResult | None = None
 
@@ -136,6 +145,29 @@ class DistillationValidator:
     def metrics(self) -> list[str]:
         """The metric that chooses the best checkpoint, then the other ones of the configuration."""
         return list(dict.fromkeys([self.config.metric, *self.config.metrics]))
+
+    def without_history(self) -> DistillationValidator:
+        """A validator of the same texts that scores in the same way, with a history of its own that is not written."""
+        return DistillationValidator(self.config, self.sources, self.references, self.teacher_outputs, language=self.language, say=self.say)
+
+    def check_metric(self, *, refuse: bool = True) -> None:
+        """Say what the tokenisers have to say; raise ConfigError, or say it where that is not to `refuse`, if the deciding metric is blind.
+
+        A metric is blind where it does not even know the references again: it would choose any checkpoint.
+        """
+        words, metric = self.tokenization, self.config.metric
+        if words.note and metric in ("bleu", "ter"):
+            self.say(words.note + (f'; chrF judges such text better: validation.metric = "{words.better}"' if words.better else ""))
+        problem = blind_spot(metric, self.references, words)
+        if problem is not None:
+            by_character = ', or validation.bleu_tokenize = "char"' if metric == "bleu" and words.bleu != "char" else ""
+            text = (
+                f'validation.metric = "{metric}" cannot choose the best checkpoint: {problem}; '
+                f'set validation.metric = "chrf"{by_character}, or correct data.target_language ({self.language or "not given"})'
+            )
+            if refuse:
+                raise ConfigError(text)
+            self.say(text)
 
     def run(self, translator: Any, step: int, **options: Any) -> ValidationResult:
         """Validate the model behind `translator` and add the result to the history.
@@ -147,11 +179,19 @@ class DistillationValidator:
         start = time.perf_counter()
         hypotheses, tokens = translate(translator, self.sources, self.config.beam_size, **options)
         seconds = time.perf_counter() - start
-        measurements = [measure(metric, hypotheses, self.references) for metric in self.metrics]
-        main = measurements[0]
+        result = self._judge(step, hypotheses, seconds, tokens)
+        self.history.append(result)
+        if self.better(result, self.best):
+            self.best = result
+        self._write(result)
+        return result
+
+    def _judge(self, step: int, hypotheses: Sequence[str], seconds: float, tokens: int | None) -> ValidationResult:
+        measurements = [measure(metric, hypotheses, self.references, self.tokenization) for metric in self.metrics]
+        main, teacher = measurements[0], self.teacher_outputs
         low, high = interval_of(main, self.config.bootstrap, self.config.confidence)
-        teacher = self.teacher_outputs
-        result = ValidationResult(
+        agreement = [] if teacher is None else [measure(metric, hypotheses, teacher, self.tokenization).score for metric in self.metrics]
+        return ValidationResult(
             step=step,
             metric=main.score.metric,
             value=main.score.value,
@@ -159,18 +199,13 @@ class DistillationValidator:
             high=high,
             confidence=self.config.confidence,
             scores=tuple(measurement.score for measurement in measurements),
-            agreement=() if teacher is None else tuple(measure(metric, hypotheses, teacher).score for metric in self.metrics),
+            agreement=tuple(agreement),
             sentences=len(self.sources),
             seconds=seconds,
             tokens=tokens,
             samples=tuple(map(Sample, self.sources[:SAMPLES_SHOWN], hypotheses, self.references)),
             hypotheses=tuple(hypotheses),
         )
-        self.history.append(result)
-        if self.better(result, self.best):
-            self.best = result
-        self._write(result)
-        return result
 
     def better(self, result: ValidationResult, best: ValidationResult | None) -> bool:
         """Whether `result` improves on `best` by min_delta at least, in the metric's good direction. Anything improves on None."""
@@ -195,7 +230,12 @@ class DistillationValidator:
         return {"history": [result.to_dict() for result in self.history], "best": best}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go back to a saved state; the history file is rewritten to match it. Raises ConfigError where the validation set has another size."""
+        """Go back to a saved state; the history file is rewritten to match it.
+
+        Where the best result was scored in another way (another tokeniser, another version of the metric), it is scored anew, so that it can be
+        compared, and that is said. The history keeps the scores that it had, with their signatures. Raises ConfigError where the validation set has
+        another size.
+        """
         best = state["best"]
         if best is not None and len(best["hypotheses"]) != len(self.sources):
             raise ConfigError(
@@ -203,8 +243,19 @@ class DistillationValidator:
                 "resume with the same data.valid and validation.max_sentences"
             )
         self.history = [ValidationResult.from_dict(result) for result in state["history"]]
-        self.best = None if best is None else ValidationResult.from_dict(best["result"], best["hypotheses"])
+        self.best = None if best is None else self._rescored(ValidationResult.from_dict(best["result"], best["hypotheses"]))
         self._write_history()
+
+    def _rescored(self, result: ValidationResult) -> ValidationResult:
+        """The result, with new scores where those of its deciding metric were made in another way than this validator's."""
+        before, now = result.score(result.metric), self._measured(result).score
+        if before.signature == now.signature:
+            return result
+        self.say(
+            f"the saved run scored {before.label} by {before.signature}, this one by {now.signature}: "
+            f"its best result, iteration {result.step}, goes from {before.value:.2f} to {now.value:.2f}, and older scores are not comparable with new ones"
+        )
+        return self._judge(result.step, result.hypotheses, result.seconds, result.tokens)
 
     def _measured(self, result: ValidationResult) -> Measurement:
         if len(result.hypotheses) != len(self.references):
@@ -212,7 +263,7 @@ class DistillationValidator:
                 f"the validation of step {result.step} has {len(result.hypotheses)} hypotheses for {len(self.references)} references: "
                 "keep the result that run() returned"
             )
-        return measure(result.metric, result.hypotheses, self.references)
+        return measure(result.metric, result.hypotheses, self.references, self.tokenization)
 
     def _write(self, result: ValidationResult) -> None:
         if self.hypotheses_folder is not None:

@@ -46,6 +46,7 @@ class Translator:
         except OSError as error:
             raise DataError(f"{path} is no model folder") from error
         self.device = device
+        self.info = self.answers.pop("info", {})
 
     def translate(self, texts, *, beam_size, max_batch_tokens, on_long):
         assert on_long == "truncate", "one long sentence must not end a validation"
@@ -182,6 +183,45 @@ def test_unicode_line_separators_do_not_split_lines(place, capsys):
     assert json.loads(capsys.readouterr().out)["sentences"] == 8
 
 
+JAPANESE = ["朝に私は歌を買います。", "毎日あなたは水を売ります。", "今日医者は電車を買います。"]
+
+
+def japanese(place, languages, name="japanese"):
+    (place / name).mkdir()
+    answers = {"info": {"languages": languages}, **dict(zip("abc", JAPANESE, strict=True))}
+    (place / name / "answers.json").write_text(json.dumps(answers), encoding="utf-8")
+    (place / "abc").write_text("a\nb\nc\n")
+    (place / "abc.ja").write_text("\n".join(JAPANESE) + "\n", encoding="utf-8")
+    return {"source": "abc", "reference": "abc.ja"}
+
+
+@pytest.mark.parametrize(
+    ("languages", "tokenizer"),
+    [({"source": "en", "target": "zh-Hant"}, "zh"), ({"source": "en", "target": "jpn"}, "char"), (None, "char"), ({"source": "en", "target": "de"}, "char")],
+)
+def test_words_by_the_language_of_the_model(place, capsys, monkeypatch, languages, tokenizer):
+    monkeypatch.setattr("cvmk.validation.tokenization.unavailable", lambda name: None if name in ("char", "zh") else "it is not installed")
+    files = japanese(place, languages)
+    assert validate("japanese", "--json", "--metrics", "bleu", "chrf", "ter", "rouge", "--min-score", "bleu=99.9", **files) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert [round(entry["value"], 6) for entry in report["scores"]] == [100, 100, 0, 100]
+    assert f"tok:{tokenizer}|" in report["scores"][0]["signature"] and "asian:yes" in report["scores"][2]["signature"]
+    assert report["language"] == (languages and languages["target"])
+    assert any('"de" is not' in note for note in report["notes"]) == (languages is not None and languages["target"] == "de")
+    assert validate("japanese", "--metrics", "bleu", **files) == 0
+    assert ("Note: " in (out := capsys.readouterr().out)) == (tokenizer == "char") and ("--metrics chrf" in out) == (tokenizer == "char")
+
+
+def test_the_tokeniser_can_be_named(place, capsys):
+    files = japanese(place, {"source": "en", "target": "ja"})
+    assert validate("japanese", "--baseline", "japanese", "--tokenize", "13a", "--json", **files) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["scores"][0]["value"] == 0 and "tok:13a" in report["scores"][0]["signature"] == report["baseline"]["scores"][0]["signature"]
+    assert any("only 0.00" in note for note in report["notes"])
+    assert validate("good", "--tokenize", "intl", "--json") == 0
+    assert "tok:intl" in json.loads(capsys.readouterr().out)["scores"][0]["signature"]
+
+
 def broken_gzip(place):
     whole = gzip.compress(b"one\ntwo\n" * 100)
     (place / "cut.gz").write_bytes(whole[:-12])
@@ -230,6 +270,8 @@ def test_missing_models(place, calls, capsys):
         (["--min-score", "bleu=high"], "not METRIC=VALUE"),
         (["--min-score", "bleu=nan"], "not METRIC=VALUE"),
         (["--max-drop", "1"], "--baseline"),
+        (["--tokenize", "moses"], "--tokenize is 'moses': choose from auto, 13a"),
+        (["--tokenize", "flores200"], "nothing is downloaded"),
     ],
 )
 def test_wrong_options_are_configuration_errors(place, capsys, options, message):

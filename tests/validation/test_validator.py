@@ -163,6 +163,69 @@ def test_resume_is_exact(tmp_path, sources, references, systems):
     assert [entry.step for entry in resumed.history] == [1, 2, 3]
 
 
+JAPANESE = ["朝に私は歌を買います。", "毎日あなたは水を売ります。", "今日医者は電車を買います。"]
+
+
+def test_the_language_chooses_the_tokenisers(references, hypotheses, sources):
+    validator = DistillationValidator(CONFIG, JAPANESE, JAPANESE, JAPANESE, language="zh-Hant")
+    result = validator.run(lambda texts: JAPANESE, 1)
+    assert (result.value, result.low, result.high) == pytest.approx((100, 100, 100))
+    for entry in (result.score("bleu"), result.agreement[0]):
+        assert entry.value == pytest.approx(100) and "tok:zh" in entry.signature
+    assert "asian:yes" in result.score("ter").signature
+    assert "tok:zh" in validator.history[0].to_dict()["scores"][0]["signature"]
+    assert not validator.regressed(validator.run(lambda texts: JAPANESE, 2), result)
+    assert validator.without_history().run(lambda texts: JAPANESE, 3).score("bleu") == result.score("bleu")
+    assert len(validator.history) == 2
+    german = DistillationValidator(CONFIG, sources, references, language="de-AT").run(lambda texts: hypotheses, 1)
+    assert german.score("bleu") == score("bleu", hypotheses, references)
+    by_key = DistillationValidator(ValidationConfig(bleu_tokenize="intl"), sources, references, language="zh").run(lambda texts: hypotheses, 1)
+    assert "tok:intl" in by_key.score("bleu").signature
+
+
+def test_a_metric_that_knows_nothing_again_is_refused_before_training(sources, references):
+    blind = DistillationValidator(ValidationConfig(bleu_tokenize="13a"), JAPANESE, JAPANESE, language="ja", say=pytest.fail)
+    with pytest.raises(ConfigError, match='metric = "bleu" cannot choose .*0.00.*"chrf", or validation.bleu_tokenize = "char", .*target_language .ja'):
+        blind.check_metric()
+    said = []
+    short = DistillationValidator(CONFIG, ["a", "b"], ["Ja.", "Guten Tag."], language="de", say=said.append)
+    with pytest.raises(ConfigError, match="too few words"):
+        short.check_metric()
+    short.check_metric(refuse=False)
+    assert len(said) == 1 and "too few words" in said[0]
+    DistillationValidator(CONFIG, sources, references, say=pytest.fail).check_metric()
+    DistillationValidator(ValidationConfig(metric="chrf"), ["a"], ["Ja."], say=pytest.fail).check_metric()
+
+
+def test_makeshift_words_are_said():
+    said = []
+    DistillationValidator(CONFIG, ["a", "b"], ["ฉันกินข้าวทุกวัน", "วันนี้อากาศดีมาก"], language="th", say=said.append).check_metric()
+    assert len(said) == 1 and "characters" in said[0] and 'validation.metric = "chrf"' in said[0]
+
+
+def test_a_run_that_was_scored_with_other_words_is_not_mixed():
+    """A run of the commit before: Japanese by 13a, every value 0, the first validation the best one."""
+    sources = ["a", "b", "c"]
+    old = DistillationValidator(ValidationConfig(bleu_tokenize="13a"), sources, JAPANESE, language="ja")
+    old.run(lambda texts: ["朝に私は水を買います。", *JAPANESE[1:]], 10)
+    old.run(lambda texts: JAPANESE[:1] * 3, 20)
+    state = json.loads(json.dumps(old.state_dict()))
+    assert state["best"]["result"]["step"] == 10 and state["best"]["result"]["value"] < 70
+    said = []
+    new = DistillationValidator(ValidationConfig(bleu_tokenize="char"), sources, JAPANESE, language="ja", say=said.append)
+    new.load_state_dict(state)
+    assert len(said) == 1 and all(word in said[0] for word in ("tok:13a", "tok:char", "iteration 10", "not comparable"))
+    hypotheses = state["best"]["hypotheses"]
+    assert new.best.value == score("bleu", hypotheses, JAPANESE, new.tokenization).value > 80
+    assert new.best.low <= new.best.value <= new.best.high and new.best.step == 10 and new.best.score("bleu").value == new.best.value
+    assert ["tok:13a" in entry.score("bleu").signature for entry in new.history] == [True, True], "the history says how it was made"
+    better = new.run(lambda texts: JAPANESE, 30)
+    assert new.best is better and new.compare(better, better).difference == 0
+    again = DistillationValidator(ValidationConfig(bleu_tokenize="char"), sources, JAPANESE, language="ja", say=pytest.fail)
+    again.load_state_dict(json.loads(json.dumps(new.state_dict())))
+    assert again.best == new.best
+
+
 def test_state_before_the_first_validation(sources, references):
     validator = DistillationValidator(CONFIG, sources, references)
     validator.load_state_dict(json.loads(json.dumps(validator.state_dict())))

@@ -1,10 +1,11 @@
-"""BLEU (Papineni et al. 2002) with the 13a tokenisation of mteval and its exponential smoothing (Chen & Cherry 2014, method 3)."""
+"""BLEU (Papineni et al. 2002) with the smoothing of mteval (Chen & Cherry 2014, method 3), over the words of a tokeniser: 13a of mteval,
+or for languages without spaces zh, char and none, all as sacrebleu has them."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -15,29 +16,64 @@ _SYMBOL = re.compile(r"([ !-&(-+/:-@\[-`{-~])")  # ASCII but letters, digits and
 _MARK_AFTER_NON_DIGIT = re.compile(r"([^0-9])([.,])")
 _MARK_BEFORE_NON_DIGIT = re.compile(r"([.,])([^0-9])")
 _DASH_AFTER_DIGIT = re.compile(r"([0-9])(-)")
+_CHINESE = re.compile(
+    # General punctuation to the symbols, for sacrebleu reads the planes of rare ideographs as this range, and then: radicals and strokes,
+    # punctuation, bopomofo, enclosed and squared characters, ideographs, compatibility and vertical forms, full and half widths.
+    "([\u2001-\u2a6d\u2e80-\u2fdf\u2ff0-\u303f\u3100-\u312f\u31a0-\u31bf\u31c0-\u31ef\u3200-\u33ff\u3400-\u4db5\u4e00-\u9fbb"
+    "\uf900-\ufa2d\ufa30-\ufa6a\ufa70-\ufad9\ufe10-\ufe1f\ufe30-\ufe4f\uff00-\uffef])"
+)
+
+
+def unescaped(line: str) -> str:
+    for entity, character in _ENTITIES:
+        line = line.replace(entity, character)
+    return line
+
+
+def symbols_apart(line: str) -> str:
+    """Blanks around the symbols of ASCII."""
+    return _SYMBOL.sub(r" \1 ", line)
+
+
+def marks_apart(line: str) -> str:
+    """Blanks around periods and commas but for those within numbers, and around the dash after a digit."""
+    line = _MARK_AFTER_NON_DIGIT.sub(r"\1 \2 ", line)
+    line = _MARK_BEFORE_NON_DIGIT.sub(r" \1 \2", line)
+    return _DASH_AFTER_DIGIT.sub(r"\1 \2 ", line)
 
 
 def tokenize_13a(line: str) -> list[str]:
     """Words and punctuation marks of a line, as NIST's mteval-v13a splits them; numbers such as 1,000.5 stay whole."""
-    line = line.rstrip().replace("<skipped>", "").replace("-\n", "").replace("\n", " ")
-    for entity, character in _ENTITIES:
-        line = line.replace(entity, character)
-    line = _SYMBOL.sub(r" \1 ", f" {line} ")
-    line = _MARK_AFTER_NON_DIGIT.sub(r"\1 \2 ", line)
-    line = _MARK_BEFORE_NON_DIGIT.sub(r" \1 \2", line)
-    return _DASH_AFTER_DIGIT.sub(r"\1 \2 ", line).split()
+    line = unescaped(line.rstrip().replace("<skipped>", "").replace("-\n", "").replace("\n", " "))
+    return marks_apart(symbols_apart(f" {line} ")).split()
+
+
+def tokenize_zh(line: str) -> list[str]:
+    """Chinese characters and full-width marks each by itself, the rest as 13a splits it."""
+    return marks_apart(symbols_apart(_CHINESE.sub(r" \1 ", line.strip()))).split()
+
+
+def tokenize_char(line: str) -> list[str]:
+    """The characters of a line without its white space."""
+    return list("".join(line.split()))
+
+
+TOKENIZERS: dict[str, Callable[[str], list[str]]] = {"13a": tokenize_13a, "zh": tokenize_zh, "char": tokenize_char, "none": str.split}
+"""By sacrebleu's name: a line to its words."""
 
 
 def _ngrams(tokens: Sequence[str]) -> list[Counter[tuple[str, ...]]]:
     return [Counter(zip(*(tokens[start:] for start in range(n)), strict=False)) for n in range(1, ORDER + 1)]
 
 
-def statistics(hypotheses: Sequence[str], reference_sets: Sequence[Sequence[str]]) -> np.ndarray:
+def statistics(
+    hypotheses: Sequence[str], reference_sets: Sequence[Sequence[str]], tokenize: Callable[[str], Sequence[str]] = tokenize_13a
+) -> np.ndarray:
     """Per sentence: hypothesis length, closest reference length, matches of order 1..4, n-grams of order 1..4."""
     rows = np.zeros((len(hypotheses), 2 + 2 * ORDER))
     for row, hypothesis, *references in zip(rows, hypotheses, *reference_sets, strict=True):
-        tokens = tokenize_13a(hypothesis)
-        references_tokens = [tokenize_13a(reference) for reference in references]
+        tokens = tokenize(hypothesis)
+        references_tokens = [tokenize(reference) for reference in references]
         row[0] = len(tokens)
         row[1] = min((abs(len(words) - len(tokens)), len(words)) for words in references_tokens)[1]
         references_ngrams = [_ngrams(words) for words in references_tokens]
@@ -61,5 +97,5 @@ def value(sums: np.ndarray) -> np.ndarray:
     return np.where(defined, 100.0 * penalty * np.exp(np.log(precisions).mean(axis=-1)), 0.0)
 
 
-def signature(references: int) -> str:
-    return f"nrefs:{references}|case:mixed|eff:no|tok:13a|smooth:exp"
+def signature(references: int, tokenizer: str = "13a") -> str:
+    return f"nrefs:{references}|case:mixed|eff:no|tok:{tokenizer}|smooth:exp"

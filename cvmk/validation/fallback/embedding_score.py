@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
 import zlib
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import numpy as np
 
+from cvmk.validation import scripts
 from cvmk.validation.fallback.rouge import value as value
 
 Embedder = Callable[[str], tuple[np.ndarray, np.ndarray]]
@@ -23,7 +25,17 @@ Embedder = Callable[[str], tuple[np.ndarray, np.ndarray]]
 DIMENSIONS = 512
 ORDERS = (1, 2, 3, 4)
 
-_WORD = re.compile(r"\w+|[^\w\s]")
+_WORD = re.compile("w[wm]*|[mp]")
+
+
+@lru_cache(maxsize=1 << 16)
+def _kind(character: str) -> str:
+    """w: a letter, digit or low line; m: a mark, such as the vowels of Indic scripts, which belongs to the letter before it; p: a punctuation mark."""
+    if character.isspace():
+        return " "
+    if character.isalnum() or character == "_":
+        return "w"
+    return "m" if unicodedata.category(character)[0] == "M" else "p"
 
 
 @lru_cache(maxsize=1 << 16)
@@ -45,7 +57,7 @@ def hashed_ngrams(sentence: str) -> tuple[np.ndarray, np.ndarray]:
     A word weighs log2(1 + its length): short words are the frequent ones (Zipf), so this stands in for the inverse document frequency
     without making a sentence's score depend on the other sentences.
     """
-    words = _WORD.findall(sentence)
+    words = scripts.spans(sentence, _kind, _WORD)
     if not words:
         return np.zeros((0, DIMENSIONS)), np.zeros(0)
     return np.stack([_word_vector(word) for word in words]), np.log2(1.0 + np.array([len(word) for word in words]))

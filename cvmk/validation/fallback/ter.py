@@ -7,10 +7,13 @@ Its limits and tie-breaks, as sacrebleu has them, are therefore part of the metr
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+from cvmk.validation.fallback.bleu import marks_apart, symbols_apart, unescaped
 
 LONGEST_SHIFT = 10
 """Words in a block."""
@@ -22,11 +25,25 @@ BAND = 25
 """Half width of the band of the edit table that is looked at."""
 
 _UNREACHED = 1 << 50
+_ASIAN = re.compile(  # ideographs, radicals, strokes, compatibility and enclosed forms; punctuation marks of normal, half and full width
+    "([\u2e80-\u2eff\u3001\u3002\u3008-\u3011\u3014-\u301f\u30fb\u31c0-\u31ef\u3200-\u4dbf\u4e00-\u9fff\uf900-\ufaff\ufe30-\ufe4f"
+    "\uff01\uff02\uff08\uff09\uff0c\uff0e\uff1a\uff1b\uff1f\uff61-\uff65])"
+)
 
 
 def tokenize(line: str) -> list[str]:
     """Lower-cased words, split at white space, as tercom does by default."""
     return line.lower().split()
+
+
+def tokenize_asian(line: str) -> list[str]:
+    """Lower-cased words, punctuation marks, and ideographs each by itself: tercom with normalisation and Asian support. Kana stay together."""
+    line = unescaped(line.lower().replace("\n-", "").replace("\n", " "))
+    line = marks_apart(symbols_apart(f" {line} ").replace("'s ", " 's "))
+    return _ASIAN.sub(r" \1 ", line).split()
+
+
+TOKENIZERS: dict[str, Callable[[str], list[str]]] = {"tercom": tokenize, "asian": tokenize_asian}
 
 
 class _Bits:
@@ -216,7 +233,7 @@ def edits(hypothesis: list[str], reference: list[str]) -> int:
     return _Search(hypothesis, reference).edits(hypothesis) if reference else len(hypothesis)
 
 
-def statistics(hypotheses: Sequence[str], reference_sets: Sequence[Sequence[str]]) -> np.ndarray:
+def statistics(hypotheses: Sequence[str], reference_sets: Sequence[Sequence[str]], tokenize: Callable[[str], list[str]] = tokenize) -> np.ndarray:
     """Per sentence: fewest edits to any reference, mean length of the references in words."""
     rows = np.zeros((len(hypotheses), 2))
     for row, hypothesis, *references in zip(rows, hypotheses, *reference_sets, strict=True):
@@ -234,5 +251,6 @@ def value(sums: np.ndarray) -> np.ndarray:
     return 100.0 * np.where(length > 0, count / np.where(length > 0, length, 1.0), np.minimum(count, 1.0))
 
 
-def signature(references: int) -> str:
-    return f"nrefs:{references}|case:lc|tok:tercom|norm:no|punct:yes|asian:no"
+def signature(references: int, tokenizer: str = "tercom") -> str:
+    asian = "yes" if tokenizer == "asian" else "no"
+    return f"nrefs:{references}|case:lc|tok:tercom|norm:{asian}|punct:yes|asian:{asian}"

@@ -6,10 +6,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sacrebleu.metrics import BLEU
 from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
+from sacrebleu.tokenizers.tokenizer_char import TokenizerChar
+from sacrebleu.tokenizers.tokenizer_zh import TokenizerZh
 
 from cvmk.validation.fallback import bleu
 
-ALPHABET = st.sampled_from("abZ ß  .,,-:;!?'\"&<>()[]{}$%/\\_`~^@#*+=|0123456789é中\u00a0\u2028\tⅣ٣")
+ALPHABET = st.sampled_from("abZ ß  .,,-:;!?'\"&<>()[]{}$%/\\_`~^@#*+=|0123456789é中、。Ａ国かカไ한—\u00a0\u2028\tⅣ٣")
 
 
 def corpus(hypotheses: list[str], reference_sets: list[list[str]]) -> float:
@@ -35,6 +37,17 @@ def test_tokenize_13a_by_hand(line, tokens):
 @given(st.one_of(st.text(ALPHABET, max_size=40), st.text(max_size=40)))
 def test_tokenize_13a_equals_sacrebleu(line):
     assert bleu.tokenize_13a(line) == Tokenizer13a()(line.rstrip()).split()
+
+
+@given(st.one_of(st.text(ALPHABET, max_size=40), st.text(max_size=40)))
+def test_tokenisers_for_text_without_spaces_equal_sacrebleu(line):
+    assert bleu.tokenize_zh(line) == TokenizerZh()(line.rstrip()).split()
+    assert bleu.tokenize_char(line) == TokenizerChar()(line.rstrip()).split()
+
+
+def test_chinese_characters_are_those_of_sacrebleu():
+    theirs = TokenizerZh._is_chinese_char
+    assert [code for code in range(0x110000) if bool(bleu._CHINESE.match(chr(code))) != theirs(chr(code))] == []
 
 
 def test_by_hand():

@@ -75,3 +75,9 @@ def test_best_of_several_references_counts():
 def test_signature_says_what_it_is():
     assert embedding_score.signature(1).startswith("bertscore-fallback|")
     assert "not comparable with BERTScore" in embedding_score.signature(1)
+
+
+def test_marks_belong_to_the_letter_before_them():
+    """Vowel signs stood as words of their own, and any two words with the same sign were alike."""
+    assert len(embedding_score.hashed_ngrams("हिन्दी में पाठ।")[0]) == 4
+    assert len(embedding_score.hashed_ngrams("Größe: 4.5 e\u0301")[0]) == 6

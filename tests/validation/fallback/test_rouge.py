@@ -51,3 +51,20 @@ def test_longest_common_subsequence_by_the_textbook_table(first, second):
         for j, b in enumerate(second):
             table[i + 1][j + 1] = table[i][j] + 1 if a == b else max(table[i][j + 1], table[i + 1][j])
     assert rouge.longest_common_subsequence(first, second) == table[-1][-1]
+
+
+@pytest.mark.parametrize("text", ["朝に私は歌を買います。", "Доброе утро", "صباح الخير", "สวัสดี", "शुभ प्रभात", "안녕하세요"])
+def test_scripts_beyond_latin_have_words(text):
+    """Identical text scored 0."""
+    assert rouge.tokenizer_for([[text]]) == "unicode"
+    assert rouge.statistics([text], [[text]], rouge.TOKENIZERS["unicode"])[0, 0] == 1
+    assert "tok:unicode" in rouge.signature(1, "unicode")
+
+
+def test_latin_corpora_keep_the_tokeniser_of_the_package(references):
+    assert rouge.tokenizer_for([references, references]) == "default" and "tok:" not in rouge.signature(1)
+    assert rouge.tokenizer_for([["Ein Mann."], ["Человек."]]) == "unicode"
+
+
+def test_order_counts_in_text_without_spaces():
+    assert rouge.statistics(["今日は本を買う"], [["本を今日は買う"]], rouge.TOKENIZERS["unicode"])[0, 0] == pytest.approx(5 / 7)

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sacrebleu.metrics import TER
+from sacrebleu.tokenizers.tokenizer_ter import TercomTokenizer
 
 from cvmk.validation.fallback import ter
 
@@ -48,6 +49,21 @@ def test_edits_by_hand(hypothesis, reference, edits):
 
 def test_case_and_spacing_do_not_count():
     assert corpus(["  Ein   HUND\u00a0bellt "], [["ein hund bellt"]]) == 0
+
+
+ALPHABET = st.sampled_from("abZ ß.,,-:;!?'s\"&<>()[]{}$%/\\_`~^@#*+=|0123456789é中国漢かなカナ。、「」！？・ｱ〇㈱\u00a0\u2028\t\nไ한")
+
+
+@settings(max_examples=500)
+@given(st.one_of(st.text(ALPHABET, max_size=40), st.text(max_size=40)))
+def test_asian_words_equal_sacrebleu(line):
+    assert ter.tokenize_asian(line.rstrip()) == TercomTokenizer(normalized=True, asian_support=True)(line.rstrip()).split()
+
+
+def test_ideographs_and_marks_are_those_of_sacrebleu():
+    split = TercomTokenizer(normalized=True, asian_support=True)
+    characters = [chr(code) for code in range(0x80, 0x30000) if not 0xD800 <= code < 0xE000]
+    assert [ascii(c) for c in characters if ter.tokenize_asian(f"x{c}x") != split(f"x{c}x").split()] == []
 
 
 def test_equals_sacrebleu(hypotheses, worse_hypotheses, references):

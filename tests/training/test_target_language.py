@@ -1,0 +1,50 @@
+"""Training into a language that is written without spaces."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import runs
+
+from cvmk.errors import ConfigError
+
+PLACES, VERBS = ("朝に", "夜に", "今日", "明日"), ("買います", "売ります", "見ます", "見つけます")
+PAIRS = [
+    (f"{place} {thing} {verb}", f"{there}私は{chr(0x6C34 + thing)}を{does}。")
+    for place, there in enumerate(PLACES)
+    for thing in range(20)
+    for verb, does in enumerate(VERBS)
+]
+
+
+@pytest.fixture
+def japanese(config: Path) -> Path:
+    for name in ("train.tsv", "valid.tsv"):
+        (config.parent / name).write_text("".join(f"{source}\t{target}\n" for source, target in PAIRS), encoding="utf-8")
+    return config
+
+
+OVERRIDES = ("data.source_language=en", "tokenizer.vocabulary=330", "training.iterations=20", "training.average=1")
+
+
+def test_the_target_language_reaches_scores_history_and_report(japanese: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = runs.train(japanese, *OVERRIDES, "data.target_language=th")
+    assert "characters" in capsys.readouterr().err
+    history = json.loads((tmp_path / "run" / "validation_history.json").read_text(encoding="utf-8"))
+    for result in (history[-1], report["validation"], report["test"]):
+        assert "tok:char" in result["scores"][0]["signature"]
+    assert "tok:char" in (tmp_path / "run" / "model" / "card.md").read_text(encoding="utf-8")
+    with pytest.raises(ConfigError, match="data.target_language"):
+        runs.train(japanese, *OVERRIDES, "data.target_language=de", resume=True)
+    runs.train(japanese, *OVERRIDES[:2], "training.iterations=40", "training.average=1", "data.target_language=th", "validation.bleu_tokenize=zh", resume=True)
+    assert "not comparable" in capsys.readouterr().err
+    history = json.loads((tmp_path / "run" / "validation_history.json").read_text(encoding="utf-8"))
+    assert ["tok:char" in result["scores"][0]["signature"] for result in history] == [True, False]
+
+
+def test_a_blind_metric_is_refused_before_training(japanese: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match='validation.metric = "bleu" cannot choose'):
+        runs.train(japanese, *OVERRIDES, "data.target_language=ja", "validation.bleu_tokenize=13a")
+    assert not (tmp_path / "run" / "validation_history.json").exists()
