@@ -1,8 +1,9 @@
-"""Files that are written whole or not at all, and read with errors that name the file."""
+"""Files that are written whole or not at all, and read with errors that name the file; small files that stand for a neighbour."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import gzip
 import json
 import os
@@ -51,10 +52,13 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
 
 def sync_folder(folder: str | os.PathLike[str]) -> None:
-    """Make renames inside `folder` durable."""
+    """Make renames inside `folder` durable, where its file system can."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):  # network and user-space file systems without such a call
+            raise
     finally:
         os.close(descriptor)
 
@@ -72,6 +76,51 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, sort_keys=False) + "\n")
 
 
+# -- pointers -------------------------------------------------------------------------------------------------------------------
+_POINTER_BYTES = 255
+
+
+def write_pointer(path: str | os.PathLike[str], name: str) -> None:
+    """Let `path` stand for its neighbour `name`, by a small file that holds the name: many file systems and copies know no links.
+
+    A file, a pointer or a symbolic link that stood there is replaced, a folder is not (OSError).
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.pointer")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(name + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+def pointed(path: str | os.PathLike[str]) -> str | None:
+    """The name of the neighbour that `path` stands for: by a file of `write_pointer`, or by a symbolic link, as cvmk wrote them once.
+
+    None where it is neither, or names something elsewhere.
+    """
+    path = Path(path)
+    try:
+        if path.is_symlink():
+            name = os.readlink(path)
+        elif path.is_file() and path.stat().st_size <= _POINTER_BYTES:
+            name = path.read_text(encoding="utf-8").strip()
+        else:
+            return None
+    except (OSError, ValueError):
+        return None
+    return name if Path(name).name == name and "\0" not in name else None
+
+
+def followed(path: str | os.PathLike[str]) -> Path:
+    """The folder beside `path` that the pointer `path` names; `path` itself where it is no pointer to a folder."""
+    path = Path(path)
+    name = None if path.is_dir() else pointed(path)
+    return path.with_name(name) if name and path.with_name(name).is_dir() else path
+
+
+# -- reading --------------------------------------------------------------------------------------------------------------------
 def read_bytes(path: str | os.PathLike[str]) -> bytes:
     with explained(path, "read"):
         return Path(path).read_bytes()

@@ -20,13 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from cvmk.errors import DataError
-from cvmk.files import explained, sync_folder, write_bytes, write_json, write_text
+from cvmk.files import explained, followed, sync_folder, write_bytes, write_json, write_text
 from cvmk.formats.manifest import CONFIG, Manifest, read_manifest
 from cvmk.formats.tensors import RawTensor, read_tensors
 from cvmk.text.tokenizers import Tokenizer, load_tokenizer
 
 WEIGHTS, CARD = "model.safetensors", "card.md"
-BEST = "checkpoints/best"  # in the folder of a run
+BEST = "checkpoints/best"
+"""In the folder of a run: a pointer (`cvmk.files`) to the best checkpoint; a link, or a copy of the checkpoint, in runs of an older cvmk."""
 _PLACES = ("", "model", BEST)
 """Where a model's files are looked for inside a folder that is given as a model."""
 
@@ -84,14 +85,15 @@ def _move_into_place(temporary: Path, path: Path) -> None:
 # -- reading --------------------------------------------------------------------------------------------------------------------
 def resolve_model_folder(path: str | os.PathLike[str]) -> Path:
     """The model's folder: `path` itself, or inside a run's folder its `model`, else its best checkpoint. Raises DataError where there is none."""
-    path = Path(path)
+    path = followed(path)
     if not path.exists():
         raise DataError(f"{path} does not exist: name the folder of a model or of a run")
     if not path.is_dir():
         raise DataError(f"{path} is a file: name the folder of a model or of a run")
     for place in _PLACES:
-        if (path / place / CONFIG).is_file():
-            return path / place
+        folder = followed(path / place)
+        if (folder / CONFIG).is_file():
+            return folder
     if (path / WEIGHTS).exists():
         raise DataError(f"{path / CONFIG} is missing: restore it or save the model again")
     raise DataError(f"{path} holds no model (no {CONFIG} in it, in model/ or in checkpoints/best/): name the folder of a model or of a finished run")

@@ -1,12 +1,12 @@
-"""Checkpoints of a run: `checkpoints/step-N/{model.safetensors, state.pt, state.json}`, and the links `best` and `last`.
+"""Checkpoints of a run: `checkpoints/step-N/{model.safetensors, state.pt, state.json}`, and the pointers `best` and `last`.
 
 A checkpoint is written under a temporary name and renamed, and renamed before it is removed, so a name always stands for a whole
-one; the links move by rename. Beside the weights stands what makes the folder a model that can be translated with.
+one; the pointers, small files that name a step, are replaced by rename. Runs of an older cvmk have symbolic links in their place, and
+copies of such runs whole folders. Beside the weights stands what makes the folder a model that can be translated with.
 """
 
 from __future__ import annotations
 
-import contextlib
 import io
 import os
 import re
@@ -20,9 +20,11 @@ import safetensors.torch
 import torch
 
 from cvmk.errors import DataError
-from cvmk.files import explained, read_bytes, read_json, sync_folder, write_bytes, write_json
+from cvmk.files import explained, pointed, read_bytes, read_json, sync_folder, write_bytes, write_json, write_pointer
 from cvmk.formats import read_weights
 
+WEIGHTS, TENSORS, STATE = "model.safetensors", "state.pt", "state.json"
+POINTERS = ("best", "last")
 _STEP = re.compile(r"step-(\d+)$")
 _REMEDY = "remove this checkpoint's folder to resume from the one before it, or start again"
 
@@ -57,20 +59,20 @@ class CheckpointStore:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
             try:
-                write_bytes(temporary / "model.safetensors", safetensors.torch.save(checkpoint.weights))
+                write_bytes(temporary / WEIGHTS, safetensors.torch.save(checkpoint.weights))
                 buffer = io.BytesIO()
                 torch.save(checkpoint.tensors, buffer)
-                write_bytes(temporary / "state.pt", buffer.getvalue())
-                write_json(temporary / "state.json", checkpoint.values)
+                write_bytes(temporary / TENSORS, buffer.getvalue())
+                write_json(temporary / STATE, checkpoint.values)
                 if self._describe is not None:
                     self._describe(temporary)
                 self._swap(temporary, final)
             except BaseException:
                 shutil.rmtree(temporary, ignore_errors=True)
                 raise
-            self.link("last", step)
+            self.point("last", step)
             if best:
-                self.link("best", step)
+                self.point("best", step)
             self._prune()
 
     def _swap(self, temporary: Path, final: Path) -> None:
@@ -83,18 +85,19 @@ class CheckpointStore:
         sync_folder(self.folder)
         shutil.rmtree(aside, ignore_errors=True)
 
-    def link(self, name: str, step: int) -> None:
+    def point(self, name: str, step: int) -> None:
         """Let `name` ("best" or "last") point at `step-N`."""
-        temporary = self.folder / f".{name}.link"
-        with explained(self.folder / name, "write the link"):
-            with contextlib.suppress(FileNotFoundError):
-                temporary.unlink()
-            temporary.symlink_to(f"step-{step}")
-            os.replace(temporary, self.folder / name)
-            sync_folder(self.folder)
+        path = self.folder / name
+        with explained(path, "write"):
+            if path.is_dir() and not path.is_symlink():  # a copy that followed the links of an older cvmk
+                aside = self.folder / f".{name}.gone"
+                shutil.rmtree(aside, ignore_errors=True)
+                os.rename(path, aside)
+                shutil.rmtree(aside)
+            write_pointer(path, f"step-{step}")
 
     def _prune(self) -> None:
-        linked = {self.target("best"), self.target("last")}
+        linked = {self.target(name) for name in POINTERS}
         steps = sorted(self.steps())
         for step in steps[: -self._keep]:
             if step not in linked:
@@ -113,12 +116,14 @@ class CheckpointStore:
         return [int(match[1]) for entry in self.folder.iterdir() if (match := _STEP.match(entry.name)) and not entry.is_symlink()]
 
     def target(self, name: str) -> int | None:
-        """The step that the link `name` points at, or None."""
-        try:
-            match = _STEP.match(os.readlink(self.folder / name))
-        except OSError:
-            return None
-        return int(match[1]) if match else None
+        """The step that `name` points at; None where it points at no checkpoint of this folder."""
+        path = self.folder / name
+        if path.is_dir() and not path.is_symlink():
+            step = _step_in(path)
+        else:
+            match = _STEP.match(pointed(path) or "")
+            step = int(match[1]) if match else None
+        return step if step is not None and (self.folder / f"step-{step}").is_dir() else None
 
     def drop_after(self, step: int) -> None:
         """Remove the checkpoints of later steps: after a rollback they belong to a past that did not happen."""
@@ -131,9 +136,9 @@ class CheckpointStore:
         """The step to resume from: `last`, or, where a crash fell between two renames, the newest whole checkpoint."""
         self._tidy()
         target = self.target("last")
-        if target is not None and (self.folder / f"step-{target}" / "state.json").exists():
+        if target is not None and (self.folder / f"step-{target}" / STATE).exists():
             return target
-        whole = [step for step in self.steps() if (self.folder / f"step-{step}" / "state.json").exists()]
+        whole = [step for step in self.steps() if (self.folder / f"step-{step}" / STATE).exists()]
         return max(whole, default=None)
 
     def _tidy(self) -> None:
@@ -146,17 +151,27 @@ class CheckpointStore:
                     os.rename(entry, name)
                 else:
                     shutil.rmtree(entry)
+            for pointer in POINTERS:
+                (self.folder / f".{pointer}.pointer").unlink(missing_ok=True)
+                shutil.rmtree(self.folder / f".{pointer}.gone", ignore_errors=True)
 
     def load(self, step: int) -> Checkpoint:
         """Read `step-N`. Raises DataError naming the file that is missing, truncated or corrupt."""
         folder = self.folder / f"step-{step}"
-        weights = read_weights(folder / "model.safetensors", remedy=_REMEDY)
-        path = folder / "state.pt"
+        weights = read_weights(folder / WEIGHTS, remedy=_REMEDY)
+        path = folder / TENSORS
         try:
             tensors = torch.load(io.BytesIO(read_bytes(path)), weights_only=True)
         except DataError:
             raise
         except Exception as error:  # torch.load raises many kinds for a corrupt file
             raise DataError(f"{path} is corrupt or truncated ({type(error).__name__}): {_REMEDY}") from error
-        return Checkpoint(weights, tensors, read_json(folder / "state.json"))
+        return Checkpoint(weights, tensors, read_json(folder / STATE))
 
+
+def _step_in(folder: Path) -> int | None:
+    """The step of the checkpoint in `folder`, whatever the folder is called; None where it holds none."""
+    try:
+        return int(read_json(folder / STATE)["progress"]["step"])
+    except (DataError, KeyError, TypeError, ValueError):
+        return None

@@ -15,7 +15,7 @@ from cvmk.config.schema import Recipe
 from cvmk.distill import DistillationObjective, check_vocabularies
 from cvmk.errors import ConfigError, DataError
 from cvmk.files import read_json, write_json
-from cvmk.formats import BEST, load_model_folder, resolve_model_folder, save_model_folder
+from cvmk.formats import load_model_folder, resolve_model_folder, save_model_folder
 from cvmk.inference import Translator
 from cvmk.nn import CVMTransformer, count_parameters
 from cvmk.telemetry import Reporter, RunLog
@@ -235,9 +235,9 @@ def _final_weights(trainer: Trainer) -> tuple[ValidationResult, str]:
 def _tell_teacher(teacher: Teacher, log: RunLog, reporter: Reporter) -> None:
     """Which weights teach. A run that is not finished lends those of its best checkpoint, which may change as it goes on."""
     weights = resolve_model_folder(teacher.path)
-    finished = weights != teacher.path / BEST
+    finished = weights.parent != teacher.path / "checkpoints"
     if not finished:
-        text = f"the teacher's run {teacher.path} is not finished: its best checkpoint ({weights.resolve().name}) teaches"
+        text = f"the teacher's run {teacher.path} is not finished: its best checkpoint ({weights.name}) teaches"
         reporter.say(text)
         log.line(text)
     log.event("teacher", path=str(teacher.path), weights=str(weights.resolve()), fingerprint=teacher.fingerprint, finished=finished)

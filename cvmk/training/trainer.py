@@ -276,7 +276,7 @@ class Trainer:
     def resume(self) -> int | None:
         """Go back to the last checkpoint; its step, or None where there is none.
 
-        A crash may have fallen between the writing of a checkpoint and that of the links and averages: they are made to fit it.
+        A crash may have fallen between the writing of a checkpoint and that of the pointers and averages: they are made to fit it.
         """
         step = self.store.newest()
         if step is not None:
@@ -287,7 +287,7 @@ class Trainer:
                 raise self._foreign(step, error) from error
             best, patience = self.validator.best, self.recipe.validation.patience
             if best is not None and self.store.target("best") != best.step:
-                self.store.link("best", best.step)
+                self.store.point("best", best.step)
             self.store.drop_after(step)
             self.averages.drop_after(step)
             self.progress.finished = 0 < patience <= self.progress.stale

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 import cvmk
 from cvmk.errors import DataError
-from cvmk.formats import load_model_folder, save_model_folder
+from cvmk.files import write_pointer
+from cvmk.formats import load_model_folder, resolve_model_folder, save_model_folder
 from cvmk.text.tokenizers import Tokenizer
 
 
@@ -108,9 +109,21 @@ def test_wrong_calls(tmp_path: Path, make_model, tokenizer: Tokenizer) -> None:
 def test_a_run_folder_stands_for_its_model(saved: Path) -> None:
     run = saved.parent
     load_model_folder(run)
-    best = run / "checkpoints" / "best"
-    best.parent.mkdir()
-    saved.rename(best)
+    checkpoints = run / "checkpoints"
+    checkpoints.mkdir()
+    saved.rename(checkpoints / "step-20")
+    with pytest.raises(DataError, match="holds no model"):
+        resolve_model_folder(run)
+    for mark in (lambda: write_pointer(checkpoints / "best", "step-20"), lambda: (checkpoints / "best").symlink_to("step-20")):
+        mark()
+        for path in (run, checkpoints / "best", checkpoints / "step-20"):
+            load_model_folder(path)
+        (checkpoints / "best").unlink()
+    write_pointer(checkpoints / "best", "step-30")
+    with pytest.raises(DataError, match="holds no model"):
+        resolve_model_folder(run)
+    (checkpoints / "best").unlink()
+    (checkpoints / "step-20").rename(checkpoints / "best")  # a copy that followed links
     load_model_folder(run)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 import torch
 
 from cvmk.config.loading import load_train_config
+from cvmk.files import pointed
 from cvmk.telemetry import Reporter
 from cvmk.training import pipeline
 from cvmk.training.trainer import Trainer
@@ -30,10 +30,8 @@ def events(folder: Path, kind: str) -> list[dict[str, Any]]:
 
 def last_step(folder: Path) -> int:
     """The iteration that a run would resume from; -1 where it has no checkpoint."""
-    try:
-        return int(os.readlink(folder / "checkpoints" / "last").removeprefix("step-"))
-    except OSError:
-        return -1
+    name = pointed(folder / "checkpoints" / "last")
+    return int(name.removeprefix("step-")) if name else -1
 
 
 def train(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,68 @@ def test_save_load_links_and_pruning(tmp_path: Path) -> None:
     assert loaded.values == {"step": 30} and loaded.weights["w"].tolist() == [30.0] * 3
     store.drop_after(10)
     assert store.steps() == [10] and store.newest() == 10
+
+
+def as_links(folder: Path) -> None:
+    """Pointers as cvmk wrote them once."""
+    for name in ("best", "last"):
+        target = (folder / name).read_text().strip()
+        (folder / name).unlink()
+        (folder / name).symlink_to(target)
+
+
+@pytest.mark.parametrize("form", ["files", "links", "copies of links", "lost"])
+def test_pointers_of_any_age_and_copies_of_them(tmp_path: Path, form: str) -> None:
+    folder = tmp_path / "checkpoints"
+    store = CheckpointStore(folder, keep=2)
+    for step in (0, 10, 20, 30):
+        store.save(step, Checkpoint({"w": torch.zeros(1)}, {}, {"progress": {"step": step}}), best=step == 10)
+    assert (folder / "best").read_text() == "step-10\n"
+    if form != "files":
+        as_links(folder)
+    if form == "copies of links":
+        shutil.copytree(folder, tmp_path / "copy")  # follows links, as cp -rL does
+        folder = tmp_path / "copy"
+        assert (folder / "best" / "state.json").is_file() and not (folder / "best").is_symlink()
+    if form == "lost":
+        for name in ("best", "last"):
+            (folder / name).unlink()
+    store = CheckpointStore(folder, keep=2)
+    assert sorted(store.steps()) == [10, 20, 30]
+    assert (store.target("best"), store.target("last"), store.newest()) == ((None, None, 30) if form == "lost" else (10, 30, 30))
+    store.save(40, Checkpoint({"w": torch.zeros(1)}, {}, {"progress": {"step": 40}}), best=True)
+    assert (store.target("best"), store.target("last")) == (40, 40)
+    assert sorted(os.listdir(folder)) == ["best", "last", "step-30", "step-40"]
+    assert (folder / "best").read_text() == "step-40\n"
+
+
+def test_a_pointer_to_nothing(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep=2)
+    store.save(5, checkpoint(1.0), best=True)
+    for text in ("step-6\n", "", "step-5/../step-5", "nonsense", "\x00"):
+        (tmp_path / "last").write_text(text)
+        assert store.target("last") is None and store.newest() == 5
+
+
+def test_a_file_system_without_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*arguments: object, **options: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "symlink", refused)
+    monkeypatch.setattr(os, "link", refused)
+    store = CheckpointStore(tmp_path, keep=2)
+    store.save(5, checkpoint(1.0), best=True)
+    assert (store.target("best"), store.newest()) == (5, 5)
+
+
+@pytest.mark.parametrize("left", [".last.pointer", ".best.gone/state.json", ".best.pointer"])
+def test_crash_while_a_pointer_moves(tmp_path: Path, left: str) -> None:
+    store = CheckpointStore(tmp_path, keep=2)
+    store.save(5, checkpoint(1.0), best=True)
+    (tmp_path / left).parent.mkdir(exist_ok=True)
+    (tmp_path / left).write_text("step")
+    assert store.newest() == 5
+    assert sorted(os.listdir(tmp_path)) == ["best", "last", "step-5"]
 
 
 def test_same_step_again_replaces_it(tmp_path: Path) -> None:

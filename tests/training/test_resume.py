@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import shutil
 import signal
 import subprocess
 import time
@@ -14,6 +15,7 @@ import pytest
 from runs import command, events, last_step, train
 
 from cvmk.errors import ConfigError, DataError
+from cvmk.files import followed
 from cvmk.inference import Translator
 from cvmk.training.checkpoint import CheckpointStore
 from cvmk.training.trainer import Trainer
@@ -49,7 +51,7 @@ def test_kill_and_resume_is_bit_for_bit(config: Path, tmp_path: Path, cvmk: Run)
     assert events(killed, "resumed")[0]["step"] == stopped_at
 
     for step in ("step-100", "best"):
-        one, other = (folder / "checkpoints" / step / "model.safetensors" for folder in (straight, killed))
+        one, other = (followed(folder / "checkpoints" / step) / "model.safetensors" for folder in (straight, killed))
         assert one.read_bytes() == other.read_bytes()
     assert weights(straight) == weights(killed)
     one_state, other_state = ((folder / "checkpoints" / "step-100" / "state.pt").read_bytes() for folder in (straight, killed))
@@ -101,17 +103,17 @@ class Killed(BaseException):
     """Nothing between here and the top may answer it."""
 
 
-def test_killed_between_a_checkpoint_and_its_links(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_between_a_checkpoint_and_its_pointers(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`last` already points at a better checkpoint, `best` does not yet: it must not be pruned as one of many."""
-    original = CheckpointStore.link
+    original = CheckpointStore.point
 
-    def link(store: CheckpointStore, name: str, step: int) -> None:
+    def point(store: CheckpointStore, name: str, step: int) -> None:
         if (name, step) == ("best", 20):
             raise Killed
         original(store, name, step)
 
     with monkeypatch.context() as patch:
-        patch.setattr(CheckpointStore, "link", link)
+        patch.setattr(CheckpointStore, "point", point)
         with pytest.raises(Killed):
             train(config)
     assert (tmp_path / "run" / "checkpoints" / "step-20").is_dir()
@@ -171,6 +173,31 @@ def test_killed_while_the_teacher_trains_and_translates(with_teacher: Path, tmp_
     assert weights(tmp_path / "run" / "teacher") == weights(tmp_path / "straight" / "teacher")
 
 
+# -- a run that was moved ------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("links", [True, False])
+def test_a_copied_run_goes_on_and_translates(config: Path, tmp_path: Path, cvmk: Run, links: bool) -> None:
+    """Copied with everything followed (cp -rL), from a run with pointers or from one of an older cvmk with links."""
+    train(config)
+    run = tmp_path / "run"
+    shutil.rmtree(run / "model")  # as if it had not come to its end: its best checkpoint is its model
+    if links:
+        for name in ("best", "last"):
+            target = followed(run / "checkpoints" / name).name
+            (run / "checkpoints" / name).unlink()
+            (run / "checkpoints" / name).symlink_to(target)
+    done = cvmk("translate", run, input="It is nine o'clock.\n")
+    assert done.returncode == 0, done.stderr
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    again = cvmk("translate", copy, input="It is nine o'clock.\n")
+    assert (again.returncode, again.stdout) == (0, done.stdout), again.stderr
+    for folder in (run, copy):
+        resumed = train(config, f"run.folder={folder}", "training.iterations=60", resume=True)
+        assert resumed["iterations"] == 60 and events(folder, "resumed")[0]["step"] == 40
+        assert last_step(folder) == 60
+    assert weights(run) == weights(copy)
+
+
 # -- what may change under a resumed run -------------------------------------------------------------------------------------------
 def test_a_finished_run_resumed_stays_as_it_is(config: Path, tmp_path: Path) -> None:
     report = train(config)
@@ -220,7 +247,7 @@ def test_best_checkpoint_is_a_model(config: Path, tmp_path: Path, monkeypatch: p
 @pytest.mark.parametrize("key", ["progress", "sampler", "guard", "validator"])
 def test_a_state_that_lacks_something_is_named(config: Path, tmp_path: Path, key: str) -> None:
     train(config, "training.iterations=2")
-    path = tmp_path / "run" / "checkpoints" / "last" / "state.json"
+    path = tmp_path / "run" / "checkpoints" / "step-2" / "state.json"
     state = json.loads(path.read_text())
     del state[key]
     path.write_text(json.dumps(state))
