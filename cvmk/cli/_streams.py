@@ -1,11 +1,41 @@
-"""The standard streams of a verb."""
+"""The files and standard streams that a verb reads and writes; "-" is a standard stream everywhere."""
 
 from __future__ import annotations
 
+import contextlib
+import sys
+from collections.abc import Iterator
+from typing import BinaryIO
+
 from cvmk.errors import DataError
+from cvmk.files import atomic, plain
+
+STANDARD_INPUT = "standard input"
+
+
+def is_standard(path: str | None) -> bool:
+    """Whether an option that names a file means the standard stream."""
+    return path in (None, "-")
 
 
 def need_open(stream: object, name: str, remedy: str = "open it") -> None:
     """Raises DataError where `stream`, standard `name`, was closed when the process began: what is printed would be lost without a word."""
     if stream is None:
         raise DataError(f"standard {name} is closed: {remedy}")
+
+
+def standard_input() -> BinaryIO:
+    """Standard input, decompressed where it is compressed. Waits for its first bytes. Raises DataError as `cvmk.files.plain` does."""
+    need_open(sys.stdin, "input")
+    return plain(sys.stdin.buffer, STANDARD_INPUT)
+
+
+@contextlib.contextmanager
+def output(path: str | None) -> Iterator[BinaryIO]:
+    """The file `path`, as `cvmk.files.atomic` writes it, or standard output."""
+    if path is not None and not is_standard(path):
+        with atomic(path) as file:
+            yield file
+    else:
+        need_open(sys.stdout, "output")
+        yield sys.stdout.buffer

@@ -12,10 +12,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from cvmk.cli._streams import need_open
+from cvmk.cli._streams import STANDARD_INPUT, is_standard, need_open, output, standard_input
 from cvmk.errors import ConfigError, DataError
-from cvmk.files import atomic, explained
+from cvmk.files import explained, open_input
 from cvmk.hardware import keep_freed_memory
+from cvmk.text.lines import decode_line
 
 if TYPE_CHECKING:
     from cvmk.inference import Translation, Translator
@@ -28,8 +29,8 @@ _BLOCK = 1 << 16
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Translate a UTF-8 text, one sentence a line: line n of the output is the translation of line n of the input. Empty lines stay empty."
     parser.add_argument("model", metavar="MODEL", help="folder of a model or of a run")
-    parser.add_argument("--input", metavar="FILE", help="file to translate (default: standard input)")
-    parser.add_argument("--output", metavar="FILE", help="file to write, whole or not at all (default: standard output)")
+    parser.add_argument("--input", metavar="FILE", help="file to translate, plain or compressed (default, and -: standard input)")
+    parser.add_argument("--output", metavar="FILE", help="file to write, whole or not at all (default, and -: standard output)")
     parser.add_argument("--beam-size", type=int, default=1, metavar="N", help="hypotheses a sentence; 1 is greedy search (default)")
     parser.add_argument(
         "--n-best", type=int, default=1, metavar="N", help="with N > 1: N lines a sentence, the best first, each `line number TAB score TAB translation`"
@@ -65,17 +66,17 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--batch-tokens is {arguments.batch_tokens}, and must be at least 1")
     if not 0 <= arguments.threads <= MAX_THREADS:
         raise ConfigError(f"--threads is {arguments.threads}, and must be between 0 and {MAX_THREADS}")
-    if not arguments.input:
+    if is_standard(arguments.input):
         need_open(sys.stdin, "input", "open it, or give --input FILE")
-    if not arguments.output:
+    if is_standard(arguments.output):
         need_open(sys.stdout, "output", "open it, or give --output FILE")
     options = {**search, "max_batch_tokens": arguments.batch_tokens, "on_long": arguments.on_long}
-    name = arguments.input or "standard input"
+    name = STANDARD_INPUT if is_standard(arguments.input) else arguments.input
     with contextlib.ExitStack() as stack:
-        with explained(name, "read"):
-            source = stack.enter_context(open(arguments.input, "rb")) if arguments.input else sys.stdin.buffer
+        file = None if is_standard(arguments.input) else stack.enter_context(open_input(arguments.input))
         translator = _translator(arguments)
-        sink = stack.enter_context(atomic(arguments.output)) if arguments.output else sys.stdout.buffer
+        source = file or standard_input()  # a model is loaded while one waits for the first line
+        sink = stack.enter_context(output(arguments.output))
         stack.enter_context(_own_warnings())
         for lines, trouble in read_lines(source, name, LINES_AT_ONCE):
             _translate(translator, lines, name, options, arguments.json, sink)
@@ -141,8 +142,8 @@ def one_line(text: str) -> str:
 def read_lines(stream: BinaryIO, name: str, at_once: int) -> Iterator[tuple[list[Line], DataError | None]]:
     """The lines of a stream, as many at a time as are there already, but at most `at_once`.
 
-    Lines end at \\n or \\r\\n only, and the last one may lack its end. A byte order mark at the beginning is dropped. Where
-    a line is not UTF-8, the lines before it come together with the error that names it, and nothing after.
+    Lines end at \\n or \\r\\n only, and the last one may lack its end. Where a line is not UTF-8, the lines before it come
+    together with the error that names it, and nothing after.
     """
     number = 0
     for raw in _raw_lines(stream, name, at_once):
@@ -151,7 +152,7 @@ def read_lines(stream: BinaryIO, name: str, at_once: int) -> Iterator[tuple[list
             number += 1
             end = "\r\n" if data.endswith(b"\r\n") else "\n" if data.endswith(b"\n") else ""
             try:
-                text = data[: len(data) - len(end)].decode("utf-8-sig" if number == 1 else "utf-8")
+                text = decode_line(data[: len(data) - len(end)])
             except UnicodeDecodeError as error:
                 yield lines, DataError(f"{name}, line {number} is not valid UTF-8 (byte {error.start + 1} of the line): convert the text to UTF-8")
                 return

@@ -7,14 +7,13 @@ import contextlib
 import json
 import sys
 import time
-import zlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from cvmk.cli._streams import need_open
+from cvmk.cli._streams import STANDARD_INPUT, is_standard, need_open, standard_input
 from cvmk.errors import ConfigError, DataError, QualityGateError
-from cvmk.files import open_maybe_gzip
 from cvmk.hardware import keep_freed_memory
+from cvmk.text.lines import decode_line, text_lines
 
 if TYPE_CHECKING:
     from cvmk.validation.bootstrap import PairedResult
@@ -26,8 +25,8 @@ HELP = "score a model against references, with confidence intervals, signatures 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="folder of the model")
-    parser.add_argument("--source", required=True, metavar="FILE", help="sentences to translate, one a line, UTF-8; may end in .gz")
-    parser.add_argument("--reference", required=True, metavar="FILE", help="their reference translations, one a line, UTF-8; may end in .gz")
+    parser.add_argument("--source", required=True, metavar="FILE", help="sentences to translate, one a line, plain or compressed; - is standard input")
+    parser.add_argument("--reference", required=True, metavar="FILE", help="their reference translations, likewise")
     parser.add_argument("--baseline", metavar="MODEL2", help="folder of a model to compare with, by paired bootstrap")
     parser.add_argument("--metrics", nargs="+", default=["bleu", "chrf", "ter"], metavar="METRIC", help="bleu chrf ter rouge bertscore; default: bleu chrf ter")
     parser.add_argument(
@@ -57,6 +56,8 @@ def run(arguments: argparse.Namespace) -> int:
     check_tokenizer(arguments.tokenize, "--tokenize")
     if arguments.max_drop is not None and arguments.baseline is None:
         raise ConfigError("--max-drop needs a model to compare with: give --baseline MODEL2")
+    if is_standard(arguments.source) and is_standard(arguments.reference):
+        raise ConfigError("--source and --reference are both standard input: name a file for one of them")
     sources, references = read_lines(arguments.source), read_lines(arguments.reference)
     if len(sources) != len(references):
         raise DataError(
@@ -75,20 +76,14 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def read_lines(path: str) -> list[str]:
-    """Lines of a UTF-8 file, plain or .gz, without line ends. Raises DataError: missing, empty, not UTF-8 (with the line), corrupt."""
-    with open_maybe_gzip(path) as file:
-        try:
-            data = file.read()
-        except (OSError, EOFError, zlib.error) as error:
-            raise DataError(f"cannot read {path}: {error}") from error
-    if not data:
-        raise DataError(f"{path} is empty: give a file with one sentence a line")
+    """Lines of a UTF-8 text, plain or compressed, without line ends. Raises DataError: missing, empty, not UTF-8 (with the line), corrupt."""
+    name = STANDARD_INPUT if is_standard(path) else path
     lines = []
-    for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").removesuffix(b"\n").split(b"\n"), 1):
+    for number, line in enumerate(text_lines(name, standard_input() if is_standard(path) else None), 1):
         try:
-            lines.append(line.removesuffix(b"\r").decode("utf-8"))
+            lines.append(decode_line(line.removesuffix(b"\r")))
         except UnicodeDecodeError as error:
-            raise DataError(f"{path} line {number} is not valid UTF-8 (byte {error.start + 1}): convert the file to UTF-8") from error
+            raise DataError(f"{name} line {number} is not valid UTF-8 (byte {error.start + 1}): convert the file to UTF-8") from error
     return lines
 
 

@@ -10,7 +10,7 @@ from cvmk.config.section import BY_CONTENT, MAY_CHANGE, Section
 
 
 class CorpusConfig(Section):
-    """One parallel corpus: two aligned text files, one TSV file, or one JSONL file; each may end in .gz."""
+    """One parallel corpus: two aligned text files, one TSV file, or one JSONL file; each plain or compressed (gzip, xz, bzip2, Zstandard)."""
 
     source: str | None = Field(None, description="Source sentences, one a line (with `target`).")
     target: str | None = Field(None, description="Target sentences, one a line (with `source`).")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 from cvmk.errors import ConfigError, DataError
 from cvmk.inference.options import Hypothesis, SearchOptions
+from cvmk.text.lines import trimmed
 from cvmk.text.tokenizers import Tokenizer
 
 if TYPE_CHECKING:
@@ -128,7 +129,7 @@ class Translator:
     def _sources(self, texts: Sequence[str], on_long: OnLong) -> tuple[list[list[int]], set[int]]:
         """Piece ids of each text, [] for one without content; and the indices of those that were cut."""
         longest = self.engine.max_length - 1
-        sources = self.tokenizer.encode_many([text.strip() for text in texts])
+        sources = self.tokenizer.encode_many([trimmed(text) for text in texts])
         cut = set()
         for index, source in enumerate(sources):
             if len(source) <= longest:

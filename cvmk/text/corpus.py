@@ -1,14 +1,13 @@
-"""Parallel text from files: two aligned files, TSV or JSONL, plain or gzip-compressed.
+"""Parallel text from files: two aligned files, TSV or JSONL, plain or compressed.
 
-A line ends at \\n only, so characters such as U+2028 or \\x0b cannot shift the alignment. White space around a
-sentence (and with it \\r) and a byte order mark at the start of a file are removed; nothing else is changed.
+Lines are those of `cvmk.text.lines`. White space around a sentence (and with it \\r) and byte order marks are removed; nothing else
+is changed.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,13 +15,12 @@ from pathlib import Path
 
 from cvmk.config.schema import CorpusConfig, DataConfig
 from cvmk.errors import DataError
-from cvmk.files import explained, open_maybe_gzip
 from cvmk.text.languages import check_language
+from cvmk.text.lines import text_lines, trimmed
 
 __all__ = ["CorpusReport", "ParallelCorpus", "check_language", "read_corpus"]
 
 EXAMPLES = 5
-BOM = b"\xef\xbb\xbf"
 
 
 @dataclass
@@ -122,8 +120,8 @@ Row = tuple[str, str] | _BadLine
 
 
 def _aligned_rows(source: Path, target: Path) -> Iterator[Row]:
-    sources = _lines(source)
-    targets = _lines(target)
+    sources = text_lines(source)
+    targets = text_lines(target)
     counts = [0, 0]
     for number, (left, right) in enumerate(_zip_longest(sources, targets), 1):
         counts[0] += left is not None
@@ -147,7 +145,7 @@ def _zip_longest(left: Iterator[bytes], right: Iterator[bytes]) -> Iterator[tupl
 
 
 def _tsv_rows(path: Path) -> Iterator[Row]:
-    for number, raw in enumerate(_lines(path), 1):
+    for number, raw in enumerate(text_lines(path), 1):
         try:
             if not raw.strip():
                 raise _BadLine("empty line", f"{path}:{number}")
@@ -160,7 +158,7 @@ def _tsv_rows(path: Path) -> Iterator[Row]:
 
 
 def _jsonl_rows(path: Path, *keys: str) -> Iterator[Row]:
-    for number, raw in enumerate(_lines(path), 1):
+    for number, raw in enumerate(text_lines(path), 1):
         try:
             source, target = _json_fields(raw, keys, path, number)
             yield source, target
@@ -197,7 +195,7 @@ def _text(raw: bytes, path: Path, number: int) -> str:
     """A line's sentence. Raises _BadLine."""
     where = f"{path}:{number}"
     try:
-        text = raw.decode().strip()
+        text = trimmed(raw.decode())
     except UnicodeDecodeError as error:
         raise _BadLine("invalid UTF-8", where) from error
     if not text:
@@ -205,20 +203,3 @@ def _text(raw: bytes, path: Path, number: int) -> str:
     if "\0" in text:
         raise _BadLine("NUL character", where)
     return text
-
-
-def _lines(path: Path) -> Iterator[bytes]:
-    """The lines of a file, split at \\n. Raises DataError for a missing, empty, truncated or corrupt file."""
-    empty = True
-    with explained(path, "read"):
-        try:
-            with open_maybe_gzip(path) as file:
-                for line in file:
-                    if empty:
-                        line = line.removeprefix(BOM)
-                        empty = False
-                    yield line.removesuffix(b"\n")
-        except (EOFError, zlib.error) as error:
-            raise DataError(f"{path} is a truncated or corrupt gzip file ({error}): copy or download it again") from error
-    if empty:
-        raise DataError(f"{path} is empty: give a file with one sentence a line")

@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import bz2
+import gzip
 import io
 import json
+import lzma
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -161,3 +165,55 @@ def test_a_closed_stream_is_named(model: Path, closed: str, name: str) -> None:
 def test_impossible_numbers_of_threads(call, threads: str) -> None:
     code, _, error = call(b"a man\n", "--threads", threads)
     assert code == 2 and "--threads" in error
+
+
+# -- what is read and where it is written -----------------------------------------------------------------------------------------
+@pytest.mark.parametrize("compress", [gzip.compress, bz2.compress, lzma.compress], ids=["gzip", "bzip2", "xz"])
+def test_compressed_input_by_content(model: Path, call, compress) -> None:
+    code, out, error = call(compress(b"a man\n\ntwo dogs") + compress(b"\nride\n"))
+    a, b, c = expected(model, ["a man", "two dogs", "ride"])
+    assert (code, out.decode(), error) == (0, f"{a}\n\n{b}\n{c}\n", "")
+    code, out, error = call(compress(b"a man\n" * 99)[:-9])
+    assert (code, out) == (5, f"{a}\n\n{b}\n{c}\n".encode()) and "in is a truncated or corrupt" in error and error.count("\n") == 1
+
+
+def test_other_encodings_are_named(call) -> None:
+    for encoding, name in (("utf-16", "UTF-16"), ("utf-16-le", "UTF-16LE"), ("utf-16-be", "UTF-16BE")):
+        code, out, error = call("a man\ntwo dogs\n".encode(encoding))
+        assert (code, out) == (5, b"") and f"in is {name} text: convert it to UTF-8" in error and error.count("\n") == 1
+
+
+def test_byte_order_marks_in_the_middle(model: Path, call) -> None:
+    """`cat a b`, where both begin with one, and a may lack its last line end."""
+    code, out, _ = call("\ufeffa man\n\ufefftwo dogs\nri\ufeffde\n\ufeff\n".encode())
+    a, b, c = expected(model, ["a man", "two dogs", "ride"])
+    assert (code, out.decode()) == (0, f"{a}\n{b}\n{c}\n\n")
+    assert expected(model, ["\ufeff a\ufeff man\ufeff"]) == [a]
+
+
+@pytest.mark.parametrize("output", ["fifo", "link", "/dev/null", "null"])
+def test_special_outputs(model: Path, capsys, tmp_path: Path, output: str) -> None:
+    (tmp_path / "in").write_bytes(b"a man\n")
+    (tmp_path / "real").write_text("old")
+    (tmp_path / "link").symlink_to("real")
+    (tmp_path / "null").symlink_to("/dev/null")
+    os.mkfifo(tmp_path / "fifo")
+    got: list[bytes] = []
+    reader = threading.Thread(target=lambda: got.append((tmp_path / "fifo").read_bytes()))
+    if output == "fifo":
+        reader.start()
+    kinds = {path: path.lstat().st_mode for path in (*(tmp_path / name for name in ("fifo", "link", "null")), Path("/dev/null"))}
+    assert main(["translate", str(model), "--input", str(tmp_path / "in"), "--output", str(tmp_path / output), "--max-length-b", "3"]) == 0
+    assert {path: path.lstat().st_mode for path in kinds} == kinds
+    wanted = f"{expected(model, ['a man'])[0]}\n"
+    if output == "fifo":
+        reader.join(20)
+        assert got == [wanted.encode()]
+    assert (tmp_path / "real").read_text() == (wanted if output == "link" else "old")
+
+
+def test_a_hyphen_is_a_standard_stream(model: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "cvmk", "translate", str(model), "--max-length-b", "3", "--input", "-", "--output", "-"]
+    done = subprocess.run(command, input=gzip.compress(b"a man\n"), capture_output=True, cwd=tmp_path)
+    assert (done.returncode, done.stdout.decode()) == (0, expected(model, ["a man"])[0] + "\n")
+    assert os.listdir(tmp_path) == []

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import bz2
 import gzip
+import io
 import json
+import lzma
 import sys
 import types
 from dataclasses import dataclass
@@ -222,10 +225,29 @@ def test_the_tokeniser_can_be_named(place, capsys):
     assert "tok:intl" in json.loads(capsys.readouterr().out)["scores"][0]["signature"]
 
 
+@pytest.mark.parametrize("compress", [gzip.compress, bz2.compress, lzma.compress])
+def test_compressed_by_content(place, capsys, compress):
+    (place / "en").write_bytes(compress("\n".join(SOURCES).encode()))
+    (place / "de").write_bytes(compress("\ufeff".join([*REFERENCES[:1], *(f"\n{line}" for line in REFERENCES[1:])]).encode()))
+    assert validate("good", "--json", source="en", reference="de") == 0
+    assert json.loads(capsys.readouterr().out)["scores"][0]["value"] == score("bleu", GOOD, REFERENCES).value
+
+
+def test_standard_input(place, capsys, monkeypatch):
+    text = gzip.compress("\n".join(REFERENCES).encode())
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text)))
+    assert validate("good", "--json", reference="-") == 0
+    assert json.loads(capsys.readouterr().out)["scores"][0]["value"] == score("bleu", GOOD, REFERENCES).value
+    assert validate("good", source="-", reference="-") == 2
+    assert "both standard input" in capsys.readouterr().err
+
+
 def broken_gzip(place):
     whole = gzip.compress(b"one\ntwo\n" * 100)
     (place / "cut.gz").write_bytes(whole[:-12])
-    (place / "noise.gz").write_bytes(b"this is not gzip")
+    (place / "wide").write_bytes("eins\nzwei\n".encode("utf-16"))
+    (place / "wide.gz").write_bytes(gzip.compress("eins\nzwei\n".encode("utf-16-le")))
+    (place / "noise.gz").write_bytes(b"\x8fthis is not gzip")
 
 
 @pytest.mark.parametrize(
@@ -237,8 +259,10 @@ def broken_gzip(place):
         ({"reference": "empty"}, "empty is empty"),
         ({"source": "short"}, "short has 2 lines but test.de has 8"),
         ({"reference": "latin"}, "latin line 3 is not valid UTF-8 (byte 2)"),
-        ({"source": "cut.gz"}, "cannot read cut.gz"),
-        ({"source": "noise.gz"}, "cannot read noise.gz"),
+        ({"source": "cut.gz"}, "cut.gz is a truncated or corrupt gzip file"),
+        ({"source": "wide"}, "wide is UTF-16 text: convert it to UTF-8"),
+        ({"source": "wide.gz"}, "wide.gz is UTF-16LE text: convert it to UTF-8"),
+        ({"source": "noise.gz"}, "noise.gz is neither a gzip file, as its name says, nor text"),
     ],
 )
 def test_bad_files(place, calls, capsys, files, message):

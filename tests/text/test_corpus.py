@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
+import lzma
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -53,11 +56,30 @@ def test_only_line_feeds_end_a_line(tmp_path: Path) -> None:
     assert read(tmp_path, ALIGNED).sources == [odd, "second"]
 
 
-def test_byte_order_mark_is_removed_at_the_start_only(tmp_path: Path) -> None:
-    write(tmp_path, a__en=b"\xef\xbb\xbfone\n\xef\xbb\xbftwo\n", a__de=b"\xef\xbb\xbfeins\nzwei\n")
-    corpus = read(tmp_path, ALIGNED)
-    assert corpus.sources == ["one", "\ufefftwo"]
-    assert corpus.targets[0] == "eins"
+def test_byte_order_marks_are_removed_wherever_they_stand(tmp_path: Path) -> None:
+    mark = "\ufeff"
+    write(tmp_path, a__en=f"{mark}one\n{mark}two\n{mark} three\nfo{mark}ur\n".encode(), a__de=f"{mark}eins\nzwei {mark}\ndrei\nvier\n".encode())
+    assert read(tmp_path, ALIGNED).sources == ["one", "two", "three", "four"]
+    assert read(tmp_path, ALIGNED).targets == ["eins", "zwei", "drei", "vier"]
+    write(tmp_path, a__tsv=f"one\t{mark}eins\n".encode(), a__jsonl=f'{mark}{{"source": "one", "target": "\\ufeffeins"}}\n'.encode())
+    assert read(tmp_path, TSV).targets == read(tmp_path, JSONL).targets == ["eins"]
+    write(tmp_path, a__en=f"one\n{mark}\n".encode(), a__de=b"eins\nzwei\n")
+    assert read(tmp_path, ALIGNED, "skip").report.problems == {"empty line": 1}
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, bz2.compress, lzma.compress])
+def test_compressed_by_content(tmp_path: Path, compress: Callable[[bytes], bytes]) -> None:
+    write(tmp_path, a__en=compress(b"one\n") + compress(b"two\n"), a__de=b"eins\nzwei\n", a__tsv=compress(b"one\teins\n"))
+    assert read(tmp_path, ALIGNED).sources == ["one", "two"]
+    assert read(tmp_path, TSV).targets == ["eins"]
+
+
+@pytest.mark.parametrize("on_bad_line", ["error", "skip"])
+def test_other_encodings_are_named_and_not_skipped(tmp_path: Path, on_bad_line: str) -> None:
+    for encoding, name in (("utf-16", "UTF-16"), ("utf-16-le", "UTF-16LE"), ("utf-16-be", "UTF-16BE"), ("utf-32", "UTF-32")):
+        write(tmp_path, a__en="one\ntwo\n".encode(encoding), a__de=b"eins\nzwei\n")
+        with pytest.raises(DataError, match=rf"a\.en is {name} text: convert it to UTF-8"):
+            read(tmp_path, ALIGNED, on_bad_line)
 
 
 def test_unequal_line_counts_name_both_files_and_counts(tmp_path: Path) -> None:
@@ -142,7 +164,7 @@ def test_bad_files(tmp_path: Path, on_bad_line: str) -> None:
     whole = gzip.compress(os.urandom(1000).hex().encode() + b"\n")
     flipped = bytearray(whole)
     flipped[len(whole) // 2] ^= 0xFF
-    for content in (whole[:-9], whole[: len(whole) // 2], b"plain text\n", bytes(flipped)):
+    for content in (whole[:-9], whole[: len(whole) // 2], b"\x8f text\n", bytes(flipped)):
         (tmp_path / "a.tsv.gz").write_bytes(content)
         with pytest.raises(DataError, match=r"a\.tsv\.gz"):
             read(tmp_path, CorpusConfig(tsv="a.tsv.gz"), on_bad_line)
