@@ -5,6 +5,8 @@ A message is one sentence that names the key, file or shape at fault, and the re
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class CvmkError(Exception):
     """Base of every deliberate error; the command line prints its message without a traceback."""
@@ -16,6 +18,17 @@ class ConfigError(CvmkError):
     """A wrong command line, configuration key or value."""
 
     exit_code = 2
+
+
+class NoBackendError(ConfigError, NotImplementedError):
+    """None of the backends that are allowed takes a call of an op. `reasons` holds their refusals."""
+
+    def __init__(self, message: str, reasons: Sequence[str]) -> None:
+        super().__init__(message)
+        self.reasons = tuple(reasons)
+
+    def __reduce__(self) -> tuple[type[NoBackendError], tuple[str, tuple[str, ...]]]:  # an exception is pickled by its first argument alone
+        return type(self), (str(self), self.reasons)
 
 
 class QualityGateError(CvmkError):

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from cvmk.errors import ConfigError
+from cvmk.errors import ConfigError, NoBackendError
 from cvmk.libraries import isa_level
 
 PREFERENCE = ("cuda", "triton", "native", "reference")
@@ -101,13 +101,25 @@ allowed = _allowed.get
 """The names of the allowed backends in this context, in order; empty where all are, in the order of PREFERENCE."""
 
 
+def no_backend(what: str, refusals: Sequence[str]) -> NoBackendError:
+    """The error for a call of `what` that every allowed backend refuses; it names whoever allows so few, and the remedy."""
+    names = allowed()
+    refusals = [*refusals, *(f"{name}: not written for {what}" for name in names if not any(reason.startswith(f"{name}: ") for reason in refusals))]
+    reasons = "; ".join(refusals)
+    if not names:
+        return NoBackendError(f"no backend takes this call of {what}: {reasons}", refusals)
+    who, remedy = ("CVMK_BACKEND", "unset it") if names is _ENVIRONMENT else ("ops.use", "leave it out")
+    limit = f"{who} allows only {', '.join(names)}"
+    return NoBackendError(f"no backend takes this call of {what}, for {limit} ({reasons}): {remedy}, or add a backend that takes the call", refusals)
+
+
 @contextlib.contextmanager
 def use(*names: str) -> Iterator[None]:
     """Allow only the named backends, in this order of preference, in this context (a thread, an asyncio task) while the block runs.
 
-    A call that none of them takes raises NotImplementedError with the reasons. A backward pass keeps what was allowed in its forward pass, in
-    whatever thread it runs. The environment variable CVMK_BACKEND (names separated by commas) does the same for a whole process. Raises
-    ValueError for a name that is no backend.
+    A call that none of them takes raises NoBackendError (a NotImplementedError) with the reasons. A backward pass keeps what was allowed in
+    its forward pass, in whatever thread it runs. The environment variable CVMK_BACKEND (names separated by commas) does the same for a whole
+    process. Raises ValueError for a name that is no backend.
     """
     _check_names(names, "use()")
     with allowing(names):

@@ -21,7 +21,7 @@ import torch
 from torch.autograd import forward_ad
 
 from cvmk import nvtx
-from cvmk.ops._backend import PREFERENCE, Backend, allowed
+from cvmk.ops._backend import PREFERENCE, Backend, allowed, no_backend
 from cvmk.ops._dtypes import accumulation_dtype, autocast_dtype, autocast_float32, autocast_lower, not_needed
 from cvmk.ops._op import OPS, library
 from cvmk.ops._watch import autocast_enabled, grad_enabled, unobserved
@@ -179,8 +179,7 @@ class Op:
             if not reasons:
                 return backend
             refusals += reasons
-        asked = f" (only {', '.join(_allowed())} allowed)" if _allowed() else ""
-        raise NotImplementedError(f"no backend takes this call of {self.name}{asked}:\n  " + "\n  ".join(refusals or ["none is there"]))
+        raise no_backend(self.name, refusals)
 
     def candidates(self) -> list[Backend]:
         allowed = _allowed()

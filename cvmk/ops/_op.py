@@ -24,7 +24,7 @@ from torch.autograd.graph import increment_version
 
 from cvmk import nvtx
 from cvmk.ops._autograd import autograd_kernels, forward_function, refuse_tangents
-from cvmk.ops._backend import PREFERENCE, Backend, allowed
+from cvmk.ops._backend import PREFERENCE, Backend, allowed, no_backend
 from cvmk.ops._call import fields_of
 from cvmk.ops._dtypes import not_needed
 from cvmk.ops._watch import autocast_enabled, grad_enabled, unobserved
@@ -255,7 +255,7 @@ class Op:
         return next(backend for backend in self.backends if backend.name == "reference")
 
     def choose(self, which: str, call: Any) -> Backend:
-        """The first allowed backend that takes the call. Raises NotImplementedError with every reason where none does.
+        """The first allowed backend that takes the call. Raises NoBackendError with every reason where none does.
 
         A choice holds for all calls with the same dtype and device of the principal argument and the same of whatever else was read to
         make it.
@@ -284,8 +284,7 @@ class Op:
             if not reasons:
                 return backend
             refusals += reasons
-        asked = f" (only {', '.join(allowed())} allowed)" if allowed() else ""
-        raise NotImplementedError(f"no backend takes this call of {self.name}{asked}:\n  " + "\n  ".join(refusals or ["none is there"]))
+        raise no_backend(self.name, refusals)
 
     def candidates(self) -> list[Backend]:
         """The allowed backends, in the order in which they are asked."""

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from cvmk.ops._backend import allowed
+from cvmk.ops._backend import allowed, no_backend
 from cvmk.ops._explain import BackendStatus
 from cvmk.ops.native import library, reason
 from cvmk.ops.reference.sketch import ReferenceSketch
@@ -40,7 +40,7 @@ class CVMSketch:
     seed       0 to 2^64 - 1
     backend    attribute, "native" or "reference": chosen like that of any op (`ops.use`, CVMK_BACKEND)
 
-    Raises TypeError or ValueError for wrong arguments, NotImplementedError where no allowed backend is there.
+    Raises TypeError or ValueError for wrong arguments, NoBackendError where no allowed backend is there.
     """
 
     def __init__(self, capacity: int, *, priority: Literal["random", "hash"] = "random", seed: int = 0) -> None:
@@ -189,8 +189,8 @@ def _choose() -> str:
     for name in names:
         if name in there and there[name].available:
             return name
-    refusals = [text for name in names for text in (there[name].reasons if name in there else (f"{name}: not written for CVMSketch",))]
-    raise NotImplementedError(f"no backend of CVMSketch among those allowed ({', '.join(names)}): {'; '.join(refusals)}")
+    refusals = [reason for name in names if name in there for reason in there[name].reasons]
+    raise no_backend("CVMSketch", refusals)
 
 
 def _ids(ids: Any) -> np.ndarray:
