@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import BinaryIO
 
 from cvmk.errors import DataError
-from cvmk.files import atomic, plain
+from cvmk.files import atomic, plain, read_text
 
 STANDARD_INPUT = "standard input"
 
@@ -28,6 +28,14 @@ def standard_input() -> BinaryIO:
     """Standard input, decompressed where it is compressed. Waits for its first bytes. Raises DataError as `cvmk.files.plain` does."""
     need_open(sys.stdin, "input")
     return plain(sys.stdin.buffer, STANDARD_INPUT)
+
+
+def read_whole(path: str) -> tuple[str, str]:
+    """The text in the file `path`, or on standard input, and its name for messages. Raises DataError as `cvmk.files.read_text` does."""
+    if not is_standard(path):
+        return read_text(path), path
+    need_open(sys.stdin, "input")
+    return read_text(STANDARD_INPUT, sys.stdin.buffer), STANDARD_INPUT
 
 
 @contextlib.contextmanager

@@ -8,11 +8,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from cvmk.cli._commands import command
+from cvmk.cli._streams import read_whole
+
 HELP = "train a translation model: a teacher, distilled into a student"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", nargs="?", metavar="CONFIG.toml", help="the configuration")
+    parser.add_argument("config", nargs="?", metavar="CONFIG.toml", help="the configuration; - is standard input")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one key; may be repeated")
     again = parser.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="go on with the run in run.folder from its last checkpoint")
@@ -23,7 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from cvmk.config.loading import explain_config, load_train_config
+    from cvmk.config.loading import explain_config, parse_config
+    from cvmk.config.overrides import with_overrides
+    from cvmk.config.schema import TrainConfig
     from cvmk.errors import ConfigError
     from cvmk.text.languages import check_language
 
@@ -32,14 +37,13 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.config is None:
         raise ConfigError("name a configuration file, for example `cvmk train examples/quickstart.toml`")
-    config = load_train_config(arguments.config, arguments.overrides)
+    text, name = read_whole(arguments.config)
+    config = parse_config(TrainConfig, text, name, arguments.overrides)
     for key in ("source_language", "target_language"):
         check_language(getattr(config.data, key), f"data.{key}")
     if arguments.check:
-        print(f"{arguments.config} is a valid configuration")
+        print(f"{name} is a valid configuration")
         return 0
-    text = Path(arguments.config).read_text(encoding="utf-8")
-    text += "".join(f"\n# --set {override}" for override in arguments.overrides)
 
     from cvmk.hardware import keep_freed_memory
     from cvmk.telemetry import reporter
@@ -48,19 +52,15 @@ def run(arguments: argparse.Namespace) -> int:
 
     keep_freed_memory()
     try:
-        report = train(config, text, reporter(), resume=arguments.resume, restart=arguments.restart)
+        report = train(config, with_overrides(text, arguments.overrides), reporter(), resume=arguments.resume, restart=arguments.restart)
     except Interrupted as interruption:
-        print(f"cvmk: {interruption}; go on with: cvmk train {_again(arguments)} --resume", file=sys.stderr)
+        print(f"cvmk: {interruption}; go on with: {command('train', Path(config.run.folder) / 'config.toml', '--resume')}", file=sys.stderr)
         raise
     if arguments.json:
         print(json.dumps(report, ensure_ascii=False))
     else:
         _show(report, config.run.folder)
     return 0
-
-
-def _again(arguments: argparse.Namespace) -> str:
-    return " ".join([arguments.config, *(f"--set {override}" for override in arguments.overrides)])
 
 
 def _show(report: dict[str, Any], folder: str) -> None:
@@ -80,7 +80,8 @@ def _show(report: dict[str, Any], folder: str) -> None:
     for sample in result["samples"]:
         print(f"  {sample['source']}\n    -> {sample['hypothesis']}\n    == {sample['reference']}")
     print("\nNext:")
-    print(f'  echo "Good morning." | cvmk translate {folder}/model')
-    print(f"  cvmk validate {folder}/model --source FILE --reference FILE")
+    model = Path(folder) / "model"
+    print(f'  echo "Good morning." | {command("translate", model)}')
+    print(f"  {command('validate', model)} --source FILE --reference FILE")
     print("  cvmk doctor                    which kernels run on this machine")
     print("  cvmk train --explain-config    every key, for a configuration of your own")

@@ -1,4 +1,4 @@
-"""Configuration: the schema of every key, and reading it from TOML. Imports nothing of cvmk but its errors."""
+"""Configuration: the schema of every key, and reading it from TOML. Imports nothing of cvmk but its errors and files."""
 
 from cvmk.config.schema import (
     CorpusConfig,

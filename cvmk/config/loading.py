@@ -13,9 +13,11 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails, PydanticUndefined
 
+from cvmk.config.overrides import apply_overrides
 from cvmk.config.schema import TrainConfig
 from cvmk.config.section import Document, table_of, walk
-from cvmk.errors import ConfigError, DataError
+from cvmk.errors import ConfigError
+from cvmk.files import read_text
 
 D = TypeVar("D", bound=Document)
 
@@ -23,24 +25,15 @@ D = TypeVar("D", bound=Document)
 def load_config(schema: type[D], path: str | Path, overrides: Sequence[str] = ()) -> D:
     """The configuration in the TOML file `path` with `overrides` ("section.key=value") applied.
 
-    Raises DataError where the file cannot be read, ConfigError for anything wrong in it.
+    Raises DataError where the file cannot be read, ConfigError for anything wrong in it. A pipe can be read only once: to keep its
+    text, use `read_text` and `parse_config`.
     """
-    return parse_config(schema, read_config(path), str(path), overrides)
+    return parse_config(schema, read_text(path), str(path), overrides)
 
 
 def load_train_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """`load_config` for `cvmk train`."""
     return load_config(TrainConfig, path, overrides)
-
-
-def read_config(path: str | Path) -> str:
-    """The text of a configuration. A pipe is read to its end, so it can be read only once. Raises DataError."""
-    try:
-        return Path(path).read_bytes().decode("utf-8")
-    except OSError as error:
-        raise DataError(f"cannot read the configuration {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"the configuration {path} is not UTF-8 text (byte {error.start})") from error
 
 
 def parse_config(schema: type[D], text: str, name: str, overrides: Sequence[str] = ()) -> D:
@@ -51,8 +44,7 @@ def parse_config(schema: type[D], text: str, name: str, overrides: Sequence[str]
         raise ConfigError(f"{name} is not valid TOML: {error}") from error
     if not values and not overrides:
         raise ConfigError(f"the configuration {name} is empty; `{schema.COMMAND} --explain-config` lists the keys")
-    for override in overrides:
-        _apply(values, override)
+    apply_overrides(values, overrides)
     return check_values(schema, values, name)
 
 
@@ -72,23 +64,6 @@ def parse_train_config(values: dict[str, Any], name: str) -> TrainConfig:
 
 def _not_json(value: Any) -> str:
     return f"{type(value).__name__} {value}"  # a TOML date: no key takes one, and the message shows it
-
-
-def _apply(values: dict[str, Any], override: str) -> None:
-    key, separator, text = override.partition("=")
-    path = [part.strip() for part in key.split(".")]
-    if not separator or not all(path):
-        raise ConfigError(f"--set {override!r} is not of the form section.key=value")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text.strip()  # a bare word is a string
-    table = values
-    for part in path[:-1]:
-        table = table.setdefault(part, {})
-        if not isinstance(table, dict):
-            raise ConfigError(f"--set {override!r}: {part} is a value, not a table")
-    table[path[-1]] = value
 
 
 def _sentence(schema: type[BaseModel], detail: ErrorDetails) -> str:

@@ -38,9 +38,12 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         raise DataError(f"{os.fspath(path)} is not valid JSON ({error}): restore it or write it again") from error
 
 
-def read_text(path: str | os.PathLike[str]) -> str:
-    """A UTF-8 text, without a byte order mark. A pipe is read to its end. Raises DataError where it is missing or not UTF-8."""
-    with open_input(path) as file, explained(path, "read"):
+def read_text(path: str | os.PathLike[str], stream: BinaryIO | None = None) -> str:
+    """A UTF-8 text, without a byte order mark; that of `stream` where one is given, and `path` is its name. A pipe is read to its end.
+
+    Raises DataError where it is missing or not UTF-8.
+    """
+    with open_input(path) if stream is None else contextlib.nullcontext(plain(stream, os.fspath(path))) as file, explained(path, "read"):
         data = file.read()
     try:
         return data.decode("utf-8").removeprefix(BOM)

@@ -82,7 +82,7 @@ def test_unreadable_files(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="not valid TOML"):
         load_train_config(broken)
     broken.write_bytes(b"a = '\xff'\n")
-    with pytest.raises(DataError, match="not UTF-8"):
+    with pytest.raises(DataError, match=r"broken\.toml is not valid UTF-8"):
         load_train_config(broken)
     broken.write_bytes(b"")
     with pytest.raises(ConfigError, match="empty"):
