@@ -16,25 +16,41 @@ set(CVMK_ISA_FLAGS_avx2 -mavx2 -mfma -mf16c -mbmi2)
 set(CVMK_ISA_FLAGS_avx512 ${CVMK_ISA_FLAGS_avx2} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512)
 set(CVMK_ISA_FLAGS_amx ${CVMK_ISA_FLAGS_avx512} -mavx512vnni -mavx512bf16 -mamx-tile -mamx-int8 -mamx-bf16)
 
-# cvmk_kernels(<target> <folder>...): adds csrc/<folder>/dispatch.cpp and, for every level, csrc/<folder>/cpu_<level>.cpp with its flags.
-# A folder may lack a level: its dispatch.cpp then uses the one below.
-function(cvmk_kernels target)
+# GCC 12 warns of its own intrinsics' undefined operands (bug 105593), hence no warning of uninitialised values.
+set(CVMK_KERNEL_FLAGS ${CVMK_KERNEL_OPTIMISATION} -ffp-contract=fast -fno-math-errno -fno-trapping-math -fno-exceptions -Wno-uninitialized -Wno-maybe-uninitialized)
+
+# cvmk_kernels(<target> <folder> <level>...): adds csrc/<folder>/dispatch.cpp, and csrc/<folder>/kernels.cpp once for each of these levels that there
+# are here, with CVMK_LEVEL=<level>. A folder that lacks a level uses the one below (common/levels.h).
+function(cvmk_kernels target folder)
+  target_sources(${target} PRIVATE csrc/${folder}/dispatch.cpp)
+  set(have "")
+  foreach(level IN LISTS CVMK_ISA_LEVELS)
+    if(level IN_LIST ARGN)
+      set(objects ${target}_${folder}_${level})
+      add_library(${objects} OBJECT csrc/${folder}/kernels.cpp)
+      target_include_directories(${objects} PRIVATE csrc)
+      target_compile_definitions(${objects} PRIVATE CVMK_LEVEL=${level})
+      target_compile_options(${objects} PRIVATE ${CVMK_KERNEL_FLAGS} ${CVMK_ISA_FLAGS_${level}})
+      target_link_libraries(${objects} PRIVATE cvmk_warnings)
+      target_sources(${target} PRIVATE $<TARGET_OBJECTS:${objects}>)
+      list(APPEND have CVMK_HAVE_${level})
+    endif()
+  endforeach()
+  set_source_files_properties(csrc/${folder}/dispatch.cpp PROPERTIES COMPILE_DEFINITIONS "${have}")
+endfunction()
+
+# cvmk_kernels_by_file(<target> <folder>...): the same for folders that have a cpu_<level>.cpp for every level.
+function(cvmk_kernels_by_file target)
   foreach(folder IN LISTS ARGN)
     target_sources(${target} PRIVATE csrc/${folder}/dispatch.cpp)
     foreach(level IN LISTS CVMK_ISA_LEVELS)
       set(file csrc/${folder}/cpu_${level}.cpp)
-      if(EXISTS "${CMAKE_CURRENT_SOURCE_DIR}/${file}")
-        target_sources(${target} PRIVATE ${file})
-        # GCC 12 warns of its own intrinsics' undefined operands (bug 105593), hence no warning of uninitialised values.
-        set_source_files_properties(${file} PROPERTIES COMPILE_OPTIONS "${CVMK_KERNEL_OPTIMISATION};-ffp-contract=fast;-fno-math-errno;-fno-trapping-math;-fno-exceptions;-Wno-uninitialized;-Wno-maybe-uninitialized;${CVMK_ISA_FLAGS_${level}}")
-      endif()
+      target_sources(${target} PRIVATE ${file})
+      set_source_files_properties(${file} PROPERTIES COMPILE_OPTIONS "${CVMK_KERNEL_FLAGS};${CVMK_ISA_FLAGS_${level}}")
     endforeach()
   endforeach()
   list(LENGTH CVMK_ISA_LEVELS count)
   if(count GREATER 1)
     target_compile_definitions(${target} PRIVATE CVMK_HAVE_ISA_LEVELS)
-  endif()
-  if(OpenMP_CXX_FOUND)
-    target_link_libraries(${target} PUBLIC OpenMP::OpenMP_CXX)
   endif()
 endfunction()

@@ -47,15 +47,19 @@ if(CVMK_WERROR)
   target_compile_options(cvmk_warnings INTERFACE "$<$<COMPILE_LANG_AND_ID:CXX,GNU,Clang,AppleClang>:-Werror>")
 endif()
 
-add_library(cvmk_cpu STATIC csrc/common/blocks.cpp csrc/common/cpu_features.cpp csrc/sketch/sketch.cpp)
+add_library(cvmk_cpu STATIC csrc/common/blocks.cpp csrc/common/cpu_features.cpp csrc/common/scratch.cpp csrc/common/team.cpp csrc/sketch/sketch.cpp)
 target_include_directories(cvmk_cpu PUBLIC csrc)
 target_link_libraries(cvmk_cpu PRIVATE cvmk_warnings)
 
-# Folders of csrc with kernels; each has csrc/bindings/<folder>.cpp too.
+# Folders of csrc with kernels and the levels that they are compiled for; each has csrc/bindings/<folder>.cpp too.
 include(cpu_isa)
-set(CVMK_KERNELS attention distill gemm scan)
-cvmk_kernels(cvmk_cpu ${CVMK_KERNELS})
-list(TRANSFORM CVMK_KERNELS REPLACE "(.+)" "csrc/bindings/\\1.cpp" OUTPUT_VARIABLE CVMK_BINDINGS)
+cvmk_kernels_by_file(cvmk_cpu attention distill gemm)
+cvmk_kernels(cvmk_cpu scan base avx2 avx512)  # a scan has no matrix products
+set(CVMK_BINDINGS attention distill gemm scan)
+list(TRANSFORM CVMK_BINDINGS REPLACE "(.+)" "csrc/bindings/\\1.cpp")
+if(OpenMP_CXX_FOUND)
+  target_link_libraries(cvmk_cpu PUBLIC OpenMP::OpenMP_CXX)
+endif()
 
 # NO_EXTRAS: link-time optimisation could move code compiled for one instruction set into code that runs on all.
 pybind11_add_module(_native NO_EXTRAS csrc/bindings/cpu.cpp csrc/bindings/memory.cpp ${CVMK_BINDINGS})

@@ -1,46 +1,39 @@
-// Binds the CUDA kernels of the selective scan. Arguments come as one flat sequence of integers: device, stream, then as for the CPU library.
+// Binds the CUDA kernels of the selective scan: the stream, then the arguments as for the CPU library.
 #include "bindings/cuda_call.h"
 #include "bindings/scan_arguments.h"
 #include "scan/cuda_scan.h"
-
-namespace py = pybind11;
 
 namespace {
 
 using namespace cvmk::scan;
 
-void scan_forward(const py::tuple& values) {
-  Reader r(values);
-  const Place place(r);
-  const ScanForward p = read_forward(r);
-  r.finish();
-  queue(&cuda_forward, p, place);
+void scan_forward(Arguments& in) {
+  const Stream stream = in.integer();
+  const ScanForward p = read_forward(in);
+  cvmk::bindings::queue(&cuda_forward, in, p, stream);
 }
 
-// Without a workspace (address 0): how many floats it must have, and nothing is run.
-std::int64_t scan_backward(const py::tuple& values) {
-  Reader r(values);
-  const Place place(r);
+// The workspace is the last argument. Without one: how many floats it must have, and nothing is run.
+std::int64_t scan_backward(Arguments& in) {
+  const Stream stream = in.integer();
   CudaBackward p{};
-  p.workspace = r.pointer<float>();
-  p.pass = read_backward(r);
-  r.finish();
-  if (p.workspace != nullptr) queue(&cuda_backward, p, place);
+  p.pass = read_backward(in);
+  p.workspace = floats(in, "workspace");
+  if (p.workspace != nullptr) cvmk::bindings::queue(&cuda_backward, in, p, stream);
   return cuda_workspace(p.pass);
 }
 
-void state_update(const py::tuple& values) {
-  Reader r(values);
-  const Place place(r);
-  const Update p = read_update(r);
-  r.finish();
-  queue(&cuda_update, p, place);
+void state_update(Arguments& in) {
+  const Stream stream = in.integer();
+  const Update p = read_update(in);
+  cvmk::bindings::queue(&cuda_update, in, p, stream);
 }
 
 }  // namespace
 
-void bind_cuda_scan(py::module_& m) {
-  m.def("scan_forward", &scan_forward, "Forward pass of the selective scan");
-  m.def("scan_backward", &scan_backward, "Backward pass of the selective scan; returns the floats that its workspace needs");
-  m.def("scan_state_update", &state_update, "One step of the selective scan; the state is overwritten");
+void bind_cuda_scan(pybind11::module_& m) {
+  using cvmk::bindings::add, cvmk::bindings::kGpu;
+  add<&scan_forward>(m, "scan_forward", "selective_scan", "Forward pass of the selective scan", kGpu);
+  add<&scan_backward>(m, "scan_backward", "selective_scan", "Backward pass; returns the floats that its workspace needs", kGpu);
+  add<&state_update>(m, "scan_state_update", "selective_state_update", "One step of the selective scan; the state is overwritten", kGpu);
 }

@@ -1,18 +1,17 @@
 #include "common/blocks.h"
 
+#include <atomic>
 #include <cstdlib>
 #include <mutex>
 #include <new>
 #include <vector>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
+#include "common/pages.h"
 
 namespace cvmk {
 namespace {
 
-constexpr std::size_t kPage = std::size_t{2} << 20;
+constexpr std::size_t kPage = kLargePage;
 constexpr std::size_t kMost = 16;                       // blocks that are kept
 constexpr std::size_t kOurs = std::size_t{32} << 20;    // bytes of the youngest ones that are not offered to the system
 
@@ -39,8 +38,7 @@ void unmap(Block block) noexcept { ::operator delete(block.data, std::align_val_
 bool offer(Block) noexcept { return false; }
 #endif
 
-// Never destroyed: blocks come back after the library's other static objects are gone. Its lock is only ever tried, so that a process
-// forked while another thread held it goes on without kept blocks.
+// Never destroyed: blocks come back after the library's other static objects are gone.
 struct Kept {
   std::mutex mutex;
   std::vector<Block> blocks;  // the oldest first
@@ -74,6 +72,21 @@ Kept& kept() {
   return all;
 }
 
+// The lock is held for a fraction of a microsecond and only ever tried, so that a process forked while another thread held it goes on without
+// kept blocks.
+class Lock {
+ public:
+  explicit Lock(std::mutex& mutex) : lock_(mutex, std::try_to_lock) {
+    for (int i = 0; i < 64 && !lock_.owns_lock(); ++i) static_cast<void>(lock_.try_lock());
+  }
+  explicit operator bool() const { return lock_.owns_lock(); }
+
+ private:
+  std::unique_lock<std::mutex> lock_;
+};
+
+std::atomic<std::size_t> held{0};
+
 }  // namespace
 
 std::size_t kept_limit() noexcept {
@@ -86,14 +99,22 @@ std::size_t kept_limit() noexcept {
 
 std::size_t kept_bytes() noexcept {
   Kept& all = kept();
-  const std::unique_lock<std::mutex> lock(all.mutex, std::try_to_lock);
-  return lock.owns_lock() ? all.bytes : 0;
+  const Lock lock(all.mutex);
+  return held + (lock ? all.bytes : 0);
 }
+
+bool hold(std::size_t bytes) noexcept {
+  if (held.fetch_add(bytes) + bytes <= kept_limit()) return true;
+  held -= bytes;
+  return false;
+}
+
+void let_go(std::size_t bytes) noexcept { held -= bytes; }
 
 Block take_block(std::size_t bytes) {
   const std::size_t whole = (bytes + kPage - 1) / kPage * kPage;
   Kept& all = kept();
-  if (const std::unique_lock<std::mutex> lock(all.mutex, std::try_to_lock); lock.owns_lock()) {
+  if (const Lock lock(all.mutex); lock) {
     // The smallest one that fits, unless it is more than twice as large; of equal ones the last to come back.
     std::size_t best = all.blocks.size();
     for (std::size_t i = 0; i < all.blocks.size(); ++i) {
@@ -112,11 +133,11 @@ void give_block(Block block) noexcept {
   Block gone[kMost + 1];
   std::size_t count = 0;
   {
-    const std::unique_lock<std::mutex> lock(all.mutex, std::try_to_lock);
-    if (!lock.owns_lock()) return unmap(block);
+    const Lock lock(all.mutex);
+    if (!lock) return unmap(block);
     all.blocks.push_back(block);
     all.bytes += block.bytes;
-    while (all.bytes > kept_limit() || all.blocks.size() > kMost) gone[count++] = all.remove(0);
+    while (!all.blocks.empty() && (all.bytes + held > kept_limit() || all.blocks.size() > kMost)) gone[count++] = all.remove(0);
     all.offer_old();
   }
   for (std::size_t i = 0; i < count; ++i) unmap(gone[i]);

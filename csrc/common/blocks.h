@@ -5,7 +5,7 @@
 
 namespace cvmk {
 
-// A block of `bytes` or more on pages of 2 MiB where the system has them; its numbers are any. Null bytes: no block.
+// A block of `bytes` or more on pages of 2 MiB where the system has them, uninitialised. Null data: no block.
 struct Block {
   void* data = nullptr;
   std::size_t bytes = 0;
@@ -21,7 +21,11 @@ void give_block(Block block) noexcept;
 // The environment variable CVMK_KEPT_MIB in bytes, 512 MiB without it; 0 keeps nothing. Read at the first call.
 std::size_t kept_limit() noexcept;
 
-// Of all the blocks that are kept.
+// Of all the blocks that are kept, and of what is held beside them.
 std::size_t kept_bytes() noexcept;
+
+// Bytes that are kept elsewhere under the same limit (common/scratch.h). False where that would be too many; else `let_go` must follow.
+bool hold(std::size_t bytes) noexcept;
+void let_go(std::size_t bytes) noexcept;
 
 }  // namespace cvmk

@@ -8,10 +8,13 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "common/dtype.h"
+
 namespace cvmk::cuda {
 
-// As cvmk.ops.cuda.TYPES numbers them.
-enum Type : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+using cvmk::kBFloat16;
+using cvmk::kFloat16;
+using cvmk::kFloat32;
 
 // Elements of 16 bytes.
 template <typename T>

@@ -9,14 +9,10 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "common/inline.h"
+
 #if defined(__AVX2__) || defined(__AVX512F__)
 #include <immintrin.h>
-#endif
-
-#if defined(__GNUC__)
-#define CVMK_INLINE inline __attribute__((always_inline, unused))
-#else
-#define CVMK_INLINE inline
 #endif
 
 namespace {
@@ -88,12 +84,22 @@ CVMK_INLINE H load_h(const uint16_t* p) {
   return v;
 }
 CVMK_INLINE H load_h_n(const uint16_t* p, int n) {
+#if defined(__AVX512F__)
+  return bits<H>(_mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << n) - 1u), p));
+#else
   H v{};
   memcpy(&v, p, static_cast<size_t>(n) * 2);
   return v;
+#endif
 }
 CVMK_INLINE void store_h(uint16_t* p, H v) { memcpy(p, &v, sizeof v); }
-CVMK_INLINE void store_h_n(uint16_t* p, H v, int n) { memcpy(p, &v, static_cast<size_t>(n) * 2); }
+CVMK_INLINE void store_h_n(uint16_t* p, H v, int n) {
+#if defined(__AVX512F__)
+  _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1u << n) - 1u), bits<__m256i>(v));
+#else
+  memcpy(p, &v, static_cast<size_t>(n) * 2);
+#endif
+}
 
 CVMK_INLINE float half_to_float(uint16_t h) {
   const uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16;

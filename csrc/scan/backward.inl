@@ -11,8 +11,8 @@
 
 #include "scan/forward.inl"
 
+namespace cvmk::scan {
 namespace {
-namespace scan {
 
 constexpr int64_t kMostBlocks = 4;      // blocks of an item: the sums across lanes are shared by so many
 constexpr int64_t kMostBatchParts = 64;  // parts of the batch whose sums over time are kept apart
@@ -20,7 +20,7 @@ constexpr int64_t kMostBatchParts = 64;  // parts of the batch whose sums over t
 // Offsets of the sums over batch and time within one part: dA, dD, d bias, constant dB, constant dC; each of [channels, ...].
 struct Sums {
   int64_t A, D, bias, B, C, size;
-  explicit CVMK_INLINE Sums(const Scan& s) {
+  CVMK_INLINE explicit Sums(const Scan& s) {
     const int64_t square = s.channels * s.states;
     A = 0;
     D = square;
@@ -59,31 +59,31 @@ struct BackwardScratch {
 
   CVMK_INLINE BackwardScratch(const Scan& s, Arena* a) {
     const int64_t tile = kChunk * W, square = s.states * W;
-    u = a->take(tile);
-    step = a->take(tile);
-    rate = a->take(tile);
-    drive = a->take(tile);
-    g = a->take(tile);
-    dy = a->take(tile);
-    slope = a->take(tile);
-    y = a->take(tile);
-    z = a->take(tile);
-    du = a->take(tile);
-    dstep = a->take(tile);
-    decays = a->take(tile * kStates);
-    before = a->take((kChunk + 1) * W * kStates);
-    entry = a->take(square);
-    A = a->take(square);
-    B = a->take(s.states * kChunk);
-    C = a->take(s.states * kChunk);
-    dB = a->take(s.B.constant != nullptr ? 0 : s.states * tile);
-    dC = a->take(s.C.constant != nullptr ? 0 : s.states * tile);
-    carry = a->take(square * kMostBlocks);
-    dA = a->take(square * kMostBlocks);
-    dD = a->take(W * kMostBlocks);
-    dbias = a->take(W * kMostBlocks);
-    constant_dB = a->take(square * kMostBlocks);
-    constant_dC = a->take(square * kMostBlocks);
+    u = a->take<float>(tile);
+    step = a->take<float>(tile);
+    rate = a->take<float>(tile);
+    drive = a->take<float>(tile);
+    g = a->take<float>(tile);
+    dy = a->take<float>(tile);
+    slope = a->take<float>(tile);
+    y = a->take<float>(tile);
+    z = a->take<float>(tile);
+    du = a->take<float>(tile);
+    dstep = a->take<float>(tile);
+    decays = a->take<float>(tile * kStates);
+    before = a->take<float>((kChunk + 1) * W * kStates);
+    entry = a->take<float>(square);
+    A = a->take<float>(square);
+    B = a->take<float>(s.states * kChunk);
+    C = a->take<float>(s.states * kChunk);
+    dB = a->take<float>(s.B.constant != nullptr ? 0 : s.states * tile);
+    dC = a->take<float>(s.C.constant != nullptr ? 0 : s.states * tile);
+    carry = a->take<float>(square * kMostBlocks);
+    dA = a->take<float>(square * kMostBlocks);
+    dD = a->take<float>(W * kMostBlocks);
+    dbias = a->take<float>(W * kMostBlocks);
+    constant_dB = a->take<float>(square * kMostBlocks);
+    constant_dC = a->take<float>(square * kMostBlocks);
   }
 };
 
@@ -316,74 +316,91 @@ CVMK_INLINE void add_parts(const float* parts, int64_t count, int64_t pitch, int
 }
 
 // One row [length] of dB or dC from the sums of the items of its group.
-template <int kType>
+template <Dtype kType>
 CVMK_INLINE void add_items_as(const float* parts, int64_t items, int64_t pitch, int64_t length, void* out) {
   for (int64_t t = 0; t < length; t += W) {
     const int n = static_cast<int>(length - t < W ? length - t : W);
     F total = simd::load_n(parts + t, n);
     for (int64_t item = 1; item < items; ++item) total += simd::load_n(parts + item * pitch + t, n);
-    write_n<kType>(element(out, kType, t), total, n);
+    elements::store_n<kType>(elements::at(out, kType, t), total, n);
   }
 }
-CVMK_INLINE void add_items(const Scan& s, const Cut& cut, const float* parts, void* out, int64_t dtype, int64_t row) {
+CVMK_INLINE void add_items(const Scan& s, const Cut& cut, const float* parts, void* out, Dtype dtype, int64_t row) {
   const int64_t pitch = s.states * s.length;
   const float* from = parts + (row / s.states * cut.items * s.states + row % s.states) * s.length;
-  void* to = element(out, dtype, row * s.length);
+  void* to = elements::at(out, dtype, row * s.length);
   if (dtype == kFloat32) add_items_as<kFloat32>(from, cut.items, pitch, s.length, to);
   else if (dtype == kBFloat16) add_items_as<kBFloat16>(from, cut.items, pitch, s.length, to);
   else add_items_as<kFloat16>(from, cut.items, pitch, s.length, to);
 }
 
-inline __attribute__((unused)) int run_backward(const ScanBackward& p) {
-  const Scan& s = p.scan;
-  pass_empty(s, p.grad_last, p.dinitial);
-  const Cut cut(s);
-  const Sums sums(s);
-  const int64_t rows = s.batch * s.groups * s.states;
-  Arena count{nullptr, 0}, shared{nullptr, 0};
-  BackwardScratch(s, &count);
-  const auto place = [&](Arena* arena) {
-    Parts parts{nullptr, nullptr, nullptr};
-    if (p.dB != nullptr && s.B.constant == nullptr) parts.dB = arena->take(rows * cut.items * s.length);
-    if (p.dC != nullptr && s.C.constant == nullptr) parts.dC = arena->take(rows * cut.items * s.length);
-    parts.sums = arena->take(cut.batch_parts * sums.size);
-    return parts;
-  };
-  place(&shared);
-  char* memory = reserve(shared.used + count.used * threads::limit());
+// The memory of a pass: the spans, what the items leave for the sums at the end, and a part for each thread.
+struct BackwardPlan {
+  Cut cut;
+  Sums sums;
+  int64_t items, each;
   Spans spans;
-  if (memory == nullptr || !make_spans(s, &spans)) {
-    release(memory);
-    return 1;
+  Parts parts;
+  char* own;
+  CVMK_INLINE BackwardPlan(const ScanBackward& p, const Team& team, Arena* a) : cut(p.scan), sums(p.scan) {
+    const Scan& s = p.scan;
+    const int64_t entries = s.batch * s.groups * s.states * cut.items * s.length;
+    items = s.length == 0 ? 0 : cut.batch_parts * s.groups * cut.items;
+    Arena one;
+    BackwardScratch(s, &one);
+    each = one.used;
+    spans = take_spans(s, a);
+    parts.dB = p.dB != nullptr && s.B.constant == nullptr ? a->take<float>(entries) : nullptr;
+    parts.dC = p.dC != nullptr && s.C.constant == nullptr ? a->take<float>(entries) : nullptr;
+    parts.sums = a->take<float>(cut.batch_parts * sums.size);
+    own = a->take<char>(least(items, team.size) * each);
   }
-  Arena arena{memory, 0};
-  const Parts parts = place(&arena);
-  if (s.length == 0) fill(parts.sums, cut.batch_parts * sums.size, 0.0f);
-  threads::each(s.length == 0 ? 0 : cut.batch_parts * s.groups * cut.items, [&](int64_t item) {
-    const unsigned mode = flush_subnormals();
-    Arena own{memory + shared.used + threads::index() * count.used, 0};
-    const BackwardScratch scratch(s, &own);
-    backward_item(p, spans, cut, item / cut.items / s.groups, item / cut.items % s.groups, item % cut.items, scratch, parts);
-    restore_subnormals(mode);
-  });
-  for (int which = 0; which < 2; ++which) {
-    const float* from = which == 0 ? parts.dB : parts.dC;
-    if (from == nullptr) continue;
-    threads::each((rows + 15) / 16, [&](int64_t some) {
-      for (int64_t row = some * 16; row < rows && row < some * 16 + 16; ++row)
-        add_items(s, cut, from, which == 0 ? p.dB : p.dC, which == 0 ? s.B.varying.dtype : s.C.varying.dtype, row);
-    });
-  }
-  const int64_t square = s.channels * s.states;
-  add_parts(parts.sums + sums.A, cut.batch_parts, sums.size, square, p.dA);
-  add_parts(parts.sums + sums.D, cut.batch_parts, sums.size, s.channels, p.dD);
-  add_parts(parts.sums + sums.bias, cut.batch_parts, sums.size, s.channels, p.dbias);
-  if (s.B.constant != nullptr) add_parts(parts.sums + sums.B, cut.batch_parts, sums.size, square, static_cast<float*>(p.dB));
-  if (s.C.constant != nullptr) add_parts(parts.sums + sums.C, cut.batch_parts, sums.size, square, static_cast<float*>(p.dC));
-  free(spans.spans);
-  release(memory);
-  return 0;
+};
+
+inline __attribute__((unused)) int64_t backward_scratch(const ScanBackward& p, const Team& team) {
+  Arena count;
+  BackwardPlan(p, team, &count);
+  return count.used;
 }
 
-}  // namespace scan
+// dB and dC (unless they are constant), then the sums over batch and time.
+CVMK_INLINE void finish_backward(const ScanBackward& p, const BackwardPlan& plan, const Team& team) {
+  const Scan& s = p.scan;
+  const int64_t rows = s.batch * s.groups * s.states;
+  for (int which = 0; which < 2; ++which) {
+    const float* from = which == 0 ? plan.parts.dB : plan.parts.dC;
+    if (from == nullptr) continue;
+    team.each(pieces(rows, 16), [&](int64_t some, int) {
+      for (int64_t row = some * 16; row < least(rows, some * 16 + 16); ++row)
+        add_items(s, plan.cut, from, which == 0 ? p.dB : p.dC, which == 0 ? s.B.varying.dtype : s.C.varying.dtype, row);
+    });
+  }
+  const int64_t square = s.channels * s.states, count = plan.cut.batch_parts, pitch = plan.sums.size;
+  const float* sums = plan.parts.sums;
+  add_parts(sums + plan.sums.A, count, pitch, square, p.dA);
+  add_parts(sums + plan.sums.D, count, pitch, s.channels, p.dD);
+  add_parts(sums + plan.sums.bias, count, pitch, s.channels, p.dbias);
+  if (s.B.constant != nullptr) add_parts(sums + plan.sums.B, count, pitch, square, static_cast<float*>(p.dB));
+  if (s.C.constant != nullptr) add_parts(sums + plan.sums.C, count, pitch, square, static_cast<float*>(p.dC));
+}
+
+inline __attribute__((unused)) void run_backward(const ScanBackward& p, char* scratch, const Team& team) {
+  const Scan& s = p.scan;
+  pass_empty(s, p.grad_last, p.dinitial);
+  Arena arena{scratch};
+  const BackwardPlan plan(p, team, &arena);
+  fill_spans(s, &plan.spans);
+  if (s.length == 0) fill(plan.parts.sums, plan.cut.batch_parts * plan.sums.size, 0.0f);
+  team.each(plan.items, [&](int64_t item, int thread) {
+    const unsigned mode = flush_subnormals();
+    Arena own{plan.own + thread * plan.each};
+    const BackwardScratch k(s, &own);
+    const int64_t items = plan.cut.items;
+    backward_item(p, plan.spans, plan.cut, item / items / s.groups, item / items % s.groups, item % items, k, plan.parts);
+    restore_subnormals(mode);
+  });
+  finish_backward(p, plan, team);
+}
+
 }  // namespace
+}  // namespace cvmk::scan

@@ -15,21 +15,19 @@ constexpr int kWarpLanes = 32;
 __device__ inline int lane_of_warp() { return static_cast<int>(threadIdx.x % 32); }
 __device__ inline int warp_of_block() { return static_cast<int>(threadIdx.x / 32); }
 __host__ __device__ inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-// params.h counts types from 1.
-__host__ __device__ inline int cuda_type(int64_t dtype) { return static_cast<int>(dtype) - 1; }
 
 // -- steps of a row ------------------------------------------------------------------------------------------------------------
 // A row of steps of a tensor whose type is known at run time only. `whole`: vectors of 16 bytes of it can be read where a lane's steps begin.
 struct Row {
   char* data;
-  int type;
+  Dtype type;
   bool whole;
 };
 template <int kItems, bool kReverse>
-__device__ inline Row row_at(const void* data, int64_t dtype, int64_t offset, int length) {
-  const int size = dtype == kFloat32 ? 4 : 2;
+__device__ inline Row row_at(const void* data, Dtype dtype, int64_t offset, int length) {
+  const int size = static_cast<int>(size_of(dtype));
   char* const at = static_cast<char*>(const_cast<void*>(data)) + offset * size;
-  return {at, cuda_type(dtype), (reinterpret_cast<uintptr_t>(at) + static_cast<uintptr_t>(kReverse ? length * size : 0)) % 16 == 0};
+  return {at, dtype, (reinterpret_cast<uintptr_t>(at) + static_cast<uintptr_t>(kReverse ? length * size : 0)) % 16 == 0};
 }
 
 // The lane's steps [step, step + kItems); those behind the end are 0.
@@ -52,8 +50,8 @@ __device__ __forceinline__ void load_steps(const T* row, bool whole, int length,
 }
 template <int kItems, bool kReverse>
 __device__ __forceinline__ void load_steps(const Row& row, int length, int step, float (&out)[kItems]) {
-  if (row.type == cuda::kBFloat16) load_steps<kItems, kReverse>(reinterpret_cast<const __nv_bfloat16*>(row.data), row.whole, length, step, out);
-  else if (row.type == cuda::kFloat16) load_steps<kItems, kReverse>(reinterpret_cast<const __half*>(row.data), row.whole, length, step, out);
+  if (row.type == kBFloat16) load_steps<kItems, kReverse>(reinterpret_cast<const __nv_bfloat16*>(row.data), row.whole, length, step, out);
+  else if (row.type == kFloat16) load_steps<kItems, kReverse>(reinterpret_cast<const __half*>(row.data), row.whole, length, step, out);
   else load_steps<kItems, kReverse>(reinterpret_cast<const float*>(row.data), row.whole, length, step, out);
 }
 
@@ -77,8 +75,8 @@ __device__ __forceinline__ void store_steps(const float (&values)[kItems], T* ro
 }
 template <int kItems, bool kReverse>
 __device__ __forceinline__ void store_steps(const float (&values)[kItems], const Row& row, int length, int step) {
-  if (row.type == cuda::kBFloat16) store_steps<kItems, kReverse>(values, reinterpret_cast<__nv_bfloat16*>(row.data), row.whole, length, step);
-  else if (row.type == cuda::kFloat16) store_steps<kItems, kReverse>(values, reinterpret_cast<__half*>(row.data), row.whole, length, step);
+  if (row.type == kBFloat16) store_steps<kItems, kReverse>(values, reinterpret_cast<__nv_bfloat16*>(row.data), row.whole, length, step);
+  else if (row.type == kFloat16) store_steps<kItems, kReverse>(values, reinterpret_cast<__half*>(row.data), row.whole, length, step);
   else store_steps<kItems, kReverse>(values, reinterpret_cast<float*>(row.data), row.whole, length, step);
 }
 
@@ -88,13 +86,13 @@ __device__ inline Row row_of(const View& view, int64_t batch, int64_t channel, i
   return row_at<kItems, kReverse>(view.data, view.dtype, batch * view.batch + channel * view.row, length);
 }
 template <int kItems, bool kReverse>
-__device__ inline Row row_of(const Scan& s, void* result, int64_t dtype, int64_t batch, int64_t channel) {
+__device__ inline Row row_of(const Scan& s, void* result, Dtype dtype, int64_t batch, int64_t channel) {
   return row_at<kItems, kReverse>(result, dtype, (batch * s.channels + channel) * s.length, static_cast<int>(s.length));
 }
 
 // -- sequences -------------------------------------------------------------------------------------------------------------------
 __device__ inline int64_t begin_of(const Scan& s, int64_t sequence) {
-  return s.cu_bytes == 8 ? static_cast<const int64_t*>(s.cu_seqlens)[sequence] : static_cast<const int32_t*>(s.cu_seqlens)[sequence];
+  return integer_at(s.cu_seqlens, s.cu_dtype, sequence);
 }
 // The sequence that position p is in: the last one that begins at p or before, so never an empty one.
 __device__ inline int64_t sequence_at(const Scan& s, int64_t p) {
@@ -199,9 +197,9 @@ struct WeightRows {
 };
 template <int kItems, bool kReverse>
 __device__ inline WeightRows rows_of(const Scan& s, const Weights& w, int64_t batch, int64_t group, int64_t channel) {
-  if (w.constant != nullptr) return {{reinterpret_cast<char*>(const_cast<float*>(w.constant + channel * s.states)), cuda::kFloat32, false}, 4, true};
+  if (w.constant != nullptr) return {{reinterpret_cast<char*>(const_cast<float*>(w.constant + channel * s.states)), kFloat32, false}, 4, true};
   WeightRows rows{row_at<kItems, kReverse>(w.varying.data, w.varying.dtype, batch * w.varying.batch + group * w.group, static_cast<int>(s.length)),
-                  w.varying.row * (w.varying.dtype == kFloat32 ? 4 : 2), false};
+                  w.varying.row * size_of(w.varying.dtype), false};
   rows.first.whole = rows.first.whole && rows.bytes % 16 == 0;
   return rows;
 }

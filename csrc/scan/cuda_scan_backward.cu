@@ -300,10 +300,10 @@ cudaError_t add_parts(const PartSum& p, cudaStream_t stream) {
 }
 
 PartSum weight_sum(const Scan& s, const Weights& w, const float* from, void* to) {
-  if (w.constant != nullptr) return {from, to, 1, s.batch, s.channels * s.states, cuda::kFloat32, 0, 0, 0};
+  if (w.constant != nullptr) return {from, to, 1, s.batch, s.channels * s.states, kFloat32, 0, 0, 0};
   const int64_t items = items_for(s.length), steps = kWarpLanes * items, padded = divide_up(s.length, steps) * steps;
   const int64_t blocks = divide_up(s.channels / s.groups, warps_for(s));
-  return {from, to, s.batch * s.groups, blocks, s.states * padded, cuda_type(w.varying.dtype), s.length, items, s.reverse};
+  return {from, to, s.batch * s.groups, blocks, s.states * padded, w.varying.dtype, s.length, items, s.reverse};
 }
 
 template <int kItems>
@@ -327,9 +327,9 @@ cudaError_t cuda_backward(const CudaBackward& call, cudaStream_t stream) {
   cudaError_t status = pass_empty(s, p.grad_last, p.dinitial, stream);
   if (status == cudaSuccess) status = items_for(s.length) == 2 ? run<2>(l, stream) : run<8>(l, stream);
   const PartSum sums[] = {
-      {l.parts.dA, p.dA, 1, s.batch, s.channels * s.states, cuda::kFloat32, 0, 0, 0},
-      {l.parts.dD, p.dD, 1, s.batch, s.channels, cuda::kFloat32, 0, 0, 0},
-      {l.parts.dbias, p.dbias, 1, s.batch, s.channels, cuda::kFloat32, 0, 0, 0},
+      {l.parts.dA, p.dA, 1, s.batch, s.channels * s.states, kFloat32, 0, 0, 0},
+      {l.parts.dD, p.dD, 1, s.batch, s.channels, kFloat32, 0, 0, 0},
+      {l.parts.dbias, p.dbias, 1, s.batch, s.channels, kFloat32, 0, 0, 0},
       weight_sum(s, s.B, l.parts.dB, p.dB),
       weight_sum(s, s.C, l.parts.dC, p.dC),
   };

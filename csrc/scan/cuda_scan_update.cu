@@ -10,7 +10,7 @@ using namespace cvmk::cuda;
 constexpr int kLanesOfRow = 8, kThreads = 128;
 
 __device__ inline float value_of(const Update::Input& from, int64_t batch, int64_t head, int64_t row) {
-  return from.data == nullptr ? 0.0f : load_as(from.data, cuda_type(from.dtype), batch * from.batch + head * from.head + row * from.row);
+  return from.data == nullptr ? 0.0f : load_as(from.data, from.dtype, batch * from.batch + head * from.head + row * from.row);
 }
 
 __global__ void __launch_bounds__(kThreads) update_rows(const Update p) {
@@ -22,7 +22,7 @@ __global__ void __launch_bounds__(kThreads) update_rows(const Update p) {
   const float step = p.softplus ? softplus(raw) : raw, rate = step * kLog2e, drive = step * x;
   const int64_t state = batch * p.state_batch + head * p.state_head + row * p.state_row, A = head * p.A_head + row * p.A_row;
   const int64_t B = batch * p.B.batch + group * p.B.row, C = batch * p.C.batch + group * p.C.row;
-  const int type = cuda_type(p.state_dtype), B_type = cuda_type(p.B.dtype), C_type = cuda_type(p.C.dtype);
+  const Dtype type = p.state_dtype, B_type = p.B.dtype, C_type = p.C.dtype;
   float y = 0.0f;
   for (int64_t n = threadIdx.x % kLanesOfRow; n < p.states; n += kLanesOfRow) {
     const int64_t cell = state + n * p.state_column;
@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(kThreads) update_rows(const Update p) {
     const float z = value_of(p.z, batch, head, row);
     y *= z * sigmoid(z);
   }
-  store_as(y, p.out, cuda_type(p.x.dtype), at);
+  store_as(y, p.out, p.x.dtype, at);
 }
 
 }  // namespace

@@ -7,8 +7,8 @@
 
 #include "scan/spans.inl"
 
+namespace cvmk::scan {
 namespace {
-namespace scan {
 
 #if defined(__AVX512F__)
 constexpr int kStates = 4;  // of 32 registers: 4 states, 4 rows of A, 8 constants
@@ -22,14 +22,14 @@ struct ForwardScratch {
   float *B, *C;                 // [states][kChunk], or constant [states][W]
 
   CVMK_INLINE ForwardScratch(const Scan& s, Arena* a) {
-    u = a->take(kChunk * W);
-    rate = a->take(kChunk * W);
-    drive = a->take(kChunk * W);
-    y = a->take(kChunk * W);
-    x = a->take(s.states * W);
-    A = a->take(s.states * W);
-    B = a->take(s.states * kChunk);
-    C = a->take(s.states * kChunk);
+    u = a->take<float>(kChunk * W);
+    rate = a->take<float>(kChunk * W);
+    drive = a->take<float>(kChunk * W);
+    y = a->take<float>(kChunk * W);
+    x = a->take<float>(s.states * W);
+    A = a->take<float>(s.states * W);
+    B = a->take<float>(s.states * kChunk);
+    C = a->take<float>(s.states * kChunk);
   }
 };
 
@@ -105,30 +105,43 @@ CVMK_INLINE void forward_block(const ScanForward& p, const Spans& spans, const B
   }
 }
 
-inline __attribute__((unused)) int run_forward(const ScanForward& p) {
-  const Scan& s = p.scan;
-  pass_empty(s, s.initial, p.last);
-  const int64_t blocks = blocks_of_group(s), items = s.batch * s.groups * blocks;
-  if (items == 0 || s.length == 0) return 0;
-  Arena count{nullptr, 0};
-  ForwardScratch(s, &count);
-  char* memory = reserve(count.used * threads::limit());
+// The memory of a pass: the spans, and a part for each thread.
+struct ForwardPlan {
+  int64_t blocks, items, each;
   Spans spans;
-  if (memory == nullptr || !make_spans(s, &spans)) {
-    release(memory);
-    return 1;
+  char* own;
+  CVMK_INLINE ForwardPlan(const Scan& s, const Team& team, Arena* a) {
+    blocks = blocks_of_group(s);
+    items = s.length == 0 ? 0 : s.batch * s.groups * blocks;
+    Arena one;
+    ForwardScratch(s, &one);
+    each = one.used;
+    spans = take_spans(s, a);
+    own = a->take<char>(least(items, team.size) * each);
   }
-  threads::each(items, [&](int64_t item) {
-    const unsigned mode = flush_subnormals();
-    Arena arena{memory + threads::index() * count.used, 0};
-    const ForwardScratch scratch(s, &arena);
-    forward_block(p, spans, block_at(s, item / blocks / s.groups, item / blocks % s.groups, item % blocks), scratch);
-    restore_subnormals(mode);
-  });
-  free(spans.spans);
-  release(memory);
-  return 0;
+};
+
+inline __attribute__((unused)) int64_t forward_scratch(const ScanForward& p, const Team& team) {
+  Arena count;
+  ForwardPlan(p.scan, team, &count);
+  return count.used;
 }
 
-}  // namespace scan
+inline __attribute__((unused)) void run_forward(const ScanForward& p, char* scratch, const Team& team) {
+  const Scan& s = p.scan;
+  pass_empty(s, s.initial, p.last);
+  Arena arena{scratch};
+  const ForwardPlan plan(s, team, &arena);
+  if (plan.items == 0) return;
+  fill_spans(s, &plan.spans);
+  team.each(plan.items, [&](int64_t item, int thread) {
+    const unsigned mode = flush_subnormals();
+    Arena own{plan.own + thread * plan.each};
+    const ForwardScratch k(s, &own);
+    forward_block(p, plan.spans, block_at(s, item / plan.blocks / s.groups, item / plan.blocks % s.groups, item % plan.blocks), k);
+    restore_subnormals(mode);
+  });
+}
+
 }  // namespace
+}  // namespace cvmk::scan

@@ -4,20 +4,17 @@
 // which needs no transposition); rows of a tile that belong to no channel are 0.
 
 #include <float.h>
-#include <stdlib.h>
 
-#include "common/simd.h"
-#include "common/threads.h"
+#include "common/elements.h"
 #include "scan/params.h"
 
 #if defined(__SSE2__)
 #include <xmmintrin.h>
 #endif
 
+namespace cvmk::scan {
 namespace {
-namespace scan {
 
-using namespace cvmk::scan;
 using simd::F;
 using simd::H;
 using simd::I;
@@ -177,57 +174,24 @@ CVMK_INLINE F row_sums(const F* v) {
 #endif
 }
 
-// -- elements of any dtype ----------------------------------------------------------------------------------------------------------
-CVMK_INLINE int64_t size_of(int64_t dtype) { return dtype == kFloat32 ? 4 : 2; }
-CVMK_INLINE const char* element(const void* data, int64_t dtype, int64_t index) { return static_cast<const char*>(data) + index * size_of(dtype); }
-CVMK_INLINE char* element(void* data, int64_t dtype, int64_t index) { return static_cast<char*>(data) + index * size_of(dtype); }
-
-template <int kType>
-CVMK_INLINE F read(const void* p) {
-  if (kType == kFloat32) return simd::load(static_cast<const float*>(p));
-  const H h = simd::load_h(static_cast<const uint16_t*>(p));
-  return kType == kBFloat16 ? simd::from_bf16(h) : simd::from_half(h);
-}
-template <int kType>
-CVMK_INLINE F read_n(const void* p, int n) {
-  if (kType == kFloat32) return simd::load_n(static_cast<const float*>(p), n);
-  const H h = simd::load_h_n(static_cast<const uint16_t*>(p), n);
-  return kType == kBFloat16 ? simd::from_bf16(h) : simd::from_half(h);
-}
-template <int kType>
-CVMK_INLINE float read_one(const void* p) {
-  if (kType == kFloat32) return *static_cast<const float*>(p);
-  const uint16_t h = *static_cast<const uint16_t*>(p);
-  return kType == kBFloat16 ? simd::bits<float>(static_cast<uint32_t>(h) << 16) : simd::half_to_float(h);
-}
-template <int kType>
-CVMK_INLINE void write(void* p, F v) {
-  if (kType == kFloat32) return simd::store(static_cast<float*>(p), v);
-  simd::store_h(static_cast<uint16_t*>(p), kType == kBFloat16 ? simd::to_bf16(v) : simd::to_half(v));
-}
-template <int kType>
-CVMK_INLINE void write_n(void* p, F v, int n) {
-  if (kType == kFloat32) return simd::store_n(static_cast<float*>(p), v, n);
-  simd::store_h_n(static_cast<uint16_t*>(p), kType == kBFloat16 ? simd::to_bf16(v) : simd::to_half(v), n);
-}
-
 // A pointer to memory with rows and columns, without its type.
 struct Plane {
   char* data;
-  int64_t dtype, row, column;  // strides in elements
+  Dtype dtype;
+  int64_t row, column;  // strides in elements
 };
 CVMK_INLINE Plane plane(const View& view, int64_t batch, int64_t row, int64_t column) {
   const int64_t offset = batch * view.batch + row * view.row + column * view.column;
-  return {element(view.data, view.dtype, offset), view.dtype, view.row, view.column};
+  return {elements::at(view.data, view.dtype, offset), view.dtype, view.row, view.column};
 }
 CVMK_INLINE Plane plane(const float* data, int64_t row_stride) {
   return {reinterpret_cast<char*>(const_cast<float*>(data)), kFloat32, row_stride, 1};
 }
 
 // -- tiles ----------------------------------------------------------------------------------------------------------------------
-template <int kType>
+template <Dtype kType>
 inline __attribute__((noinline)) void load_tile_as(const Plane& from, int rows, int columns, bool flip, float* tile) {
-  constexpr int64_t size = kType == kFloat32 ? 4 : 2;
+  constexpr int64_t size = size_of(kType);
   for (int c = 0; c < columns; c += W) {
     const int n = columns - c < W ? columns - c : W;
     F m[W];
@@ -235,17 +199,17 @@ inline __attribute__((noinline)) void load_tile_as(const Plane& from, int rows, 
       const char* p = from.data + c * size;
       const int64_t stride = from.row * size;
       if (rows == W && n == W) {
-        for (int r = 0; r < W; ++r) m[r] = read<kType>(p + r * stride);
+        for (int r = 0; r < W; ++r) m[r] = elements::load<kType>(p + r * stride);
       } else {
-        for (int r = 0; r < W; ++r) m[r] = r < rows ? read_n<kType>(p + r * stride, n) : F{};
+        for (int r = 0; r < W; ++r) m[r] = r < rows ? elements::load_n<kType>(p + r * stride, n) : F{};
       }
       transpose(m);
     } else if (from.row == 1) {
-      for (int i = 0; i < W; ++i) m[i] = i < n ? read_n<kType>(from.data + (c + i) * from.column * size, rows) : F{};
+      for (int i = 0; i < W; ++i) m[i] = i < n ? elements::load_n<kType>(from.data + (c + i) * from.column * size, rows) : F{};
     } else {
       for (int i = 0; i < W; ++i) {
         m[i] = F{};
-        for (int r = 0; r < rows && i < n; ++r) m[i][r] = read_one<kType>(from.data + (r * from.row + (c + i) * from.column) * size);
+        for (int r = 0; r < rows && i < n; ++r) m[i][r] = elements::load_one<kType>(from.data + (r * from.row + (c + i) * from.column) * size);
       }
     }
     for (int i = 0; i < n; ++i) simd::store(tile + (flip ? columns - 1 - c - i : c + i) * W, m[i]);
@@ -258,9 +222,9 @@ CVMK_INLINE void load_tile(const Plane& from, int rows, int columns, bool flip, 
 }
 
 // To memory whose columns are contiguous.
-template <int kType>
+template <Dtype kType>
 inline __attribute__((noinline)) void store_tile_as(const Plane& to, int rows, int columns, bool flip, const float* tile) {
-  constexpr int64_t size = kType == kFloat32 ? 4 : 2;
+  constexpr int64_t size = size_of(kType);
   for (int c = 0; c < columns; c += W) {
     const int n = columns - c < W ? columns - c : W;
     F m[W];
@@ -269,9 +233,9 @@ inline __attribute__((noinline)) void store_tile_as(const Plane& to, int rows, i
     char* p = to.data + c * size;
     const int64_t stride = to.row * size;
     if (n == W) {
-      for (int r = 0; r < rows; ++r) write<kType>(p + r * stride, m[r]);
+      for (int r = 0; r < rows; ++r) elements::store<kType>(p + r * stride, m[r]);
     } else {
-      for (int r = 0; r < rows; ++r) write_n<kType>(p + r * stride, m[r], n);
+      for (int r = 0; r < rows; ++r) elements::store_n<kType>(p + r * stride, m[r], n);
     }
   }
 }
@@ -282,18 +246,18 @@ CVMK_INLINE void store_tile(const Plane& to, int rows, int columns, bool flip, c
 }
 
 // Rows [rows][columns] of any dtype as float32, row r at out + r * pitch, the columns flipped or not.
-template <int kType>
+template <Dtype kType>
 inline __attribute__((noinline)) void load_rows_as(const Plane& from, int64_t rows, int columns, bool flip, float* out, int64_t pitch) {
-  constexpr int64_t size = kType == kFloat32 ? 4 : 2;
+  constexpr int64_t size = size_of(kType);
   for (int64_t r = 0; r < rows; ++r) {
     const char* p = from.data + r * from.row * size;
     float* q = out + r * pitch;
     if (from.column == 1 && !flip) {
       int c = 0;
-      for (; c + W <= columns; c += W) simd::store(q + c, read<kType>(p + c * size));
-      if (c < columns) simd::store_n(q + c, read_n<kType>(p + c * size, columns - c), columns - c);
+      for (; c + W <= columns; c += W) simd::store(q + c, elements::load<kType>(p + c * size));
+      if (c < columns) simd::store_n(q + c, elements::load_n<kType>(p + c * size, columns - c), columns - c);
     } else {
-      for (int c = 0; c < columns; ++c) q[flip ? columns - 1 - c : c] = read_one<kType>(p + c * from.column * size);
+      for (int c = 0; c < columns; ++c) q[flip ? columns - 1 - c : c] = elements::load_one<kType>(p + c * from.column * size);
     }
   }
 }
@@ -303,41 +267,9 @@ CVMK_INLINE void load_rows(const Plane& from, int64_t rows, int columns, bool fl
   else load_rows_as<kFloat16>(from, rows, columns, flip, out, pitch);
 }
 
-// -- memory -----------------------------------------------------------------------------------------------------------------------
-// Hands out parts of one allocation, each on a cache line of its own; with base null it only counts.
-struct Arena {
-  char* base;
-  int64_t used;
-  float* take(int64_t floats) {
-    float* part = base == nullptr ? nullptr : reinterpret_cast<float*>(base + used);
-    used += (floats * 4 + 63) / 64 * 64;
-    return part;
-  }
-};
-// Scratch memory is kept from call to call, up to kKept bytes, for fresh pages cost more than the kernels that use them.
-constexpr int64_t kKept = 16 << 20;
-constexpr int64_t kHeader = 64;
-char* kept_memory = nullptr;  // its size stands in front
-
-CVMK_INLINE char* reserve(int64_t bytes) {
-  char* memory = __atomic_exchange_n(&kept_memory, static_cast<char*>(nullptr), __ATOMIC_ACQ_REL);
-  if (memory != nullptr && *reinterpret_cast<int64_t*>(memory - kHeader) >= bytes) return memory;
-  if (memory != nullptr) free(memory - kHeader);
-  const int64_t size = (bytes + kHeader + 63) / 64 * 64;
-  memory = static_cast<char*>(aligned_alloc(64, static_cast<size_t>(size)));
-  if (memory == nullptr) return nullptr;
-  *reinterpret_cast<int64_t*>(memory) = size - kHeader;
-  return memory + kHeader;
-}
-CVMK_INLINE void release(char* memory) {
-  if (memory == nullptr) return;
-  if (*reinterpret_cast<int64_t*>(memory - kHeader) <= kKept) memory = __atomic_exchange_n(&kept_memory, memory, __ATOMIC_ACQ_REL);
-  if (memory != nullptr) free(memory - kHeader);
-}
-
 CVMK_INLINE void fill(float* p, int64_t n, float value) {
   for (int64_t i = 0; i < n; ++i) p[i] = value;
 }
 
-}  // namespace scan
 }  // namespace
+}  // namespace cvmk::scan

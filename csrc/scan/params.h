@@ -3,18 +3,19 @@
 
 #include <stdint.h>
 
+#include "common/dtype.h"
+#include "common/kernel.h"
+
 namespace cvmk {
 namespace scan {
 
 // Time steps between two states that the forward pass keeps; cvmk/ops/selective_scan.py calls it SCAN_CHUNK.
 constexpr int64_t kChunk = 64;
 
-enum DType : int64_t { kNone = 0, kFloat32 = 1, kBFloat16 = 2, kFloat16 = 3 };
-
 // [batch, row, column] in any strides; data is null where the tensor is absent. Rows are channels and columns time.
 struct View {
   void* data;
-  int64_t dtype;
+  Dtype dtype;
   int64_t batch, row, column;
 };
 
@@ -31,8 +32,9 @@ struct Scan {
   View u, delta, z;
   Weights B, C;
   const float *A, *D, *bias, *initial;  // contiguous; all but A may be null
-  const void* cu_seqlens;               // null where nothing is packed
-  int64_t cu_bytes, sequences;          // 4 or 8 bytes an element; sequences + 1 elements
+  const void* cu_seqlens;               // null where nothing is packed; else sequences + 1 elements
+  Dtype cu_dtype;                       // kInt32 or kInt64
+  int64_t sequences;
 };
 
 struct ScanForward {
@@ -57,10 +59,12 @@ struct Update {
   int64_t batch, heads, dim, states, groups;
   int64_t softplus;
   void* state;
-  int64_t state_dtype, state_batch, state_head, state_row, state_column;
+  Dtype state_dtype;
+  int64_t state_batch, state_head, state_row, state_column;
   struct Input {  // [batch, heads, dim]
     const void* data;
-    int64_t dtype, batch, head, row;
+    Dtype dtype;
+    int64_t batch, head, row;
   } x, dt, z, D, bias;
   const void* A;  // float32
   int64_t A_head, A_row, A_column;
@@ -68,10 +72,13 @@ struct Update {
   void* out;  // [batch, heads, dim], contiguous, in x's dtype
 };
 
-// 0, or 1 where memory ran out.
-int forward(const ScanForward& arguments);
-int backward(const ScanBackward& arguments);
-int update(const Update& arguments);
+struct Kernels {
+  Kernel<ScanForward> forward;
+  Kernel<ScanBackward> backward;
+  Kernel<Update> update;
+};
+const Kernels& kernels(IsaLevel level);
+const Kernels& kernels();
 
 }  // namespace scan
 }  // namespace cvmk

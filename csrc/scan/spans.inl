@@ -2,8 +2,8 @@
 
 #include "scan/lanes.inl"
 
+namespace cvmk::scan {
 namespace {
-namespace scan {
 
 // A run of steps within one chunk that belongs to one sequence, in the order of the scan. sequence < 0: the row of the batch.
 struct Span {
@@ -24,18 +24,20 @@ CVMK_INLINE int64_t sequence_count(const Scan& s) { return s.cu_seqlens == nullp
 // Where sequence i begins. A cu_seqlens that does not rise from 0 to length gives some division of the length, never a place outside.
 CVMK_INLINE int64_t boundary(const Scan& s, int64_t i) {
   if (i >= s.sequences) return s.length;
-  int64_t at = s.cu_bytes == 4 ? static_cast<const int32_t*>(s.cu_seqlens)[i] : static_cast<const int64_t*>(s.cu_seqlens)[i];
-  at = at < 0 || i == 0 ? 0 : at;
+  const int64_t read = integer_at(s.cu_seqlens, s.cu_dtype, i), at = read < 0 || i == 0 ? 0 : read;
   return at < s.length ? at : s.length;
 }
 
-inline __attribute__((unused)) bool make_spans(const Scan& s, Spans* out) {
+CVMK_INLINE Spans take_spans(const Scan& s, Arena* a) {
   const int64_t chunks = chunk_count(s), packed = s.cu_seqlens == nullptr ? 1 : s.sequences;
-  char* memory = static_cast<char*>(malloc(static_cast<size_t>((chunks + packed + 1) * static_cast<int64_t>(sizeof(Span)) + (chunks + 1) * 8)));
-  if (memory == nullptr) return false;
-  out->spans = reinterpret_cast<Span*>(memory);
-  out->starts = reinterpret_cast<int64_t*>(out->spans + chunks + packed + 1);
-  out->chunks = chunks;
+  Spans spans;
+  spans.spans = a->take<Span>(chunks + packed + 1);
+  spans.starts = a->take<int64_t>(chunks + 1);
+  spans.chunks = chunks;
+  return spans;
+}
+inline __attribute__((unused)) void fill_spans(const Scan& s, const Spans* out) {
+  const int64_t packed = s.cu_seqlens == nullptr ? 1 : s.sequences;
   int64_t count = 0, chunk = 0, at = 0;
   out->starts[0] = 0;
   for (int64_t k = 0; k < packed && at < s.length; ++k) {
@@ -49,7 +51,6 @@ inline __attribute__((unused)) bool make_spans(const Scan& s, Spans* out) {
       if (at == limit || at == s.length) out->starts[++chunk] = count;
     }
   }
-  return true;
 }
 
 // For what runs over no step: the last state of an empty sequence is its initial state, and their gradients are one another's.
@@ -84,14 +85,14 @@ CVMK_INLINE void load_steps(const Scan& s, const View& view, const Block& b, con
   else load_tile(plane(view, b.batch, b.channel, e.time), b.lanes, e.steps, s.reverse != 0, tile);
 }
 // To a contiguous [batch, channels, length].
-CVMK_INLINE void store_steps(const Scan& s, void* data, int64_t dtype, const Block& b, const Extent& e, const float* tile) {
-  const Plane to{element(data, dtype, (b.batch * s.channels + b.channel) * s.length + e.time), dtype, s.length, 1};
+CVMK_INLINE void store_steps(const Scan& s, void* data, Dtype dtype, const Block& b, const Extent& e, const float* tile) {
+  const Plane to{elements::at(data, dtype, (b.batch * s.channels + b.channel) * s.length + e.time), dtype, s.length, 1};
   store_tile(to, b.lanes, e.steps, s.reverse != 0, tile);
 }
 // B or C of one chunk as [states][kChunk].
 CVMK_INLINE void load_weights(const Scan& s, const Weights& w, int64_t batch, int64_t group, const Extent& e, float* out) {
   Plane from = plane(w.varying, batch, 0, e.time);
-  from.data = element(from.data, from.dtype, group * w.group);
+  from.data = elements::at(from.data, from.dtype, group * w.group);
   load_rows(from, s.states, e.steps, s.reverse != 0, out, kChunk);
 }
 
@@ -113,5 +114,5 @@ CVMK_INLINE Block block_at(const Scan& s, int64_t batch, int64_t group, int64_t 
   return {batch, group, group * width + block * W, static_cast<int>(left < W ? left : W)};
 }
 
-}  // namespace scan
 }  // namespace
+}  // namespace cvmk::scan

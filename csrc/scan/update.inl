@@ -5,20 +5,15 @@
 
 #include "scan/backward.inl"
 
+namespace cvmk::scan {
 namespace {
-namespace scan {
 
 constexpr int64_t kRowsOfItem = 128;
 
 struct UpdateScratch {
   float *B, *C;  // [states] of the current group
-  CVMK_INLINE UpdateScratch(const Update& p, Arena* a) : B(a->take(p.states)), C(a->take(p.states)) {}
+  CVMK_INLINE UpdateScratch(const Update& p, Arena* a) : B(a->take<float>(p.states)), C(a->take<float>(p.states)) {}
 };
-
-CVMK_INLINE float value_at(const void* data, int64_t dtype, int64_t index) {
-  const char* p = element(data, dtype, index);
-  return dtype == kFloat32 ? read_one<kFloat32>(p) : dtype == kBFloat16 ? read_one<kBFloat16>(p) : read_one<kFloat16>(p);
-}
 
 // The places of W rows (those behind the last repeat it).
 struct Rows {
@@ -29,40 +24,37 @@ struct Rows {
 
 CVMK_INLINE F gather(const Update::Input& from, const Rows& at, bool contiguous) {
   if (from.data == nullptr) return F{};
-  if (contiguous) {
-    const char* p = element(from.data, from.dtype, at.batch * from.batch + at.first);
-    return from.dtype == kFloat32 ? read_n<kFloat32>(p, at.count) : from.dtype == kBFloat16 ? read_n<kBFloat16>(p, at.count) : read_n<kFloat16>(p, at.count);
-  }
+  if (contiguous) return elements::load_n(from.data, from.dtype, at.batch * from.batch + at.first, at.count);
   F v{};
-  for (int i = 0; i < at.count; ++i) v[i] = value_at(from.data, from.dtype, at.batch * from.batch + at.head[i] * from.head + at.row[i] * from.row);
+  for (int i = 0; i < at.count; ++i) v[i] = elements::load_one(from.data, from.dtype, at.batch * from.batch + at.head[i] * from.head + at.row[i] * from.row);
   return v;
 }
 CVMK_INLINE bool is_flat(const Update& p, const Update::Input& from) {
   return (p.dim == 1 || from.row == 1) && (p.heads == 1 || from.head == p.dim);
 }
 
-template <int kType>
+template <Dtype kType>
 CVMK_INLINE F read_states(const char* p, int64_t stride, int n) {
-  constexpr int64_t size = kType == kFloat32 ? 4 : 2;
-  if (stride == 1) return n == W ? read<kType>(p) : read_n<kType>(p, n);
+  constexpr int64_t size = size_of(kType);
+  if (stride == 1) return n == W ? elements::load<kType>(p) : elements::load_n<kType>(p, n);
   F v{};
-  for (int i = 0; i < n; ++i) v[i] = read_one<kType>(p + i * stride * size);
+  for (int i = 0; i < n; ++i) v[i] = elements::load_one<kType>(p + i * stride * size);
   return v;
 }
-template <int kType>
+template <Dtype kType>
 CVMK_INLINE void write_states(char* p, int64_t stride, F v, int n) {
-  constexpr int64_t size = kType == kFloat32 ? 4 : 2;
+  constexpr int64_t size = size_of(kType);
   if (stride == 1) {
-    if (n == W) write<kType>(p, v);
-    else write_n<kType>(p, v, n);
+    if (n == W) elements::store<kType>(p, v);
+    else elements::store_n<kType>(p, v, n);
     return;
   }
   char packed[W * 4];
-  write<kType>(packed, v);
+  elements::store<kType>(packed, v);
   for (int i = 0; i < n; ++i) memcpy(p + i * stride * size, packed + i * size, static_cast<size_t>(size));
 }
 
-template <int kStateType>
+template <Dtype kStateType>
 inline __attribute__((noinline)) void update_rows(const Update& p, int64_t batch, int64_t first, int64_t last, const UpdateScratch& k) {
   const int64_t heads_of_group = p.heads / p.groups;
   const bool tied = p.A_column == 0, flat_x = is_flat(p, p.x), flat_dt = is_flat(p, p.dt), flat_z = is_flat(p, p.z), flat_D = is_flat(p, p.D);
@@ -99,12 +91,12 @@ inline __attribute__((noinline)) void update_rows(const Update& p, int64_t batch
         load_rows(plane(p.B, batch, group, 0), 1, static_cast<int>(p.states), false, k.B, 0);
         load_rows(plane(p.C, batch, group, 0), 1, static_cast<int>(p.states), false, k.C, 0);
       }
-      char* state = element(p.state, kStateType, batch * p.state_batch + at.head[i] * p.state_head + at.row[i] * p.state_row);
-      const char* A = element(p.A, kFloat32, at.head[i] * p.A_head + at.row[i] * p.A_row);
+      char* state = elements::at(p.state, kStateType, batch * p.state_batch + at.head[i] * p.state_head + at.row[i] * p.state_row);
+      const char* A = elements::at(p.A, kFloat32, at.head[i] * p.A_head + at.row[i] * p.A_row);
       for (int64_t n = 0; n < p.states; n += W) {
         const int count = static_cast<int>(p.states - n < W ? p.states - n : W);
-        char* here = element(state, kStateType, n * p.state_column);
-        const F a = tied ? simd::set(decays[i]) : exp2(simd::set(rates[i]) * read_states<kFloat32>(element(A, kFloat32, n * p.A_column), p.A_column, count));
+        char* here = elements::at(state, kStateType, n * p.state_column);
+        const F a = tied ? simd::set(decays[i]) : exp2(simd::set(rates[i]) * read_states<kFloat32>(elements::at(A, kFloat32, n * p.A_column), p.A_column, count));
         const F added = simd::set(drives[i]) * simd::load_n(k.B + n, count);
         const F next = a * read_states<kStateType>(here, p.state_column, count) + added;
         write_states<kStateType>(here, p.state_column, next, count);
@@ -117,32 +109,31 @@ inline __attribute__((noinline)) void update_rows(const Update& p, int64_t batch
       const F z = gather(p.z, at, flat_z);
       y *= z * sigmoid(z);
     }
-    char* out = element(p.out, p.x.dtype, batch * p.heads * p.dim + at.first);
-    if (p.x.dtype == kFloat32) write_n<kFloat32>(out, y, at.count);
-    else if (p.x.dtype == kBFloat16) write_n<kBFloat16>(out, y, at.count);
-    else write_n<kFloat16>(out, y, at.count);
+    elements::store_n(p.out, p.x.dtype, batch * p.heads * p.dim + at.first, y, at.count);
   }
 }
 
-inline __attribute__((unused)) int run_update(const Update& p) {
-  const int64_t rows = p.heads * p.dim, items = (rows + kRowsOfItem - 1) / kRowsOfItem;
-  if (p.batch * items == 0) return 0;
-  Arena count{nullptr, 0};
-  UpdateScratch(p, &count);
-  char* memory = reserve(count.used * threads::limit());
-  if (memory == nullptr) return 1;
-  threads::each(p.batch * items, [&](int64_t item) {
-    const unsigned mode = flush_subnormals();
-    Arena arena{memory + threads::index() * count.used, 0};
-    const UpdateScratch scratch(p, &arena);
-    const int64_t first = item % items * kRowsOfItem, last = first + kRowsOfItem < rows ? first + kRowsOfItem : rows;
-    const auto run = p.state_dtype == kFloat32 ? update_rows<kFloat32> : p.state_dtype == kBFloat16 ? update_rows<kBFloat16> : update_rows<kFloat16>;
-    run(p, item / items, first, last, scratch);
-    restore_subnormals(mode);
-  });
-  release(memory);
-  return 0;
+CVMK_INLINE int64_t items_of_row(const Update& p) { return pieces(p.heads * p.dim, kRowsOfItem); }
+CVMK_INLINE int64_t bytes_each(const Update& p) {
+  Arena one;
+  UpdateScratch(p, &one);
+  return one.used;
 }
 
-}  // namespace scan
+inline __attribute__((unused)) int64_t update_scratch(const Update& p, const Team& team) { return least(p.batch * items_of_row(p), team.size) * bytes_each(p); }
+
+inline __attribute__((unused)) void run_update(const Update& p, char* scratch, const Team& team) {
+  const int64_t rows = p.heads * p.dim, items = items_of_row(p), each = bytes_each(p);
+  const auto run = p.state_dtype == kFloat32 ? update_rows<kFloat32> : p.state_dtype == kBFloat16 ? update_rows<kBFloat16> : update_rows<kFloat16>;
+  team.each(p.batch * items, [&](int64_t item, int thread) {
+    const unsigned mode = flush_subnormals();
+    Arena own{scratch + thread * each};
+    const UpdateScratch k(p, &own);
+    const int64_t first = item % items * kRowsOfItem;
+    run(p, item / items, first, least(rows, first + kRowsOfItem), k);
+    restore_subnormals(mode);
+  });
+}
+
 }  // namespace
+}  // namespace cvmk::scan

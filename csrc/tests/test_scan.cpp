@@ -4,6 +4,7 @@
 #include <random>
 #include <vector>
 
+#include "common/scratch.h"
 #include "scan/lanes.inl"
 #include "scan/params.h"
 #include "tests/check.h"
@@ -62,14 +63,14 @@ struct Case {
     cvmk::scan::Scan s{};
     s.batch = batch, s.channels = channels, s.length = length, s.states = states, s.groups = groups;
     s.softplus = 1, s.reverse = reverse ? 1 : 0;
-    const auto view = [&](Floats& values) { return cvmk::scan::View{values.data(), cvmk::scan::kFloat32, channels * length, length, 1}; };
+    const auto view = [&](Floats& values) { return cvmk::scan::View{values.data(), cvmk::kFloat32, channels * length, length, 1}; };
     s.u = view(u), s.delta = view(delta), s.z = view(z);
     const auto weights = [&](Floats& values) {
-      return cvmk::scan::Weights{{values.data(), cvmk::scan::kFloat32, groups * states * length, length, 1}, states * length, nullptr};
+      return cvmk::scan::Weights{{values.data(), cvmk::kFloat32, groups * states * length, length, 1}, states * length, nullptr};
     };
     s.B = weights(B), s.C = weights(C);
     s.A = A.data(), s.D = D.data(), s.bias = bias.data(), s.initial = initial.data();
-    if (!cu.empty()) s.cu_seqlens = cu.data(), s.cu_bytes = 8, s.sequences = sequences();
+    if (!cu.empty()) s.cu_seqlens = cu.data(), s.cu_dtype = cvmk::kInt64, s.sequences = sequences();
     return s;
   }
 };
@@ -148,15 +149,15 @@ void check_case(Case p) {
   f.scan = p.arguments();
   Floats out = poisoned(p.u), last = poisoned(p.initial), kept(static_cast<std::size_t>(p.batch * chunks * p.channels * p.states), nan);
   f.out = out.data(), f.last = last.data(), f.kept = kept.data();
-  CHECK(cvmk::scan::forward(f) == 0);
+  cvmk::run(cvmk::scan::kernels().forward, f, cvmk::openmp_team());
   ScanBackward g{};
   g.scan = p.arguments();
-  g.grad_out = {p.grad_out.data(), cvmk::scan::kFloat32, p.channels * p.length, p.length, 1};
+  g.grad_out = {p.grad_out.data(), cvmk::kFloat32, p.channels * p.length, p.length, 1};
   g.grad_last = p.grad_last.data(), g.kept = kept.data();
   Floats du = poisoned(p.u), ddelta = du, dz = du, dB = poisoned(p.B), dC = dB, dA = poisoned(p.A), dD = poisoned(p.D), dbias = dD, dinitial = poisoned(p.initial);
   g.du = du.data(), g.ddelta = ddelta.data(), g.dz = dz.data(), g.dB = dB.data(), g.dC = dC.data();
   g.dA = dA.data(), g.dD = dD.data(), g.dbias = dbias.data(), g.dinitial = dinitial.data();
-  CHECK(cvmk::scan::backward(g) == 0);
+  cvmk::run(cvmk::scan::kernels().backward, g, cvmk::openmp_team());
   const Results want = loops(p);
   CHECK(near(out, want.out, 1e-6) && near(last, want.last, 1e-6));
   CHECK(near(du, want.du, 2e-6) && near(ddelta, want.ddelta, 2e-6) && near(dz, want.dz, 2e-6));
@@ -165,6 +166,7 @@ void check_case(Case p) {
 }
 
 void check_functions() {
+  namespace scan = cvmk::scan;
   using scan::W;
   float in[W], exponential[W], plus[W], gate[W];
   double worst = 0.0, worst_plus = 0.0, worst_gate = 0.0;

@@ -62,6 +62,11 @@ def place(tensor: torch.Tensor) -> tuple[int, int]:
     return stream.device_index, stream.cuda_stream
 
 
+def stream(tensor: torch.Tensor) -> int:
+    """The address of PyTorch's current stream on the tensor's device."""
+    return place(tensor)[1]
+
+
 def address(tensor: torch.Tensor | None) -> int:
     """Where the tensor is on its device; 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from cvmk.ops import cuda
 from cvmk.ops._dispatch import Backend, not_needed
-from cvmk.ops.cuda import address
-from cvmk.ops.native.selective_scan import _CODES, _Call, _view
+from cvmk.ops.native.selective_scan import _DTYPES, readable_scan
 from cvmk.ops.selective_scan import SCAN_CHUNK, with_heads
 
 MOST_STATES = 256
@@ -41,9 +40,9 @@ def _call(
     cu_seqlens: Tensor | None,
     softplus: bool,
     reverse: bool,
-) -> _Call:
+) -> tuple[Any, ...]:
     u, delta, B, C, z = (_along_time(tensor) for tensor in (u, delta, B, C, z))  # type: ignore[assignment]
-    return _Call(u, delta, A, B, C, D, z, bias, initial, cu_seqlens, softplus, reverse)
+    return readable_scan(u, delta, A, B, C, D, z, bias, initial, cu_seqlens, softplus, reverse)
 
 
 def scan_forward(
@@ -62,13 +61,15 @@ def scan_forward(
     keep_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     call = _call(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus, reverse)
+    batch, dim, length = u.shape
+    states = A.shape[1]
+    sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     out = torch.empty(u.shape, dtype=u.dtype, device=u.device)
-    last = torch.empty((call.sequences, call.dim, call.states), dtype=_FLOAT32, device=u.device)
-    chunks = -(-call.length // SCAN_CHUNK)
-    kept = torch.empty((call.batch, chunks * call.dim, call.states) if keep_states else (0,), dtype=_FLOAT32, device=u.device)
+    last = torch.empty((sequences, dim, states), dtype=_FLOAT32, device=u.device)
+    kept = torch.empty((batch, -(-length // SCAN_CHUNK) * dim, states) if keep_states else (0,), dtype=_FLOAT32, device=u.device)
     library = cuda.library()
     assert library is not None
-    library.scan_forward((*cuda.place(u), *call.numbers, out.data_ptr(), last.data_ptr(), kept.data_ptr() if keep_states else 0))
+    library.scan_forward(cuda.stream(u), *call, out, last, kept if keep_states else None)
     return out, last, kept
 
 
@@ -94,24 +95,23 @@ def scan_backward(
 ) -> tuple[Tensor, ...]:
     call = _call(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus, reverse)
     if grad_out is not None:
-        grad_out = _along_time(grad_out if grad_out.dtype in _CODES else grad_out.float())
+        grad_out = _along_time(grad_out if grad_out.dtype in _DTYPES else grad_out.float())
     grad_last_state = None if grad_last_state is None else grad_last_state.to(_FLOAT32).contiguous()
     states = states.contiguous()
     inputs = (u, delta, A, B, C, D, z, delta_bias, initial_state)
     # Gradients of steps come in a dtype that the kernels write, the others in float32; float64 ones are widened at the end.
     stepwise = (True, True, False, B.dim() == 4, C.dim() == 4, False, True, False, False)
     grads = [
-        torch.empty(tensor.shape, dtype=tensor.dtype if written and tensor.dtype in _CODES else _FLOAT32, device=u.device)
+        torch.empty(tensor.shape, dtype=tensor.dtype if written and tensor.dtype in _DTYPES else _FLOAT32, device=u.device)
         if needed and tensor is not None
         else None
         for tensor, written, needed in zip(inputs, stepwise, needs, strict=False)
     ]
     library = cuda.library()
     assert library is not None
-    place = cuda.place(u)
-    numbers = (*call.numbers, *_view(grad_out), address(grad_last_state), states.data_ptr(), *map(address, grads))
-    workspace = torch.empty(max(1, library.scan_backward((*place, 0, *numbers))), dtype=_FLOAT32, device=u.device)
-    library.scan_backward((*place, workspace.data_ptr(), *numbers))
+    arguments = (cuda.stream(u), *call, grad_out, grad_last_state, states, *grads)
+    workspace = torch.empty(max(1, library.scan_backward(*arguments, None)), dtype=_FLOAT32, device=u.device)
+    library.scan_backward(*arguments, workspace)
     return tuple(not_needed(u) if grad is None else grad.to(tensor.dtype) for tensor, grad in zip(inputs, grads, strict=True))  # type: ignore[union-attr]
 
 
@@ -127,33 +127,15 @@ def update_forward(
     dt_bias: Tensor | None,
     dt_softplus: bool,
 ) -> Tensor:
-    shape = x.shape
-    state, x, dt, A, B, C, D, z, dt_bias = with_heads(state, x, dt, A, B, C, D, z, dt_bias)
-    batch, heads, dim, states = state.shape
-    dt, B, C, z, D, dt_bias = (t if t is None or t.dtype in _CODES else t.float() for t in (dt, B, C, z, D, dt_bias))  # type: ignore[assignment]
-    A = A.to(_FLOAT32)
-    y = torch.empty((batch, heads, dim), dtype=x.dtype, device=x.device)
+    if B.dim() != C.dim() or B.shape[1] != C.shape[1]:  # the kernel takes one number of groups
+        B, C = with_heads(state, x, dt, A, B, C, D, z, dt_bias)[4:6]
+    dt, B, C, z, D, dt_bias = (t if t is None or t.dtype in _DTYPES else t.float() for t in (dt, B, C, z, D, dt_bias))  # type: ignore[assignment]
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     library = cuda.library()
     assert library is not None
-    library.scan_state_update(
-        (
-            *cuda.place(x),
-            *(batch, heads, dim, states, B.shape[1], dt_softplus),
-            *_view(state),
-            *(*_view(x), *_view(dt), *_view(z)),
-            *(A.data_ptr(), *A.stride()),
-            *(*_view(B), *_view(C)),
-            *(*_row(D), *_row(dt_bias)),
-            y.data_ptr(),
-        )
-    )
+    library.scan_state_update(cuda.stream(x), state, x, dt, A.to(_FLOAT32), B, C, D, z, dt_bias, dt_softplus, y)
     torch.autograd.graph.increment_version(state)
-    return y.view(shape)
-
-
-def _row(tensor: Tensor | None) -> tuple[int, ...]:
-    """[heads, dim], the same for the whole batch."""
-    return (0,) * 5 if tensor is None else (tensor.data_ptr(), _CODES[tensor.dtype], 0, *tensor.stride())
+    return y
 
 
 def _scan_limits(which: str, arguments: Mapping[str, Any]) -> list[str]:
@@ -164,10 +146,10 @@ def _scan_limits(which: str, arguments: Mapping[str, Any]) -> list[str]:
 
 def _update_limits(which: str, arguments: Mapping[str, Any]) -> list[str]:
     state = arguments["state"]
-    return [] if state.dtype in _CODES else [f"state is {state.dtype}, not one of {', '.join(map(str, _CODES))}"]
+    return [] if state.dtype in _DTYPES else [f"state is {state.dtype}, not one of {', '.join(map(str, _DTYPES))}"]
 
 
-_OPTIONS: dict[str, Any] = {"dtypes": tuple(_CODES), "devices": ("cuda",), "unavailable": cuda.reason}
+_OPTIONS: dict[str, Any] = {"dtypes": tuple(_DTYPES), "devices": ("cuda",), "unavailable": cuda.reason}
 BACKENDS = (
     Backend(
         "selective_scan", "cuda", scan_forward, scan_backward, limits=_scan_limits, by_default=cuda.by_default("selective_scan", "u"), **_OPTIONS

@@ -1,2 +1,0 @@
-#define CVMK_LEVEL avx2
-#include "scan/kernels.inl"

@@ -1,2 +1,0 @@
-#define CVMK_LEVEL avx512
-#include "scan/kernels.inl"

@@ -1,2 +1,0 @@
-#define CVMK_LEVEL base
-#include "scan/kernels.inl"
