@@ -8,11 +8,11 @@ from collections.abc import Callable
 from typing import Any
 
 
-def moved(old: str, new: str) -> Callable[[str], Any]:
-    """The `__getattr__` of the module `old`, whose public names are now those of the module `new`."""
+def moved(old: str, new: str, *names: str) -> Callable[[str], Any]:
+    """The `__getattr__` of the module `old`, whose public names, or only `names`, are now those of the module `new`."""
 
     def get(name: str) -> Any:
-        if name.startswith("_"):
+        if name.startswith("_") or (names and name not in names):
             raise AttributeError(f"module {old!r} has no attribute {name!r}")
         value = getattr(importlib.import_module(new), name)
         warnings.warn(f"{old}.{name} is now {new}.{name}: import it from there", DeprecationWarning, stacklevel=2)

@@ -10,6 +10,8 @@ import pytest
 
 MOVED = [
     ("cvmk.text.tokenizer", "cvmk.text.tokenizers", ("Tokenizer", "load_tokenizer", "train_tokenizer")),
+    ("cvmk.text.languages", "cvmk.config.languages", ("check_language",)),
+    ("cvmk.text.corpus", "cvmk.config.languages", ("check_language",)),
     ("cvmk.inference", "cvmk.formats", ("load_model_folder", "save_model_folder")),
     ("cvmk.inference.model_folder", "cvmk.formats", ("load_model_folder", "save_model_folder")),
 ]

@@ -30,7 +30,6 @@ def run(arguments: argparse.Namespace) -> int:
     from cvmk.config.overrides import with_overrides
     from cvmk.config.schema import TrainConfig
     from cvmk.errors import ConfigError
-    from cvmk.text.languages import check_language
 
     if arguments.explain_config:
         print(explain_config())
@@ -39,8 +38,6 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError("name a configuration file, for example `cvmk train examples/quickstart.toml`")
     text, name = read_whole(arguments.config)
     config = parse_config(TrainConfig, text, name, arguments.overrides)
-    for key in ("source_language", "target_language"):
-        check_language(getattr(config.data, key), f"data.{key}")
     if arguments.check:
         print(f"{name} is a valid configuration")
         return 0

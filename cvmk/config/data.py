@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from cvmk.config.section import BY_CONTENT, MAY_CHANGE, Section
+from cvmk.config.languages import language_tag
+from cvmk.config.section import BY_CONTENT, MAY_CHANGE, Formerly, Section
+
+PHRASEBOOK_LANGUAGES = {"source_language": "en", "target_language": "de"}
 
 
 class CorpusConfig(Section):
@@ -33,8 +36,14 @@ class DataConfig(Section):
         ".",
         description="Folder that the corpus files' names are relative to; itself relative to the working directory.",
     )
-    source_language: str = Field("en", description="Language code of the source, ISO 639-1.")
-    target_language: str = Field("de", description="Language code of the target, ISO 639-1.")
+    source_language: Annotated[str | None, Formerly("en")] = Field(
+        None,
+        description='Language of the source, a BCP 47 tag such as "de", "hsb", "pt-BR" or "zh-Hant"; without it the model\'s card calls it unknown.',
+    )
+    target_language: Annotated[str | None, Formerly("de")] = Field(
+        None,
+        description="Language of the target, likewise; it also chooses how BLEU and TER find words, which goes by the references' script without it.",
+    )
     train: Annotated[CorpusConfig | None, BY_CONTENT] = Field(None, description="Training pairs.")
     valid: Annotated[CorpusConfig | None, BY_CONTENT] = Field(None, description="Validation pairs: they choose the best checkpoint.")
     test: Annotated[CorpusConfig | None, BY_CONTENT] = Field(None, description="Held-out pairs, scored once at the end.")
@@ -48,13 +57,34 @@ class DataConfig(Section):
     max_length_ratio: float = Field(0.0, ge=0, description="A training pair whose token counts differ by more than this factor is over-long; 0 = no limit.")
     cache: Annotated[str, MAY_CHANGE] = Field("", description="Folder of the tokenised cache; empty = `cache` beside the run's checkpoints.")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _languages_of_the_phrasebook(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("embedded") == "phrasebook":
+            return PHRASEBOOK_LANGUAGES | values
+        return values
+
+    @field_validator("source_language", "target_language")
+    @classmethod
+    def _known_language(cls, code: str | None) -> str | None:
+        tag = None if code is None else language_tag(code)
+        return None if tag == "und" else tag
+
     @model_validator(mode="after")
     def _some_data(self) -> DataConfig:
         if self.embedded is None and (self.train is None or self.valid is None):
             raise ValueError('give data.train and data.valid, or data.embedded = "phrasebook"')
         if self.embedded is not None and (self.train or self.valid or self.test):
             raise ValueError("data.embedded and data.train, data.valid, data.test exclude each other")
+        if self.embedded is not None and any((getattr(self, key) or "").split("-")[0] != code for key, code in PHRASEBOOK_LANGUAGES.items()):
+            raise ValueError("the embedded phrasebook is English-German: leave out data.source_language and data.target_language")
         return self
+
+    @property
+    def languages(self) -> dict[str, str | None] | None:
+        """What a model's description says of its languages: {"source": tag, "target": tag}, None for one that is unknown or for both."""
+        found = {"source": self.source_language, "target": self.target_language}
+        return found if any(found.values()) else None
 
 
 class TokenizerConfig(Section):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import typing
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
@@ -37,6 +38,13 @@ class OnResume(enum.Enum):
 
 
 MAY_CHANGE, BY_CONTENT, TABLES_MUST_MATCH = OnResume
+
+
+@dataclass(frozen=True)
+class Formerly:
+    """What a run of an older cvmk did where this key was not given, if that is not what leaving it out means now."""
+
+    value: Any
 
 
 def table_of(annotation: Any) -> type[BaseModel] | None:

@@ -14,11 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cvmk.config.schema import CorpusConfig, DataConfig
+from cvmk.deprecation import moved
 from cvmk.errors import DataError
-from cvmk.text.languages import check_language
 from cvmk.text.lines import text_lines, trimmed
 
-__all__ = ["CorpusReport", "ParallelCorpus", "check_language", "read_corpus"]
+__all__ = ["CorpusReport", "ParallelCorpus", "read_corpus"]
+
+__getattr__ = moved(__name__, "cvmk.config.languages", "check_language")
 
 EXAMPLES = 5
 

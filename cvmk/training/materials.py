@@ -12,7 +12,7 @@ from cvmk.config import DataConfig, TokenizerConfig
 from cvmk.files import explained, read_bytes, write_text
 from cvmk.inference import Translator
 from cvmk.telemetry import Reporter
-from cvmk.text.corpus import ParallelCorpus, check_language, read_corpus
+from cvmk.text.corpus import ParallelCorpus, read_corpus
 from cvmk.text.phrasebook import phrasebook
 from cvmk.text.tokenizers import Tokenizer, load_tokenizer, train_tokenizer
 
@@ -29,9 +29,7 @@ class Corpora:
 
 
 def load_corpora(config: DataConfig) -> Corpora:
-    """Read or generate what `[data]` names. Raises ConfigError for an unknown language, DataError for unusable files."""
-    check_language(config.source_language, "data.source_language")
-    check_language(config.target_language, "data.target_language")
+    """Read or generate what `[data]` names. Raises DataError for unusable files."""
     if config.embedded is not None:
         book = phrasebook(config.phrasebook_pairs)
         return Corpora(book.train, book.valid, book.test)

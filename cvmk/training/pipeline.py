@@ -23,7 +23,7 @@ from cvmk.text.cache import TokenizedCorpus, over_long, tokenized
 from cvmk.text.corpus import CorpusReport, ParallelCorpus
 from cvmk.text.tokenizers import Tokenizer
 from cvmk.training.materials import Corpora, load_corpora, prepare_tokenizer, teacher_translations
-from cvmk.training.report import model_card, training_report
+from cvmk.training.report import model_card, training_report, unknown_languages
 from cvmk.training.run_folder import open_run
 from cvmk.training.trainer import Trainer
 from cvmk.validation import DistillationValidator, ValidationResult
@@ -74,6 +74,8 @@ def train(config: TrainConfig, text: str, reporter: Reporter, *, resume: bool = 
         for corpus in (corpora.train, corpora.valid, corpora.test):
             if corpus is not None:
                 reporter.say(corpus.report.describe(corpus.name))
+        if unknown := unknown_languages(config.data.source_language, config.data.target_language):
+            reporter.say(unknown)
         if teacher is not None and config.tokenizer.path is None:
             tokenizer = teacher.tokenizer
         else:
@@ -153,7 +155,7 @@ def _train_one(job: Job, recipe: Recipe, folder: Path, title: str, tokenizer: To
             log=log,
             reporter=job.reporter,
             title=title,
-            languages=(config.data.source_language, config.data.target_language),
+            languages=config.data.languages,
         )
         step = trainer.resume()
         trainer.validator.check_metric(refuse=step is None)

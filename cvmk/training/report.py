@@ -57,19 +57,35 @@ def model_card(report: dict[str, Any]) -> str:
     """The model folder's `card.md`."""
     source, target = report["languages"]
     lines = [
-        f"# {source} to {target} translation model",
+        f"# {_title(source, target)}",
         "",
         f"Made with cvmk {report['environment']['cvmk']}: {report['parameters'] / 1e6:.2f} M parameters, vocabulary {report['vocabulary']}, "
         f"{report['iterations']} iterations on {report['pairs']['trained_on']} pairs; {report['weights']}.",
         "",
     ]
+    if unknown := unknown_languages(source, target):
+        lines += [f"{unknown}.", ""]
     if report["teacher"] is not None:
         lines += [f"Distilled from a teacher of {report['teacher']['parameters'] / 1e6:.2f} M parameters.", ""]
     for name in ("validation", "test"):
         if report[name] is not None:
             lines += [f"## Scores, {name} ({report[name]['sentences']} sentences)", "", *score_lines(report[name]), ""]
-    lines += [f"Use: `cvmk translate MODEL < text.{source} > text.{target}`", ""]
+    names = [f"text.{source or 'in'}", f"text.{target or 'out'}"]
+    lines += [f"Use: `cvmk translate MODEL < {names[0]} > {names[1]}`", ""]
     return "\n".join(lines)
+
+
+def unknown_languages(source: str | None, target: str | None) -> str:
+    """A sentence about the languages that the configuration does not name, or nothing."""
+    sides = [side for side, tag in (("source", source), ("target", target)) if not tag]
+    keys = " and ".join(f"data.{side}_language" for side in sides)
+    return f"The {' and '.join(sides)} language{'s are' if len(sides) > 1 else ' is'} unknown, because the configuration does not give {keys}" if sides else ""
+
+
+def _title(source: str | None, target: str | None) -> str:
+    if source and target:
+        return f"{source} to {target} translation model"
+    return "Translation model" + (f" from {source}" if source else "") + (f" into {target}" if target else "")
 
 
 def score_lines(result: dict[str, Any]) -> list[str]:

@@ -73,7 +73,7 @@ class Trainer:
         log: RunLog,
         reporter: Reporter,
         title: str,
-        languages: tuple[str, str],
+        languages: dict[str, str | None] | None,
     ) -> None:
         self.recipe, self.config = recipe, recipe.training
         self.model, self.teacher, self.objective = model, teacher, objective
@@ -84,7 +84,7 @@ class Trainer:
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.sampler = TokenBatchSampler(corpus.lengths, self.config.max_tokens, seed)
         self.guard = DivergenceGuard(recipe.guard)
-        self.languages = {"source": languages[0], "target": languages[1]}
+        self.languages = languages
         self.store = CheckpointStore(
             folder / "checkpoints", self.config.keep, lambda into: describe_model(into, self.model, self.tokenizer, {"languages": self.languages})
         )

@@ -13,9 +13,8 @@ from pathlib import Path
 import pytest
 
 from cvmk.config.schema import CorpusConfig, DataConfig
-from cvmk.errors import ConfigError, DataError
-from cvmk.text.corpus import ParallelCorpus, check_language, read_corpus
-from cvmk.text.languages import ISO_639_1
+from cvmk.errors import DataError
+from cvmk.text.corpus import ParallelCorpus, read_corpus
 
 ALIGNED = CorpusConfig(source="a.en", target="a.de")
 TSV = CorpusConfig(tsv="a.tsv")
@@ -179,39 +178,3 @@ def test_multi30k(multi30k: Path) -> None:
     assert corpus.sources[0] == "Two young, White males are outside near many bushes."
     assert corpus.targets[0] == "Zwei junge weiße Männer sind im Freien in der Nähe vieler Büsche."
     assert len(read(multi30k, CorpusConfig(source="val.en.gz", target="val.de.gz"), training=False)) == 1014
-
-
-def test_known_languages() -> None:
-    assert len(ISO_639_1) == 183
-    for code in ("en", "de", "pt-BR", "zh-Hant", "sr-Latn-RS", "es-419"):
-        assert check_language(code) == code
-
-
-@pytest.mark.parametrize(
-    ("code", "nearest"),
-    [
-        ("EN", "en"),
-        ("deu", "de"),
-        ("german", "de"),
-        ("ger", "de"),
-        ("gb", "en"),
-        ("pt_br", "pt-BR"),
-        ("pt-br", "pt-BR"),
-        ("cz", "cs"),
-        ("xx-DE", None),
-        ("", None),
-        ("x", None),
-        ("de-", "de"),
-        ("en\n", "en"),
-        ("Französisch", None),
-        ("jp", "ja"),
-    ],
-)
-def test_unknown_language_names_the_nearest(code: str, nearest: str | None) -> None:
-    with pytest.raises(ConfigError, match="unknown: did you mean") as caught:
-        check_language(code, "data.source_language")
-    assert "data.source_language" in str(caught.value)
-    suggested = str(caught.value).split('did you mean "')[1].split('"')[0]
-    assert check_language(suggested) == suggested
-    if nearest:
-        assert suggested == nearest

@@ -1,4 +1,4 @@
-"""Training into a language that is written without spaces."""
+"""The languages of a run: what they choose, and what is said where they are not given."""
 
 from __future__ import annotations
 
@@ -48,3 +48,24 @@ def test_a_blind_metric_is_refused_before_training(japanese: Path, tmp_path: Pat
     with pytest.raises(ConfigError, match='validation.metric = "bleu" cannot choose'):
         runs.train(japanese, *OVERRIDES, "data.target_language=ja", "validation.bleu_tokenize=13a")
     assert not (tmp_path / "run" / "validation_history.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "title", "languages", "unknown"),
+    [
+        ([], "# Translation model\n", None, "data.source_language and data.target_language"),
+        (["data.target_language=FRA"], "# Translation model into fr\n", {"source": None, "target": "fr"}, "does not give data.source_language."),
+        (["data.source_language=pt_br", "data.target_language=hsb"], "# pt-BR to hsb translation model\n", {"source": "pt-BR", "target": "hsb"}, None),
+    ],
+)
+def test_a_model_is_called_what_its_data_was_called(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], overrides: list[str], title: str, languages: object, unknown: str | None
+) -> None:
+    report = runs.train(config, *overrides, "training.iterations=2", "validation.max_sentences=2")
+    card = (tmp_path / "run" / "model" / "card.md").read_text(encoding="utf-8")
+    assert card.startswith(title) and "None" not in card
+    for folder in ("model", "checkpoints/step-2"):
+        assert json.loads((tmp_path / "run" / folder / "config.json").read_text(encoding="utf-8"))["languages"] == languages
+    assert report["languages"] == [(languages or {}).get(side) for side in ("source", "target")]  # type: ignore[attr-defined]
+    told = capsys.readouterr().err
+    assert (unknown in card and unknown.rstrip(".") in told) if unknown else "unknown" not in card + told
