@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import _C, Tensor
+from torch._C._functorch import is_legacy_batchedtensor
 from torch._functorch.autograd_function import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
@@ -125,14 +126,15 @@ def _forward_directly(ctx: Any, op: Op, call: Any) -> Any:
 def _gradients(ctx: Any, op: Op, grads: tuple[Any, ...], given: list[Tensor]) -> Any:
     """What the backward pass returns."""
     hand_on, ctx.hand_on = ctx.hand_on, None  # what is handed on is its taker's then
-    again = grad_enabled()  # the gradients will be differentiated
-    if hand_on is not None and not again and len(given) == 1 and grads[0] is not None:
+    # With gradients on they will be differentiated; a batch of them (is_grads_batched) is no tensor that a kernel can read.
+    directly = ctx.direct and not grad_enabled() and unobserved(given) is not None and not any(map(is_legacy_batchedtensor, given))
+    if hand_on is not None and directly and len(given) == 1 and grads[0] is not None:
         found = hand_on(grads[0])
         if found is not None:
             return found
     saved, needs = ctx.saved_tensors, [ctx.needs_input_grad[i + 1] for i in op.differentiable]
     tensors, kept = saved[: op.tensors], saved[op.tensors :]
-    if ctx.direct and not again and unobserved(given) is not None:
+    if directly:
         call: Any = tuple.__new__(op.call, (*tensors, *ctx.rest))
         return op.run_backward(tuple.__new__(op.out, grads), call, op.saved_out(kept), op.needs._make(needs))
     return op._backward(*grads, *tensors, *kept, *ctx.rest, needs)

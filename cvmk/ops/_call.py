@@ -52,6 +52,14 @@ def _declared(call: type, name: str, hint: Any) -> str:
     return _SCALARS[base] + ("?" if base is not hint else "")
 
 
+def written(call: type, name: str, field: str) -> Any:
+    """The type `call` under another name, whose tensor `field` is written to."""
+    hints = typing.get_type_hints(call, include_extras=True)
+    made = NamedTuple(name, [(key, Written if key == field else hint) for key, hint in hints.items()])  # type: ignore[misc]
+    made.__module__ = call.__module__
+    return made
+
+
 def number(name: str, value: Any) -> float:
     """An option as a float. Raises TypeError for a tensor that asks for a gradient, which an option cannot give."""
     if isinstance(value, Tensor) and value.requires_grad:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cvmk.ops._backend import PREFERENCE, allowed
-from cvmk.ops._op import OPS
+from cvmk.ops._op import OPS, Op
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,11 @@ class Explanation:
         return f"{self.backend}: able, but another is preferred" if not self.reasons else "; ".join(self.reasons)
 
 
+def public_ops() -> dict[str, Op]:
+    """The ops that have a public function (`kd_loss_scale`, say, is a part of another)."""
+    return {name: op for name, op in OPS.items() if op.prepare is not None}
+
+
 def explain(name: str, *args: Any, **kwargs: Any) -> list[Explanation]:
     """Every backend of the op `name` with the reasons why it does not take this call (the arguments are those of `ops.<name>`).
 
@@ -30,7 +35,7 @@ def explain(name: str, *args: Any, **kwargs: Any) -> list[Explanation]:
     """
     op = OPS.get(name)
     if op is None or op.prepare is None:
-        raise ValueError(f"{name!r} is no op that chooses among backends; these are {', '.join(sorted(OPS))}")
+        raise ValueError(f"{name!r} is no op that chooses among backends; these are {', '.join(sorted(public_ops()))}")
     call = op.prepare(*args, **kwargs)
     candidates = op.candidates()
     found = {}
@@ -54,7 +59,7 @@ class BackendStatus:
 def backends_report() -> dict[str, list[BackendStatus]]:
     """For every op, its backends and whether they can run in this process (a particular call: `explain`)."""
     report = {}
-    for name, op in sorted(OPS.items()):
+    for name, op in sorted(public_ops().items()):
         rows = []
         for backend in op.backends:
             reasons = tuple(backend.missing())

@@ -101,7 +101,7 @@ class Op:
         if self.written:
 
             def version_bump(keyset: Any, *arguments: Any) -> Any:
-                increment_version([arguments[i] for i in self.written])
+                increment_version([arguments[i] for i in self.written if not arguments[i].is_inference()])
                 with _C._AutoDispatchBelowADInplaceOrView():
                     return packet.redispatch(keyset & _C._after_ADInplaceOrView_keyset, *arguments)
 
@@ -166,8 +166,6 @@ class Op:
         """Run the forward pass, with autograd where a tensor asks for it. Returns the results as a tuple, or the only one."""
         if forward_ad._current_level >= 0:
             refuse_tangents(self, self.fields, call)
-        if self.written:
-            self._check_written(call)
         asks = unobserved(call[: self.tensors])
         if asks is None:
             return self._forward(*call)
@@ -187,9 +185,12 @@ class Op:
         return False
 
     def _run_directly(self, call: Any) -> Any:
-        results = self.run_forward(call)
-        if self.written:
-            increment_version([call[i] for i in self.written if not call[i].is_inference()])
+        return self.run_written(call) if self.written else self.run_forward(call)
+
+    def run_written(self, arguments: Sequence[Any]) -> Any:
+        """The forward pass of an op that writes to an argument: whoever saved that for a backward pass is told that it has changed."""
+        results = self.run_forward(_make(self.call, arguments))
+        increment_version([arguments[i] for i in self.written if not arguments[i].is_inference()])
         return results
 
     def _check_written(self, call: Any) -> None:
@@ -204,6 +205,8 @@ class Op:
 
     def run_forward(self, call: Any) -> Any:
         """The forward pass behind the schema: choose, call, and hand back contiguous tensors."""
+        if self.written:
+            self._check_written(call)
         backend = self.choose("forward", call)
         return self.run(backend, "forward", backend.forward, call, call)
 

@@ -31,17 +31,21 @@ logits, except in place, where they are gone.
 
 from __future__ import annotations
 
-import math
-from typing import Any, Literal, TypedDict, Unpack, overload
+from typing import Any, Literal, NamedTuple, Protocol, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
 
-from cvmk.ops._dispatch import Op, accumulation_dtype, not_needed
-from cvmk.ops.native.kd_loss import with_gradient
+from cvmk.ops._autograd import below
+from cvmk.ops._backend import allowed, allowing
+from cvmk.ops._call import Written, number, written
+from cvmk.ops._dtypes import accumulation_dtype, not_needed
+from cvmk.ops._op import Op
 
 DIVERGENCES = {"forward_kl": 0.0, "reverse_kl": 0.0, "js": 0.5, "skew_kl": 0.1, "skew_reverse_kl": 0.1}
 """The divergences and the default of their mixing weight; 0 where they have none."""
+NUMBERS = {name: number for number, name in enumerate(DIVERGENCES)}
+"""The divergences as the kernels number them."""
 
 
 class LossOptions(TypedDict, total=False):
@@ -62,115 +66,106 @@ class LogitsLossOptions(LossOptions, total=False):
     in_place: bool
 
 
-def _fake_forward(student: Tensor, teacher: Tensor | None, target: Tensor, *_: object) -> tuple[Tensor, ...]:
-    dtype = accumulation_dtype(student.dtype)
-    scalars = [student.new_empty((), dtype=dtype) for _ in range(4)]
-    return *scalars, student.new_empty((5, target.numel()), dtype=dtype)
+class Loss(Protocol):
+    """The options of a call of either loss."""
+
+    @property
+    def temperature(self) -> float: ...
+    @property
+    def alpha(self) -> float: ...
+    @property
+    def divergence(self) -> str: ...
+    @property
+    def mixture(self) -> float: ...
+    @property
+    def label_smoothing(self) -> float: ...
+    @property
+    def ignore_index(self) -> int: ...
 
 
-def _fake_backward(*arguments: object) -> Tensor:
-    student, needs = arguments[5], arguments[-1]
-    assert isinstance(student, Tensor) and isinstance(needs, list | tuple)
-    return student.new_empty(student.shape) if needs[0] else not_needed(student)
+class Call(NamedTuple):
+    student: Tensor  # [..., V]
+    teacher: Tensor | None
+    target: Tensor  # [...]
+    normalizer: Tensor | None  # one number in the accumulation dtype; None: the number of rows that count
+    temperature: float
+    alpha: float
+    divergence: str
+    mixture: float
+    label_smoothing: float
+    ignore_index: int
 
 
-_OPTIONS = "float temperature, float alpha, str divergence, float mixture, float label_smoothing, int ignore_index"
-op = Op(
-    "kd_loss",
-    module="kd_loss",
-    forward=f"(Tensor student, Tensor? teacher, Tensor target, Tensor? normalizer, {_OPTIONS})"
-    " -> (Tensor loss, Tensor kd, Tensor ce, Tensor count, Tensor stats)",
-    backward="(Tensor? g_loss, Tensor? g_kd, Tensor? g_ce, Tensor? g_count, Tensor? g_stats, Tensor student, Tensor? teacher, Tensor target,"
-    f" Tensor? normalizer, Tensor count, Tensor stats, {_OPTIONS}, bool[] needs) -> Tensor",
-    fake_forward=_fake_forward,
-    fake_backward=_fake_backward,
-    tensors=4,
-    differentiable=(0,),
-    saved=(3, 4),
-    principal="student",
-)
-_NOTHING = (None,) * (len(op.names["forward"]) - 1)
-"""The gradients of all arguments but the student."""
+class Out(NamedTuple):
+    loss: Tensor
+    kd: Tensor  # T^2 D
+    ce: Tensor
+    divisor: Tensor  # the normaliser
+    stats: Tensor  # [5, N]: lse(z), lse(z / T), lse(t / T), R and V' of each row
 
 
-def _fake_in_place(student: Tensor, *_: object) -> tuple[Tensor, ...]:
-    loss, kd, ce = (student.new_empty((), dtype=accumulation_dtype(student.dtype)) for _ in range(3))
-    return loss, kd, ce
+def _fake_forward(c: Call) -> Out:
+    dtype = accumulation_dtype(c.student.dtype)
+    loss, kd, ce, count = (c.student.new_empty((), dtype=dtype) for _ in range(4))
+    return Out(loss, kd, ce, count, c.student.new_empty((5, c.target.numel()), dtype=dtype))
 
 
-in_place_op = Op(
-    "kd_loss_in_place",
-    module="kd_loss",
-    forward=f"(Tensor(a!) student, Tensor? teacher, Tensor target, Tensor? normalizer, {_OPTIONS}) -> (Tensor loss, Tensor kd, Tensor ce)",
-    backward="(Tensor g_loss, Tensor(a!) student) -> Tensor",
-    fake_forward=_fake_in_place,
-    fake_backward=lambda g_loss, student: not_needed(student),
-    tensors=4,
-    principal="student",
-)
-"""`kd_loss` whose forward pass leaves the gradient of the loss by itself in `student`; the backward pass multiplies it, and returns nothing."""
+op = Op("kd_loss", Call, Out, fake_forward=_fake_forward, differentiable=("student",), saved=("divisor", "stats"))
 
 
-class _InPlace(torch.autograd.Function):
-    """The student's logits become their gradient, which the backward pass hands on."""
-
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Any:
-        student = arguments[0]
-        loss, kd, ce = in_place_op(*arguments)
-        if not torch.compiler.is_compiling():
-            torch.autograd.graph.increment_version(student)  # whoever saved the logits for a backward pass is told that they are gone
-        ctx.mark_non_differentiable(kd, ce)
-        ctx.save_for_backward(student)
-        return loss, kd, ce
-
-    @staticmethod
-    def backward(ctx: Any, g_loss: Tensor, *_: Any) -> Any:
-        if torch.is_grad_enabled():
-            raise RuntimeError("kd_loss with in_place has no second derivative, for the logits are gone: leave in_place out")
-        (student,) = ctx.saved_tensors
-        gradient = student.detach()
-        in_place_op._backward(g_loss, gradient)
-        if not torch.compiler.is_compiling():
-            torch.autograd.graph.increment_version(gradient)  # its taker may write to it: a second backward pass is an error
-        return gradient, *_NOTHING
+# -- in place ---------------------------------------------------------------------------------------------------------------------
+InPlaceCall = written(Call, "InPlaceCall", "student")
 
 
-def _multiplied(gradient: Tensor, factor: Tensor) -> bool:
-    """Multiply the gradient of the loss by itself, on the CPU, with the incoming one in place. False where that is not finite: nothing is done."""
-    value = factor.item()
-    if value != 1 and math.isfinite(value):
-        gradient.mul_(factor)
-    return math.isfinite(value)
+class Losses(NamedTuple):
+    loss: Tensor
+    kd: Tensor
+    ce: Tensor
 
 
-class _OnePass(op._function):  # type: ignore[name-defined]
-    """For calls that nobody traces: loss and gradient in one pass where the CPU library runs it, else the op's two.
-
-    Not in float16, whose gradient would underflow before a loss scale reaches it.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, direct: bool, *arguments: Any) -> Any:
-        ctx.gradient = None
-        if arguments[0].dtype == torch.float16 or op.choose("forward", arguments).name != "native":
-            return op._function.forward(ctx, direct, *arguments)
-        ctx.set_materialize_grads(False)
-        results, ctx.gradient = with_gradient(*arguments)
-        ctx.save_for_backward(*arguments[: op.tensors], *[results[i] for i in op.saved])
-        ctx.direct, ctx.rest = direct, arguments[op.tensors :]
-        return results
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        gradient, ctx.gradient = ctx.gradient, None  # it is handed on once, and is its taker's then
-        alone = grads[0] is not None and grads[1] is None and grads[2] is None
-        if gradient is not None and alone and not torch.is_grad_enabled() and _multiplied(gradient, grads[0]):
-            return None, gradient, *_NOTHING
-        return op._function.backward(ctx, *grads)
+class ScaleCall(NamedTuple):
+    gradient: Written  # [..., V]
+    factor: Tensor  # one number
 
 
-op._apply = super(torch.autograd.Function, _OnePass).apply  # type: ignore[misc]
+class Scaled(NamedTuple):
+    nothing: Tensor
+
+
+def _fake_in_place(c: Call) -> Losses:
+    loss, kd, ce = (c.student.new_empty((), dtype=accumulation_dtype(c.student.dtype)) for _ in range(3))
+    return Losses(loss, kd, ce)
+
+
+def _in_place_function(op: Op) -> type[torch.autograd.Function]:
+    class InPlace(torch.autograd.Function):
+        """The student's logits become their gradient, which the backward pass hands on."""
+
+        @staticmethod
+        def forward(ctx: Any, keyset: Any, *arguments: Any) -> Any:
+            loss, kd, ce = op.run_written(arguments) if keyset is None else below(op._forward, keyset, arguments)
+            ctx.mark_non_differentiable(kd, ce)
+            ctx.save_for_backward(arguments[0])
+            ctx.allowed = allowed()
+            return loss, kd, ce
+
+        @staticmethod
+        def backward(ctx: Any, g_loss: Tensor, *_: Any) -> Any:
+            if torch.is_grad_enabled():
+                raise RuntimeError("kd_loss with in_place has no second derivative, for the logits are gone: leave in_place out")
+            (student,) = ctx.saved_tensors
+            gradient = student.detach()  # its version counter goes on: a second backward pass is an error, for the taker may write to it
+            with allowing(ctx.allowed):
+                scale_op(ScaleCall(gradient, g_loss))
+            return None, gradient, *(None,) * (len(op.fields) - 1)
+
+    return InPlace
+
+
+in_place_op = Op("kd_loss_in_place", InPlaceCall, Losses, fake_forward=_fake_in_place, function=_in_place_function)
+"""`kd_loss` whose forward pass leaves the gradient of the loss by itself in `student`."""
+scale_op = Op("kd_loss_scale", ScaleCall, Scaled, fake_forward=lambda c: Scaled(not_needed(c.gradient)))
+"""Multiplies that gradient with the incoming one, in place."""
 
 
 def check_options(
@@ -194,6 +189,7 @@ def check_options(
         raise ValueError(f"normalizer must be positive, got {normalizer}")
     if mixture is None:
         return DIVERGENCES[divergence]
+    mixture = number("mixture", mixture)
     if DIVERGENCES[divergence] == 0:
         raise ValueError(f"the divergence {divergence} takes no mixture, got {mixture}")
     if not 0 < mixture < 1:
@@ -259,7 +255,8 @@ def prepare(
     normalizer: Tensor | float | None = None,
     return_parts: bool = False,
     in_place: bool = False,
-) -> tuple[object, ...]:
+) -> Call:
+    temperature, alpha, label_smoothing = number("temperature", temperature), number("alpha", alpha), number("label_smoothing", label_smoothing)
     weight = check_options(temperature, alpha, divergence, mixture, label_smoothing, normalizer, teacher_logits is not None)
     if not student_logits.is_floating_point():
         raise TypeError(f"student_logits must be floating-point, got {student_logits.dtype}")
@@ -279,7 +276,7 @@ def prepare(
     if in_place and overwrites(student_logits):
         check_in_place(student_logits)
     constant = normalizer_tensor(normalizer, student_logits)
-    return student_logits, teacher_logits, target, constant, float(temperature), float(alpha), divergence, weight, float(label_smoothing), ignore_index
+    return Call(student_logits, teacher_logits, target, constant, temperature, alpha, divergence, weight, label_smoothing, ignore_index)
 
 
 @overload
@@ -341,7 +338,7 @@ def kd_loss(
     Raises ValueError for shapes or vocabularies that differ (naming both), options out of range, and, on the CPU, a target outside of
     the vocabulary; TypeError for wrong dtypes.
     """
-    arguments = prepare(
+    call = prepare(
         student_logits,
         teacher_logits,
         target,
@@ -355,5 +352,5 @@ def kd_loss(
         return_parts=return_parts,
         in_place=in_place,
     )
-    loss, kd, ce = _InPlace.apply(*arguments) if in_place and overwrites(student_logits) else op(*arguments)[:3]
+    loss, kd, ce = in_place_op(call) if in_place and overwrites(student_logits) else op(call)[:3]
     return (loss, kd, ce) if return_parts else loss

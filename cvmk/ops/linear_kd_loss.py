@@ -8,14 +8,15 @@ G = dloss/dlogits [N, V] (the formulas of `cvmk/ops/kd_loss.py`), made and used 
 
 from __future__ import annotations
 
-from typing import Any, Literal, Unpack, overload
+from typing import Literal, NamedTuple, Unpack, overload
 
 import torch
 from torch import Tensor
 
-from cvmk.ops._dispatch import Op, accumulation_dtype, autocast_dtype, autocast_lower, not_needed, unobserved
+from cvmk.ops._call import Needs, number
+from cvmk.ops._dtypes import accumulation_dtype, autocast_dtype, autocast_lower
+from cvmk.ops._op import Op
 from cvmk.ops.kd_loss import LossOptions, check_options, check_target, normalizer_tensor
-from cvmk.ops.native.linear_kd_loss import lowered_forward
 
 
 class LinearLossOptions(LossOptions, total=False):
@@ -25,43 +26,83 @@ class LinearLossOptions(LossOptions, total=False):
     teacher_bias: Tensor | None
 
 
-def _fake_forward(student_hidden: Tensor, student_weight: Tensor, *rest: object) -> tuple[Tensor, ...]:
-    target, wanted, dtype = rest[4], rest[-1], accumulation_dtype(student_hidden.dtype)
-    assert isinstance(target, Tensor) and isinstance(wanted, list | tuple)
-    scalars = [student_hidden.new_empty((), dtype=dtype) for _ in range(4)]
-    shapes = (student_hidden.shape, student_weight.shape, student_weight.shape[:1])
-    grads = [student_hidden.new_empty(shape if want else (0,), dtype=dtype) for want, shape in zip(wanted, shapes, strict=True)]
-    return *scalars, student_hidden.new_empty((5, target.numel()), dtype=dtype), *grads
+class Call(NamedTuple):
+    student_hidden: Tensor  # [..., Ds]
+    student_weight: Tensor  # [V, Ds]
+    student_bias: Tensor | None  # [V]
+    teacher_hidden: Tensor | None
+    teacher_weight: Tensor | None
+    teacher_bias: Tensor | None
+    target: Tensor  # [...]
+    normalizer: Tensor | None
+    temperature: float
+    alpha: float
+    divergence: str
+    mixture: float
+    label_smoothing: float
+    ignore_index: int
+    wanted: list[bool]  # gradients of the student's operands that the forward pass makes
+    lowered: bool  # autocast: float32 operands are rounded to bfloat16 on their way into the products, and their gradients keep float32
 
 
-def _fake_backward(*arguments: object) -> tuple[Tensor, ...]:
-    needs, found = arguments[-1], []
-    assert isinstance(needs, list | tuple)
-    first = arguments[8]
-    assert isinstance(first, Tensor)
-    for x, need in zip(arguments[8:11], needs, strict=False):
-        found.append(x.new_empty(x.shape) if need and isinstance(x, Tensor) else not_needed(first))
-    return tuple(found)
+class Out(NamedTuple):
+    loss: Tensor
+    kd: Tensor
+    ce: Tensor
+    divisor: Tensor
+    stats: Tensor  # as in `kd_loss`
+    d_hidden: Tensor  # gradients of the loss times the divisor, in the accumulation dtype; without elements where they are not wanted
+    d_weight: Tensor
+    d_bias: Tensor
 
 
-_TENSORS = (
-    "Tensor student_hidden, Tensor student_weight, Tensor? student_bias, Tensor? teacher_hidden, Tensor? teacher_weight, Tensor? teacher_bias,"
-    " Tensor target, Tensor? normalizer"
-)
-_OPTIONS = "float temperature, float alpha, str divergence, float mixture, float label_smoothing, int ignore_index, bool[] wanted"
+def _fake_forward(c: Call) -> Out:
+    hidden, dtype = c.student_hidden, accumulation_dtype(c.student_hidden.dtype)
+    loss, kd, ce, count = (hidden.new_empty((), dtype=dtype) for _ in range(4))
+    shapes = (hidden.shape, c.student_weight.shape, c.student_weight.shape[:1])
+    grads = [hidden.new_empty(shape if want else (0,), dtype=dtype) for want, shape in zip(c.wanted, shapes, strict=True)]
+    return Out(loss, kd, ce, count, hidden.new_empty((5, c.target.numel()), dtype=dtype), *grads)
+
+
 op = Op(
     "linear_kd_loss",
-    module="linear_kd_loss",
-    forward=f"({_TENSORS}, {_OPTIONS}) -> (Tensor loss, Tensor kd, Tensor ce, Tensor count, Tensor stats, Tensor d_hidden, Tensor d_weight, Tensor d_bias)",
-    backward="(Tensor? g_loss, Tensor? g_kd, Tensor? g_ce, Tensor? g_count, Tensor? g_stats, Tensor? g_d_hidden, Tensor? g_d_weight, Tensor? g_d_bias,"
-    f" {_TENSORS}, Tensor count, Tensor stats, Tensor d_hidden, Tensor d_weight, Tensor d_bias, {_OPTIONS}, bool[] needs) -> (Tensor, Tensor, Tensor)",
+    Call,
+    Out,
     fake_forward=_fake_forward,
-    fake_backward=_fake_backward,
-    tensors=8,
-    differentiable=(0, 1, 2),
-    saved=(3, 4, 5, 6, 7),
-    principal="student_hidden",
+    differentiable=("student_hidden", "student_weight", "student_bias"),
+    saved=("divisor", "stats", "d_hidden", "d_weight", "d_bias"),
 )
+
+
+def lowered(c: Call) -> Call:
+    """The call on operands that were rounded where it asks for that."""
+    if not c.lowered:
+        return c
+    return c._replace(
+        student_hidden=c.student_hidden.bfloat16(),
+        student_weight=c.student_weight.bfloat16(),
+        **{name: x.bfloat16() for name in _OPTIONAL if (x := getattr(c, name)) is not None},
+        lowered=False,
+    )
+
+
+_OPTIONAL = ("student_bias", "teacher_hidden", "teacher_weight", "teacher_bias")
+
+
+def needed_of(c: Call, needs: Needs) -> list[bool]:
+    """Which of the student's operands are there and need a gradient."""
+    return [needs.student_hidden, needs.student_weight, needs.student_bias and c.student_bias is not None]
+
+
+def loss_scale(grads: Out, saved: Out) -> Tensor | None:
+    """What the gradients of the loss times the divisor are multiplied by; None where a part is differentiated too."""
+    return grads.loss / saved.divisor if grads.loss is not None and grads.kd is None and grads.ce is None else None
+
+
+def kept(c: Call, saved: Out, needed: list[bool]) -> bool:
+    """Whether the forward pass kept every gradient that is needed (what was handed on is gone)."""
+    sizes = (c.student_hidden.numel(), c.student_weight.numel(), c.student_weight.shape[0])
+    return all(have.numel() == size or not need for need, have, size in zip(needed, saved[5:8], sizes, strict=True))
 
 
 def _check_side(who: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -98,13 +139,15 @@ def prepare(
     ignore_index: int = -100,
     normalizer: Tensor | float | None = None,
     return_parts: bool = False,
-) -> tuple[object, ...]:
+) -> Call:
+    temperature, alpha, label_smoothing = number("temperature", temperature), number("alpha", alpha), number("label_smoothing", label_smoothing)
     if (teacher_hidden is None) != (teacher_weight is None) or (teacher_bias is not None and teacher_weight is None):
         raise ValueError("give both teacher_hidden and teacher_weight (teacher_bias only with them), or none of them")
     mixing = check_options(temperature, alpha, divergence, mixture, label_smoothing, normalizer, teacher_hidden is not None)
-    hidden, weight, bias, t_hidden, t_weight, t_bias = autocast_lower(
-        student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias
-    )
+    operands: tuple[Tensor | None, ...] = (student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias)
+    # Rounding on the way saves copies of all operands, and the gradients a rounding.
+    lower = autocast_dtype(*operands) == torch.bfloat16 and all(x is None or x.dtype == torch.float32 for x in operands)
+    hidden, weight, bias, t_hidden, t_weight, t_bias = operands if lower else autocast_lower(*operands)
     assert hidden is not None and weight is not None
     _check_side("student", hidden, weight, bias)
     check_target(target, hidden.shape[:-1], hidden.device, "student_hidden")
@@ -120,52 +163,8 @@ def prepare(
     t_hidden, t_weight, t_bias = (x.detach() if x is not None and keep else None for x in (t_hidden, t_weight, t_bias))
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
     constant = normalizer_tensor(normalizer, hidden)
-    options = (float(temperature), float(alpha), divergence, mixing, float(label_smoothing), ignore_index, wanted)
-    return hidden, weight, bias, t_hidden, t_weight, t_bias, target, constant, *options
-
-
-class _Lowered(torch.autograd.Function):
-    """Under autocast, for calls that nobody traces: float32 operands become bfloat16 on their way into the CPU library's products, and the
-    gradients keep float32. Saves copies of all operands, and the gradients a rounding."""
-
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Any:
-        ctx.set_materialize_grads(False)
-        loss, ctx.count, ctx.found = lowered_forward(*arguments)
-        ctx.save_for_backward(*arguments[: op.tensors])
-        ctx.rest = arguments[op.tensors :]
-        return loss
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        found, ctx.found = ctx.found, None  # handed on once, and the taker's then
-        nothing = (None,) * (op.tensors + len(ctx.rest) - 3)
-        (grad,) = grads
-        if grad is None:
-            return None, None, None, *nothing
-        if found is None or torch.is_grad_enabled():
-            return *_Lowered.again(ctx, grad), *nothing
-        scale = grad / ctx.count
-        return *(None if x is None else x.mul_(scale) for x in found), *nothing
-
-    @staticmethod
-    def again(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradients by the op on lowered operands: for a second backward pass, and for derivatives of gradients."""
-        create_graph, saved = torch.is_grad_enabled(), ctx.saved_tensors
-        with torch.enable_grad():
-            # Views, for one tensor may stand in several places, and each needs its own derivative.
-            leaves = [None if x is None else x.view_as(x) for x in saved[:6]]
-            loss = op(*(None if x is None else x.bfloat16() for x in leaves), *saved[6:], *ctx.rest)[0]
-            wanted = [x for x, need in zip(leaves, ctx.needs_input_grad[:3], strict=False) if x is not None and need]
-            found = iter(torch.autograd.grad(loss, wanted, grad, create_graph=create_graph))
-        return tuple([next(found) if need else None for need in ctx.needs_input_grad[:3]])
-
-
-def _may_lower(operands: list[Tensor | None], target: Tensor) -> bool:
-    """Whether `_Lowered` may take the call, if the CPU library does."""
-    if not torch.is_grad_enabled() or autocast_dtype(*operands) != torch.bfloat16 or not unobserved([*operands, target]):
-        return False
-    return all(x is None or x.dtype == torch.float32 for x in operands)
+    options = (temperature, alpha, divergence, mixing, label_smoothing, ignore_index)
+    return Call(hidden, weight, bias, t_hidden, t_weight, t_bias, target, constant, *options, wanted, lower)
 
 
 @overload
@@ -221,8 +220,8 @@ def linear_kd_loss(
     target           [...], int64 or int32. Rows with `ignore_index` count nothing and are not read: they may hold NaN.
 
     The other arguments, the value and the treatment of -inf (in a bias) are those of `ops.kd_loss`. Half-precision products are summed
-    and kept in float32, and so is the weight's gradient until all rows are in it; under autocast all operands are lowered first (by the CPU
-    library on their way into the products, and the gradients of float32 operands are not rounded). A gradient that nobody needs (a frozen
+    and kept in float32, and so is the weight's gradient until all rows are in it. Under autocast to bfloat16 float32 operands are rounded on their
+    way into the products, and their gradients are not; otherwise operands are cast first, as for matrix products. A gradient that nobody needs (a frozen
     weight) is not computed.
 
     Memory: with n = max(2^20 / V, 64) rows a chunk on the CPU and max(2^25 / V, 1024) elsewhere (Triton: max(2^26 / V, 2048)), temporaries
@@ -236,23 +235,22 @@ def linear_kd_loss(
     Raises ValueError for shapes or vocabularies that differ (naming both), options out of range, and, on the CPU, a target outside of
     the vocabulary; TypeError for wrong or mixed dtypes.
     """
-    options: dict[str, Any] = {
-        "student_bias": student_bias,
-        "teacher_bias": teacher_bias,
-        "temperature": temperature,
-        "alpha": alpha,
-        "divergence": divergence,
-        "mixture": mixture,
-        "label_smoothing": label_smoothing,
-        "ignore_index": ignore_index,
-        "normalizer": normalizer,
-        "return_parts": return_parts,
-    }
-    operands = (student_hidden, student_weight, teacher_hidden, teacher_weight, target)
-    if not return_parts and _may_lower([*operands[:4], student_bias, teacher_bias], target):
-        with torch.autocast("cpu", enabled=False):
-            arguments = prepare(*operands, **options)
-        if op.choose("forward", arguments).name == "native":
-            return _Lowered.apply(*arguments)
-    loss, kd, ce = op(*prepare(*operands, **options))[:3]
+    call = prepare(
+        student_hidden,
+        student_weight,
+        teacher_hidden,
+        teacher_weight,
+        target,
+        student_bias=student_bias,
+        teacher_bias=teacher_bias,
+        temperature=temperature,
+        alpha=alpha,
+        divergence=divergence,
+        mixture=mixture,
+        label_smoothing=label_smoothing,
+        ignore_index=ignore_index,
+        normalizer=normalizer,
+        return_parts=return_parts,
+    )
+    loss, kd, ce = op(call)[:3]
     return (loss, kd, ce) if return_parts else loss

@@ -7,6 +7,7 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -23,8 +24,9 @@ from cvmk import ops
 from cvmk.errors import NoBackendError
 from cvmk.ops import _dtypes, _op
 from cvmk.ops._backend import Backend, use
+from cvmk.ops._call import Written, fields_of, number
 from cvmk.ops._explain import backends_report, explain
-from cvmk.ops._op import Op
+from cvmk.ops._op import Op, forget_choices
 
 NAME = "probe"
 log: list[str] = []
@@ -217,6 +219,46 @@ def test_use_keeps_its_own_order() -> None:
     assert log == ["reference", "fast"]
 
 
+def test_use_is_by_context() -> None:
+    """Threads whose blocks overlap keep their own backends, and a new thread has the process's."""
+    entered, others = threading.Barrier(2), threading.Barrier(2)
+    chosen: dict[str, list[str]] = {}
+
+    def run(name: str) -> None:
+        with use(name):
+            entered.wait()
+            chosen[name] = [row.backend for row in explain(NAME, torch.ones(2)) if row.chosen]
+            others.wait()
+
+    threads = [threading.Thread(target=run, args=(name,)) for name in ("reference", "native")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert chosen == {"reference": ["reference"], "native": ["native"]}
+    with use("reference"):
+        thread = threading.Thread(target=lambda: probe(torch.ones(2)))
+        thread.start()
+        thread.join()
+    assert log == ["fast"]
+
+
+def test_a_backward_pass_keeps_what_its_forward_pass_was_allowed() -> None:
+    other = Backend(NAME, "cuda", fast, lambda grads, c, saved, needs: (log.append("other backward"), (c.x, c.x))[1])
+    op.backends = [other, REFERENCE]
+    x = leaf(2)
+    with use("reference"):
+        y = probe(x)[0].sum()
+    thread = threading.Thread(target=y.backward)
+    thread.start()
+    thread.join()
+    assert log == ["reference", "reference backward 10"]
+    y = probe(x)[0].sum()
+    with use("reference"):
+        y.backward()
+    assert log[2:] == ["fast", "other backward"]
+
+
 def test_use_refuses_an_unknown_name() -> None:
     with pytest.raises(ValueError, match=r"use\(\) names the backend 'fastest'; the backends are cuda, triton, native, reference"), use("fastest"):
         pass
@@ -302,7 +344,6 @@ def test_backends_report() -> None:
 def test_every_op_has_a_reference_with_all_its_passes() -> None:
     for name, each in _op.OPS.items():
         assert each.reference.dtypes and (not each.differentiable or each.reference.backward is not None), name
-        assert each.prepare is not None, name
 
 
 # -- the environment -----------------------------------------------------------------------------------------------------------------
@@ -447,11 +488,67 @@ def _first(x: Tensor) -> float:
     return ctypes.c_float.from_address(x.data_ptr()).value
 
 
-def test_transforms() -> None:
-    x = torch.rand(3, 2)
-    log.clear()
-    torch.testing.assert_close(torch.vmap(lambda x: probe(x)[0])(x), probe(x)[0])
-    torch.testing.assert_close(torch.func.grad(lambda x: probe(x)[0].sum())(x), 2 * x)
+def cube(x: Tensor) -> Tensor:
+    return probe(x, None, torch.zeros((), dtype=x.dtype), power=3.0)[0]
+
+
+def of_a_batch(f: Any, x: Tensor) -> Tensor:
+    """The gradient through vmap over inputs that ask for one."""
+    leaf = x.clone().requires_grad_()
+    return torch.autograd.grad((leaf + torch.vmap(f)(leaf)).square().sum(), leaf)[0]
+
+
+def of_batched_gradients(f: Any, x: Tensor) -> Tensor:
+    leaf = x.clone().requires_grad_()
+    (batch,) = torch.autograd.grad(f(leaf), leaf, torch.ones(4, *x.shape, dtype=x.dtype), is_grads_batched=True, create_graph=True)
+    return torch.autograd.grad(batch.sum(), leaf)[0]
+
+
+TRANSFORMS = {
+    "vmap": of_a_batch,
+    "batched gradients, again": of_batched_gradients,
+    "grad": lambda f, x: torch.func.grad(lambda x: f(x).sum())(x),
+    "grad of grad": lambda f, x: torch.func.grad(lambda x: torch.func.grad(lambda x: f(x).sum())(x).sum())(x),
+    "vmap of grad": lambda f, x: torch.vmap(torch.func.grad(lambda x: f(x).sum()))(x),
+    "grad of vmap": lambda f, x: torch.func.grad(lambda x: torch.vmap(f)(x).sum())(x),
+    "vmap of grad of grad": lambda f, x: torch.vmap(torch.func.grad(lambda x: torch.func.grad(lambda x: f(x).sum())(x).sum()))(x),
+    "jacrev": lambda f, x: torch.func.jacrev(f)(x),
+    "jacobian": lambda f, x: torch.autograd.functional.jacobian(f, x, vectorize=True),
+    "hessian": lambda f, x: torch.autograd.functional.hessian(lambda x: f(x).sum(), x, vectorize=True),
+    "no_grad inside": lambda f, x: torch.func.grad(lambda x: (torch.no_grad()(f)(x) * x).sum())(x),
+}
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_transforms(name: str, compiled: bool) -> None:
+    x = torch.rand(3, 2, dtype=torch.float64) + 0.5
+    transform = TRANSFORMS[name]
+    if compiled and "grad" in name and "gradients" not in name:
+        run = torch.compile(lambda x: transform(cube, x), backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(run(x), transform(lambda x: x**3, x))
+    else:
+        torch.testing.assert_close(transform(cube, x), transform(lambda x: x**3, x))
+
+
+@pytest.mark.parametrize(
+    ("transform", "message"),
+    [
+        (lambda f: torch.func.hessian(lambda x: f(x).sum()), "no forward-mode derivative"),
+        (lambda f: torch.func.jacrev(torch.func.grad(lambda x: f(x).sum())), "take it by nested torch.func.grad"),
+    ],
+)
+def test_transforms_that_are_refused(transform: Any, message: str) -> None:
+    """PyTorch would take the second derivative for zero."""
+    with pytest.raises(NotImplementedError, match=message):
+        transform(cube)(torch.rand(2, dtype=torch.float64))
+
+
+def test_gradients_through_a_compiled_vmap() -> None:
+    x = leaf(3, 2)
+    torch.compile(lambda x: (torch.vmap(cube)(x) * x).sum(), backend="aot_eager", fullgraph=True)(x).backward()
+    torch.testing.assert_close(x.grad, 4 * x.detach() ** 3)
 
 
 def test_a_tangent_is_refused() -> None:
@@ -493,6 +590,108 @@ def test_no_graph_where_nobody_asks() -> None:
 
 
 # -- what an implementation may rely on -------------------------------------------------------------------------------------------------
+def test_gradients_along_with_the_forward_pass() -> None:
+    """They are handed on once, to a backward pass that asks for those of the first result alone and that nobody differentiates."""
+    handed: list[float] = []
+
+    def forward_with_gradient(c: Call) -> Any:
+        def hand_on(grad: Tensor) -> Any:
+            handed.append(grad.sum().item())
+            return None if grad.sum() > 100 else (grad * c.power * c.x ** (c.power - 1), c.x.new_empty(0))
+
+        return None if c.power == 4.0 else (fast(c), hand_on)
+
+    op.backends = [Backend(NAME, "native", fast, reference_backward, forward_with_gradient)]
+    x = leaf(2)
+    y, total = probe(x, power=2.0)
+    for _ in range(2):
+        torch.testing.assert_close(torch.autograd.grad(y.sum(), x, retain_graph=True)[0], 2 * x.detach())
+    assert log == ["fast", "reference backward 10"] and handed == [2.0]
+    for run in (lambda: probe(x)[0].sum() * 200, lambda: probe(x)[1].sum(), lambda: sum(out.sum() for out in probe(x)), lambda: probe(x, power=4.0)[0].sum()):
+        log.clear()
+        run().backward()  # type: ignore[no-untyped-call, union-attr]
+        assert log == ["fast", "reference backward 10"]
+    assert handed == [2.0, 400.0]
+
+
+# -- what a call holds -------------------------------------------------------------------------------------------------------------------
+def test_schemas_are_made_of_calls() -> None:
+    forward, backward = torch.ops.cvmk.probe_forward.default._schema, torch.ops.cvmk.probe_backward.default._schema
+    assert str(forward) == "cvmk::probe_forward(Tensor x, Tensor? weight, Tensor constant, float power) -> (Tensor y, Tensor total)"
+    assert str(backward) == (
+        "cvmk::probe_backward(Tensor? grad_y, Tensor? grad_total, Tensor x, Tensor? weight, Tensor constant, Tensor y, float power, bool[] needs)"
+        " -> (Tensor, Tensor)"
+    )
+
+
+def test_fields_that_no_schema_has() -> None:
+    with pytest.raises(TypeError, match=r"Wrong.shape is tuple\[int, ...\], which no schema has"):
+        fields_of(NamedTuple("Wrong", [("x", Tensor), ("shape", tuple[int, ...])]))
+    with pytest.raises(TypeError, match="tensors come before the other fields"):
+        fields_of(NamedTuple("Late", [("p", float), ("x", Tensor)]))
+
+
+def test_numbers() -> None:
+    assert number("scale", 2) == number("scale", torch.tensor(2.0)) == number("scale", np.float32(2)) == 2.0
+    with pytest.raises(TypeError, match="scale is a tensor that asks for a gradient"):
+        number("scale", torch.tensor(2.0, requires_grad=True))
+
+
+class WriteCall(NamedTuple):
+    into: Written
+    x: Tensor
+write_op = Op(
+    "probe_write", WriteCall, NamedTuple("Nothing", [("nothing", Tensor)]), module="no_such_file", fake_forward=lambda c: c.x.new_empty(0)
+)
+_op.OPS.pop("probe_write")
+write_op.backends = [Backend("probe_write", "reference", lambda c: c.into.copy_(c.x).new_empty(0))]
+
+
+def test_what_an_op_may_write_to() -> None:
+    x = torch.ones(2, 3)
+    into = torch.zeros(2, 3)
+    write_op(WriteCall(into, x))
+    assert torch.equal(into, x) and into._version > 0
+    saved = leaf(2, 3)
+    y = saved.square()
+    z = y.exp()
+    loss = z.sum()
+    write_op(WriteCall(z.detach(), x.double()))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    with pytest.raises(RuntimeError, match=r"writes to into, whose elements share memory .* clone\(\) it first"):
+        write_op(WriteCall(torch.zeros(3).expand(2, 3), x))
+    write_op(WriteCall(torch.zeros(3, 2).t(), x))
+    with torch.inference_mode():
+        inference = torch.zeros(2, 3)
+        write_op(WriteCall(inference, x))
+    assert torch.equal(inference.clone(), x)
+    with pytest.raises(RuntimeError, match="writes to into, an inference tensor, outside of inference mode"):
+        write_op(WriteCall(inference, x))
+    torch.library.opcheck(torch.ops.cvmk.probe_write_forward.default, (torch.zeros(2, 3), x))
+
+
+def test_compiled_writes_are_seen_by_those_who_saved() -> None:
+    def run(x: Tensor) -> Tensor:
+        y = x.exp()
+        write_op(WriteCall(y.detach(), torch.ones_like(x)))
+        return y.sum()
+
+    with pytest.raises(Exception, match="modified by an inplace operation"):
+        torch.compile(run, backend="aot_eager", fullgraph=True)(leaf(2)).backward()
+
+
+def test_forgotten_choices() -> None:
+    answers = [["not today"]]
+    op.backends = [Backend(NAME, "native", fast, limits=lambda which, call: answers[0]), REFERENCE]
+    probe(torch.ones(2))
+    answers[0] = []
+    probe(torch.ones(2))
+    forget_choices()
+    probe(torch.ones(2))
+    assert log == ["reference", "reference", "fast"]
+
+
 def test_no_autocast_inside() -> None:
     """Products inside an implementation keep their dtype, whatever the caller's autocast."""
     seen = []
@@ -523,7 +722,7 @@ def test_autocast_casts() -> None:
 
 
 def test_public_names() -> None:
-    assert {name.removesuffix("_in_place") for name in _op.OPS} - {NAME} <= set(ops.__all__)
+    assert {name.removesuffix("_in_place") for name, each in _op.OPS.items() if each.prepare is not None} - {NAME} <= set(ops.__all__)
     assert all(hasattr(ops, name) for name in ops.__all__)
 
 

@@ -409,10 +409,10 @@ def test_opcheck(dtype: torch.dtype) -> None:
     for some_teacher, alpha in ((teacher, 0.5), (None, 0.0)):
         arguments = prepare(student[:, ::2], some_teacher if some_teacher is None else some_teacher[:, ::2], target[:, ::2], alpha=alpha, normalizer=3)
         torch.library.opcheck(torch.ops.cvmk.kd_loss_forward.default, arguments)
-        _, _, _, count, stats = op(*arguments)
+        _, _, _, divisor, stats = op(arguments)
         one = torch.ones((), dtype=stats.dtype)
         for grads, needs in (((one, None, None), True), ((one, one, one), True), ((one, None, None), False)):
-            backward = (*grads, None, None, *arguments[:4], count, stats, *arguments[4:], [needs, False, False, False])
+            backward = (*grads, None, None, *arguments[:4], divisor, stats, *arguments[4:], [needs])
             torch.library.opcheck(torch.ops.cvmk.kd_loss_backward.default, backward)
 
 
@@ -532,7 +532,7 @@ def test_opcheck_in_place(dtype: torch.dtype) -> None:
     student, teacher, target = make(3, 4, dtype=dtype)
     for some_teacher, alpha in ((teacher, 0.5), (None, 0.0)):
         torch.library.opcheck(torch.ops.cvmk.kd_loss_in_place_forward.default, prepare(student, some_teacher, target, alpha=alpha, normalizer=3))
-    torch.library.opcheck(torch.ops.cvmk.kd_loss_in_place_backward.default, (torch.tensor(0.5, dtype=dtype), student))
+    torch.library.opcheck(torch.ops.cvmk.kd_loss_scale_forward.default, (student, torch.tensor(0.5, dtype=dtype)))
 
 
 def test_compile_in_place() -> None:

@@ -7,7 +7,7 @@ CUDA graphs. A kernel takes calls by itself only on classes of devices where it 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -45,11 +45,11 @@ def reason() -> str | None:
     return None
 
 
-def by_default(op: str, principal: str) -> Callable[[str, Mapping[str, Any]], str | None]:
+def by_default(op: str, principal: str) -> Callable[[str, Any], str | None]:
     """For `Backend.by_default`: calls come by themselves only to devices on which the op's kernel was measured."""
 
-    def asked(which: str, named: Mapping[str, Any]) -> str | None:
-        device = named[principal].device
+    def asked(which: str, call: Any) -> str | None:
+        device = getattr(call, principal).device
         measured = device.type == "cuda" and torch.cuda.get_device_capability(device) in MEASURED.get(op, ())
         return None if measured else "not yet measured on this device class"
 

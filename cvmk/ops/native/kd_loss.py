@@ -1,27 +1,28 @@
 """`kd_loss` on the CPU library: a row of logits is read from memory once a pass, and nothing of its size is made but the gradient.
 
 The forward pass saves five statistics a row and reads both logits; the backward pass reads both again and writes the gradient.
-`with_gradient` does both while a row is in the cache.
+`forward_with_gradient` does both while a row is in the cache.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from cvmk.ops import native
-from cvmk.ops._dispatch import Backend, not_needed
+from cvmk.ops._backend import Backend
+from cvmk.ops._call import Needs
+from cvmk.ops._dtypes import not_needed
+from cvmk.ops.kd_loss import NUMBERS, Call, Losses, Out
 from cvmk.ops.native._memory import empty
-from cvmk.ops.reference.kd_loss import multiply
+from cvmk.ops.reference.kd_loss import scale
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Types of logits, as `csrc/distill/params.h` numbers them."""
-DIVERGENCES = {"forward_kl": 0, "reverse_kl": 1, "js": 2, "skew_kl": 3, "skew_reverse_kl": 4}
-
-
 _NUMBER = torch.empty((), dtype=torch.float32)  # what results of one number are made like: half the time of torch.empty with a shape
 _NOTHING = (None, 0, 0, 0)
 
@@ -46,23 +47,11 @@ def address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
-def _losses(
-    gradient: Tensor | None,
-    student: Tensor,
-    teacher: Tensor | None,
-    target: Tensor,
-    normalizer: Tensor | None,
-    temperature: float,
-    alpha: float,
-    divergence: str,
-    mixture: float,
-    label_smoothing: float,
-    ignore_index: int,
-) -> tuple[Tensor, ...]:
-    """What the forward pass returns; the gradient of the loss by itself goes to `gradient`, rows [..., V] at one distance, where it is given."""
-    z, *z_place = _rows(student)
-    t, *t_place = _rows(teacher)
-    y = _flat(target)
+def _losses(c: Call, gradient: Tensor | None) -> Out:
+    """The forward pass; the gradient of the loss by itself goes to `gradient`, rows [..., V] at one distance, where it is given."""
+    z, *z_place = _rows(c.student)
+    t, *t_place = _rows(c.teacher)
+    y = _flat(c.target)
     loss, kd, ce, count = torch.empty_like(_NUMBER), torch.empty_like(_NUMBER), torch.empty_like(_NUMBER), torch.empty_like(_NUMBER)
     stats = torch.empty((5, y.shape[0]), dtype=torch.float32)
     _, gradient_address, gradient_stride, _ = _NOTHING if gradient is None else _rows(gradient)
@@ -74,14 +63,14 @@ def _losses(
         y.data_ptr(),
         y.dtype == torch.int64,
         y.shape[0],
-        student.shape[-1],
-        ignore_index,
-        temperature,
-        alpha,
-        DIVERGENCES[divergence],
-        mixture,
-        label_smoothing,
-        address(normalizer),
+        c.student.shape[-1],
+        c.ignore_index,
+        c.temperature,
+        c.alpha,
+        NUMBERS[c.divergence],
+        c.mixture,
+        c.label_smoothing,
+        address(c.normalizer),
         stats.data_ptr(),
         loss.data_ptr(),
         kd.data_ptr(),
@@ -90,51 +79,43 @@ def _losses(
         gradient_address,
         gradient_stride,
     )
-    return loss, kd, ce, count, stats
+    return Out(loss, kd, ce, count, stats)
 
 
-def _forward(*arguments: Any) -> tuple[Tensor, ...]:
-    return _losses(None, *arguments)
+def forward(c: Call) -> Out:
+    return _losses(c, None)
 
 
-def with_gradient(*arguments: Any) -> tuple[tuple[Tensor, ...], Tensor]:
-    """The forward pass, and the gradient of the loss by itself: made while a row is in the cache, it saves reading both logits again."""
-    student = arguments[0]
-    gradient = empty(student.shape, student.dtype)
-    return _losses(gradient, *arguments), gradient
+def forward_with_gradient(c: Call) -> tuple[Out, Callable[[Tensor], Tensor | None]] | None:
+    """The forward pass, and the gradient of the loss by itself: made while a row is in the cache, it saves reading both logits again.
+
+    Not in float16, whose gradient would underflow before a loss scale reaches it.
+    """
+    if c.student.dtype == torch.float16:
+        return None
+    gradient = empty(c.student.shape, c.student.dtype)
+
+    def hand_on(g_loss: Tensor) -> Tensor | None:
+        value = g_loss.item()
+        if not math.isfinite(value):
+            return None
+        return gradient if value == 1 else gradient.mul_(g_loss)
+
+    return _losses(c, gradient), hand_on
 
 
-def _in_place(*arguments: Any) -> tuple[Tensor, ...]:
-    return _losses(arguments[0], *arguments)[:3]
+def in_place(c: Call) -> Losses:
+    return Losses(*_losses(c, c.student)[:3])
 
 
-def _backward(
-    g_loss: Tensor | None,
-    g_kd: Tensor | None,
-    g_ce: Tensor | None,
-    g_count: Tensor | None,
-    g_stats: Tensor | None,
-    student: Tensor,
-    teacher: Tensor | None,
-    target: Tensor,
-    normalizer: Tensor | None,
-    count: Tensor,
-    stats: Tensor,
-    temperature: float,
-    alpha: float,
-    divergence: str,
-    mixture: float,
-    label_smoothing: float,
-    ignore_index: int,
-    needs: list[bool],
-) -> Tensor:
-    if not needs[0]:
-        return not_needed(student)
-    z, *z_place = _rows(student)
-    t, *t_place = _rows(teacher)
-    y = _flat(target)
-    stats = stats.contiguous()
-    gradient = empty(student.shape, student.dtype)
+def backward(grads: Out, c: Call, saved: Out, needs: Needs) -> Tensor:
+    if not needs.student:
+        return not_needed(c.student)
+    z, *z_place = _rows(c.student)
+    t, *t_place = _rows(c.teacher)
+    y = _flat(c.target)
+    stats = saved.stats.contiguous()
+    gradient = empty(c.student.shape, c.student.dtype)
     library = native.library()
     assert library is not None
     library.kd_loss_gradient(
@@ -143,18 +124,18 @@ def _backward(
         y.data_ptr(),
         y.dtype == torch.int64,
         y.shape[0],
-        student.shape[-1],
-        ignore_index,
-        temperature,
-        alpha,
-        DIVERGENCES[divergence],
-        mixture,
-        label_smoothing,
+        c.student.shape[-1],
+        c.ignore_index,
+        c.temperature,
+        c.alpha,
+        NUMBERS[c.divergence],
+        c.mixture,
+        c.label_smoothing,
         stats.data_ptr(),
-        count.data_ptr(),
-        address(g_loss),
-        address(g_kd),
-        address(g_ce),
+        saved.divisor.data_ptr(),
+        address(grads.loss),
+        address(grads.kd),
+        address(grads.ce),
         gradient.data_ptr(),
     )
     return gradient
@@ -169,15 +150,19 @@ def missing(*names: str) -> str | None:
     return f"cvmk._native is an older build without {lacking[0]}: install the package again" if lacking else None
 
 
-def _limits(which: str, arguments: Mapping[str, Any]) -> list[str]:
-    teacher = arguments.get("teacher")
-    return [f"teacher is {teacher.dtype}, not float32, bfloat16 or float16"] if teacher is not None and teacher.dtype not in TYPES else []
+def teacher_reasons(name: str, teacher: Tensor | None) -> list[str]:
+    """Why a loss of the library does not take this tensor of the teacher."""
+    return [f"{name} is {teacher.dtype}, not float32, bfloat16 or float16"] if teacher is not None and teacher.dtype not in TYPES else []
 
 
 _COMMON: dict[str, Any] = {
     "dtypes": tuple(TYPES),
     "devices": ("cpu",),
-    "limits": _limits,
+    "limits": lambda which, c: teacher_reasons("teacher", c.teacher),
     "unavailable": lambda: missing("kd_loss", "kd_loss_gradient", "Buffer"),
 }
-BACKENDS = (Backend("kd_loss", "native", _forward, _backward, **_COMMON), Backend("kd_loss_in_place", "native", _in_place, multiply, **_COMMON))
+BACKENDS = (
+    Backend("kd_loss", "native", forward, backward, forward_with_gradient, **_COMMON),
+    Backend("kd_loss_in_place", "native", in_place, **_COMMON),
+    Backend("kd_loss_scale", "native", scale, devices=("cpu",)),
+)

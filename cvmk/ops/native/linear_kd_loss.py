@@ -10,16 +10,19 @@ Besides the gradients in float32 there is scratch of a bounded size, whatever th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from cvmk.ops import native
-from cvmk.ops._dispatch import Backend, not_needed
+from cvmk.ops._backend import Backend
+from cvmk.ops._call import Needs
+from cvmk.ops._dtypes import not_needed
+from cvmk.ops.kd_loss import NUMBERS
+from cvmk.ops.linear_kd_loss import Call, Out, kept, loss_scale, needed_of
 from cvmk.ops.native._memory import empty
-from cvmk.ops.native.kd_loss import DIVERGENCES, TYPES, address, missing
+from cvmk.ops.native.kd_loss import TYPES, address, missing, teacher_reasons
 
 Layer = tuple[int, int, int, int, int, int, int]
 _LOWERED = 3
@@ -34,53 +37,39 @@ def _matrix(x: Tensor) -> Tensor:
 
 
 def _run(
-    tensors: tuple[Tensor | None, ...],
-    target: Tensor,
-    normalizer: Tensor | None,
-    options: tuple[Any, ...],
-    grads: tuple[Tensor | None, Tensor | None, Tensor | None],
-    divisor: Tensor,
-    wanted: list[bool],
-    scalars: tuple[Tensor, ...] | None,
-    lowered: bool = False,
+    c: Call, grads: tuple[Tensor | None, ...], divisor: Tensor, wanted: list[bool], scalars: tuple[Tensor, ...] | None
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-    """Statistics and the gradients in float32 of those that are wanted; the loss, its parts and the normaliser go to `scalars`.
-
-    `lowered`: the operands are float32 and are rounded to bfloat16 first.
-    """
-    temperature, alpha, divergence, mixture, label_smoothing, ignore_index = options
-    student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias = tensors
-    assert student_hidden is not None and student_weight is not None
-    kept: list[Tensor] = []
+    """Statistics and the gradients in float32 of those that are wanted; the loss, its parts and the normaliser go to `scalars`."""
+    alive: list[Tensor] = []
 
     def layer(hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> Layer:
         if hidden is None or weight is None:
             return 0, 0, 0, 0, 0, 0, 0
         rows, matrix = _matrix(hidden), _matrix(weight)
         bias = None if bias is None else bias.contiguous()
-        kept.extend(x for x in (rows, matrix, bias) if x is not None)
-        return rows.data_ptr(), matrix.data_ptr(), address(bias), rows.shape[1], rows.stride(0), matrix.stride(0), _LOWERED if lowered else TYPES[rows.dtype]
+        alive.extend(x for x in (rows, matrix, bias) if x is not None)
+        return rows.data_ptr(), matrix.data_ptr(), address(bias), rows.shape[1], rows.stride(0), matrix.stride(0), _LOWERED if c.lowered else TYPES[rows.dtype]
 
-    y = target.reshape(-1).contiguous()
+    y = c.target.reshape(-1).contiguous()
     stats = torch.empty((5, y.shape[0]), dtype=torch.float32)
-    shapes = (student_hidden.shape, student_weight.shape, student_weight.shape[:1])
+    shapes = (c.student_hidden.shape, c.student_weight.shape, c.student_weight.shape[:1])
     found = tuple(empty(shape, torch.float32) if want else None for want, shape in zip(wanted, shapes, strict=True))
     library = native.library()
     assert library is not None
     library.linear_kd_loss(
-        layer(student_hidden, student_weight, student_bias),
-        layer(teacher_hidden, teacher_weight, teacher_bias),
+        layer(c.student_hidden, c.student_weight, c.student_bias),
+        layer(c.teacher_hidden, c.teacher_weight, c.teacher_bias),
         y.data_ptr(),
         y.dtype == torch.int64,
         y.shape[0],
-        student_weight.shape[0],
-        ignore_index,
-        temperature,
-        alpha,
-        DIVERGENCES[divergence],
-        mixture,
-        label_smoothing,
-        address(normalizer),
+        c.student_weight.shape[0],
+        c.ignore_index,
+        c.temperature,
+        c.alpha,
+        NUMBERS[c.divergence],
+        c.mixture,
+        c.label_smoothing,
+        address(c.normalizer),
         *(address(g) for g in grads),
         divisor.data_ptr(),
         stats.data_ptr(),
@@ -90,20 +79,30 @@ def _run(
     return stats, found
 
 
-def _forward(*arguments: Any) -> tuple[Tensor, ...]:
-    tensors, target, normalizer, options, wanted = arguments[:6], arguments[6], arguments[7], arguments[8:14], arguments[14]
-    loss, kd, ce, count = (torch.empty((), dtype=torch.float32) for _ in range(4))
-    stats, found = _run(tensors, target, normalizer, options, (_ONE, None, None), _ONE, wanted, (loss, kd, ce, count))
-    return loss, kd, ce, count, stats, *(not_needed(stats) if x is None else x for x in found)
+def _losses(c: Call) -> tuple[tuple[Tensor, ...], Tensor, tuple[Tensor | None, ...]]:
+    """(loss, kd, ce, count), the statistics, and the gradients of the loss times count of those that are wanted."""
+    scalars = tuple(torch.empty((), dtype=torch.float32) for _ in range(4))
+    stats, found = _run(c, (_ONE, None, None), _ONE, c.wanted, scalars)
+    return scalars, stats, found
 
 
-def lowered_forward(*arguments: Any) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
-    """(loss, count, gradients of the student's operands by the loss times count) of float32 operands that are rounded to bfloat16 on their way
-    into the products; the gradients keep float32, where they are wanted."""
-    tensors, target, normalizer, options, wanted = arguments[:6], arguments[6], arguments[7], arguments[8:14], arguments[14]
-    loss, kd, ce, count = (torch.empty((), dtype=torch.float32) for _ in range(4))
-    _, found = _run(tensors, target, normalizer, options, (_ONE, None, None), _ONE, wanted, (loss, kd, ce, count), lowered=True)
-    return loss, count, found
+def forward(c: Call) -> Out:
+    scalars, stats, found = _losses(c)
+    return Out(*scalars, stats, *(not_needed(stats) if x is None else x for x in found))  # type: ignore[call-arg]
+
+
+def forward_with_gradient(c: Call) -> tuple[Out, Callable[[Tensor], tuple[Tensor, ...]]] | None:
+    """The forward pass, whose gradients in float32 are those of float32 operands but for a factor: they are handed on without a copy."""
+    if c.student_hidden.dtype != torch.float32:
+        return None
+    scalars, stats, found = _losses(c)
+    nothing = not_needed(stats)
+
+    def hand_on(g_loss: Tensor) -> tuple[Tensor, ...]:
+        scale = g_loss / scalars[3]
+        return tuple([nothing if x is None else x.mul_(scale) for x in found])
+
+    return Out(*scalars, stats, nothing, nothing, nothing), hand_on  # type: ignore[call-arg]
 
 
 def _scaled(total: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -116,33 +115,30 @@ def _scaled(total: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def _backward(*arguments: Any) -> tuple[Tensor, ...]:
-    g_loss, g_kd, g_ce = arguments[:3]
-    tensors, target, normalizer, count = arguments[8:14], arguments[14], arguments[15], arguments[16]
-    sums, options, wanted, needs = arguments[18:21], arguments[21:27], arguments[27], arguments[28]
-    needed = [need and x is not None for need, x in zip(needs, tensors[:3], strict=False)]
-    if g_kd is None and g_ce is None and g_loss is not None and all(have or not need for have, need in zip(wanted, needed, strict=True)):
-        scale = g_loss / count
-    else:
-        scale = _ONE
-        sums = _run(tensors, target, normalizer, options, (g_loss, g_kd, g_ce), count, needed, None)[1]
-    return tuple(_scaled(total, scale, x.dtype) if need else not_needed(tensors[0]) for need, x, total in zip(needed, tensors, sums, strict=False))
-
-
-def _limits(which: str, arguments: Mapping[str, Any]) -> list[str]:
-    teacher = arguments["teacher_weight"]
-    return [f"teacher_weight is {teacher.dtype}, not float32, bfloat16 or float16"] if teacher is not None and teacher.dtype not in TYPES else []
+def backward(grads: Out, c: Call, saved: Out, needs: Needs) -> tuple[Tensor, ...]:
+    needed, nothing = needed_of(c, needs), not_needed(c.student_hidden)
+    sums: tuple[Tensor | None, ...] = saved[5:]
+    scale = loss_scale(grads, saved)
+    if scale is None:
+        scale, sums = _ONE, _run(c, grads[:3], saved.divisor, needed, None)[1]
+    elif not kept(c, saved, needed):  # they were handed on: made again, to the same bits
+        sums = _run(c, (_ONE, None, None), _ONE, needed, None)[1]
+    found = []
+    for need, x, total in zip(needed, c[:3], sums, strict=True):
+        found.append(_scaled(total, scale, x.dtype) if need and x is not None and total is not None else nothing)
+    return tuple(found)
 
 
 BACKENDS = (
     Backend(
         "linear_kd_loss",
         "native",
-        _forward,
-        _backward,
+        forward,
+        backward,
+        forward_with_gradient,
         dtypes=tuple(TYPES),
         devices=("cpu",),
-        limits=_limits,
+        limits=lambda which, c: teacher_reasons("teacher_weight", c.teacher_weight),
         unavailable=lambda: missing("linear_kd_loss", "scaled"),
     ),
 )

@@ -13,7 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cvmk.ops._dispatch import Backend, accumulation_dtype, not_needed
+from cvmk.ops._backend import Backend
+from cvmk.ops._call import Needs
+from cvmk.ops._dtypes import accumulation_dtype, not_needed
+from cvmk.ops.kd_loss import Call, Loss, Losses, Out, ScaleCall
 
 Rows = slice | Tensor
 CPU_CHUNK, GPU_CHUNK = 2**16, 2**25
@@ -27,6 +30,10 @@ class Terms(NamedTuple):
     divergence: str
     mixture: float
     smoothing: float
+
+    @staticmethod
+    def of(c: Loss) -> Terms:
+        return Terms(c.temperature, c.divergence, c.mixture, c.label_smoothing)
 
 
 # -- formulas, [n, V] logits in the accumulation dtype ----------------------------------------------------------------------------
@@ -249,24 +256,13 @@ def scales(
     return temperature * sum(kd[1:], kd[0]) if kd and has_teacher else None, sum(ce[1:], ce[0]) if ce else None
 
 
-def _forward(
-    student: Tensor,
-    teacher: Tensor | None,
-    target: Tensor,
-    normalizer: Tensor | None,
-    temperature: float,
-    alpha: float,
-    divergence: str,
-    mixture: float,
-    label_smoothing: float,
-    ignore_index: int,
-) -> tuple[Tensor, ...]:
-    terms = Terms(temperature, divergence, mixture, label_smoothing)
-    recorded = torch.is_grad_enabled() and student.requires_grad
-    dtype, vocabulary = accumulation_dtype(student.dtype), student.shape[-1]
-    y, valid = valid_targets(target, ignore_index, vocabulary)
-    z = student.reshape(-1, vocabulary)
-    t = None if teacher is None else teacher.reshape(-1, vocabulary)
+def forward(c: Call) -> Out:
+    terms = Terms.of(c)
+    recorded = torch.is_grad_enabled() and c.student.requires_grad
+    dtype, vocabulary = accumulation_dtype(c.student.dtype), c.student.shape[-1]
+    y, valid = valid_targets(c.target, c.ignore_index, vocabulary)
+    z = c.student.reshape(-1, vocabulary)
+    t = None if c.teacher is None else c.teacher.reshape(-1, vocabulary)
     stats = z.new_zeros((5, y.shape[0]), dtype=dtype)
     kd_rows, ce_rows = [], []
     for rows, blank in row_chunks(valid, _chunk_size(z, recorded)):
@@ -275,70 +271,55 @@ def _forward(
         stats[:, rows] = some
         kd_rows.append(kd if blank is None else kd.masked_fill(blank.squeeze(1), 0.0))
         ce_rows.append(ce if blank is None else ce.masked_fill(blank.squeeze(1), 0.0))
-    count = (valid.sum().clamp(min=1) if normalizer is None else normalizer).to(dtype, copy=True)
-    kd, ce = temperature**2 * totals(kd_rows, z, dtype) / count, totals(ce_rows, z, dtype) / count
-    return combine(kd, ce, alpha), kd, ce, count, stats
+    count = (valid.sum().clamp(min=1) if c.normalizer is None else c.normalizer).to(dtype, copy=True)
+    kd, ce = c.temperature**2 * totals(kd_rows, z, dtype) / count, totals(ce_rows, z, dtype) / count
+    return Out(combine(kd, ce, c.alpha), kd, ce, count, stats)
 
 
-def _backward(
-    g_loss: Tensor | None,
-    g_kd: Tensor | None,
-    g_ce: Tensor | None,
-    g_count: Tensor | None,
-    g_stats: Tensor | None,
-    student: Tensor,
-    teacher: Tensor | None,
-    target: Tensor,
-    normalizer: Tensor | None,
-    count: Tensor,
-    stats: Tensor,
-    temperature: float,
-    alpha: float,
-    divergence: str,
-    mixture: float,
-    label_smoothing: float,
-    ignore_index: int,
-    needs: list[bool],
-) -> Tensor:
-    if not needs[0]:
-        return not_needed(student)
-    terms = Terms(temperature, divergence, mixture, label_smoothing)
-    dtype, vocabulary = accumulation_dtype(student.dtype), student.shape[-1]
-    kd_scale, ce_scale = scales(g_loss, g_kd, g_ce, teacher is not None, alpha, temperature)
+def backward(grads: Out, c: Call, saved: Out, needs: Needs) -> Tensor:
+    return gradient(grads, c, saved) if needs.student else not_needed(c.student)
+
+
+def gradient(grads: Any, c: Call, saved: Out) -> Tensor:
+    """The gradient of the student's logits."""
+    dtype, vocabulary = accumulation_dtype(c.student.dtype), c.student.shape[-1]
+    kd_scale, ce_scale = scales(grads.loss, grads.kd, grads.ce, c.teacher is not None, c.alpha, c.temperature)
     if kd_scale is None and ce_scale is None:
-        return torch.zeros_like(student, memory_format=torch.contiguous_format)
-    kd_scale = None if kd_scale is None else kd_scale / count
-    ce_scale = None if ce_scale is None else ce_scale / count
-    z = student.reshape(-1, vocabulary)
-    t = None if teacher is None else teacher.reshape(-1, vocabulary)
-    y, valid = valid_targets(target, ignore_index, vocabulary)
+        return torch.zeros_like(c.student, memory_format=torch.contiguous_format)
+    kd_scale = None if kd_scale is None else kd_scale / saved.divisor
+    ce_scale = None if ce_scale is None else ce_scale / saved.divisor
+    z = c.student.reshape(-1, vocabulary)
+    t = None if c.teacher is None else c.teacher.reshape(-1, vocabulary)
+    y, valid = valid_targets(c.target, c.ignore_index, vocabulary)
     complete = y.device.type == "cpu" and bool(valid.all())
-    grad = student.new_empty(z.shape)
+    grad = c.student.new_empty(z.shape)
     if y.device.type == "cpu" and not complete:
         grad.index_fill_(0, (~valid).nonzero().squeeze(1), 0.0)
     for rows, blank in row_chunks(valid, _chunk_size(z, False)):
         part = take(z, rows, blank, dtype)
         teacher_part = None if t is None or kd_scale is None else take(t, rows, blank, dtype)
         direct = grad[rows] if complete and grad.dtype == dtype else None
-        some = checked_gradients(part, teacher_part, y[rows], stats[:, rows], kd_scale, ce_scale, terms, out=direct)
+        some = checked_gradients(part, teacher_part, y[rows], saved.stats[:, rows], kd_scale, ce_scale, Terms.of(c), out=direct)
         if direct is None:
             put(grad, rows, some, blank)
-    return grad.view(student.shape)
+    return grad.view(c.student.shape)
 
 
-def _in_place(student: Tensor, teacher: Tensor | None, target: Tensor, normalizer: Tensor | None, *options: Any) -> tuple[Tensor, ...]:
-    loss, kd, ce, count, stats = _forward(student, teacher, target, normalizer, *options)
-    one = torch.ones_like(loss)
-    arguments: tuple[Any, ...] = (one, None, None, None, None, student, teacher, target, normalizer, count, stats, *options, [True])
-    student.copy_(_backward(*arguments))
-    return loss, kd, ce
+def in_place(c: Call) -> Losses:
+    out = forward(c)
+    c.student.copy_(gradient(Out(torch.ones_like(out.loss), None, None, None, None), c, out))  # type: ignore[arg-type]
+    return Losses(*out[:3])
 
 
-def multiply(factor: Tensor, gradient: Tensor) -> Tensor:
-    """Multiply the gradient with the incoming one, in place; returns nothing."""
-    if not gradient.is_cpu or factor.item() != 1:
-        gradient.mul_(factor)
-    return not_needed(gradient)
+def scale(c: ScaleCall) -> Tensor:
+    """Multiply the gradient with the incoming one, in place."""
+    if not c.gradient.is_cpu or c.factor.item() != 1:
+        c.gradient.mul_(c.factor)
+    return not_needed(c.gradient)
 
 
-BACKENDS = (Backend("kd_loss", "reference", _forward, _backward), Backend("kd_loss_in_place", "reference", _in_place, multiply))
+BACKENDS = (
+    Backend("kd_loss", "reference", forward, backward),
+    Backend("kd_loss_in_place", "reference", in_place),
+    Backend("kd_loss_scale", "reference", scale),
+)

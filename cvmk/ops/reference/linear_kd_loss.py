@@ -11,7 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cvmk.ops._dispatch import Backend, accumulation_dtype, not_needed
+from cvmk.ops._backend import Backend
+from cvmk.ops._call import Needs
+from cvmk.ops._dtypes import accumulation_dtype, not_needed
+from cvmk.ops.linear_kd_loss import Call, Out, kept, loss_scale, lowered, needed_of
 from cvmk.ops.reference.kd_loss import Terms, checked_gradients, checked_losses, combine, put, row_chunks, scales, take, totals, valid_targets
 
 CPU_CHUNK, GPU_CHUNK = 2**20, 2**25
@@ -87,35 +90,24 @@ def _chunk_size(valid: Tensor, vocabulary: int, recorded: bool) -> int:
     return max(rows, elements // vocabulary)
 
 
-def _forward(
-    student_hidden: Tensor,
-    student_weight: Tensor,
-    student_bias: Tensor | None,
-    teacher_hidden: Tensor | None,
-    teacher_weight: Tensor | None,
-    teacher_bias: Tensor | None,
-    target: Tensor,
-    normalizer: Tensor | None,
-    temperature: float,
-    alpha: float,
-    divergence: str,
-    mixture: float,
-    label_smoothing: float,
-    ignore_index: int,
-    wanted: list[bool],
-) -> tuple[Tensor, ...]:
-    tensors = (student_hidden, student_weight, student_bias)
-    recorded = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    terms, dtype = Terms(temperature, divergence, mixture, label_smoothing), accumulation_dtype(student_hidden.dtype)
-    student = _Side.of(*tensors)
-    teacher = None if teacher_hidden is None or teacher_weight is None else _Side.of(teacher_hidden, teacher_weight, teacher_bias)
-    y, valid = valid_targets(target, ignore_index, student_weight.shape[0])
+def _sides(c: Call) -> tuple[_Side, _Side | None]:
+    student = _Side.of(c.student_hidden, c.student_weight, c.student_bias)
+    there = c.teacher_hidden is not None and c.teacher_weight is not None
+    return student, _Side.of(c.teacher_hidden, c.teacher_weight, c.teacher_bias) if there else None  # type: ignore[arg-type]
+
+
+def forward(c: Call) -> Out:
+    c = lowered(c)
+    recorded = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in c[:3])
+    terms, dtype = Terms.of(c), accumulation_dtype(c.student_hidden.dtype)
+    student, teacher = _sides(c)
+    y, valid = valid_targets(c.target, c.ignore_index, c.student_weight.shape[0])
     stats = student.hidden.new_zeros((5, y.shape[0]), dtype=dtype)
-    sums = _Gradients.zeros(student, dtype, wanted)
+    sums = _Gradients.zeros(student, dtype, c.wanted)
     one = stats.new_ones(())
-    kd_scale, ce_scale = scales(one, None, None, teacher is not None, alpha, temperature)
+    kd_scale, ce_scale = scales(one, None, None, teacher is not None, c.alpha, c.temperature)
     kd_rows, ce_rows = [], []
-    for rows, blank in row_chunks(valid, _chunk_size(valid, student_weight.shape[0], recorded)):
+    for rows, blank in row_chunks(valid, _chunk_size(valid, c.student_weight.shape[0], recorded)):
         part = take(student.hidden, rows, blank, student.weight.dtype)
         z = student.logits(part, dtype)
         t = None if teacher is None else teacher.logits(take(teacher.hidden, rows, blank, teacher.weight.dtype), dtype)
@@ -123,69 +115,45 @@ def _forward(
         stats[:, rows] = some
         kd_rows.append(kd if blank is None else kd.masked_fill(blank.squeeze(1), 0.0))
         ce_rows.append(ce if blank is None else ce.masked_fill(blank.squeeze(1), 0.0))
-        if any(wanted):
+        if any(c.wanted):
             with torch.no_grad():
                 sums.add(rows, blank, part, student.weight, checked_gradients(z, t, y[rows], some, kd_scale, ce_scale, terms))
-    count = (valid.sum().clamp(min=1) if normalizer is None else normalizer).to(dtype, copy=True)
-    kd, ce = temperature**2 * totals(kd_rows, stats, dtype) / count, totals(ce_rows, stats, dtype) / count
+    count = (valid.sum().clamp(min=1) if c.normalizer is None else c.normalizer).to(dtype, copy=True)
+    kd, ce = c.temperature**2 * totals(kd_rows, stats, dtype) / count, totals(ce_rows, stats, dtype) / count
     d_hidden, d_weight, d_bias = (not_needed(stats) if x is None else x for x in (sums.hidden, sums.weight, sums.bias))
-    return combine(kd, ce, alpha), kd, ce, count, stats, d_hidden.view(student_hidden.shape) if wanted[0] else d_hidden, d_weight, d_bias
+    d_hidden = d_hidden.view(c.student_hidden.shape) if c.wanted[0] else d_hidden
+    return Out(combine(kd, ce, c.alpha), kd, ce, count, stats, d_hidden, d_weight, d_bias)
 
 
-def _backward(
-    g_loss: Tensor | None,
-    g_kd: Tensor | None,
-    g_ce: Tensor | None,
-    g_count: Tensor | None,
-    g_stats: Tensor | None,
-    g_d_hidden: Tensor | None,
-    g_d_weight: Tensor | None,
-    g_d_bias: Tensor | None,
-    student_hidden: Tensor,
-    student_weight: Tensor,
-    student_bias: Tensor | None,
-    teacher_hidden: Tensor | None,
-    teacher_weight: Tensor | None,
-    teacher_bias: Tensor | None,
-    target: Tensor,
-    normalizer: Tensor | None,
-    count: Tensor,
-    stats: Tensor,
-    d_hidden: Tensor,
-    d_weight: Tensor,
-    d_bias: Tensor,
-    temperature: float,
-    alpha: float,
-    divergence: str,
-    mixture: float,
-    label_smoothing: float,
-    ignore_index: int,
-    wanted: list[bool],
-    needs: list[bool],
-) -> tuple[Tensor, ...]:
-    tensors = (student_hidden, student_weight, student_bias)
-    needed = [need and x is not None for need, x in zip(needs, tensors, strict=False)]
-    if g_kd is None and g_ce is None and g_loss is not None and all(have or not need for have, need in zip(wanted, needed, strict=True)):
-        scale, sums = g_loss / count, _Gradients(d_hidden, d_weight, d_bias)
-    else:
-        scale, terms, dtype = torch.ones_like(count), Terms(temperature, divergence, mixture, label_smoothing), count.dtype
-        student = _Side.of(*tensors)
-        teacher = None if teacher_hidden is None or teacher_weight is None else _Side.of(teacher_hidden, teacher_weight, teacher_bias)
-        sums = _Gradients.zeros(student, dtype, needed)
-        kd_scale, ce_scale = scales(g_loss, g_kd, g_ce, teacher is not None, alpha, temperature)
-        kd_scale, ce_scale = (None if x is None else x / count for x in (kd_scale, ce_scale))
-        y, valid = valid_targets(target, ignore_index, student_weight.shape[0])
-        for rows, blank in row_chunks(valid, _chunk_size(valid, student_weight.shape[0], False)):
-            if kd_scale is None and ce_scale is None:
-                break
-            part = take(student.hidden, rows, blank, student.weight.dtype)
-            t = None if teacher is None or kd_scale is None else teacher.logits(take(teacher.hidden, rows, blank, teacher.weight.dtype), dtype)
-            grad = checked_gradients(student.logits(part, dtype), t, y[rows], stats[:, rows], kd_scale, ce_scale, terms)
-            sums.add(rows, blank, part, student.weight, grad)
+def backward(grads: Out, c: Call, saved: Out, needs: Needs) -> tuple[Tensor, ...]:
+    needed = needed_of(c, needs)
+    scale = loss_scale(grads, saved) if kept(c, saved, needed) else None
+    sums = _Gradients(*saved[5:]) if scale is not None else _gradients(grads, lowered(c), saved, needed)
     found = []
-    for need, x, total in zip(needed, tensors, (sums.hidden, sums.weight, sums.bias), strict=True):
-        found.append((total * scale).to(x.dtype).view(x.shape) if need and x is not None and total is not None else not_needed(student_hidden))
+    for need, x, total in zip(needed, c[:3], (sums.hidden, sums.weight, sums.bias), strict=True):
+        if not need or x is None or total is None:
+            found.append(not_needed(c.student_hidden))
+            continue
+        found.append((total if scale is None else total * scale).to(x.dtype).view(x.shape))
     return tuple(found)
 
 
-BACKENDS = (Backend("linear_kd_loss", "reference", _forward, _backward),)
+def _gradients(grads: Out, c: Call, saved: Out, needed: list[bool]) -> _Gradients:
+    """The gradients from the logits, which are made again."""
+    student, teacher = _sides(c)
+    dtype = saved.divisor.dtype
+    sums = _Gradients.zeros(student, dtype, needed)
+    kd_scale, ce_scale = scales(grads.loss, grads.kd, grads.ce, teacher is not None, c.alpha, c.temperature)
+    kd_scale, ce_scale = (None if x is None else x / saved.divisor for x in (kd_scale, ce_scale))
+    if kd_scale is None and ce_scale is None:
+        return sums
+    y, valid = valid_targets(c.target, c.ignore_index, c.student_weight.shape[0])
+    for rows, blank in row_chunks(valid, _chunk_size(valid, c.student_weight.shape[0], False)):
+        part = take(student.hidden, rows, blank, student.weight.dtype)
+        t = None if teacher is None or kd_scale is None else teacher.logits(take(teacher.hidden, rows, blank, teacher.weight.dtype), dtype)
+        grad = checked_gradients(student.logits(part, dtype), t, y[rows], saved.stats[:, rows], kd_scale, ce_scale, Terms.of(c))
+        sums.add(rows, blank, part, student.weight, grad)
+    return sums
+
+
+BACKENDS = (Backend("linear_kd_loss", "reference", forward, backward),)

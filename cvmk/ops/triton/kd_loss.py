@@ -7,23 +7,21 @@ the student's logits the first launch writes the gradient too, and the backward 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from cvmk.ops import triton
-from cvmk.ops._dispatch import Backend, not_needed
+from cvmk.ops._backend import Backend
+from cvmk.ops._call import Needs
+from cvmk.ops._dtypes import not_needed
+from cvmk.ops.kd_loss import NUMBERS, Call, Loss, Losses, Out, ScaleCall, op
 from cvmk.ops.triton._launch import Case, kernels, launch, sample
 from cvmk.ops.triton._tuning import Config, Tuned
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-DIVERGENCES = {"forward_kl": 0, "reverse_kl": 1, "js": 2, "skew_kl": 3, "skew_reverse_kl": 4}
-"""The divergences as the kernels number them."""
-Options = tuple[float, float, str, float, float, int]
-"""temperature, alpha, divergence, mixture, label smoothing, ignore index."""
-Upstream = tuple[Tensor | None, Tensor | None, Tensor | None]
+Upstream = tuple[Tensor | None, ...]
 """The gradients of the loss and of its parts, scalars or None."""
 
 
@@ -110,14 +108,13 @@ def launch_rows(
     y: Tensor,
     stats: Tensor,
     losses: Tensor,
-    options: Options,
+    c: Loss,
     gradient: Tensor | None = None,
     upstream: Upstream | None = None,
     count: Tensor | None = None,
 ) -> None:
     """Statistics [5, n] and losses [2, n] of the rows z, t [n, V] with targets y [n], and their gradient where a tensor for it is given."""
-    temperature, alpha, divergence, mixture, smoothing, ignore_index = options
-    mixed = t is not None and DIVERGENCES[divergence] >= DIVERGENCES["js"]
+    mixed = t is not None and NUMBERS[c.divergence] >= NUMBERS["js"]
     launch(
         kernels("kd_loss").kd_rows,
         (z.shape[0],),
@@ -135,25 +132,24 @@ def launch_rows(
         0 if t is None else t.stride(0),
         0 if gradient is None else gradient.stride(0),
         stats.stride(0),
-        ignore_index,
-        temperature,
-        alpha,
-        weight_of_p(divergence, mixture),
-        smoothing,
-        DIVERGENCE=DIVERGENCES[divergence] if t is not None else 0,
+        c.ignore_index,
+        c.temperature,
+        c.alpha,
+        weight_of_p(c.divergence, c.mixture),
+        c.label_smoothing,
+        DIVERGENCE=NUMBERS[c.divergence] if t is not None else 0,
         TEACHER=t is not None,
-        **parts(upstream, alpha, t is not None),
+        **parts(upstream, c.alpha, t is not None),
         GRADIENT=gradient is not None,
-        AT_ONE=temperature == 1,
-        SQUARE=temperature == 2,
-        SMOOTHING=smoothing != 0,
+        AT_ONE=c.temperature == 1,
+        SQUARE=c.temperature == 2,
+        SMOOTHING=c.label_smoothing != 0,
         **_tile((z, t, *biases, gradient), ROWS.config(key(z.dtype, z.shape[1], 1 + mixed + (gradient is not None)), z.device)),
     )
 
 
-def launch_total(losses: Tensor, y: Tensor, normalizer: Tensor | None, options: Options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def launch_total(losses: Tensor, y: Tensor, normalizer: Tensor | None, c: Loss) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The loss, its two parts and the normaliser from the rows' losses [2, N]."""
-    temperature, alpha, ignore_index = options[0], options[1], options[5]
     loss, kd, ce, count = (losses.new_empty(()) for _ in range(4))
     launch(
         kernels("kd_loss").kd_total,
@@ -167,50 +163,31 @@ def launch_total(losses: Tensor, y: Tensor, normalizer: Tensor | None, options: 
         count,
         y.shape[0],
         losses.stride(0),
-        ignore_index,
-        temperature,
-        alpha,
-        PART=int(alpha) if alpha in (0, 1) else 2,
+        c.ignore_index,
+        c.temperature,
+        c.alpha,
+        PART=int(c.alpha) if c.alpha in (0, 1) else 2,
         BLOCK=1024,
         num_warps=8,
     )
     return loss, kd, ce, count
 
 
-def forward(student: Tensor, teacher: Tensor | None, target: Tensor, normalizer: Tensor | None, *options: Any) -> tuple[Tensor, ...]:
-    z, t = matrix(student), None if teacher is None else matrix(teacher)
-    y = vector(target)
+def forward(c: Call) -> Out:
+    z, t = matrix(c.student), None if c.teacher is None else matrix(c.teacher)
+    y = vector(c.target)
     stats, losses = (z.new_empty((n, y.shape[0]), dtype=torch.float32) for n in (5, 2))
-    launch_rows(z, t, (None, None), y, stats, losses, options)
-    return *launch_total(losses, y, normalizer, options), stats
+    launch_rows(z, t, (None, None), y, stats, losses, c)
+    return Out(*launch_total(losses, y, c.normalizer, c), stats)
 
 
-def backward(
-    g_loss: Tensor | None,
-    g_kd: Tensor | None,
-    g_ce: Tensor | None,
-    g_count: Tensor | None,
-    g_stats: Tensor | None,
-    student: Tensor,
-    teacher: Tensor | None,
-    target: Tensor,
-    normalizer: Tensor | None,
-    count: Tensor,
-    stats: Tensor,
-    temperature: float,
-    alpha: float,
-    divergence: str,
-    mixture: float,
-    label_smoothing: float,
-    ignore_index: int,
-    needs: list[bool],
-) -> Tensor:
-    if not needs[0]:
-        return not_needed(student)
-    present = parts((g_loss, g_kd, g_ce), alpha, teacher is not None)
-    z, t = matrix(student), matrix(teacher) if teacher is not None and present["KD"] else None
-    y, stats = vector(target), stats.contiguous()
-    gradient = student.new_empty(student.shape)
+def backward(grads: Out, c: Call, saved: Out, needs: Needs) -> Tensor:
+    if not needs.student:
+        return not_needed(c.student)
+    present = parts(grads[:3], c.alpha, c.teacher is not None)
+    z, t = matrix(c.student), matrix(c.teacher) if c.teacher is not None and present["KD"] else None
+    y, stats = vector(c.target), saved.stats.contiguous()
+    gradient = c.student.new_empty(c.student.shape)
     config = GRADIENT.config(key(z.dtype, z.shape[1], 1), z.device)
     blocks = -(-z.shape[1] // config["BLOCK"])
     launch(
@@ -221,61 +198,57 @@ def backward(
         y,
         stats,
         gradient,
-        g_loss,
-        g_kd,
-        g_ce,
-        count,
+        *grads[:3],
+        saved.divisor,
         blocks,
         z.shape[1],
         z.stride(0),
         0 if t is None else t.stride(0),
         stats.stride(0),
-        ignore_index,
-        temperature,
-        alpha,
-        weight_of_p(divergence, mixture),
-        label_smoothing,
-        DIVERGENCE=DIVERGENCES[divergence] if t is not None else 0,
+        c.ignore_index,
+        c.temperature,
+        c.alpha,
+        weight_of_p(c.divergence, c.mixture),
+        c.label_smoothing,
+        DIVERGENCE=NUMBERS[c.divergence] if t is not None else 0,
         **present,
-        AT_ONE=temperature == 1,
-        SMOOTHING=label_smoothing != 0,
+        AT_ONE=c.temperature == 1,
+        SMOOTHING=c.label_smoothing != 0,
         **config,
     )
     return gradient
 
 
-def in_place(student: Tensor, teacher: Tensor | None, target: Tensor, normalizer: Tensor | None, *options: Any) -> tuple[Tensor, ...]:
-    z, t, y = matrix(student), None if teacher is None else matrix(teacher), vector(target)
-    count = normalizer
+def in_place(c: Call) -> Losses:
+    z, t, y = matrix(c.student), None if c.teacher is None else matrix(c.teacher), vector(c.target)
+    count = c.normalizer
     if count is None:
-        count = (y != options[5]).sum().clamp_(min=1).to(torch.float32)
+        count = (y != c.ignore_index).sum().clamp_(min=1).to(torch.float32)
     stats, losses = (z.new_empty((n, y.shape[0]), dtype=torch.float32) for n in (5, 2))
-    launch_rows(z, t, (None, None), y, stats, losses, options, gradient=z, count=count)
-    return launch_total(losses, y, count, options)[:3]
+    launch_rows(z, t, (None, None), y, stats, losses, c, gradient=z, count=count)
+    return Losses(*launch_total(losses, y, count, c)[:3])
 
 
-def multiply(factor: Tensor, student: Tensor) -> Tensor:
+def scale(c: ScaleCall) -> Tensor:
     """Multiply the gradient in place of the student's logits with the incoming one, without touching it where that is 1."""
-    gradient = matrix(student)
+    gradient = matrix(c.gradient)
     config = GRADIENT.config(key(gradient.dtype, gradient.shape[1], 1), gradient.device)
     blocks = -(-gradient.shape[1] // config["BLOCK"])
-    launch(kernels("kd_loss").kd_scale, (gradient.shape[0] * blocks,), gradient, factor, blocks, gradient.shape[1], gradient.stride(0), **config)
-    return not_needed(student)
+    launch(kernels("kd_loss").kd_scale, (gradient.shape[0] * blocks,), gradient, c.factor, blocks, gradient.shape[1], gradient.stride(0), **config)
+    return not_needed(gradient)
 
 
-def _limits(which: str, arguments: Mapping[str, Any]) -> list[str]:
-    teacher = arguments.get("teacher")
-    return [f"teacher is {teacher.dtype}, not float32, bfloat16 or float16"] if teacher is not None and teacher.dtype not in DTYPES else []
+def teacher_reasons(name: str, teacher: Tensor | None) -> list[str]:
+    """Why the kernels do not take this tensor of the teacher."""
+    return [f"{name} is {teacher.dtype}, not float32, bfloat16 or float16"] if teacher is not None and teacher.dtype not in DTYPES else []
 
 
-_COMMON: dict[str, Any] = {
-    "dtypes": DTYPES,
-    "devices": triton.DEVICES,
-    "limits": _limits,
-    "unavailable": triton.reason,
-    "by_default": triton.by_default,
-}
-BACKENDS = (Backend("kd_loss", "triton", forward, backward, **_COMMON), Backend("kd_loss_in_place", "triton", in_place, multiply, **_COMMON))
+_COMMON: dict[str, Any] = {"dtypes": DTYPES, "devices": triton.DEVICES, "unavailable": triton.reason, "by_default": triton.by_default}
+BACKENDS = (
+    Backend("kd_loss", "triton", forward, backward, limits=lambda which, c: teacher_reasons("teacher", c.teacher), **_COMMON),
+    Backend("kd_loss_in_place", "triton", in_place, limits=lambda which, c: teacher_reasons("teacher", c.teacher), **_COMMON),
+    Backend("kd_loss_scale", "triton", scale, **_COMMON),
+)
 
 
 # -- what the compile gate and `cvmk bench --tune` run --------------------------------------------------------------------------------
@@ -285,9 +258,9 @@ def _case(dtype: torch.dtype, vocabulary: int, temperature: float, divergence: s
         z = sample((rows, vocabulary), dtype, device, 3.0)
         t = sample((rows, vocabulary), dtype, device, 3.0) if teacher else None
         y = torch.zeros(rows, dtype=torch.int64, device=device)
-        options = (temperature, 0.5 if teacher else 0.0, divergence, 0.5, smoothing, -100)
-        loss, _, _, count, stats = forward(z, t, y, None, *options)
-        return backward(loss, None, None, None, None, z, t, y, None, count, stats, *options, [True])
+        c = Call(z, t, y, None, temperature, 0.5 if teacher else 0.0, divergence, 0.5, smoothing, -100)
+        out = forward(c)
+        return backward(Out(out.loss, None, None, None, None), c, out, op.needs(True))  # type: ignore[arg-type]
 
     name = f"{str(dtype).removeprefix('torch.')} V{vocabulary} {divergence if teacher else 'no teacher'} T{temperature:g}"
     return Case(name + (" smoothed" if smoothing else ""), run)
@@ -296,8 +269,7 @@ def _case(dtype: torch.dtype, vocabulary: int, temperature: float, divergence: s
 def _in_place(device: torch.device) -> None:
     z, t = (sample((8192, 32000), torch.bfloat16, device, 3.0) for _ in range(2))
     y = torch.zeros(8192, dtype=torch.int64, device=device)
-    loss = in_place(z, t, y, None, 2.0, 0.5, "forward_kl", 0.0, 0.0, -100)[0]
-    multiply(loss, z)
+    scale(ScaleCall(z, in_place(Call(z, t, y, None, 2.0, 0.5, "forward_kl", 0.0, 0.0, -100)).loss))
 
 
 CASES = (

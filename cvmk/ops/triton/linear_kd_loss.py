@@ -18,16 +18,19 @@ A chunk has n = max(2^26 / V, 2048) rows: fewer would read and write the float32
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from cvmk.ops import triton
-from cvmk.ops._dispatch import Backend, not_needed
+from cvmk.ops._backend import Backend
+from cvmk.ops._call import Needs
+from cvmk.ops._dtypes import not_needed
+from cvmk.ops.linear_kd_loss import Call, Out, kept, loss_scale, lowered, needed_of
 from cvmk.ops.triton._launch import Case, sample
-from cvmk.ops.triton.kd_loss import DTYPES, ROWS, Options, Upstream, launch_rows, launch_total, matrix, vector
+from cvmk.ops.triton.kd_loss import DTYPES, ROWS, Upstream, launch_rows, launch_total, matrix, teacher_reasons, vector
 
 CHUNK, CHUNK_ROWS = 2**26, 2048
 """A chunk has CHUNK logits, or CHUNK_ROWS rows where those are more."""
@@ -75,21 +78,15 @@ def _padded(x: Tensor, width: int) -> Tensor:
 
 
 def _run(
-    tensors: tuple[Tensor | None, ...],
-    y: Tensor,
-    options: Options,
-    wanted: list[bool],
-    upstream: Upstream | None = None,
-    count: Tensor | None = None,
+    c: Call, wanted: list[bool], upstream: Upstream | None = None, count: Tensor | None = None
 ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
     """Statistics [5, N] and losses [2, N] of the rows, and the gradients in float32 of those that are wanted."""
-    student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias = tensors
-    assert student_hidden is not None and student_weight is not None
-    hidden, weight = matrix(student_hidden), matrix(student_weight)
-    other = None if teacher_hidden is None or teacher_weight is None else (matrix(teacher_hidden), matrix(teacher_weight))
+    c, y = lowered(c), vector(c.target)
+    hidden, weight = matrix(c.student_hidden), matrix(c.student_weight)
+    other = None if c.teacher_hidden is None or c.teacher_weight is None else (matrix(c.teacher_hidden), matrix(c.teacher_weight))
     (rows, width), vocabulary, device = hidden.shape, weight.shape[0], hidden.device
     wide = -(-vocabulary // BORDER) * BORDER
-    biases = (None if student_bias is None else _padded(student_bias, wide), None if teacher_bias is None else _padded(teacher_bias, wide))
+    biases = [None if bias is None else _padded(bias, wide) for bias in (c.student_bias, c.teacher_bias)]
 
     def new(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=device)
@@ -100,7 +97,7 @@ def _run(
     if rows == 0:
         return stats, losses, [None if x is None else x.zero_() for x in found]
     # Rows that count nothing may hold NaN, and 0 * NaN would reach the weight's gradient.
-    clean = hidden.masked_fill((y == options[5]).unsqueeze(1), 0.0) if d_weight is not None else hidden
+    clean = hidden.masked_fill((y == c.ignore_index).unsqueeze(1), 0.0) if d_weight is not None else hidden
     size = min(rows, max(CHUNK_ROWS, CHUNK // vocabulary // 128 * 128))
     z, t = new(size, wide), None if other is None else new(size, wide)
     for logits in (z, t):
@@ -113,7 +110,7 @@ def _run(
         if t is not None and other is not None:
             _product(other[0][part], other[1].t(), t[:n, :vocabulary])
         made = None if grad is None else grad[:n]
-        launch_rows(z[:n], None if t is None else t[:n], biases, y[part], stats[:, part], losses[:, part], options, made, upstream, count)
+        launch_rows(z[:n], None if t is None else t[:n], (biases[0], biases[1]), y[part], stats[:, part], losses[:, part], c, made, upstream, count)
         if made is None:
             continue
         some = made[:, :vocabulary]
@@ -127,39 +124,26 @@ def _run(
     return stats, losses, found
 
 
-def forward(*arguments: Any) -> tuple[Tensor, ...]:
-    tensors, target, normalizer, options, wanted = arguments[:6], arguments[6], arguments[7], arguments[8:14], arguments[14]
-    y = vector(target)
-    stats, losses, found = _run(tensors, y, options, wanted)
-    shapes = (tensors[0].shape, tensors[1].shape, tensors[1].shape[:1])
+def forward(c: Call) -> Out:
+    stats, losses, found = _run(c, c.wanted)
+    shapes = (c.student_hidden.shape, c.student_weight.shape, c.student_weight.shape[:1])
     grads = [not_needed(stats) if x is None else x.view(shape) for x, shape in zip(found, shapes, strict=True)]
-    return *launch_total(losses, y, normalizer, options), stats, *grads
+    return Out(*launch_total(losses, vector(c.target), c.normalizer, c), stats, *grads)
 
 
-def backward(*arguments: Any) -> tuple[Tensor, ...]:
-    g_loss, g_kd, g_ce = arguments[:3]
-    tensors, target, count = arguments[8:14], arguments[14], arguments[16]
-    sums, options, wanted, needs = arguments[18:21], arguments[21:27], arguments[27], arguments[28]
-    needed = [need and x is not None for need, x in zip(needs, tensors[:3], strict=False)]
-    scale = None
-    if g_kd is None and g_ce is None and g_loss is not None and all(have or not need for have, need in zip(wanted, needed, strict=True)):
-        scale = g_loss / count
-    else:
-        sums = tuple(_run(tensors, vector(target), options, needed, (g_loss, g_kd, g_ce), count)[2])
+def backward(grads: Out, c: Call, saved: Out, needs: Needs) -> tuple[Tensor, ...]:
+    needed = needed_of(c, needs)
+    scale = loss_scale(grads, saved) if kept(c, saved, needed) else None
+    sums: Sequence[Tensor | None] = saved[5:] if scale is not None else _run(c, needed, grads[:3], saved.divisor)[2]
     found = []
-    for need, x, total in zip(needed, tensors, sums, strict=False):
-        if not need:
-            found.append(not_needed(tensors[0]))
+    for need, x, total in zip(needed, c[:3], sums, strict=True):
+        if not need or x is None or total is None:
+            found.append(not_needed(c.student_hidden))
             continue
         grad = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         # One pass over the float32 sums, without a temporary of their size.
         found.append(grad.copy_(total.view(x.shape)) if scale is None else torch.mul(total.view(x.shape), scale, out=grad))
     return tuple(found)
-
-
-def _limits(which: str, arguments: Mapping[str, Any]) -> list[str]:
-    teacher = arguments["teacher_weight"]
-    return [f"teacher_weight is {teacher.dtype}, not float32, bfloat16 or float16"] if teacher is not None and teacher.dtype not in DTYPES else []
 
 
 BACKENDS = (
@@ -170,7 +154,7 @@ BACKENDS = (
         backward,
         dtypes=DTYPES,
         devices=triton.DEVICES,
-        limits=_limits,
+        limits=lambda which, c: teacher_reasons("teacher_weight", c.teacher_weight),
         unavailable=triton.reason,
         by_default=triton.by_default,
     ),
@@ -190,7 +174,7 @@ def _case(dtype: torch.dtype, vocabulary: int, width: int, divergence: str, bias
             sides += [hidden, weight, b if bias else None] if there else [None, None, None]
         y = torch.zeros(4096, dtype=torch.int64, device=device)
         options = (2.0, 0.5 if teacher else 0.0, divergence, 0.5, 0.1 if bias else 0.0, -100)
-        return forward(*sides, y, None, *options, [True, True, bias])
+        return forward(Call(*sides, y, None, *options, [True, True, bias], False))  # type: ignore[call-arg,arg-type]
 
     return Case(f"{str(dtype).removeprefix('torch.')} V{vocabulary} d{width} {divergence if teacher else 'no teacher'}" + (" bias" if bias else ""), run)
 
