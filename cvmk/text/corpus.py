@@ -6,11 +6,13 @@ is changed.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from cvmk.config.schema import CorpusConfig, DataConfig
@@ -23,6 +25,7 @@ __all__ = ["CorpusReport", "ParallelCorpus", "read_corpus"]
 __getattr__ = moved(__name__, "cvmk.config.languages", "check_language")
 
 EXAMPLES = 5
+_CHUNK = 4096
 
 
 @dataclass
@@ -54,7 +57,7 @@ class CorpusReport:
 
 @dataclass
 class ParallelCorpus:
-    """Aligned sentences. `lines[i]` is the 1-based line of pair i in `origin`, for messages."""
+    """Aligned sentences. `lines[i]` is the 1-based line of pair i in `origin`, the file of the sources; `target_origin` is that of the targets."""
 
     sources: list[str]
     targets: list[str]
@@ -62,6 +65,7 @@ class ParallelCorpus:
     report: CorpusReport
     origin: str = ""
     lines: Sequence[int] = ()
+    target_origin: str = ""
 
     def __len__(self) -> int:
         return len(self.sources)
@@ -70,6 +74,18 @@ class ParallelCorpus:
         """Where pair `index` comes from, as `file:line`."""
         line = self.lines[index] if len(self.lines) else index + 1
         return f"{self.origin or self.name}:{line}"
+
+    @cached_property
+    def fingerprints(self) -> tuple[str, str]:
+        """Hexadecimal sha256 of the sources and of the targets, in their order; wherever they come from."""
+        return _fingerprint(self.sources), _fingerprint(self.targets)
+
+
+def _fingerprint(sentences: Sequence[str]) -> str:
+    digest = hashlib.sha256(f"{len(sentences)}\n".encode())
+    for start in range(0, len(sentences), _CHUNK):  # sentences hold no line break, so joining is unambiguous
+        digest.update(("\n".join(sentences[start : start + _CHUNK]) + "\n").encode(errors="surrogatepass"))
+    return digest.hexdigest()
 
 
 class _BadLine(Exception):
@@ -90,17 +106,17 @@ def read_corpus(corpus: CorpusConfig, data: DataConfig, name: str, training: boo
     """
     folder = Path(data.folder)
     if corpus.source and corpus.target:
-        origin = folder / corpus.source
-        rows = _aligned_rows(origin, folder / corpus.target)
+        origin, other = folder / corpus.source, folder / corpus.target
+        rows = _aligned_rows(origin, other)
     elif corpus.tsv:
-        origin = folder / corpus.tsv
+        origin = other = folder / corpus.tsv
         rows = _tsv_rows(origin)
     else:
         assert corpus.jsonl
-        origin = folder / corpus.jsonl
+        origin = other = folder / corpus.jsonl
         rows = _jsonl_rows(origin, data.jsonl_source, data.jsonl_target)
     report = CorpusReport()
-    result = ParallelCorpus([], [], name, report, os.fspath(origin), lines := [])
+    result = ParallelCorpus([], [], name, report, os.fspath(origin), lines := [], os.fspath(other))
     for line, row in enumerate(rows, 1):
         report.read += 1
         if isinstance(row, _BadLine):

@@ -42,9 +42,7 @@ def load_corpora(config: DataConfig) -> Corpora:
 
 
 def prepare_tokenizer(config: TokenizerConfig, corpus: ParallelCorpus, folder: Path, seed: int, reporter: Reporter) -> Tokenizer:
-    """The tokenizer in `config.path`, the one that this run has trained before, or a new one trained on both sides of `corpus`."""
-    if config.path is not None:
-        return load_tokenizer(config.path)
+    """The tokenizer that this run has trained before, in `folder`, or a new one trained on both sides of `corpus`."""
     if (folder / "done").exists():
         return load_tokenizer(folder)
     reporter.say(f"training a {config.kind} tokenizer of {config.vocabulary} pieces on {len(corpus.sources)} pairs")

@@ -21,7 +21,8 @@ from cvmk.nn import CVMTransformer, count_parameters
 from cvmk.telemetry import Reporter, RunLog
 from cvmk.text.cache import TokenizedCorpus, over_long, tokenized
 from cvmk.text.corpus import CorpusReport, ParallelCorpus
-from cvmk.text.tokenizers import Tokenizer
+from cvmk.text.tokenizers import Tokenizer, load_tokenizer
+from cvmk.training.contents import Content, contents_of
 from cvmk.training.materials import Corpora, load_corpora, prepare_tokenizer, teacher_translations
 from cvmk.training.report import model_card, training_report, unknown_languages
 from cvmk.training.run_folder import open_run
@@ -69,22 +70,32 @@ def train(config: TrainConfig, text: str, reporter: Reporter, *, resume: bool = 
         torch.set_num_threads(config.run.threads)
     corpora = load_corpora(config.data)
     teacher = _finished_teacher(config, device)
-    with open_run(config, text, resume=resume, restart=restart) as folder:
+    given = load_tokenizer(config.tokenizer.path) if config.tokenizer.path is not None else None
+    with open_run(config, text, _contents(config, corpora, given, teacher), resume=resume, restart=restart) as folder:
         job = Job(config, folder, device, corpora, reporter)
         for corpus in (corpora.train, corpora.valid, corpora.test):
             if corpus is not None:
                 reporter.say(corpus.report.describe(corpus.name))
         if unknown := unknown_languages(config.data.source_language, config.data.target_language):
             reporter.say(unknown)
-        if teacher is not None and config.tokenizer.path is None:
-            tokenizer = teacher.tokenizer
-        else:
+        tokenizer = given or (teacher.tokenizer if teacher is not None else None)
+        if tokenizer is None:
             tokenizer = prepare_tokenizer(config.tokenizer, corpora.train, folder / "tokenizer", config.run.seed, reporter)
         if teacher is not None:
             check_vocabularies(tokenizer, teacher.tokenizer)
         elif config.teacher is not None:
             teacher = _train_teacher(job, tokenizer)
         return _train_one(job, config, folder, "student" if teacher is not None else "model", tokenizer, teacher)
+
+
+def _contents(config: TrainConfig, corpora: Corpora, tokenizer: Tokenizer | None, teacher: Teacher | None) -> dict[str, Content]:
+    """What the run reads from outside of its folder."""
+    found = contents_of((corpora.train, corpora.valid, corpora.test))
+    if tokenizer is not None:
+        found["tokenizer.path"] = Content(str(config.tokenizer.path), tokenizer.fingerprint)
+    if teacher is not None:
+        found["teacher.path"] = Content(str(teacher.path), teacher.fingerprint, settled=_is_finished(teacher))
+    return found
 
 
 def _device(name: str) -> torch.device:
@@ -234,10 +245,14 @@ def _final_weights(trainer: Trainer) -> tuple[ValidationResult, str]:
     return best, f"checkpoint at iteration {best.step}"
 
 
+def _is_finished(teacher: Teacher) -> bool:
+    return resolve_model_folder(teacher.path).parent != teacher.path / "checkpoints"
+
+
 def _tell_teacher(teacher: Teacher, log: RunLog, reporter: Reporter) -> None:
     """Which weights teach. A run that is not finished lends those of its best checkpoint, which may change as it goes on."""
     weights = resolve_model_folder(teacher.path)
-    finished = weights.parent != teacher.path / "checkpoints"
+    finished = _is_finished(teacher)
     if not finished:
         text = f"the teacher's run {teacher.path} is not finished: its best checkpoint ({weights.name}) teaches"
         reporter.say(text)

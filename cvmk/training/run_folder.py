@@ -6,7 +6,7 @@ import contextlib
 import fcntl
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +15,17 @@ from cvmk.config.resume import changed_keys
 from cvmk.errors import ConfigError, DataError
 from cvmk.files import explained, read_json, write_json, write_text
 from cvmk.telemetry import environment
+from cvmk.training.contents import CONTENTS, Content, check_contents, to_json
 
 RESOLVED = "config.resolved.json"
 
 
 @contextlib.contextmanager
-def open_run(config: TrainConfig, text: str, *, resume: bool, restart: bool) -> Iterator[Path]:
-    """Claim `config.run.folder` for this process and write the configuration into it; `text` is the TOML as given.
+def open_run(config: TrainConfig, text: str, contents: Mapping[str, Content], *, resume: bool, restart: bool) -> Iterator[Path]:
+    """Claim `config.run.folder` for this process and write the configuration into it; `text` is the TOML as given, `contents` what the run reads.
 
-    A folder that holds a run already (one that has a checkpoint) is taken over with `resume` (by an unchanged configuration), set aside under another name
-    with `restart`, and an error otherwise. Raises ConfigError or DataError.
+    A folder that holds a run already (one that has a checkpoint) is taken over with `resume` (by an unchanged configuration and unchanged contents), set
+    aside under another name with `restart`, and an error otherwise. Raises ConfigError or DataError.
     """
     folder = Path(config.run.folder)
     resolved = json.loads(config.model_dump_json())
@@ -40,13 +41,14 @@ def open_run(config: TrainConfig, text: str, *, resume: bool, restart: bool) -> 
                 raise ConfigError(
                     f"{folder} already holds a run: add --resume to go on with it, --restart to set it aside and start anew, or --set run.folder=..."
                 )
-            _check_unchanged(folder, read_json(folder / RESOLVED), resolved)
+            _check_unchanged(folder, resolved, contents)
         elif folder.exists() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
             raise ConfigError(f"{folder} is not empty and holds no run: choose another run.folder")
         folder.mkdir(parents=True, exist_ok=True)
         with _claimed(folder):
             write_json(folder / RESOLVED, resolved)  # first: it makes the folder a run's
             write_text(folder / "config.toml", text)
+            write_json(folder / CONTENTS, to_json(contents))
             write_json(folder / "environment.json", environment())
             yield folder
 
@@ -72,11 +74,15 @@ def _unused(folder: Path) -> Path:
     return other
 
 
-def _check_unchanged(folder: Path, before: Any, now: dict[str, Any]) -> None:
+def _check_unchanged(folder: Path, resolved: dict[str, Any], contents: Mapping[str, Content]) -> None:
+    before = read_json(folder / RESOLVED)
     if not isinstance(before, dict):
         raise DataError(f"{folder / RESOLVED} describes no run: restore it, or --restart")
-    changed = changed_keys(TrainConfig, before, now, by_content=False)
+    known = (folder / CONTENTS).exists()  # an older cvmk kept no contents: where they are must then be the same
+    changed = changed_keys(TrainConfig, before, resolved, by_content=known)
     if changed:
         raise ConfigError(
             f"the run in {folder} was started with another configuration ({', '.join(changed[:5])} differ): resume it with its own config.toml, or --restart"
         )
+    if known:
+        check_contents(folder, read_json(folder / CONTENTS), contents)

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from runs import command
 
 from cvmk.text.phrasebook import phrasebook
@@ -112,3 +113,11 @@ def cvmk() -> Callable[..., subprocess.CompletedProcess[str]]:
         return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=100, **options)
 
     return run
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    """run.threads counts for a whole process: later tests must not have it."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)

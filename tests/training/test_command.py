@@ -8,11 +8,10 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from runs import command, last_step
 
 from cvmk.cli import main
@@ -20,13 +19,6 @@ from cvmk.config.loading import load_train_config
 
 SHORT = ["--set", "training.iterations=2", "--set", "validation.max_sentences=2"]
 Run = Callable[..., subprocess.CompletedProcess[str]]
-
-
-@pytest.fixture(autouse=True)
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def pipe(text: str) -> str:

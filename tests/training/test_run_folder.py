@@ -13,7 +13,7 @@ from cvmk.training.run_folder import open_run
 
 def start(path: Path, overrides: list[str] | None = None, **options: bool) -> Path:
     config = load_train_config(path, overrides or [])
-    with open_run(config, path.read_text(), resume=options.get("resume", False), restart=options.get("restart", False)) as folder:
+    with open_run(config, path.read_text(), {}, resume=options.get("resume", False), restart=options.get("restart", False)) as folder:
         (folder / "checkpoints").mkdir(exist_ok=True)
         return folder
 
@@ -52,7 +52,7 @@ def test_a_folder_of_something_else_is_left_alone(config: Path, tmp_path: Path) 
 
 def test_one_process_at_a_time(config: Path) -> None:
     loaded = load_train_config(config)
-    with open_run(loaded, "", resume=False, restart=False):
+    with open_run(loaded, "", {}, resume=False, restart=False):
         with pytest.raises(ConfigError, match="another process"):
             start(config, resume=True)
         with pytest.raises(ConfigError, match="another process"):
