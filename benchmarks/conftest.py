@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 
+from cvmk import hardware
 from cvmk.telemetry import environment
 
 ROWS = pytest.StashKey[list[dict[str, Any]]]()
@@ -30,6 +31,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if hardware.cpu().emulated:
+        raise pytest.UsageError("the native library emulates AMX (CVMK_EMULATE_AMX=ON): times of such a build mean nothing")
     config.stash[ROWS] = []
     torch.manual_seed(0)
 

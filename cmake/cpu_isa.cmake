@@ -16,6 +16,19 @@ set(CVMK_ISA_FLAGS_avx2 -mavx2 -mfma -mf16c -mbmi2)
 set(CVMK_ISA_FLAGS_avx512 ${CVMK_ISA_FLAGS_avx2} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512)
 set(CVMK_ISA_FLAGS_amx ${CVMK_ISA_FLAGS_avx512} -mavx512vnni -mavx512bf16 -mamx-tile -mamx-int8 -mamx-bf16)
 
+# The AMX kernels on processors without AMX, for tests: a header replaces the intrinsics, and the features count as present where AVX-512 with VNNI
+# and BF16 is (cpu_features.cpp). The build record and `cvmk doctor` tell such a build.
+option(CVMK_EMULATE_AMX "for tests, never for use: AMX kernels compute with AVX-512" OFF)
+set(CVMK_EMULATED "")
+if(CVMK_EMULATE_AMX)
+  if(NOT "amx" IN_LIST CVMK_ISA_LEVELS)
+    message(FATAL_ERROR "CVMK_EMULATE_AMX=ON needs an x86-64 processor and GCC or Clang: set it to OFF.")
+  endif()
+  set(CVMK_EMULATED AMX)
+  list(APPEND CVMK_ISA_FLAGS_amx -include "${CMAKE_CURRENT_SOURCE_DIR}/csrc/tests/amx_on_avx512.h")
+  set_source_files_properties(csrc/common/cpu_features.cpp PROPERTIES COMPILE_DEFINITIONS CVMK_EMULATE_AMX)
+endif()
+
 # GCC 12 warns of its own intrinsics' undefined operands (bug 105593), hence no warning of uninitialised values.
 set(CVMK_KERNEL_FLAGS ${CVMK_KERNEL_OPTIMISATION} -ffp-contract=fast -fno-math-errno -fno-trapping-math -fno-exceptions -Wno-uninitialized -Wno-maybe-uninitialized)
 

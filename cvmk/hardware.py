@@ -22,6 +22,7 @@ class Cpu:
     """The processor as kernels see it.
 
     features   instruction sets by name that the processor has and the operating system saves; empty without the native library
+    emulated   those of them that a build for tests computes with others (CVMK_EMULATE_AMX=ON); empty in every other build
     detected   the highest level that these allow ("base", "avx2", "avx512", "amx"); None without the native library
     cap        the value of CVMK_CPU_ISA, or None
     level      the level that kernels use; None where `error` says why there is none
@@ -29,6 +30,7 @@ class Cpu:
     """
 
     features: dict[str, bool]
+    emulated: list[str]
     detected: str | None
     cap: str | None
     level: str | None
@@ -52,8 +54,10 @@ def cpu() -> Cpu:
         level = libraries.isa_level()
     except ConfigError as wrong:
         error = str(wrong)
+    features = library.cpu_features() if library is not None else {}
     return Cpu(
-        features=library.cpu_features() if library is not None else {},
+        features=features,
+        emulated=[name for name, there in features.items() if there and name.startswith("amx")] if library is not None and library.emulates_amx() else [],
         detected=library.detected_level() if library is not None else None,
         cap=os.environ.get("CVMK_CPU_ISA") or None,
         level=level,

@@ -90,7 +90,7 @@ def configure(build: Path, *options: str, **environment: str) -> tuple[int, str,
 def test_native_off_asks_for_nothing(tmp_path: Path):
     code, _, record = configure(tmp_path, CVMK_NATIVE="OFF", CXX="/no/compiler")
     assert code == 0
-    assert record["native"] == {"choice": "OFF", "reason": "the package was built with CVMK_NATIVE=OFF", "compiler": ""}
+    assert record["native"] == {"choice": "OFF", "reason": "the package was built with CVMK_NATIVE=OFF", "compiler": "", "emulated": ""}
     assert "native library" in record["cuda"]["reason"]
 
 

@@ -143,6 +143,7 @@ PYBIND11_MODULE(_native, m) {
   m.doc() = "CPU kernels of cvmk";
   m.attr("version") = CVMK_VERSION;
   m.def("cpu_features", &features, "Instruction sets by name that the processor has and the operating system saves");
+  m.def("emulates_amx", &cvmk::emulates_amx, "Whether this build, which is for tests, computes with AVX-512 what AMX would");
   m.def("detected_level", [] { return cvmk::level_name(cvmk::level_of(cvmk::cpu_features())); }, "The level of the processor");
   m.def("dispatch_level", [] { return cvmk::level_name(cvmk::dispatch_level()); }, "The level of the processor, capped by CVMK_CPU_ISA");
   bind_sketch(m);

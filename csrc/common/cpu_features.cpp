@@ -80,6 +80,7 @@ CpuFeatures detect() {
   f.amx_tile = saves_tiles && bit(seven.edx, 24) && amx_permitted();
   f.amx_int8 = f.amx_tile && bit(seven.edx, 25);
   f.amx_bf16 = f.amx_tile && bit(seven.edx, 22);
+  if (emulates_amx()) f.amx_tile = f.amx_int8 = f.amx_bf16 = f.avx512_vnni && f.avx512_bf16;
   return f;
 }
 
@@ -128,6 +129,14 @@ bool CpuFeatures::*parse_feature(const std::string& name, const std::string& cap
 }
 
 }  // namespace
+
+bool emulates_amx() {
+#if defined(CVMK_EMULATE_AMX)
+  return true;
+#else
+  return false;
+#endif
+}
 
 const CpuFeatures& cpu_features() {
   static const CpuFeatures features = detect();

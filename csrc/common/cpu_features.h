@@ -35,6 +35,9 @@ struct CpuFeatures {
   bool amx_bf16 = false;
 };
 
+// Whether this is a build for tests whose AMX kernels compute with AVX-512 (CVMK_EMULATE_AMX=ON); its AMX features say no more than that.
+bool emulates_amx();
+
 // Detected once. Asks the kernel for the AMX permission of this process where the processor has AMX.
 const CpuFeatures& cpu_features();
 

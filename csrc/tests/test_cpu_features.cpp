@@ -89,7 +89,7 @@ void agrees_with_the_compiler() {
   CHECK(f.avx512_bf16 == (__builtin_cpu_supports("avx512bf16") != 0));
 }
 
-// The flags of /proc/cpuinfo, where there are any: f16c, avx_vnni, fp16 and AMX are not among the compiler's names.
+// The flags of /proc/cpuinfo, where there are any: f16c, avx_vnni, fp16 and AMX are not among the compiler's names. What is emulated is not asked.
 void agrees_with_linux() {
   std::ifstream file("/proc/cpuinfo");
   std::string line;
@@ -99,6 +99,7 @@ void agrees_with_linux() {
     for (const auto& [name, present] : cpu_feature_list(cpu_features())) {
       const bool shown = flags.find(" " + name + " ") != std::string::npos;
       const bool needs_permission = name.rfind("amx", 0) == 0;  // may be refused to a process that the processor would serve
+      if (needs_permission && emulates_amx()) continue;
       if (needs_permission ? present && !shown : present != shown) std::fprintf(stderr, "%s\n", name.c_str());
       CHECK(needs_permission ? shown || !present : present == shown);
     }
@@ -106,6 +107,12 @@ void agrees_with_linux() {
   }
 }
 #endif
+
+void emulated_amx_needs_what_it_computes_with() {
+  const CpuFeatures& f = cpu_features();
+  if (!emulates_amx()) return;
+  CHECK(f.amx_tile == (f.avx512_vnni && f.avx512_bf16) && f.amx_int8 == f.amx_tile && f.amx_bf16 == f.amx_tile);
+}
 
 }  // namespace
 
@@ -117,6 +124,7 @@ int main(int count, char**) {
   for (const char* wrong : {"", "AVX2", "sse", "avx2 ", "avx2 -fma", "-fma"}) wrong_caps_are_refused(wrong, "base, avx2, avx512 or amx");
   for (const char* wrong : {"avx512-vnni", "avx512-", "avx512-avx512_vnni-"}) wrong_caps_are_refused(wrong, "avx512_vnni, avx512_bf16");
   environment_is_read_at_every_call();
+  emulated_amx_needs_what_it_computes_with();
 #if defined(__x86_64__) && defined(__GNUC__)
   agrees_with_the_compiler();
   if (count == 1) agrees_with_linux();

@@ -26,8 +26,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     import torch
 
+    from cvmk import hardware
     from cvmk.ops import _bench as bench
 
+    if hardware.cpu().emulated:
+        raise ConfigError("the native library is a build for tests that emulates AMX (CVMK_EMULATE_AMX=ON), whose times mean nothing: install one without")
     if not arguments.seconds > 0:
         raise ConfigError(f"--seconds is {arguments.seconds}: give a positive number of seconds")
     if arguments.tune:

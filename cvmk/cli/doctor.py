@@ -49,8 +49,8 @@ def collect() -> dict[str, Any]:
     states = {}
     for part, module in (("native", "_native"), ("cuda", "_native_cuda")):
         reason = libraries.load(module, part)[1]
-        compiler = record.get(part, {}).get("compiler")
-        states[part] = {"available": reason is None, "reason": reason, "compiler": compiler or None}
+        built = record.get(part, {})
+        states[part] = {"available": reason is None, "reason": reason, "compiler": built.get("compiler") or None, "emulated": built.get("emulated") or None}
     devices, backends, error = _torch_side()
     settings = [cpu.error, str(error) if isinstance(error, ConfigError) else None]
     return {
@@ -116,6 +116,8 @@ def _rows(report: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
         machine.append(("instruction sets", " ".join(name for name, there in cpu["features"].items() if there) or "none beyond the base"))
     else:
         machine.append(("instruction sets", "not known without the native library"))
+    if cpu["emulated"]:
+        machine.append(("emulated", f"{' '.join(cpu['emulated'])}: a build for tests, whose times mean nothing"))
     cap = f", capped by CVMK_CPU_ISA={cpu['cap']}" if cpu["cap"] else ""
     machine.append(("level of kernels", cpu["error"] or f"{cpu['level']} (detected: {cpu['detected'] or 'not known'}{cap})"))
     machine += [(f"gpu {gpu['index']}", _gpu(gpu)) for gpu in report["gpus"]["devices"]]
@@ -125,7 +127,8 @@ def _rows(report: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
 
     libraries = []
     for part, state in report["libraries"].items():
-        there = "available" + (f" ({state['compiler']})" if state["compiler"] else "")
+        notes = [state["compiler"], f"emulates {state['emulated']}, for tests only" if state["emulated"] else None]
+        there = "available" + (f" ({'; '.join(filter(None, notes))})" if any(notes) else "")
         libraries.append((part, there if state["available"] else f"not available: {state['reason']}"))
 
     sections = [("versions", versions), ("machine", machine), ("libraries", libraries), ("ops", _op_rows(report["ops"]))]
