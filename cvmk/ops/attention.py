@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from cvmk.ops._dispatch import Op, accumulation_dtype, autocast_lower, not_needed
+from cvmk.ops._call import number
+from cvmk.ops._dtypes import accumulation_dtype, autocast_lower
+from cvmk.ops._op import Op
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _INTEGERS = (torch.int32, torch.int64)
@@ -76,45 +78,53 @@ def flash_attention(
 
     Raises TypeError for a wrong dtype, ValueError for a wrong shape or number.
     """
-    arguments = _prepare(q, k, v, causal, window, key_lengths, query_start, bias, softcap, scale, dropout_p, cu_seqlens_q, cu_seqlens_k)
-    if dropout_p > 0:
-        seed = torch.randint(-(2**31), 2**31, (2,), dtype=torch.int64, device=q.device)
-        arguments = (*arguments[:8], seed, *arguments[9:])
-    out, lse = op(*arguments)
+    call = _prepare(q, k, v, causal, window, key_lengths, query_start, bias, softcap, scale, dropout_p, cu_seqlens_q, cu_seqlens_k)
+    if call.dropout_p > 0:
+        call = call._replace(dropout_seed=torch.randint(-(2**31), 2**31, (2,), dtype=torch.int64, device=q.device))
+    out, lse = op(call)
     return (out, lse) if return_lse else out
 
 
-# -- schema ---------------------------------------------------------------------------------------------------------------------
-def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    shape = (*q.shape[:-1], v.shape[-1])
-    lse = (q.shape[1], q.shape[0]) if q.dim() == 3 else q.shape[:-1]
-    return q.new_empty(shape), q.new_empty(lse, dtype=accumulation_dtype(q.dtype))
+# -- the op ---------------------------------------------------------------------------------------------------------------------
+class Call(NamedTuple):
+    """One call; packed where cu_seqlens_q is given."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    bias: Tensor | None
+    key_lengths: Tensor | None
+    query_start: Tensor | None
+    cu_seqlens_q: Tensor | None
+    cu_seqlens_k: Tensor | None
+    dropout_seed: Tensor | None
+    window_left: int
+    window_right: int
+    softcap: float
+    scale: float
+    dropout_p: float
 
 
-def _fake_backward(
-    grad_out: Tensor | None, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    needs = rest[-1]
-    dq, dk, dv = (t.new_empty(t.shape) if needs[i] else not_needed(t) for i, t in enumerate((q, k, v)))
-    return dq, dk, dv, bias.new_empty(bias.shape) if bias is not None and needs[3] else not_needed(q)
+class Out(NamedTuple):
+    out: Tensor
+    lse: Tensor
 
 
-_TENSORS = (
-    "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? key_lengths, Tensor? query_start, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? dropout_seed"
-)
-_NUMBERS = "int window_left, int window_right, float softcap, float scale, float dropout_p"
-op = Op(
-    "flash_attention",
-    module="attention",
-    forward=f"({_TENSORS}, {_NUMBERS}) -> (Tensor out, Tensor lse)",
-    backward=f"(Tensor? grad_out, Tensor? grad_lse, {_TENSORS}, Tensor out, Tensor lse, {_NUMBERS}, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)",
-    fake_forward=_fake_forward,
-    fake_backward=_fake_backward,
-    tensors=9,
-    differentiable=(0, 1, 2, 3),
-    saved=(0, 1),
-    principal="q",
-)
+def _fake_forward(c: Call) -> Out:
+    lse = (c.q.shape[1], c.q.shape[0]) if c.q.dim() == 3 else c.q.shape[:-1]
+    return Out(c.q.new_empty((*c.q.shape[:-1], c.v.shape[-1])), c.q.new_empty(lse, dtype=accumulation_dtype(c.q.dtype)))
+
+
+op = Op("flash_attention", Call, Out, fake_forward=_fake_forward, differentiable=("q", "k", "v", "bias"), saved=("out", "lse"))
+
+
+def row_bias_gradient(bias: Tensor, lse: Tensor, grad_lse: Tensor | None) -> Tensor:
+    """Where one number is added to all scores of a row, probabilities stay and lse moves with it: sum_j dS_ij = g_i."""
+    if grad_lse is None:
+        return torch.zeros(bias.shape, dtype=bias.dtype, device=bias.device)
+    sums = torch.where(lse == -math.inf, 0.0, grad_lse + lse * 0.0)
+    sums = (sums if sums.dim() == 3 else sums[None])[..., None]
+    return sums.sum_to_size((1,) * (4 - bias.dim()) + tuple(bias.shape)).reshape(bias.shape).to(bias.dtype)
 
 
 # -- checks ---------------------------------------------------------------------------------------------------------------------
@@ -134,10 +144,11 @@ def _prepare(
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     return_lse: bool = False,
-) -> tuple[Any, ...]:
+) -> Call:
     packed = (cu_seqlens_q is not None or cu_seqlens_k is not None) and _check_packing(cu_seqlens_q, cu_seqlens_k, key_lengths, query_start)
     check_qk(q, k, ("q", "k"), packed)
     check_values(k, v)
+    softcap, dropout_p, scale = number("softcap", softcap), number("dropout_p", dropout_p), default_scale(q) if scale is None else number("scale", scale)
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1), not {dropout_p}")
     if not softcap >= 0.0:
@@ -151,12 +162,10 @@ def _prepare(
     left, right = (UNBOUNDED, UNBOUNDED) if window is None else _window(window)
     if causal:
         right = 0
-    if scale is None:
-        scale = default_scale(q)
     q, k, v = autocast_lower(q, k, v)  # type: ignore[assignment]
     if q.dtype != k.dtype or q.dtype != v.dtype:
         raise TypeError(f"q, k and v must have one dtype, not {q.dtype}, {k.dtype} and {v.dtype}")
-    return q, k, v, bias, key_lengths, query_start, cu_seqlens_q, cu_seqlens_k, None, left, right, float(softcap), float(scale), float(dropout_p)
+    return Call(q, k, v, bias, key_lengths, query_start, cu_seqlens_q, cu_seqlens_k, None, left, right, softcap, scale, dropout_p)
 
 
 def default_scale(q: Tensor) -> float:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import NamedTuple
 
 from torch import Tensor
 
-from cvmk.ops._dispatch import Op, accumulation_dtype, autocast_lower, not_needed
+from cvmk.ops._call import Needs, number
+from cvmk.ops._dtypes import accumulation_dtype, autocast_lower
+from cvmk.ops._op import Op
 from cvmk.ops.attention import check_lengths, check_qk, check_values, default_scale
 
 
@@ -47,10 +50,9 @@ def attention_kl(
     A NaN or an infinity in an argument reaches only what depends on it.
     Raises TypeError for a wrong dtype, ValueError for a wrong shape.
     """
-    arguments = _prepare_kl(
-        student_q, student_k, teacher_q, teacher_k, causal=causal, key_lengths=key_lengths, scale=scale, teacher_scale=teacher_scale
-    )
-    return kl_op(*arguments)[0]
+    call = _prepare_kl(student_q, student_k, teacher_q, teacher_k, causal=causal, key_lengths=key_lengths, scale=scale, teacher_scale=teacher_scale)
+    kl, _, _ = kl_op(call)
+    return kl
 
 
 def flash_attention_distill(
@@ -80,64 +82,87 @@ def flash_attention_distill(
     A NaN or an infinity in an argument reaches only what depends on it.
     Raises TypeError for a wrong dtype, ValueError for a wrong shape.
     """
-    arguments = _prepare_distill(q, k, v, teacher_q, teacher_k, causal=causal, key_lengths=key_lengths, scale=scale, teacher_scale=teacher_scale)
-    out, kl, _, _ = distill_op(*arguments)
+    call = _prepare_distill(q, k, v, teacher_q, teacher_k, causal=causal, key_lengths=key_lengths, scale=scale, teacher_scale=teacher_scale)
+    out, kl, _, _ = distill_op(call)
     return out, kl
 
 
-# -- schemas --------------------------------------------------------------------------------------------------------------------
+# -- the ops --------------------------------------------------------------------------------------------------------------------
+class KlCall(NamedTuple):
+    """One call of `attention_kl`."""
+
+    student_q: Tensor
+    student_k: Tensor
+    teacher_q: Tensor
+    teacher_k: Tensor
+    key_lengths: Tensor | None
+    causal: bool
+    scale: float
+    teacher_scale: float
+
+
+class KlOut(NamedTuple):
+    kl: Tensor
+    lse: Tensor
+    teacher_lse: Tensor
+
+
+class Call(NamedTuple):
+    """One call of `flash_attention_distill`; backends see one of `attention_kl` as this one with None for v, out and its gradient."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    teacher_q: Tensor
+    teacher_k: Tensor
+    key_lengths: Tensor | None
+    causal: bool
+    scale: float
+    teacher_scale: float
+
+
+class Out(NamedTuple):
+    out: Tensor
+    kl: Tensor
+    lse: Tensor
+    teacher_lse: Tensor
+
+
 def _statistic(q: Tensor) -> Tensor:
     """One number a row and head."""
     return q.new_empty(q.shape[:-1], dtype=accumulation_dtype(q.dtype))
 
 
-def _fake_kl_forward(student_q: Tensor, student_k: Tensor, teacher_q: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _statistic(student_q), _statistic(student_q), _statistic(teacher_q)
+def _fake_kl_forward(c: KlCall) -> KlOut:
+    return KlOut(_statistic(c.student_q), _statistic(c.student_q), _statistic(c.teacher_q))
 
 
-def _fake_kl_backward(g0: Tensor | None, g1: Tensor | None, g2: Tensor | None, q: Tensor, k: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return tuple(t.new_empty(t.shape) if needed else not_needed(t) for t, needed in zip((q, k), rest[-1], strict=False))
+def _fake_distill_forward(c: Call) -> Out:
+    return Out(c.q.new_empty((*c.q.shape[:-1], c.v.shape[-1])), _statistic(c.q), _statistic(c.q), _statistic(c.teacher_q))
 
 
-def _fake_distill_forward(q: Tensor, k: Tensor, v: Tensor, teacher_q: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return q.new_empty((*q.shape[:-1], v.shape[-1])), _statistic(q), _statistic(q), _statistic(teacher_q)
-
-
-def _fake_distill_backward(
-    g0: Tensor | None, g1: Tensor | None, g2: Tensor | None, g3: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: Any
-) -> tuple[Tensor, ...]:
-    return tuple(t.new_empty(t.shape) if needed else not_needed(t) for t, needed in zip((q, k, v), rest[-1], strict=False))
-
-
-_NUMBERS = "bool causal, float scale, float teacher_scale"
-_MAPS = "Tensor student_q, Tensor student_k, Tensor teacher_q, Tensor teacher_k, Tensor? key_lengths"
-kl_op = Op(
-    "attention_kl",
-    module="attention_distill",
-    forward=f"({_MAPS}, {_NUMBERS}) -> (Tensor kl, Tensor lse, Tensor teacher_lse)",
-    backward=f"(Tensor? grad_kl, Tensor? grad_lse, Tensor? grad_teacher_lse, {_MAPS}, Tensor lse, Tensor teacher_lse, {_NUMBERS}, bool[] needs)"
-    " -> (Tensor, Tensor)",
-    fake_forward=_fake_kl_forward,
-    fake_backward=_fake_kl_backward,
-    tensors=5,
-    differentiable=(0, 1),
-    saved=(1, 2),
-    principal="student_q",
-)
-_ATTENTION = "Tensor q, Tensor k, Tensor v, Tensor teacher_q, Tensor teacher_k, Tensor? key_lengths"
+kl_op = Op("attention_kl", KlCall, KlOut, fake_forward=_fake_kl_forward, differentiable=("student_q", "student_k"), saved=("lse", "teacher_lse"))
 distill_op = Op(
-    "flash_attention_distill",
-    module="attention_distill",
-    forward=f"({_ATTENTION}, {_NUMBERS}) -> (Tensor out, Tensor kl, Tensor lse, Tensor teacher_lse)",
-    backward=f"(Tensor? grad_out, Tensor? grad_kl, Tensor? grad_lse, Tensor? grad_teacher_lse, {_ATTENTION}, Tensor out, Tensor lse, Tensor teacher_lse,"
-    f" {_NUMBERS}, bool[] needs) -> (Tensor, Tensor, Tensor)",
-    fake_forward=_fake_distill_forward,
-    fake_backward=_fake_distill_backward,
-    tensors=6,
-    differentiable=(0, 1, 2),
-    saved=(0, 2, 3),
-    principal="q",
+    "flash_attention_distill", Call, Out, fake_forward=_fake_distill_forward, differentiable=("q", "k", "v"), saved=("out", "lse", "teacher_lse")
 )
+
+
+def maps_alone(
+    forward: Callable[[Call], Out], backward: Callable[[Out, Call, Out, Needs], tuple[Tensor, Tensor, Tensor]]
+) -> tuple[Callable[[KlCall], KlOut], Callable[[KlOut, KlCall, KlOut, Needs], tuple[Tensor, Tensor]]]:
+    """A backend's passes of `attention_kl` from its passes of `flash_attention_distill`, which compare maps without attending where v is None."""
+
+    def call_of(c: KlCall) -> Call:
+        return Call(c.student_q, c.student_k, None, *c[2:])  # type: ignore[arg-type]
+
+    def kl_forward(c: KlCall) -> KlOut:
+        return KlOut(*forward(call_of(c))[1:])
+
+    def kl_backward(grads: KlOut, c: KlCall, saved: KlOut, needs: Needs) -> tuple[Tensor, Tensor]:
+        wanted = distill_op.needs(needs.student_q, needs.student_k, False)
+        return backward(Out(None, *grads), call_of(c), Out(None, *saved), wanted)[:2]  # type: ignore[arg-type]
+
+    return kl_forward, kl_backward
 
 
 # -- checks ---------------------------------------------------------------------------------------------------------------------
@@ -152,17 +177,17 @@ def _prepare_kl(
     key_lengths: Tensor | None = None,
     scale: float | None = None,
     teacher_scale: float | None = None,
-) -> tuple[Any, ...]:
+) -> KlCall:
     check_qk(student_q, student_k, names=("student_q", "student_k"))
     _check_teacher(student_q, student_k, teacher_q, teacher_k, student="student")
     if key_lengths is not None:
         check_lengths(key_lengths, student_q, "key_lengths")
-    scale = default_scale(student_q) if scale is None else scale
-    teacher_scale = default_scale(teacher_q) if teacher_scale is None else teacher_scale
+    scale = default_scale(student_q) if scale is None else number("scale", scale)
+    teacher_scale = default_scale(teacher_q) if teacher_scale is None else number("teacher_scale", teacher_scale)
     student_q, student_k, teacher_q, teacher_k = autocast_lower(student_q, student_k, teacher_q, teacher_k)  # type: ignore[assignment]
     _check_dtypes(student_q, student_k, "student_q", "student_k")
     _check_dtypes(teacher_q, teacher_k, "teacher_q", "teacher_k")
-    return student_q, student_k, teacher_q, teacher_k, key_lengths, bool(causal), float(scale), float(teacher_scale)
+    return KlCall(student_q, student_k, teacher_q, teacher_k, key_lengths, bool(causal), scale, teacher_scale)
 
 
 @distill_op.prepared_by
@@ -177,19 +202,19 @@ def _prepare_distill(
     key_lengths: Tensor | None = None,
     scale: float | None = None,
     teacher_scale: float | None = None,
-) -> tuple[Any, ...]:
+) -> Call:
     check_qk(q, k, names=("q", "k"))
     check_values(k, v)
     _check_teacher(q, k, teacher_q, teacher_k, student="q and k")
     if key_lengths is not None:
         check_lengths(key_lengths, q, "key_lengths")
-    scale = default_scale(q) if scale is None else scale
-    teacher_scale = default_scale(teacher_q) if teacher_scale is None else teacher_scale
+    scale = default_scale(q) if scale is None else number("scale", scale)
+    teacher_scale = default_scale(teacher_q) if teacher_scale is None else number("teacher_scale", teacher_scale)
     q, k, v, teacher_q, teacher_k = autocast_lower(q, k, v, teacher_q, teacher_k)  # type: ignore[assignment]
     _check_dtypes(q, k, "q", "k")
     _check_dtypes(q, v, "q", "v")
     _check_dtypes(teacher_q, teacher_k, "teacher_q", "teacher_k")
-    return q, k, v, teacher_q, teacher_k, key_lengths, bool(causal), float(scale), float(teacher_scale)
+    return Call(q, k, v, teacher_q, teacher_k, key_lengths, bool(causal), scale, teacher_scale)
 
 
 def _check_teacher(q: Tensor, k: Tensor, teacher_q: Tensor, teacher_k: Tensor, *, student: str) -> None:

@@ -12,7 +12,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cvmk.ops import attention_kl, explain, flash_attention, flash_attention_distill, use
-from cvmk.ops.attention_distill import _prepare_distill, _prepare_kl
+from cvmk.ops.attention_distill import Out, _prepare_distill, _prepare_kl, distill_op
 from cvmk.ops.reference import attention as reference
 from cvmk.ops.reference.attention_distill import distill_backward, distill_forward
 
@@ -243,12 +243,12 @@ def test_no_map_is_ever_stored(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward and backward make no tensor larger than the block, whatever the length."""
     monkeypatch.setattr(reference, "BLOCK", 1 << 13)
     tensors = inputs("mixed", b=2, tq=128, tk=128, d=4, dtype=torch.float32)
-    arguments = _prepare_distill(*tensors, causal=True)
+    call = _prepare_distill(*tensors, causal=True)
     with Largest() as forward:
-        out, kl, lse, teacher_lse = distill_forward(*arguments)
+        found = distill_forward(call)
     with Largest() as backward:
-        needs = [True] * 3 + [False] * 3
-        distill_backward(torch.ones_like(out), torch.ones_like(kl), None, None, *arguments[:6], out, lse, teacher_lse, *arguments[6:], needs)
+        grads = Out(torch.ones_like(found.out), torch.ones_like(found.kl), None, None)  # type: ignore[arg-type]
+        distill_backward(grads, call, found, distill_op.needs(True, True, True))
     assert 0 < max(forward.size, backward.size) <= 1 << 13
 
 
@@ -291,12 +291,12 @@ def test_opcheck(dtype: torch.dtype) -> None:
     if dtype == torch.float64:
         grads[False, True, False] = (None, None, torch.ones_like(lse), None)
     for needs, given in grads.items():
-        rest = (*arguments[:6], out, lse, teacher_lse, *arguments[6:], [*needs, False, False, False])
+        rest = (*arguments[:6], out, lse, teacher_lse, *arguments[6:], list(needs))
         torch.library.opcheck(torch.ops.cvmk.flash_attention_distill_backward.default, (*given, *rest))
-    arguments = _prepare_kl(q, k, tq, tk)
-    torch.library.opcheck(torch.ops.cvmk.attention_kl_forward.default, arguments)
-    kl, lse, teacher_lse = torch.ops.cvmk.attention_kl_forward(*arguments)
-    rest = (*arguments[:5], lse, teacher_lse, *arguments[5:], [True, True, False, False, False])
+    maps = _prepare_kl(q, k, tq, tk)
+    torch.library.opcheck(torch.ops.cvmk.attention_kl_forward.default, maps)
+    kl, lse, teacher_lse = torch.ops.cvmk.attention_kl_forward(*maps)
+    rest = (*maps[:5], lse, teacher_lse, *maps[5:], [True, True])
     torch.library.opcheck(torch.ops.cvmk.attention_kl_backward.default, (torch.ones_like(kl), None, None, *rest))
 
 

@@ -13,7 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cvmk.ops._dispatch import Backend, accumulation_dtype, not_needed
+from cvmk.ops._backend import Backend
+from cvmk.ops._call import Needs
+from cvmk.ops._dtypes import accumulation_dtype, not_needed
+from cvmk.ops.attention import Call, Out
 
 LOG2E, LN2 = math.log2(math.e), math.log(2)
 BLOCK = 1 << 24
@@ -21,99 +24,62 @@ BLOCK = 1 << 24
 _BITS = {torch.float64: torch.int64, torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    key_lengths: Tensor | None,
-    query_start: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    dropout_seed: Tensor | None,
-    window_left: int,
-    window_right: int,
-    softcap: float,
-    scale: float,
-    dropout_p: float,
-) -> tuple[Tensor, Tensor]:
+def forward(c: Call) -> Out:
     """(out, lse) of `cvmk.ops.flash_attention`; differentiable any number of times."""
-    if cu_seqlens_q is not None:
-        q, k, v = _as_batch(q), _as_batch(k), _as_batch(v)
-    mask = Mask.of(q, k, window_left, window_right, key_lengths, query_start, cu_seqlens_q, cu_seqlens_k)
+    packed = c.cu_seqlens_q is not None
+    q, k, v = (_as_batch(c.q), _as_batch(c.k), _as_batch(c.v)) if packed else (c.q, c.k, c.v)
+    mask = Mask.of(q, k, c.window_left, c.window_right, c.key_lengths, c.query_start, c.cu_seqlens_q, c.cu_seqlens_k)
     q, k, v = mask.without_blind(q), mask.without_unread(k).contiguous(), mask.without_unread(v).contiguous()
     rows = []
     for part in blocks(q.shape[0], q.shape[2], q.shape[1] * k.shape[2]):
-        e, _ = _scores(part, part.of(q), k, bias, mask, softcap, scale)
+        e, _ = _scores(part, part.of(q), k, c.bias, mask, c.softcap, c.scale)
         e, total, part_lse = exponentials(e)
-        if dropout_seed is not None and dropout_p > 0:
-            e = e * dropout_keep(dropout_seed, dropout_p, part, q.shape[1], k.shape[2]) / (1 - dropout_p)
+        keep = _kept(c, part, q, k)
+        if keep is not None:
+            e = e * keep / (1 - c.dropout_p)
         out = product(e.to(v.dtype), part.keys(v)).div_(total)
         rows.append((part, out, part_lse))
     out, lse = join([(part, out) for part, out, _ in rows]), join([(part, lse) for part, _, lse in rows])
-    return (out, lse) if cu_seqlens_q is None else (out[0].transpose(0, 1), lse[0])
+    return Out(out[0].transpose(0, 1), lse[0]) if packed else Out(out, lse)
 
 
-def backward(
-    grad_out: Tensor | None,
-    grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    key_lengths: Tensor | None,
-    query_start: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    dropout_seed: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    window_left: int,
-    window_right: int,
-    softcap: float,
-    scale: float,
-    dropout_p: float,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def backward(grads: Out, c: Call, saved: Out, needs: Needs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of q, k, v and bias by the formulas in the docstring of `cvmk.ops.flash_attention`."""
-    packed = cu_seqlens_q is not None
-    if packed:
-        q, k, v, out, lse = _as_batch(q), _as_batch(k), _as_batch(v), _as_batch(out), lse[None]
-        grad_out = None if grad_out is None else _as_batch(grad_out)
-        grad_lse = None if grad_lse is None else grad_lse[None]
-    mask = Mask.of(q, k, window_left, window_right, key_lengths, query_start, cu_seqlens_q, cu_seqlens_k)
+    packed, bias = c.cu_seqlens_q is not None, c.bias
+    q, k, v, lse = (_as_batch(c.q), _as_batch(c.k), _as_batch(c.v), saved.lse[None]) if packed else (c.q, c.k, c.v, saved.lse)
+    grad_out = _as_batch(grads.out) if packed and grads.out is not None else grads.out
+    grad_lse = grads.lse[None] if packed and grads.lse is not None else grads.lse
+    mask = Mask.of(q, k, c.window_left, c.window_right, c.key_lengths, c.query_start, c.cu_seqlens_q, c.cu_seqlens_k)
     q, k, v = mask.without_blind(q), mask.without_unread(k).contiguous(), mask.without_unread(v).contiguous()
     grad_out = None if grad_out is None else mask.without_blind(grad_out)
     grad_lse = None if grad_lse is None else mask.without_blind(grad_lse[..., None])[..., 0]
     lse2 = finite(LOG2E * lse)[..., None]
-    want_q, want_k, want_v, want_bias = needs[0], needs[1], needs[2], bias is not None and needs[3]
+    want_bias = bias is not None and needs.bias
     sums = Sums()
     for part in blocks(q.shape[0], q.shape[2], q.shape[1] * k.shape[2]):
         q_part = part.of(q).contiguous()
-        p, tanh = _scores(part, q_part, k, bias, mask, softcap, scale)
+        p, tanh = _scores(part, q_part, k, bias, mask, c.softcap, c.scale)
         p = p.sub_(part.of(lse2)).exp2_()
-        keep = dropout_keep(dropout_seed, dropout_p, part, q.shape[1], k.shape[2]) if dropout_seed is not None and dropout_p > 0 else None
+        keep = _kept(c, part, q, k)
         g = None if grad_out is None else part.of(grad_out).contiguous()
-        if want_v and g is not None:
-            sums.add("v", part, product_t((p if keep is None else p * keep / (1 - dropout_p)).to(v.dtype), g, v.shape[1]))
-        if not (want_q or want_k or want_bias):
+        if needs.v and g is not None:
+            sums.add("v", part, product_t((p if keep is None else p * keep / (1 - c.dropout_p)).to(v.dtype), g, v.shape[1]))
+        if not (needs.q or needs.k or want_bias):
             continue
-        ds = grad_scores(p, None if g is None else dot(g, part.keys(v), 1.0), None if grad_lse is None else part.of(grad_lse), keep, dropout_p)
+        ds = grad_scores(p, None if g is None else dot(g, part.keys(v), 1.0), None if grad_lse is None else part.of(grad_lse), keep, c.dropout_p)
         if want_bias and bias is not None:
             sums.add_reduced("bias", part, ds, bias)
         if tanh is not None:
             ds = ds.mul_(1 - tanh.square())
         ds = ds.to(q.dtype)
-        if want_q:
-            sums.add("q", part, product(ds, part.keys(k), scale), rows=True)
-        if want_k:
-            sums.add("k", part, product_t(ds, q_part, k.shape[1], scale))
-    dq = sums.total("q", q) if want_q else not_needed(q)
-    dk = sums.total("k", k) if want_k else not_needed(k)
-    dv = sums.total("v", v) if want_v else not_needed(v)
+        if needs.q:
+            sums.add("q", part, product(ds, part.keys(k), c.scale), rows=True)
+        if needs.k:
+            sums.add("k", part, product_t(ds, q_part, k.shape[1], c.scale))
+    dq, dk, dv = (sums.total(name, x) if wanted else not_needed(x) for name, x, wanted in (("q", q, needs.q), ("k", k, needs.k), ("v", v, needs.v)))
     dbias = sums.reduced("bias", bias) if want_bias and bias is not None else not_needed(q)
     if packed:
-        dq, dk, dv = (t[0].transpose(0, 1) if wanted else t for t, wanted in ((dq, want_q), (dk, want_k), (dv, want_v)))
+        dq, dk, dv = (t[0].transpose(0, 1) if wanted else t for t, wanted in ((dq, needs.q), (dk, needs.k), (dv, needs.v)))
     return dq, dk, dv, dbias
 
 
@@ -380,6 +346,11 @@ def _without(x: Tensor, hidden: Tensor) -> Tensor:
 
 
 # -- dropout ----------------------------------------------------------------------------------------------------------------------------
+def _kept(c: Call, part: Part, q: Tensor, k: Tensor) -> Tensor | None:
+    """Which probabilities of the block stay; None where all do."""
+    return None if c.dropout_seed is None or c.dropout_p <= 0 else dropout_keep(c.dropout_seed, c.dropout_p, part, q.shape[1], k.shape[2])
+
+
 def dropout_keep(seed: Tensor, p: float, part: Part, heads: int, keys: int) -> Tensor:
     """Which probabilities of the block stay: bool [b, H, rows, Tk], by the hash in the docstring of `cvmk.ops.flash_attention`."""
     words = seed.to(torch.int32)

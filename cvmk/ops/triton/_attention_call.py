@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cvmk.ops.attention import Call
 from cvmk.ops.triton import _launch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -23,7 +24,7 @@ SHORT = 64
 
 
 @dataclass(frozen=True)
-class Call:
+class Sizes:
     """What calls of the same sizes have in common, and the numbers that every kernel takes in one order."""
 
     packed: bool
@@ -98,25 +99,22 @@ def padded(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
-def masks(
-    key_lengths: Tensor | None, query_start: Tensor | None, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, seed: Tensor | None
-) -> tuple[Tensor | None, ...]:
+def masks(c: Call) -> tuple[Tensor | None, ...]:
     """KEY_LENGTHS, QUERY_START, CU_Q, CU_K, SEED of the kernels."""
-    return tuple(None if x is None else x.contiguous() for x in (key_lengths, query_start, cu_seqlens_q, cu_seqlens_k, seed))
+    return tuple(None if x is None else x.contiguous() for x in (c.key_lengths, c.query_start, c.cu_seqlens_q, c.cu_seqlens_k, c.dropout_seed))
 
 
-def describe(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, cu_seqlens_q: Tensor | None, left: int, right: int, softcap: float, scale: float, dropout_p: float
-) -> Call:
-    """The call of these tensors; made once for each set of sizes."""
-    return _describe(
-        q.shape, v.shape, (*strides(q), *strides(k), *strides(v)), None if bias is None else (bias.shape, bias.stride()),
-        None if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1, left, right, softcap, scale, dropout_p, q.dtype, q.device, _launch.float32_precision(),
+def sizes(c: Call) -> Sizes:
+    """Those of a call whose q, k and v have contiguous rows; made once for each set."""
+    return _sizes(
+        c.q.shape, c.v.shape, (*strides(c.q), *strides(c.k), *strides(c.v)), None if c.bias is None else (c.bias.shape, c.bias.stride()),
+        None if c.cu_seqlens_q is None else c.cu_seqlens_q.shape[0] - 1, c.window_left, c.window_right, c.softcap, c.scale, c.dropout_p,
+        c.q.dtype, c.q.device, _launch.float32_precision(),
     )  # fmt: skip
 
 
 @functools.lru_cache(maxsize=4096)
-def _describe(
+def _sizes(
     q: Sequence[int],
     v: Sequence[int],
     strides: tuple[int, ...],
@@ -130,7 +128,7 @@ def _describe(
     dtype: torch.dtype,
     device: torch.device,
     precision: str,
-) -> Call:
+) -> Sizes:
     packed = sequences is not None
     (rows, heads, d), (keys, kv_heads, dv) = (q, v) if packed else ((q[2], q[1], q[3]), (v[2], v[1], v[3]))
     steps = 0 if sequences is None else -(-(sequences + 1).bit_length() // 4) * 4  # a multiple of 4: few variants of a kernel
@@ -143,7 +141,7 @@ def _describe(
         kv_heads, heads // kv_heads, rows, keys, sequences or 0, FAR if left < 0 else min(left, FAR), FAR if right < 0 else min(right, FAR),
         factor, ceiling, int(dropout_p * 2**32),
     )  # fmt: skip
-    return Call(
+    return Sizes(
         packed=packed,
         batch=1 if packed else q[0],
         kv_heads=kv_heads,

@@ -8,7 +8,6 @@ of a bias takes one more. What a row gives depends on its own keys and on the si
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +15,13 @@ import torch
 from torch import Tensor
 
 from cvmk.ops import triton
-from cvmk.ops._dispatch import Backend, not_needed
+from cvmk.ops._backend import Backend
+from cvmk.ops._call import Needs
+from cvmk.ops._dtypes import not_needed
+from cvmk.ops.attention import Call, Out, op, row_bias_gradient
 from cvmk.ops.triton import _launch
 from cvmk.ops.triton._attention_blocks import BIAS, FORWARD, KEYS, QUERIES, SHORT_BACKWARD
-from cvmk.ops.triton._attention_call import DTYPES, SHORT, WIDEST, Call, describe, masks, padded, rows_contiguous, strides
+from cvmk.ops.triton._attention_call import DTYPES, SHORT, WIDEST, Sizes, masks, padded, rows_contiguous, sizes, strides
 
 CHUNK = 256
 """Keys of one program where few rows see many keys."""
@@ -27,104 +29,63 @@ FEW = 16
 """Most rows (queries times the query heads of a key head) that are split over their keys."""
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    key_lengths: Tensor | None,
-    query_start: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    dropout_seed: Tensor | None,
-    window_left: int,
-    window_right: int,
-    softcap: float,
-    scale: float,
-    dropout_p: float,
-) -> tuple[Tensor, Tensor]:
+def forward(c: Call) -> Out:
     """(out, lse) of `cvmk.ops.flash_attention`."""
-    q, k, v = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
-    call = describe(q, k, v, bias, cu_seqlens_q, window_left, window_right, softcap, scale, dropout_p)
-    out, lse = call.empty(v.shape[-1]), call.statistic()
+    c = c._replace(q=rows_contiguous(c.q), k=rows_contiguous(c.k), v=rows_contiguous(c.v))
+    q, k, v, bias, size, dv = c.q, c.k, c.v, c.bias, sizes(c), c.v.shape[-1]
+    out, lse = size.empty(dv), size.statistic()
     if out.numel() == 0:
-        return out, lse.fill_(-math.inf) if call.keys == 0 else lse
-    rows = call.rows * call.group
-    few = rows <= FEW and not call.packed
-    one = few or (call.keys <= SHORT and not call.packed)
-    key = f"{call.width} few" if few else call.one_tile if one else call.long
+        return Out(out, lse.fill_(-math.inf) if size.keys == 0 else lse)
+    rows = size.rows * size.group
+    few = rows <= FEW and not size.packed
+    one = few or (size.keys <= SHORT and not size.packed)
+    key = f"{size.width} few" if few else size.one_tile if one else size.long
     config, chunk = FORWARD.config(key, q.device), CHUNK if few else 0
-    chunks = -(-call.keys // chunk) if few else 1
-    read = masks(key_lengths, query_start, cu_seqlens_q, cu_seqlens_k, dropout_seed)
+    chunks = -(-size.keys // chunk) if few else 1
     kernels = _launch.kernels("attention_forward")
-    grid = (call.pairs * -(-rows // config["BLOCK_M"]), max(1, chunks))
-    options = {**call.constants, **config, "ONE": one, "CHUNK": chunk}
-    o_strides = call.out_strides(v.shape[-1])
+    grid = (size.pairs * -(-rows // config["BLOCK_M"]), max(1, chunks))
+    o_strides = size.out_strides(dv)
+    ends = (*size.strides, *o_strides, *size.bias_strides, *size.numbers, size.keep_scale, size.pairs)
+    options = {**size.constants, **config, "ONE": one, "CHUNK": chunk}
     if chunks <= 1:
-        _launch.launch(
-            kernels.forward, grid, q, k, v, bias, *read, out, lse, None, *call.strides, *o_strides, *call.bias_strides, *call.numbers,
-            call.keep_scale, call.pairs, **options,
-        )  # fmt: skip
-        return out, lse
-    parts = torch.empty((chunks, lse.numel(), v.shape[-1]), dtype=torch.float32, device=q.device)
+        _launch.launch(kernels.forward, grid, q, k, v, bias, *masks(c), out, lse, None, *ends, **options)
+        return Out(out, lse)
+    parts = torch.empty((chunks, lse.numel(), dv), dtype=torch.float32, device=q.device)
     tops, totals = (torch.empty((chunks, lse.numel()), dtype=torch.float32, device=q.device) for _ in range(2))
+    _launch.launch(kernels.forward, grid, q, k, v, bias, *masks(c), parts, tops, totals, *ends, **options)
     _launch.launch(
-        kernels.forward, grid, q, k, v, bias, *read, parts, tops, totals, *call.strides, *o_strides, *call.bias_strides, *call.numbers,
-        call.keep_scale, call.pairs, **options,
+        kernels.combine, (lse.numel(),), parts, tops, totals, out, lse, *o_strides, size.heads, size.rows, chunks, lse.numel(), size.keep_scale,
+        DV=dv, DV_PADDED=size.constants["DV_PADDED"], num_warps=1,
     )  # fmt: skip
-    _launch.launch(
-        kernels.combine, (lse.numel(),), parts, tops, totals, out, lse, *o_strides, call.heads, call.rows, chunks, lse.numel(), call.keep_scale,
-        DV=v.shape[-1], DV_PADDED=call.constants["DV_PADDED"], num_warps=1,
-    )  # fmt: skip
-    return out, lse
+    return Out(out, lse)
 
 
-def backward(
-    grad_out: Tensor | None,
-    grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    key_lengths: Tensor | None,
-    query_start: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    dropout_seed: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    window_left: int,
-    window_right: int,
-    softcap: float,
-    scale: float,
-    dropout_p: float,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def backward(grads: Out, c: Call, saved: Out, needs: Needs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of q, k, v and bias."""
-    q, k, v, out, lse = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v), out.contiguous(), lse.contiguous()
-    grad_out = torch.zeros_like(out) if grad_out is None else rows_contiguous(grad_out)
-    grad_lse = None if grad_lse is None else grad_lse.contiguous()
-    call = describe(q, k, v, bias, cu_seqlens_q, window_left, window_right, softcap, scale, dropout_p)
+    c = c._replace(q=rows_contiguous(c.q), k=rows_contiguous(c.k), v=rows_contiguous(c.v))
+    bias, want_bias = c.bias, c.bias is not None and needs.bias
+    out, lse = saved.out.contiguous(), saved.lse.contiguous()
+    grad_out = torch.zeros_like(out) if grads.out is None else rows_contiguous(grads.out)
+    grad_lse = None if grads.lse is None else grads.lse.contiguous()
     wanted: list[Tensor | None] = [
-        torch.empty(t.shape, dtype=t.dtype, device=t.device) if needed else None for t, needed in zip((q, k, v), needs, strict=False)
+        torch.empty(t.shape, dtype=t.dtype, device=t.device) if needed else None for t, needed in zip((c.q, c.k, c.v), needs, strict=False)
     ]
-    want_bias = bias is not None and needs[3]
     dbias = None
-    if q.numel() == 0 or k.numel() == 0 or out.numel() == 0:
+    if c.q.numel() == 0 or c.k.numel() == 0 or out.numel() == 0:
         wanted = [None if t is None else t.zero_() for t in wanted]
         dbias = torch.zeros_like(bias) if want_bias else None  # type: ignore[arg-type]
     else:
         # The sum over a row's keys needs no kernel; a bias without any broadcasting comes with the queries' gradient.
         by_row = want_bias and (bias.dim() == 0 or bias.shape[-1] == 1)  # type: ignore[union-attr]
-        read = masks(key_lengths, query_start, cu_seqlens_q, cu_seqlens_k, dropout_seed)
-        given = Given((q, k, v, bias, *read), bias, grad_out, grad_lse, out, lse, scale)
-        dbias, delta = _launch_gradients(call, given, wanted, want_bias and not by_row)
+        size = sizes(c)
+        given = Given((c.q, c.k, c.v, bias, *masks(c)), bias, grad_out, grad_lse, out, lse, c.scale)
+        dbias, delta = _launch_gradients(size, given, wanted, want_bias and not by_row)
         if by_row:
-            dbias = _row_bias_gradient(bias, lse, grad_lse)  # type: ignore[arg-type]
+            dbias = row_bias_gradient(bias, lse, grad_lse)  # type: ignore[arg-type]
         elif want_bias and dbias is None:
-            dbias = bias_gradient(call, given, delta)  # type: ignore[arg-type]
-    dq, dk, dv = (not_needed(q) if t is None else t for t in wanted)
-    return dq, dk, dv, not_needed(q) if dbias is None else dbias
+            dbias = bias_gradient(size, given, delta)  # type: ignore[arg-type]
+    dq, dk, dv = (not_needed(c.q) if t is None else t for t in wanted)
+    return dq, dk, dv, not_needed(c.q) if dbias is None else dbias
 
 
 @dataclass(frozen=True)
@@ -140,84 +101,73 @@ class Given:
     scale: float
 
 
-def _launch_gradients(call: Call, given: Given, wanted: list[Tensor | None], want_bias: bool) -> tuple[Tensor | None, Tensor | None]:
+def _launch_gradients(size: Sizes, given: Given, wanted: list[Tensor | None], want_bias: bool) -> tuple[Tensor | None, Tensor | None]:
     """Fill `wanted`, the gradients of q, k and v. Returns the bias's where it fell off, and D - (gradient of lse) where it was made."""
     dq, dk, dv = wanted
-    rows, bias, grad = call.rows * call.group, given.bias, given.grad
-    ends = (*call.bias_strides, *call.numbers, call.keep_scale, given.scale)
-    short = SHORT // 2 if call.dtype == torch.float32 else SHORT
-    if not call.packed and rows <= short and call.keys <= short:
-        delta = call.statistic() if want_bias else None
+    rows, bias, grad = size.rows * size.group, given.bias, given.grad
+    ends = (*size.bias_strides, *size.numbers, size.keep_scale, given.scale)
+    short = SHORT // 2 if size.dtype == torch.float32 else SHORT
+    if not size.packed and rows <= short and size.keys <= short:
+        delta = size.statistic() if want_bias else None
         _launch.launch(
-            _launch.kernels("attention_short").short_backward, (call.pairs,), *given.inputs, grad, given.lse, given.grad_lse, delta,
-            dq, dk, dv, *call.strides, *strides(grad), *ends, **call.constants,
-            **{"BLOCK_M": padded(rows), "BLOCK_N": padded(call.keys), **SHORT_BACKWARD.config(call.one_tile, call.device)},
+            _launch.kernels("attention_short").short_backward, (size.pairs,), *given.inputs, grad, given.lse, given.grad_lse, delta,
+            dq, dk, dv, *size.strides, *strides(grad), *ends, **size.constants,
+            **{"BLOCK_M": padded(rows), "BLOCK_N": padded(size.keys), **SHORT_BACKWARD.config(size.one_tile, size.device)},
         )  # fmt: skip
         return None, delta
     kernels = _launch.kernels("attention_backward")
-    whole = want_bias and bias is not None and bias.numel() == call.pairs * rows * call.keys
+    whole = want_bias and bias is not None and bias.numel() == size.pairs * rows * size.keys
     dbias = torch.zeros(bias.shape, dtype=bias.dtype, device=bias.device) if whole and bias is not None else None
     if whole and dq is None:
-        dq = call.empty(call.constants["D"])
-    delta = call.statistic()
+        dq = size.empty(size.constants["D"])
+    delta = size.statistic()
     if dq is not None or dk is not None or want_bias:
-        config = QUERIES.config(call.long, call.device)
+        config = QUERIES.config(size.long, size.device)
         _launch.launch(
-            kernels.query_gradient, (call.pairs * -(-rows // config["BLOCK_M"]),), *given.inputs, grad, given.out, given.lse, given.grad_lse,
-            delta, dq, dbias, *call.strides, *strides(grad), *call.out_strides(call.constants["DV"]), *call.out_strides(call.constants["D"]), *ends,
-            **call.constants, **config,
+            kernels.query_gradient, (size.pairs * -(-rows // config["BLOCK_M"]),), *given.inputs, grad, given.out, given.lse, given.grad_lse,
+            delta, dq, dbias, *size.strides, *strides(grad), *size.out_strides(size.constants["DV"]), *size.out_strides(size.constants["D"]), *ends,
+            **size.constants, **config,
         )  # fmt: skip
     if dk is not None or dv is not None:
-        config = KEYS.config(call.long, call.device)
+        config = KEYS.config(size.long, size.device)
         _launch.launch(
-            kernels.key_gradient, (call.pairs * -(-call.keys // config["BLOCK_N"]),), *given.inputs, grad, given.lse, delta, dk, dv,
-            *call.strides, *strides(grad), *(strides(dk) if dk is not None else (0, 0, 0)), *(strides(dv) if dv is not None else (0, 0, 0)), *ends,
-            **call.constants, **config,
+            kernels.key_gradient, (size.pairs * -(-size.keys // config["BLOCK_N"]),), *given.inputs, grad, given.lse, delta, dk, dv,
+            *size.strides, *strides(grad), *(strides(dk) if dk is not None else (0, 0, 0)), *(strides(dv) if dv is not None else (0, 0, 0)), *ends,
+            **size.constants, **config,
         )  # fmt: skip
     return dbias, delta
 
 
-def bias_gradient(call: Call, given: Given, delta: Tensor) -> Tensor:
+def bias_gradient(size: Sizes, given: Given, delta: Tensor) -> Tensor:
     """The gradient of a bias that is broadcast over batch items, heads or rows (not over keys)."""
     bias = given.bias
     assert bias is not None
-    config = BIAS.config(f"{call.width} bias", call.device)
+    config = BIAS.config(f"{size.width} bias", size.device)
     own_batch, own_heads, own_rows, _ = (1,) * (4 - bias.dim()) + tuple(bias.shape)
-    row_tiles = -(-call.rows // config["BLOCK_M"])
-    by_rows = own_rows == call.rows
+    row_tiles = -(-size.rows // config["BLOCK_M"])
+    by_rows = own_rows == size.rows
     own_tiles, all_tiles = (row_tiles, 1) if by_rows else (1, row_tiles)
-    all_heads = call.heads // own_heads
-    units = call.batch // own_batch * all_heads * all_tiles
-    tiles = own_batch * own_heads * own_tiles * -(-call.keys // config["BLOCK_N"])
-    shares = max(1, min(units, -(-2 * _launch.multiprocessors(call.device) // tiles)))
+    all_heads = size.heads // own_heads
+    units = size.batch // own_batch * all_heads * all_tiles
+    tiles = own_batch * own_heads * own_tiles * -(-size.keys // config["BLOCK_N"])
+    shares = max(1, min(units, -(-2 * _launch.multiprocessors(size.device) // tiles)))
     share = -(-units // shares)
     shares = -(-units // share)
     sums = torch.empty((shares, *bias.shape), dtype=torch.float32, device=bias.device)
     _launch.launch(
         _launch.kernels("attention_bias").bias_gradient, (tiles, shares), *given.inputs, given.grad, given.lse, delta, sums,
-        *call.strides, *strides(given.grad), *call.bias_strides, *call.numbers, call.keep_scale, own_batch, own_heads, own_tiles, all_heads, all_tiles,
-        units, share, ROWS=by_rows, **call.constants, **config,
+        *size.strides, *strides(given.grad), *size.bias_strides, *size.numbers, size.keep_scale, own_batch, own_heads, own_tiles, all_heads, all_tiles,
+        units, share, ROWS=by_rows, **size.constants, **config,
     )  # fmt: skip
     return (sums[0] if shares == 1 else sums.sum(0)).to(bias.dtype)
-
-
-def _row_bias_gradient(bias: Tensor, lse: Tensor, grad_lse: Tensor | None) -> Tensor:
-    """Where one number is added to all scores of a row, probabilities stay and lse moves with it: sum_j dS_ij = g_i."""
-    if grad_lse is None:
-        return torch.zeros_like(bias)
-    sums = torch.where(lse == -math.inf, 0.0, grad_lse + lse * 0.0)
-    sums = (sums if sums.dim() == 3 else sums[None])[..., None]
-    return sums.sum_to_size((1,) * (4 - bias.dim()) + tuple(bias.shape)).reshape(bias.shape).to(bias.dtype)
 
 
 TUNED = (FORWARD, QUERIES, KEYS, SHORT_BACKWARD, BIAS)
 
 
 # -- what is taken ------------------------------------------------------------------------------------------------------------------------
-def _limits(which: str, arguments: Mapping[str, Any]) -> list[str]:
-    return [
-        f"{name} has head size {arguments[name].shape[-1]}, more than {WIDEST}" for name in ("q", "v") if arguments[name].shape[-1] > WIDEST
-    ]  # fmt: skip
+def _limits(which: str, c: Call) -> list[str]:
+    return [f"{name} has head size {x.shape[-1]}, more than {WIDEST}" for name, x in (("q", c.q), ("v", c.v)) if x.shape[-1] > WIDEST]
 
 
 BACKENDS = (
@@ -247,10 +197,11 @@ def _case(
             cu = torch.arange(options["packed"] + 1, dtype=torch.int32, device=device) * (rows // options["packed"])
         p = options.get("dropout_p", 0.0)
         seed = torch.zeros(2, dtype=torch.int64, device=device) if p > 0 else None
-        rest = (options.get("left", -1), 0 if "causal" in options else -1, options.get("softcap", 0.0), d**-0.5, p)
-        out, lse = forward(q, k, v, bias, lengths, None, cu, cu, seed, *rest)
+        right = 0 if "causal" in options else -1
+        call = Call(q, k, v, bias, lengths, None, cu, cu, seed, options.get("left", -1), right, options.get("softcap", 0.0), d**-0.5, p)
+        out = forward(call)
         if backwards:
-            backward(out, None, q, k, v, bias, lengths, None, cu, cu, seed, out, lse, *rest, [True, True, True, bias is not None])
+            backward(Out(out.out, None), call, out, op.needs(True, True, True, bias is not None))  # type: ignore[arg-type]
 
     return _launch.Case(name, run)
 

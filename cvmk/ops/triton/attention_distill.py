@@ -7,7 +7,7 @@ first. Backward: the gradient of the queries, then that of keys and values, each
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,10 @@ import torch
 from torch import Tensor
 
 from cvmk.ops import triton
-from cvmk.ops._dispatch import Backend, not_needed
+from cvmk.ops._backend import Backend
+from cvmk.ops._call import Needs
+from cvmk.ops._dtypes import not_needed
+from cvmk.ops.attention_distill import Call, KlCall, Out, distill_op, kl_op, maps_alone
 from cvmk.ops.triton import _launch
 from cvmk.ops.triton._attention_blocks import DISTILL_FORWARD, DISTILL_KEYS, DISTILL_QUERIES, LOG_SUMS
 from cvmk.ops.triton._attention_call import DTYPES, FAR, WIDEST, padded, rows_contiguous, strides
@@ -24,7 +27,7 @@ TUNED = (LOG_SUMS, DISTILL_FORWARD, DISTILL_QUERIES, DISTILL_KEYS)
 
 
 @dataclass(frozen=True)
-class Call:
+class Prepared:
     """A call's tensors, with contiguous rows, and what its kernels take in one order."""
 
     q: Tensor
@@ -76,32 +79,20 @@ class Call:
         return f"{str(dtype).removeprefix('torch.')} d{padded(max(sizes))} {'one' if self.teachers == 1 else 'several'}"
 
 
-def _call(
-    q: Tensor, k: Tensor, v: Tensor | None, teacher_q: Tensor, teacher_k: Tensor, key_lengths: Tensor | None, causal: bool, scale: float, teacher_scale: float
-) -> Call:
-    q, k, teacher_q, teacher_k = (rows_contiguous(x) for x in (q, k, teacher_q, teacher_k))
-    v = None if v is None else rows_contiguous(v)
-    lengths = None if key_lengths is None else key_lengths.contiguous()
-    return Call(q, k, v, teacher_q, teacher_k, lengths, 0 if causal else FAR, scale, teacher_scale)
+def _prepared(c: Call) -> Prepared:
+    q, k, teacher_q, teacher_k = (rows_contiguous(x) for x in (c.q, c.k, c.teacher_q, c.teacher_k))
+    v = None if c.v is None else rows_contiguous(c.v)
+    lengths = None if c.key_lengths is None else c.key_lengths.contiguous()
+    return Prepared(q, k, v, teacher_q, teacher_k, lengths, 0 if c.causal else FAR, c.scale, c.teacher_scale)
 
 
-def distill_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor | None,
-    teacher_q: Tensor,
-    teacher_k: Tensor,
-    key_lengths: Tensor | None,
-    causal: bool,
-    scale: float,
-    teacher_scale: float,
-) -> tuple[Tensor, ...]:
-    """(out, kl, lse, teacher_lse) of `cvmk.ops.flash_attention_distill`, without out where v is None."""
-    call = _call(q, k, v, teacher_q, teacher_k, key_lengths, causal, scale, teacher_scale)
-    q = call.q
+def distill_forward(c: Call) -> Out:
+    """(out, kl, lse, teacher_lse) of `cvmk.ops.flash_attention_distill`, out None where v is."""
+    call = _prepared(c)
+    q, v = call.q, call.v
     batch, heads, rows, _ = q.shape
     kl, lse = (torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) for _ in range(2))
-    teacher_lse = torch.empty(teacher_q.shape[:3], dtype=torch.float32, device=q.device)
+    teacher_lse = torch.empty(call.teacher_q.shape[:3], dtype=torch.float32, device=q.device)
     out = None if v is None else torch.empty((*q.shape[:3], v.shape[3]), dtype=q.dtype, device=q.device)
     kernels = _launch.kernels("distill_attention_forward")
     if call.teachers > 1:
@@ -111,10 +102,10 @@ def distill_forward(
         kernels.forward, (batch * heads * -(-rows // config["BLOCK_M"]),), *call.tensors, out, kl, lse, teacher_lse, *call.strides, *call.numbers,
         **call.constants, **config,
     )  # fmt: skip
-    return (kl, lse, teacher_lse) if out is None else (out, kl, lse, teacher_lse)
+    return Out(out, kl, lse, teacher_lse)  # type: ignore[arg-type]
 
 
-def _log_sums(call: Call, lse: Tensor) -> None:
+def _log_sums(call: Prepared, lse: Tensor) -> None:
     """The log-sum-exps of the teacher's scores."""
     q, k = call.teacher_q, call.teacher_k
     batch, heads, rows, d = q.shape
@@ -126,33 +117,15 @@ def _log_sums(call: Call, lse: Tensor) -> None:
     )  # fmt: skip
 
 
-def distill_backward(
-    grad_out: Tensor | None,
-    grad_kl: Tensor | None,
-    grad_lse: Tensor | None,
-    grad_teacher_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor | None,
-    teacher_q: Tensor,
-    teacher_k: Tensor,
-    key_lengths: Tensor | None,
-    out: Tensor | None,
-    lse: Tensor,
-    teacher_lse: Tensor,
-    causal: bool,
-    scale: float,
-    teacher_scale: float,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
+def distill_backward(grads: Out, c: Call, saved: Out, needs: Needs) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v."""
-    call = _call(q, k, v, teacher_q, teacher_k, key_lengths, causal, scale, teacher_scale)
-    out, grad_kl, grad_lse = (None if x is None else x.contiguous() for x in (out, grad_kl, grad_lse))
-    lse, teacher_lse = lse.contiguous(), teacher_lse.contiguous()
-    grad = None if grad_out is None or v is None else rows_contiguous(grad_out)
+    call = _prepared(c)
+    q, k, v = call.q, call.k, call.v
+    out, grad_kl, grad_lse = (None if x is None else x.contiguous() for x in (saved.out, grads.kl, grads.lse))
+    lse, teacher_lse = saved.lse.contiguous(), saved.teacher_lse.contiguous()
+    grad = None if grads.out is None or v is None else rows_contiguous(grads.out)
     dq, dk, dv = (
-        torch.empty(t.shape, dtype=t.dtype, device=t.device) if t is not None and needed else None
-        for t, needed in zip((q, k, v), (*needs[:2], v is not None and needs[2]), strict=True)
+        torch.empty(t.shape, dtype=t.dtype, device=t.device) if t is not None and needed else None for t, needed in zip((q, k, v), needs, strict=True)
     )
     if dv is not None and grad is None:
         dv.zero_()
@@ -176,59 +149,32 @@ def distill_backward(
     return tuple(not_needed(q) if t is None else t for t in (dq, dk, dv))  # type: ignore[return-value]
 
 
-def kl_forward(
-    student_q: Tensor,
-    student_k: Tensor,
-    teacher_q: Tensor,
-    teacher_k: Tensor,
-    key_lengths: Tensor | None,
-    causal: bool,
-    scale: float,
-    teacher_scale: float,
-) -> tuple[Tensor, ...]:
-    """(kl, lse, teacher_lse) of `cvmk.ops.attention_kl`."""
-    return distill_forward(student_q, student_k, None, teacher_q, teacher_k, key_lengths, causal, scale, teacher_scale)
-
-
-def kl_backward(
-    grad_kl: Tensor | None,
-    grad_lse: Tensor | None,
-    grad_teacher_lse: Tensor | None,
-    student_q: Tensor,
-    student_k: Tensor,
-    teacher_q: Tensor,
-    teacher_k: Tensor,
-    key_lengths: Tensor | None,
-    lse: Tensor,
-    teacher_lse: Tensor,
-    causal: bool,
-    scale: float,
-    teacher_scale: float,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor]:
-    """The gradients of student_q and student_k."""
-    dq, dk, _ = distill_backward(
-        None, grad_kl, grad_lse, None, student_q, student_k, None, teacher_q, teacher_k, key_lengths, None, lse, teacher_lse,
-        causal, scale, teacher_scale, [*needs[:2], False],
-    )  # fmt: skip
-    return dq, dk
-
-
 # -- what is taken ------------------------------------------------------------------------------------------------------------------------
-def _limits(which: str, arguments: Mapping[str, Any]) -> list[str]:
-    teacher: Tensor = arguments["teacher_q"]
-    found = [] if teacher.dtype in DTYPES else [f"teacher_q is {teacher.dtype}, not one of {', '.join(str(d) for d in DTYPES)}"]
-    wide = [name for name in ("q", "student_q", "v", "teacher_q") if name in arguments and arguments[name].shape[-1] > WIDEST]
-    return found + [f"{name} has head size {arguments[name].shape[-1]}, more than {WIDEST}" for name in wide]
+def _reasons(teacher_q: Tensor, **wide: Tensor) -> list[str]:
+    found = [] if teacher_q.dtype in DTYPES else [f"teacher_q is {teacher_q.dtype}, not one of {', '.join(str(d) for d in DTYPES)}"]
+    named = {**wide, "teacher_q": teacher_q}
+    return found + [f"{name} has head size {x.shape[-1]}, more than {WIDEST}" for name, x in named.items() if x.shape[-1] > WIDEST]
 
 
-def _backend(op: str, forward: Callable[..., Any], backward: Callable[..., Any]) -> Backend:
+def _kl_limits(which: str, c: KlCall) -> list[str]:
+    return _reasons(c.teacher_q, student_q=c.student_q)
+
+
+def _limits(which: str, c: Call) -> list[str]:
+    return _reasons(c.teacher_q, q=c.q, v=c.v)
+
+
+def _backend(op: str, limits: Callable[..., list[str]], forward: Callable[..., Any], backward: Callable[..., Any]) -> Backend:
     return Backend(
-        op, "triton", forward, backward, dtypes=DTYPES, devices=triton.DEVICES, limits=_limits, unavailable=triton.reason, by_default=triton.by_default
+        op, "triton", forward, backward, dtypes=DTYPES, devices=triton.DEVICES, limits=limits, unavailable=triton.reason, by_default=triton.by_default
     )
 
 
-BACKENDS = (_backend("attention_kl", kl_forward, kl_backward), _backend("flash_attention_distill", distill_forward, distill_backward))
+kl_forward, kl_backward = maps_alone(distill_forward, distill_backward)
+BACKENDS = (
+    _backend("attention_kl", _kl_limits, kl_forward, kl_backward),
+    _backend("flash_attention_distill", _limits, distill_forward, distill_backward),
+)
 
 
 # -- what the compile gate and the tuner run -------------------------------------------------------------------------------------------
@@ -239,13 +185,15 @@ def _case(name: str, dtype: torch.dtype, student: tuple[int, int, int], teacher:
         (h, kv, d), (th, tkv, dt) = student, teacher
         q, k, v, tq, tk = (_launch.sample((4, n, size, width), dtype, device) for n, width in ((h, d), (kv, d), (kv, d), (th, dt), (tkv, dt)))
         lengths = torch.full((4,), size, dtype=torch.int32, device=device)
-        rest = True, d**-0.5, dt**-0.5
+        rest = tq, tk, lengths, True, d**-0.5, dt**-0.5
         if values:
-            out, kl, lse, teacher_lse = distill_forward(q, k, v, tq, tk, lengths, *rest)
-            distill_backward(out, kl, None, None, q, k, v, tq, tk, lengths, out, lse, teacher_lse, *rest, [True, True, True])
+            call = Call(q, k, v, *rest)
+            out = distill_forward(call)
+            distill_backward(Out(out.out, out.kl, None, None), call, out, distill_op.needs(True, True, True))  # type: ignore[arg-type]
         else:
-            kl, lse, teacher_lse = kl_forward(q, k, tq, tk, lengths, *rest)
-            kl_backward(kl, None, None, q, k, tq, tk, lengths, lse, teacher_lse, *rest, [True, True])
+            maps = KlCall(q, k, *rest)
+            found = kl_forward(maps)
+            kl_backward(found._replace(lse=None, teacher_lse=None), maps, found, kl_op.needs(True, True))  # type: ignore[arg-type]
 
     return _launch.Case(name, run)
 
