@@ -50,7 +50,8 @@ Bias bias(const Tensor& x) {
   return b;
 }
 
-void common(Arguments& in, Params& p) {
+// The fields of `Call` in cvmk/ops/attention.py, in their order.
+void read(Arguments in, Params& p) {
   const Tensor q = in.tensor(), k = in.tensor(), v = in.tensor();
   p.bias = bias(in.tensor());
   p.key_lengths = integers(in.tensor());
@@ -58,6 +59,13 @@ void common(Arguments& in, Params& p) {
   const Tensor cu = in.tensor();
   p.cu_q = integers(cu);
   p.cu_k = integers(in.tensor());
+  in.next();  // dropout_seed
+  p.window_left = in.integer();
+  p.window_right = in.integer();
+  p.softcap = in.number();
+  p.scale = in.number();
+  in.next();  // dropout_p
+  in.finish();
   p.sequences = cu ? cu.size(0) - 1 : -1;
   const int rows = cu ? 0 : 2;
   for (const Tensor* x : {&q, &k}) x->expect(cu ? 3 : 4, "q or k");
@@ -72,12 +80,13 @@ void common(Arguments& in, Params& p) {
   p.q = matrix(q);
   p.k = matrix(k);
   p.v = matrix(v);
+}
+
+// The call, out, lse, and the dropout's factor, key and limit.
+void common(Arguments& in, Params& p) {
+  read(Arguments(in.next()), p);
   p.out = matrix(in.tensor());
   p.lse = statistics(in.tensor(), p.heads, p.rows);
-  p.window_left = in.integer();
-  p.window_right = in.integer();
-  p.softcap = in.number();
-  p.scale = in.number();
   p.keep_factor = in.number();
   p.dropout_key = static_cast<std::uint32_t>(in.integer());
   p.dropout_limit = static_cast<std::uint32_t>(in.integer());
@@ -138,8 +147,8 @@ void backward(const py::args& args) {
 
 void bind_attention(py::module_& m) {
   m.def("attention_forward", &forward,
-        "q, k, v, bias, key_lengths, query_start, cu_seqlens_q, cu_seqlens_k, out, lse, window_left, window_right, softcap, scale, 1 / (1 - dropout_p), "
-        "dropout key and limit; then, for a distillation, (q, k, lse, kl, its gradient, scale) of the teacher");
+        "a Call of cvmk.ops.attention, out, lse, 1 / (1 - dropout_p), dropout key and limit; then, for a distillation, (q, k, lse, kl, its gradient, scale) "
+        "of the teacher");
   m.def("attention_backward", &backward,
         "the arguments of attention_forward up to the limit, the gradients of out and lse, those of q, k, v and bias to write; then the teacher");
 }

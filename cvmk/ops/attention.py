@@ -207,7 +207,8 @@ def check_values(k: Tensor, v: Tensor) -> None:
     if v.dtype not in _FLOATS:
         raise TypeError(f"v must be float64, float32, bfloat16 or float16, not {v.dtype}")
     sizes_k, sizes_v = k.shape, v.shape
-    if len(sizes_v) != len(sizes_k) or sizes_v[:-1] != sizes_k[:-1]:
+    dims = len(sizes_k)
+    if len(sizes_v) != dims or sizes_v[0] != sizes_k[0] or sizes_v[1] != sizes_k[1] or sizes_v[dims - 2] != sizes_k[dims - 2]:
         raise ValueError(f"k {list(sizes_k)} and v {list(sizes_v)} must agree in all but the last dimension")
     if v.device != k.device:
         raise ValueError(f"k and v must be on one device, not on {k.device} and {v.device}")

@@ -12,32 +12,30 @@ from cvmk.ops.attention import Call, Out, row_bias_gradient
 from cvmk.ops.native import library, reason
 
 _NATIVE = library()
-_NO_DROPOUT = (1.0, 0, 0)
+NO_DROPOUT = (1.0, 0, 0)
+"""The factor of what stays, and the key and limit of the generator, where nothing is dropped."""
 
 
 def forward(c: Call) -> Out:
     """(out, lse) of `cvmk.ops.flash_attention`."""
-    q, k, v, bias, key_lengths, query_start, cu_q, cu_k, seed, left, right, softcap, scale, dropout_p = c
-    if not (q.is_contiguous() and k.is_contiguous() and v.is_contiguous()):
-        q, k, v = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
+    c = with_contiguous_rows(c)
+    q, v = c.q, c.v
     # Sizes one by one: torch reads them twice as fast as a tuple.
-    if cu_q is None:
+    if c.cu_seqlens_q is None:
         batch, heads, rows, _ = q.shape
         out, lse = q.new_empty(batch, heads, rows, v.shape[3]), q.new_empty(batch, heads, rows, dtype=torch.float32)
     else:
         rows, heads, _ = q.shape
         out, lse = q.new_empty(rows, heads, v.shape[2]), q.new_empty(heads, rows, dtype=torch.float32)
-    factor, key, limit = _NO_DROPOUT if seed is None else _dropout(seed, dropout_p)
-    _NATIVE.attention_forward(  # type: ignore[union-attr]
-        q, k, v, bias, key_lengths, query_start, cu_q, cu_k, out, lse, left, right, softcap, scale, factor, key, limit
-    )
+    factor, key, limit = NO_DROPOUT if c.dropout_seed is None else _dropout(c.dropout_seed, c.dropout_p)
+    _NATIVE.attention_forward(c, out, lse, factor, key, limit)  # type: ignore[union-attr]
     return Out(out, lse)
 
 
 def backward(grads: Out, c: Call, saved: Out, needs: Needs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of q, k, v and bias."""
-    q, k, v, bias, *_ = c
-    q, k, v, out, lse = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v), saved.out.contiguous(), saved.lse.contiguous()
+    c = with_contiguous_rows(c)
+    q, k, v, bias, out, lse = c.q, c.k, c.v, c.bias, saved.out.contiguous(), saved.lse.contiguous()
     grad_out = None if grads.out is None else rows_contiguous(grads.out)
     grad_lse = None if grads.lse is None else grads.lse.contiguous()
     fresh = _like if c.cu_seqlens_q is None else _zeros  # rows that belong to no packed sequence are in no item of work
@@ -47,10 +45,9 @@ def backward(grads: Out, c: Call, saved: Out, needs: Needs) -> tuple[Tensor, Ten
     want_bias = bias is not None and needs.bias
     by_row = want_bias and (bias.dim() == 0 or bias.shape[-1] == 1)  # type: ignore[union-attr]
     dbias = torch.empty(bias.shape, dtype=bias.dtype) if want_bias else not_needed(q)  # type: ignore[union-attr]
-    factor, key, limit = _NO_DROPOUT if c.dropout_seed is None else _dropout(c.dropout_seed, c.dropout_p)
+    factor, key, limit = NO_DROPOUT if c.dropout_seed is None else _dropout(c.dropout_seed, c.dropout_p)
     _NATIVE.attention_backward(  # type: ignore[union-attr]
-        q, k, v, bias, c.key_lengths, c.query_start, c.cu_seqlens_q, c.cu_seqlens_k, out, lse, c.window_left, c.window_right, c.softcap, c.scale,
-        factor, key, limit, grad_out, grad_lse,
+        c, out, lse, factor, key, limit, grad_out, grad_lse,
         dq if needs.q else None, dk if needs.k else None, dv if needs.v else None, dbias if want_bias and not by_row else None,
     )  # fmt: skip
     if by_row:
@@ -67,6 +64,13 @@ def _zeros(x: Tensor) -> Tensor:
 
 
 # -- arguments of the library -----------------------------------------------------------------------------------------------------
+def with_contiguous_rows(c: Call) -> Call:
+    """The call, with copies of q, k and v where their last dimension is not contiguous."""
+    if c.q.is_contiguous() and c.k.is_contiguous() and (c.v is None or c.v.is_contiguous()):
+        return c
+    return c._replace(q=rows_contiguous(c.q), k=rows_contiguous(c.k), v=None if c.v is None else rows_contiguous(c.v))
+
+
 def rows_contiguous(x: Tensor) -> Tensor:
     """x, or a copy where its last dimension is not contiguous (a gradient may be an expanded number)."""
     return x if x.is_contiguous() or x.stride(-1) == 1 else x.contiguous()
@@ -75,7 +79,7 @@ def rows_contiguous(x: Tensor) -> Tensor:
 def _dropout(seed: Tensor, p: float) -> tuple[float, int, int]:
     """1 / (1 - p), the generator's key and the limit under which an element is dropped; the docstring of the op has the formulas."""
     if p <= 0:
-        return _NO_DROPOUT
+        return NO_DROPOUT
     first, second = (int(word) & 0xFFFFFFFF for word in seed.tolist())
     return 1.0 / (1.0 - p), _mix(_mix(first) ^ second), int(p * 2**32)
 

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cvmk.ops import attention
 from cvmk.ops._backend import Backend
 from cvmk.ops._call import Needs
 from cvmk.ops._dtypes import not_needed
 from cvmk.ops.attention_distill import Call, Out, maps_alone
 from cvmk.ops.native import library
-from cvmk.ops.native.attention import rows_contiguous, unavailable
+from cvmk.ops.native.attention import NO_DROPOUT, rows_contiguous, unavailable, with_contiguous_rows
 
 _NATIVE = library()
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -24,46 +25,46 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 def distill_forward(c: Call) -> Out:
     """(out, kl, lse, teacher_lse) of `cvmk.ops.flash_attention_distill`; out has no elements where v is None."""
-    q, k, v, teacher_q, teacher_k = _of_one_dtype(c)
+    student, teacher = _sides(c)
+    q, v = student.q, student.v
     batch, heads, rows, _ = q.shape
-    teacher_lse = q.new_empty(batch, teacher_q.shape[1], rows, dtype=torch.float32)
-    _NATIVE.attention_forward(*_common(teacher_q, teacher_k, None, None, teacher_lse, c, c.teacher_scale))  # type: ignore[union-attr]
+    teacher_lse = q.new_empty(batch, teacher.q.shape[1], rows, dtype=torch.float32)
+    _NATIVE.attention_forward(teacher, None, teacher_lse, *NO_DROPOUT)  # type: ignore[union-attr]
     kl, lse = q.new_empty(batch, heads, rows, dtype=torch.float32), q.new_empty(batch, heads, rows, dtype=torch.float32)
     out = q.new_empty(batch, heads, rows, 0 if v is None else v.shape[3])
-    teacher = (teacher_q, teacher_k, teacher_lse, kl, None, c.teacher_scale)
-    _NATIVE.attention_forward(*_common(q, k, v, out, lse, c, c.scale), teacher)  # type: ignore[union-attr]
+    _NATIVE.attention_forward(student, out, lse, *NO_DROPOUT, (teacher.q, teacher.k, teacher_lse, kl, None, c.teacher_scale))  # type: ignore[union-attr]
     return Out(out if out.dtype == c.q.dtype else out.to(c.q.dtype), kl, lse, teacher_lse)
 
 
 def distill_backward(grads: Out, c: Call, saved: Out, needs: Needs) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v."""
-    q, k, v, teacher_q, teacher_k = _of_one_dtype(c)
+    student, teacher = _sides(c)
     lse, teacher_lse = saved.lse.contiguous(), saved.teacher_lse.contiguous()
-    out = None if saved.out is None else saved.out.to(q.dtype).contiguous()
-    grad_out = None if grads.out is None else rows_contiguous(grads.out.to(q.dtype))
+    out = None if saved.out is None else saved.out.to(student.q.dtype).contiguous()
+    grad_out = None if grads.out is None else rows_contiguous(grads.out.to(student.q.dtype))
     grad_kl = None if grads.kl is None else grads.kl.contiguous()
     grad_lse = None if grads.lse is None else grads.lse.contiguous()
-    results = [torch.empty(t.shape, dtype=t.dtype) if t is not None and needed else None for t, needed in zip((q, k, v), needs, strict=True)]
+    results = [torch.empty(t.shape, dtype=t.dtype) if t is not None and needed else None for t, needed in zip(student[:3], needs, strict=True)]
     _NATIVE.attention_backward(  # type: ignore[union-attr]
-        *_common(q, k, v, out, lse, c, c.scale), grad_out, grad_lse, *results, None, (teacher_q, teacher_k, teacher_lse, None, grad_kl, c.teacher_scale)
+        student, out, lse, *NO_DROPOUT, grad_out, grad_lse, *results, None, (teacher.q, teacher.k, teacher_lse, None, grad_kl, c.teacher_scale)
     )
     dq, dk, dv = (not_needed(c.q) if grad is None else grad.to(c.q.dtype) for grad in results)
     return dq, dk, dv
 
 
 # -- arguments of the library -----------------------------------------------------------------------------------------------------
-def _of_one_dtype(c: Call) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
-    """Student and teacher, their rows contiguous."""
-    q, k, v, teacher_q, teacher_k, *_ = c
+def _sides(c: Call) -> tuple[attention.Call, attention.Call]:
+    """What the student and the teacher attend to, in one dtype, as calls of `flash_attention`; the teacher's without values."""
+    q, k, v, teacher_q, teacher_k, lengths, causal, scale, teacher_scale = c
     if q.dtype != teacher_q.dtype:
         q, k, teacher_q, teacher_k = q.float(), k.float(), teacher_q.float(), teacher_k.float()
         v = None if v is None else v.float()
-    return rows_contiguous(q), rows_contiguous(k), None if v is None else rows_contiguous(v), rows_contiguous(teacher_q), rows_contiguous(teacher_k)
+    return _call(q, k, v, lengths, causal, scale), _call(teacher_q, teacher_k, None, lengths, causal, teacher_scale)
 
 
-def _common(q: Tensor, k: Tensor, v: Tensor | None, out: Tensor | None, lse: Tensor, c: Call, scale: float) -> tuple[Any, ...]:
-    """The arguments of `attention_forward` in csrc/bindings/attention.cpp."""
-    return q, k, v, None, c.key_lengths, None, None, None, out, lse, -1, 0 if c.causal else -1, 0.0, scale, 1.0, 0, 0
+def _call(q: Tensor, k: Tensor, v: Tensor | None, lengths: Tensor | None, causal: bool, scale: float) -> attention.Call:
+    right = 0 if causal else attention.UNBOUNDED
+    return with_contiguous_rows(attention.Call(q, k, v, None, lengths, None, None, None, None, attention.UNBOUNDED, right, 0.0, scale, 0.0))  # type: ignore[arg-type]
 
 
 def _limits(which: str, c: Call) -> list[str]:

@@ -299,7 +299,7 @@ def test_the_binding_refuses_what_it_cannot_read() -> None:
     q, lse = torch.randn(1, 1, 2, 4), torch.empty(1, 1, 2)
 
     def call(q: Any, *rest: Any) -> None:
-        library.attention_forward(q, q, q, *[None] * 5, torch.empty(1, 1, 2, 4), lse, -1, -1, 0.0, 1.0, 1.0, 0, 0, *rest)
+        library.attention_forward((q, q, q, *[None] * 6, -1, -1, 0.0, 1.0, 0.0), torch.empty(1, 1, 2, 4), lse, 1.0, 0, 0, *rest)
 
     call(q)
     for wrong, error, words in (
@@ -312,7 +312,7 @@ def test_the_binding_refuses_what_it_cannot_read() -> None:
         with pytest.raises(error, match=words):
             call(wrong)
     with pytest.raises(ValueError, match="too few arguments"):
-        library.attention_forward(q, q, q)
+        library.attention_forward((q, q, q))
     with pytest.raises(ValueError, match="too many arguments"):
         call(q, (q, q, lse, None, None, 1.0), 5)
 
