@@ -16,7 +16,7 @@ from cvmk.cli._streams import STANDARD_INPUT, is_standard, need_open, output, st
 from cvmk.errors import ConfigError, DataError
 from cvmk.files import explained, open_input
 from cvmk.hardware import keep_freed_memory
-from cvmk.text.lines import decode_line
+from cvmk.text.lines import decode_line, one_line
 
 if TYPE_CHECKING:
     from cvmk.inference import Translation, Translator
@@ -132,11 +132,6 @@ def _format(line: Line, translation: Translation, n_best: int, as_json: bool) ->
     if n_best > 1:
         return "".join(f"{line.number}\t{score:.6f}\t{other}\n" for other, score in hypotheses)
     return text + line.end
-
-
-def one_line(text: str) -> str:
-    """The text with its line breaks as spaces, so that it stays one line for every reader."""
-    return " ".join(text.split("\n")).replace("\r", " ") if "\n" in text or "\r" in text else text
 
 
 def read_lines(stream: BinaryIO, name: str, at_once: int) -> Iterator[tuple[list[Line], DataError | None]]:

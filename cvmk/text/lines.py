@@ -40,3 +40,8 @@ def decode_line(line: bytes) -> str:
 def trimmed(text: str) -> str:
     """A sentence as models read it: without byte order marks, and without white space around it."""
     return text.replace(BOM, "").strip()
+
+
+def one_line(text: str) -> str:
+    """`text` with its line breaks as spaces, so that it is one line for every reader of lines; nothing else is changed."""
+    return text.replace("\n", " ").replace("\r", " ")

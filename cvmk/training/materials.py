@@ -7,14 +7,17 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cvmk.config import DataConfig, TokenizerConfig
 from cvmk.files import explained, read_bytes, write_text
 from cvmk.inference import Translator
 from cvmk.telemetry import Reporter
 from cvmk.text.corpus import ParallelCorpus, read_corpus
+from cvmk.text.lines import one_line, trimmed
 from cvmk.text.phrasebook import phrasebook
 from cvmk.text.tokenizers import Tokenizer, load_tokenizer, train_tokenizer
+from cvmk.training.run_folder import RESOLVED
 
 _CHUNK = 512
 
@@ -56,10 +59,15 @@ def teacher_translations(
     translator: Translator, fingerprint: str, sources: Sequence[str], beam_size: int, folder: Path, name: str, reporter: Reporter
 ) -> list[str]:
     """The teacher's translations of `sources`, made once: a file in `folder`, named by teacher, sources and beam, is reused, and a
-    file that an interruption left unfinished is continued. Line breaks in a translation become spaces.
+    file that an interruption left unfinished is continued.
+
+    They are kept as the teacher said them, as sentences of a corpus are: without line breaks, and without white space around them.
     """
-    key = hashlib.sha256(json.dumps([fingerprint, beam_size, list(sources)]).encode()).hexdigest()[:16]
-    path = folder / f"teacher-{name}-{key}.jsonl"
+    asked = [fingerprint, beam_size, list(sources)]
+    done, _ = _whole_lines(_file(folder, name, asked))
+    if len(done) == len(sources) and (folder.parent / RESOLVED).exists():
+        return done  # what this run was trained on before: an older cvmk made one space of all white space
+    path = _file(folder, name, [*asked, "as said"])
     done, size = _whole_lines(path)
     if len(done) < len(sources):
         with explained(path, "write"):
@@ -68,12 +76,16 @@ def teacher_translations(
                 file.truncate(size)
                 for start in range(len(done), len(sources), _CHUNK):
                     found = translator.translate(list(sources[start : start + _CHUNK]), beam_size=beam_size, on_long="truncate")
-                    texts = [" ".join(one.text.split()) for one in found]
+                    texts = [trimmed(one_line(one.text)) for one in found]
                     file.writelines(json.dumps(text, ensure_ascii=False) + "\n" for text in texts)
                     file.flush()
                     done += texts
                     bar.update(len(done), log=len(done) % (_CHUNK * 8) == 0)
     return done
+
+
+def _file(folder: Path, name: str, asked: list[Any]) -> Path:
+    return folder / f"teacher-{name}-{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]}.jsonl"
 
 
 def _whole_lines(path: Path) -> tuple[list[str], int]:

@@ -15,12 +15,13 @@ import pytest
 import torch
 
 from cvmk.cli import main
-from cvmk.cli.translate import one_line, read_lines
+from cvmk.cli.translate import read_lines
 from cvmk.config.schema import ModelConfig, TokenizerConfig
 from cvmk.errors import DataError
 from cvmk.formats import save_model_folder
 from cvmk.inference import Translator
 from cvmk.nn import CVMTransformer
+from cvmk.text.lines import one_line
 from cvmk.text.tokenizers import train_tokenizer
 
 
@@ -147,10 +148,6 @@ def test_reader_splits_whatever_the_blocks() -> None:
 def test_reader_stops_at_bad_bytes() -> None:
     (lines, trouble), *rest = read_lines(io.BytesIO(b"a\nb\n\xe4\nc\n"), "x", 9)
     assert [line.text for line in lines] == ["a", "b"] and isinstance(trouble, DataError) and not rest
-
-
-def test_one_line() -> None:
-    assert one_line("a\nb\r\nc") == "a b  c" and one_line("plain") == "plain"
 
 
 @pytest.mark.parametrize(("closed", "name"), [("<&-", "standard input"), (">&-", "standard output")])
