@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import importlib
 import json
+import os
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,6 +19,31 @@ from cvmk.errors import ConfigError
 LEVELS = ("base", "avx2", "avx512", "amx")
 """Instruction-set levels, the lowest first. `CVMK_CPU_ISA` takes one of these names, and after it features to do without, each behind a "-":
 `avx512-avx512_vnni-avx512_bf16` is the first processors' AVX-512. The names are those that `cvmk doctor` prints."""
+
+
+BACKENDS = ("cuda", "triton", "native", "reference")
+"""The backends of the ops, in the order in which they are asked."""
+
+
+def check_environment() -> None:
+    """Raises ConfigError where an environment variable of cvmk makes no sense: CVMK_BACKEND, CVMK_CPU_ISA, CVMK_KEPT_MIB."""
+    allowed_backends()
+    isa_level()
+    kept = os.environ.get("CVMK_KEPT_MIB", "")
+    if kept and not (kept.isascii() and kept.isdigit()):
+        raise ConfigError(f"CVMK_KEPT_MIB is {kept!r}: set it to a number of MiB, or unset it")
+
+
+def allowed_backends() -> tuple[str, ...]:
+    """The backends that the environment variable CVMK_BACKEND allows (names separated by commas), in its order; empty where it allows all.
+
+    Raises ConfigError for a name that is no backend.
+    """
+    names = tuple(name.strip() for name in os.environ.get("CVMK_BACKEND", "").split(",") if name.strip())
+    for name in names:
+        if name not in BACKENDS:
+            raise ConfigError(f"CVMK_BACKEND names the backend {name!r}; the backends are {', '.join(BACKENDS)}")
+    return names
 
 
 def isa_level() -> str:

@@ -5,14 +5,14 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import os
 import pkgutil
 import re
-import sys
 from collections.abc import Sequence
 
 from cvmk import __version__
+from cvmk.cli import _terminal
 from cvmk.errors import CvmkError, DataError
+from cvmk.libraries import check_environment
 
 INTERRUPTED = 130
 _OUT_OF_MEMORY = re.compile(r"can't allocate memory|not enough memory|out of memory", re.IGNORECASE)  # as torch says it
@@ -20,38 +20,52 @@ _OUT_OF_MEMORY = re.compile(r"can't allocate memory|not enough memory|out of mem
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb and return its exit code. A deliberate error is one sentence on stderr, never a traceback."""
-    _occupy_closed_descriptors()
+    _terminal.prepare()
     try:
-        options = _parser().parse_args(arguments)
-        return int(options.run(options))
+        code = _run(arguments)
+        _terminal.flush()
+        return code
     except CvmkError as error:
-        print(f"cvmk: {error}", file=sys.stderr)
+        _terminal.complain(error)
         return error.exit_code
     except KeyboardInterrupt:
-        print("cvmk: interrupted", file=sys.stderr)
+        _terminal.complain("interrupted")
         return INTERRUPTED
-    except BrokenPipeError:
-        # The reader of our output went away: end quietly, and keep the interpreter's last flush from complaining.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader of our output went away
         return 0
     except OSError as error:
-        what = error.filename or "standard output"
-        print(f"cvmk: cannot read or write {what}: {error.strerror or error}", file=sys.stderr)
+        _terminal.complain(f"cannot read or write {error.filename or 'standard output'}: {error.strerror or error}")
+        return DataError.exit_code
+    except UnicodeEncodeError as error:
+        _terminal.complain(_unencodable(error))
         return DataError.exit_code
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not _OUT_OF_MEMORY.search(str(error)):
             raise
-        print("cvmk: not enough memory: use a smaller model, smaller batches or a smaller beam", file=sys.stderr)
+        _terminal.complain("not enough memory: use a smaller model, smaller batches or a smaller beam")
         return DataError.exit_code
+    finally:
+        _terminal.settle()
 
 
-def _occupy_closed_descriptors() -> None:
-    """Where a standard stream was closed, the next file that is opened must not become it and get what is printed."""
-    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass
-    os.close(descriptor)
-    if sys.stderr is None:  # print(file=None) would mean standard output
-        sys.stderr = open(os.devnull, "w")
+def _run(arguments: Sequence[str] | None) -> int:
+    try:
+        options = _parser().parse_args(arguments)
+    except SystemExit:  # help, version, wrong usage
+        _terminal.flush()
+        raise
+    if options.check_environment:
+        check_environment()
+    return int(options.run(options))
+
+
+def _unencodable(error: UnicodeEncodeError) -> str:
+    """What printing replaces, a file's name cannot do without."""
+    name = _terminal.as_text(error.object)
+    name = name if len(name) <= 60 else f"{name[:57]}..."
+    if error.encoding.startswith("utf"):
+        return f"{name!r} is no valid text: give the file a name in UTF-8"
+    return f"the encoding of this locale ({error.encoding}) cannot spell {name!r}: set PYTHONUTF8=1, or a locale in UTF-8"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -64,5 +78,5 @@ def _parser() -> argparse.ArgumentParser:
         verb = importlib.import_module(f"{__name__}.{module.name}")
         sub = verbs.add_parser(module.name, help=verb.HELP, description=verb.HELP)
         verb.add_arguments(sub)
-        sub.set_defaults(run=verb.run)
+        sub.set_defaults(run=verb.run, check_environment=getattr(verb, "CHECK_ENVIRONMENT", True))
     return parser

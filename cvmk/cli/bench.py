@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
+import sys
 from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
+from cvmk.cli._streams import need_open
+from cvmk.cli._terminal import show_json
 from cvmk.errors import ConfigError
 
 HELP = "time every backend of every op on this machine, or tune the GPU kernels for it"
@@ -29,6 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
     from cvmk import hardware
     from cvmk.ops import _bench as bench
 
+    need_open(sys.stdout, "output")
     if hardware.cpu().emulated:
         raise ConfigError("the native library is a build for tests that emulates AMX (CVMK_EMULATE_AMX=ON), whose times mean nothing: install one without")
     if not arguments.seconds > 0:
@@ -55,7 +58,7 @@ def _print(rows: Iterable[Any], *, as_json: bool) -> None:
     from cvmk.telemetry import environment
 
     if as_json:
-        print(json.dumps({"machine": environment(), "rows": [asdict(row) for row in rows]}, indent=2))
+        show_json({"machine": environment(), "rows": [asdict(row) for row in rows]})
         return
     op = ""
     for row in rows:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import json
 import re
 import sys
 from dataclasses import asdict
 from typing import Any
 
 from cvmk.cli._streams import need_open
+from cvmk.cli._terminal import show, show_json
 from cvmk.errors import ConfigError
 
+CHECK_ENVIRONMENT = False  # the report says what is wrong with it
 HELP = "show versions, devices, instruction sets, and which backends each op has and why not the others"
 
 _BYTES_PER_GIB = 2**30
@@ -28,12 +29,11 @@ def run(arguments: argparse.Namespace) -> int:
     need_open(sys.stdout, "output")
     report = collect()
     if arguments.json:
-        print(json.dumps(report, indent=2))
+        show_json(report)
     elif sys.stdout.isatty():
         _print_tables(report)
     else:
-        _print_lines(report)
-    sys.stdout.flush()
+        show(_lines(report))
     if report["wrong_settings"]:
         raise ConfigError("; ".join(report["wrong_settings"]))
     return 0
@@ -154,11 +154,11 @@ def _op_rows(ops: dict[str, list[dict[str, Any]]]) -> list[tuple[str, str]]:
     return rows
 
 
-def _print_lines(report: dict[str, Any]) -> None:
+def _lines(report: dict[str, Any]) -> str:
+    lines = []
     for title, rows in _rows(report):
-        print(title)
-        for what, value in rows:
-            print(f"  {what}: {value}" if what else f"    not {value}")
+        lines += [title, *(f"  {what}: {value}" if what else f"    not {value}" for what, value in rows)]
+    return "\n".join(lines)
 
 
 def _print_tables(report: dict[str, Any]) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 from cvmk.cli._commands import command
-from cvmk.cli._streams import read_whole
+from cvmk.cli._streams import need_open, read_whole
+from cvmk.cli._terminal import as_text, complain, show, show_json
 
 HELP = "train a translation model: a teacher, distilled into a student"
 
@@ -30,16 +30,21 @@ def run(arguments: argparse.Namespace) -> int:
     from cvmk.config.overrides import with_overrides
     from cvmk.config.schema import TrainConfig
     from cvmk.errors import ConfigError
+    from cvmk.validation.tokenization import check_tokenizer
 
+    if arguments.explain_config or arguments.check or arguments.json:
+        need_open(sys.stdout, "output")
     if arguments.explain_config:
-        print(explain_config())
+        show(explain_config())
         return 0
     if arguments.config is None:
         raise ConfigError("name a configuration file, for example `cvmk train examples/quickstart.toml`")
     text, name = read_whole(arguments.config)
-    config = parse_config(TrainConfig, text, name, arguments.overrides)
+    overrides = [as_text(override) for override in arguments.overrides]
+    config = parse_config(TrainConfig, text, name, overrides)
     if arguments.check:
-        print(f"{name} is a valid configuration")
+        check_tokenizer(config.validation.bleu_tokenize, "validation.bleu_tokenize")
+        show(f"{name} is a valid configuration")
         return 0
 
     from cvmk.hardware import keep_freed_memory
@@ -49,36 +54,48 @@ def run(arguments: argparse.Namespace) -> int:
 
     keep_freed_memory()
     try:
-        report = train(config, with_overrides(text, arguments.overrides), reporter(), resume=arguments.resume, restart=arguments.restart)
+        report = train(config, with_overrides(text, overrides), reporter(), resume=arguments.resume, restart=arguments.restart)
     except Interrupted as interruption:
-        print(f"cvmk: {interruption}; go on with: {command('train', Path(config.run.folder) / 'config.toml', '--resume')}", file=sys.stderr)
+        complain(f"{interruption}; go on with: {command('train', Path(config.run.folder) / 'config.toml', '--resume')}")
         raise
     if arguments.json:
-        print(json.dumps(report, ensure_ascii=False))
+        show_json(report, indent=None)
     else:
-        _show(report, config.run.folder)
+        show(_summary(report, config.run.folder))
     return 0
 
 
-def _show(report: dict[str, Any], folder: str) -> None:
+def _summary(report: dict[str, Any], folder: str) -> str:
     from cvmk.training.report import score_lines
 
-    result = report["test"] or report["validation"]
-    name = "held-out test" if report["test"] else "validation"
-    print(f"\n{report['title']}: {report['parameters'] / 1e6:.2f} M parameters, {report['iterations']} iterations, "
-          f"{report['throughput']['target_tokens_per_second']:.0f} target tokens/s; {report['weights']}")
-    if report["teacher"] is not None and report["teacher"].get("test" if report["test"] else "validation"):
-        scores = report["teacher"]["test" if report["test"] else "validation"]
-        words = ", ".join(f"{score['metric']} {score['value']:.2f}" for score in scores)
-        print(f"its teacher: {report['teacher']['parameters'] / 1e6:.2f} M parameters, {words}")
-    print(f"\nScores on the {name} set ({result['sentences']} sentences):")
-    print("\n".join(score_lines(result)))
-    print("\nSample translations:")
-    for sample in result["samples"]:
-        print(f"  {sample['source']}\n    -> {sample['hypothesis']}\n    == {sample['reference']}")
-    print("\nNext:")
+    name = "test" if report["test"] else "validation"
+    result = report[name]
+    lines = [
+        f"\n{report['title']}: {report['parameters'] / 1e6:.2f} M parameters, {report['iterations']} iterations, "
+        f"{report['throughput']['target_tokens_per_second']:.0f} target tokens/s; {report['weights']}"
+    ]
+    if report["teacher"] is not None and report["teacher"].get(name):
+        words = _teacher_scores(report["teacher"][name], result["scores"])
+        lines.append(f"its teacher: {report['teacher']['parameters'] / 1e6:.2f} M parameters, {words}")
+    lines += [f"\nScores on the {'held-out test' if report['test'] else name} set ({result['sentences']} sentences):", *score_lines(result)]
+    lines.append("\nSample translations:")
+    lines += [f"  {sample['source']}\n    -> {sample['hypothesis']}\n    == {sample['reference']}" for sample in result["samples"]]
     model = Path(folder) / "model"
-    print(f'  echo "Good morning." | {command("translate", model)}')
-    print(f"  {command('validate', model)} --source FILE --reference FILE")
-    print("  cvmk doctor                    which kernels run on this machine")
-    print("  cvmk train --explain-config    every key, for a configuration of your own")
+    return "\n".join([
+        *lines,
+        "\nNext:",
+        f'  echo "Good morning." | {command("translate", model)}',
+        f"  {command('validate', model)} --source FILE --reference FILE",
+        "  cvmk doctor                    which kernels run on this machine",
+        "  cvmk train --explain-config    every key, for a configuration of your own",
+    ])  # fmt: skip
+
+
+def _teacher_scores(scores: list[dict[str, Any]], students: list[dict[str, Any]]) -> str:
+    """The teacher's scores; those that were made in another way than the student's cannot stand beside them without a word."""
+    ours = {score["metric"]: score["signature"] for score in students}
+    return ", ".join(
+        f"{score['metric']} {score['value']:.2f}"
+        + ("" if ours.get(score["metric"], score["signature"]) == score["signature"] else f" (not comparable: {score['signature']})")
+        for score in scores
+    )

@@ -27,7 +27,8 @@ _BLOCK = 1 << 16
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Translate a UTF-8 text, one sentence a line: line n of the output is the translation of line n of the input. Empty lines stay empty."
+    parser.description = "Translate a UTF-8 text, one sentence a line: line n of the output is the translation of line n of the input. Empty lines stay empty. "
+    parser.description += "Input and output are UTF-8 whatever the locale."
     parser.add_argument("model", metavar="MODEL", help="folder of a model or of a run")
     parser.add_argument("--input", metavar="FILE", help="file to translate, plain or compressed (default, and -: standard input)")
     parser.add_argument("--output", metavar="FILE", help="file to write, whole or not at all (default, and -: standard output)")

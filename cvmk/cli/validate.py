@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import sys
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from cvmk.cli._streams import STANDARD_INPUT, is_standard, need_open, standard_input
+from cvmk.cli._terminal import show, show_json
 from cvmk.errors import ConfigError, DataError, QualityGateError
 from cvmk.hardware import keep_freed_memory
 from cvmk.text.lines import decode_line, text_lines
@@ -67,10 +67,12 @@ def run(arguments: argparse.Namespace) -> int:
     # Whatever a library prints must not mix with the JSON.
     with contextlib.redirect_stdout(sys.stderr) if arguments.json else contextlib.nullcontext():
         report = _report(arguments, metrics, limits, sources, references)
-    print(json.dumps(report, ensure_ascii=False, indent=2) if arguments.json else _text(report))
+    if arguments.json:
+        show_json(report)
+    else:
+        show(_text(report))
     failed = [gate["message"] for gate in report["gates"] if not gate["passed"]]
     if failed:
-        sys.stdout.flush()
         raise QualityGateError("; ".join(failed))
     return 0
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -11,10 +10,10 @@ from typing import Any
 
 import torch
 
-from cvmk.errors import ConfigError, NoBackendError
-from cvmk.libraries import isa_level
+from cvmk.errors import NoBackendError
+from cvmk.libraries import BACKENDS, allowed_backends, check_environment
 
-PREFERENCE = ("cuda", "triton", "native", "reference")
+PREFERENCE = BACKENDS
 """Backends in the order in which they are asked."""
 
 
@@ -85,17 +84,8 @@ def _check_names(names: Sequence[str], where: str) -> None:
             raise ValueError(f"{where} names the backend {name!r}; the backends are {', '.join(PREFERENCE)}")
 
 
-def _from_environment() -> tuple[str, ...]:
-    names = tuple(name.strip() for name in os.environ.get("CVMK_BACKEND", "").split(",") if name.strip())
-    isa_level()  # raises where CVMK_CPU_ISA makes no sense
-    try:
-        _check_names(names, "CVMK_BACKEND")
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-    return names
-
-
-_ENVIRONMENT = _from_environment()
+check_environment()
+_ENVIRONMENT = allowed_backends()
 _allowed = ContextVar("cvmk_backends", default=_ENVIRONMENT)
 allowed = _allowed.get
 """The names of the allowed backends in this context, in order; empty where all are, in the order of PREFERENCE."""

@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from cvmk.errors import ConfigError
 from cvmk.ops import native
 
 LARGE = 2**20
 """Bytes of a tensor from which on the library's blocks are used."""
-
-_KEPT = os.environ.get("CVMK_KEPT_MIB", "")
-if _KEPT and not (_KEPT.isascii() and _KEPT.isdigit()):
-    raise ConfigError(f"CVMK_KEPT_MIB is {_KEPT!r}: set it to a number of MiB, or unset it")
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
