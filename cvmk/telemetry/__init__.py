@@ -1,7 +1,14 @@
-"""What a run says while it goes on: structured events, a rotating log, and the terminal. Imports nothing of cvmk but its errors and files."""
+"""What a run says while it goes on: events of a versioned schema, the logs that record them, and the terminal that shows them.
+
+Imports nothing of cvmk but its errors and files.
+"""
 
 from cvmk.telemetry.console import Reporter, reporter
 from cvmk.telemetry.environment import environment
 from cvmk.telemetry.events import RunLog
+from cvmk.telemetry.reading import EventReader, read_events
+from cvmk.telemetry.schema import Event, Record
+from cvmk.telemetry.stream import EventStream, Subscriber
+from cvmk.telemetry.terminal import Terminal
 
-__all__ = ["Reporter", "RunLog", "environment", "reporter"]
+__all__ = ["Event", "EventReader", "EventStream", "Record", "Reporter", "RunLog", "Subscriber", "Terminal", "environment", "read_events", "reporter"]

@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 
 from cvmk.errors import DataError
-from cvmk.telemetry import Reporter, RunLog, environment
+from cvmk.telemetry import Record, Reporter, RunLog, environment
 from cvmk.telemetry.console import duration
+from cvmk.telemetry.schema import Note, Resumed, Step
 
 
 def test_events_are_one_json_object_a_line(tmp_path: Path) -> None:
     log = RunLog(tmp_path)
-    log.event("step", step=1, loss=2.5)
+    log.write(Record.now(Step(1, 1e-3, 1.0, 1.0, 2.5)))
     log.line("step 1")
     events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]  # readable while the run goes on
     log.close()
@@ -24,7 +25,7 @@ def test_events_are_one_json_object_a_line(tmp_path: Path) -> None:
 def test_half_a_line_of_a_killed_run_stays_alone(tmp_path: Path) -> None:
     (tmp_path / "events.jsonl").write_text('{"event": "ste')
     log = RunLog(tmp_path)
-    log.event("resumed")
+    log.write(Record.now(Resumed(1)))
     log.close()
     assert json.loads((tmp_path / "events.jsonl").read_text().splitlines()[-1])["event"] == "resumed"
 
@@ -35,7 +36,7 @@ def test_a_full_disk_is_not_ignored(tmp_path: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
     try:
         with pytest.raises(DataError, match=r"events\.jsonl"):
-            log.event("long", text="x" * 1000)
+            log.write(Record.now(Note("x" * 1000)))
         with pytest.raises(DataError, match=r"log\.txt"):
             log.line("x" * 1000)
     finally:
@@ -54,3 +55,11 @@ def test_durations_and_environment() -> None:
     assert [duration(5), duration(65), duration(3725)] == ["0:05", "1:05", "1:02:05"]
     assert environment()["packages"]["torch"] is not None
     json.dumps(environment())
+
+
+def test_events_without_a_class_still_work(tmp_path: Path) -> None:
+    log = RunLog(tmp_path)
+    with pytest.warns(DeprecationWarning, match=r"RunLog\.write"):
+        log.event("mine", value=1)
+    log.close()
+    assert json.loads((tmp_path / "events.jsonl").read_text())["value"] == 1
