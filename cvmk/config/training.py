@@ -42,11 +42,17 @@ class ValidationConfig(Section):
     patience: Annotated[int, MAY_CHANGE] = Field(10, ge=0, description="Stop after so many validations without a better metric; 0 = never.")
     min_delta: Annotated[float, MAY_CHANGE] = Field(0.0, ge=0, description="Improvement of the metric that counts as better.")
     bootstrap: Annotated[int, MAY_CHANGE] = Field(500, ge=50, description="Resamples of the paired bootstrap.")
-    confidence: Annotated[float, MAY_CHANGE] = Field(0.95, gt=0.5, lt=1, description="Confidence of the bootstrap interval; a drop outside it is a regression.")
+    confidence: Annotated[float, MAY_CHANGE] = Field(
+        0.95, gt=0.5, lt=1,
+        description="Confidence of the bootstrap intervals and of the paired test that finds regressions.",
+    )
 
 
 class GuardConfig(Section):
-    max_rollbacks: int = Field(3, ge=0, description="Returns to the best checkpoint before the run stops with exit code 4.")
+    max_rollbacks: int = Field(
+        3, ge=0,
+        description="Returns to the best checkpoint before the run ends with it: with exit code 4 after divergence, early after a regression.",
+    )
     learning_rate_factor: float = Field(0.5, gt=0, le=1, description="Learning rate factor after each rollback.")
     loss_factor: float = Field(4.0, gt=1, description="A loss above this multiple of its moving average, `window` times in a row, is divergence.")
     gradient_factor: float = Field(
@@ -56,5 +62,7 @@ class GuardConfig(Section):
     window: int = Field(10, ge=1, description="Iterations in a row that make an exploding loss or gradient a divergence; a non-finite one counts at once.")
     rollback_on_regression: bool = Field(
         True,
-        description="Return to the best checkpoint also when the validation metric drops outside its bootstrap interval.",
+        description="Return to the best checkpoint also when, after the warm-up, the validation metric is worse than the best one by the paired bootstrap "
+        "and the average loss has risen, or the metric has fallen to less than half.",
     )
+    min_sentences: int = Field(20, ge=2, description="With fewer validation pairs no drop of the metric is a regression.")

@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import safetensors.torch
 import torch
@@ -22,6 +22,7 @@ import torch
 from cvmk.errors import DataError
 from cvmk.files import explained, pointed, read_bytes, read_json, sync_folder, write_bytes, write_json, write_pointer
 from cvmk.formats import read_weights
+from cvmk.training.world import World
 
 WEIGHTS, TENSORS, STATE = "model.safetensors", "state.pt", "state.json"
 POINTERS = ("best", "last")
@@ -41,17 +42,60 @@ class Checkpoint:
     values: dict[str, Any]
 
 
+class Checkpoints(Protocol):
+    """Where a trainer keeps its checkpoints, by step. All raise DataError for whatever cannot be written or read.
+
+    `save` takes what it needs before it returns, and may write it later: the other calls wait for that, and raise what went wrong.
+    """
+
+    def save(self, step: int, checkpoint: Checkpoint, *, best: bool = False) -> None:
+        """Keep a checkpoint as the last one (and as the best); older ones that are neither may go."""
+
+    def finish(self) -> None:
+        """Return when all that was saved is safe."""
+
+    def load(self, step: int) -> Checkpoint: ...
+
+    def newest(self) -> int | None:
+        """The step to resume from."""
+
+    def steps(self) -> list[int]: ...
+
+    def target(self, name: str) -> int | None:
+        """The step that is called `name`, "best" or "last"."""
+
+    def point(self, name: str, step: int) -> None:
+        """Let `name` be the one of `step`."""
+
+    def drop_after(self, step: int) -> None:
+        """Forget the later steps: after a rollback they belong to a past that did not happen."""
+
+    def where(self, step: int) -> str:
+        """The place of a checkpoint, for a person."""
+
+
 class CheckpointStore:
-    """The checkpoints of one run. Raises DataError for whatever cannot be written or read.
+    """The checkpoints of one run in its folder, written at once, by one of the processes of `world`.
 
     `describe` writes what a model's folder has besides the weights into the folder that it is given.
     """
 
-    def __init__(self, folder: Path, keep: int, describe: Callable[[Path], None] | None = None) -> None:
-        self.folder, self._keep, self._describe = folder, keep, describe
+    def __init__(self, folder: Path, keep: int, describe: Callable[[Path], None] | None = None, world: World | None = None) -> None:
+        self.folder, self._keep, self._describe, self._world = folder, keep, describe, world or World()
 
     def save(self, step: int, checkpoint: Checkpoint, *, best: bool = False) -> None:
         """Write `step-N` whole, point `last` (and `best`) at it, and drop what is no longer pointed at nor among the newest."""
+        if self._world.writes:
+            self._save(step, checkpoint, best)
+        self._world.wait()
+
+    def finish(self) -> None:
+        """Nothing waits to be written."""
+
+    def where(self, step: int) -> str:
+        return str(self.folder / f"step-{step}")
+
+    def _save(self, step: int, checkpoint: Checkpoint, best: bool) -> None:
         final = self.folder / f"step-{step}"
         temporary = self.folder / f".step-{step}.partial"
         with explained(final, "write the checkpoint"):
@@ -87,6 +131,8 @@ class CheckpointStore:
 
     def point(self, name: str, step: int) -> None:
         """Let `name` ("best" or "last") point at `step-N`."""
+        if not self._world.writes:
+            return
         path = self.folder / name
         with explained(path, "write"):
             if path.is_dir() and not path.is_symlink():  # a copy that followed the links of an older cvmk
@@ -126,7 +172,9 @@ class CheckpointStore:
         return step if step is not None and (self.folder / f"step-{step}").is_dir() else None
 
     def drop_after(self, step: int) -> None:
-        """Remove the checkpoints of later steps: after a rollback they belong to a past that did not happen."""
+        """Remove the checkpoints of later steps."""
+        if not self._world.writes:
+            return
         with explained(self.folder, "remove old checkpoints in"):
             for later in self.steps():
                 if later > step:
@@ -134,6 +182,9 @@ class CheckpointStore:
 
     def newest(self) -> int | None:
         """The step to resume from: `last`, or, where a crash fell between two renames, the newest whole checkpoint."""
+        return self._world.told(self._newest() if self._world.writes else None)
+
+    def _newest(self) -> int | None:
         self._tidy()
         target = self.target("last")
         if target is not None and (self.folder / f"step-{target}" / STATE).exists():

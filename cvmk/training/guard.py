@@ -31,6 +31,12 @@ class DivergenceGuard:
                 return f"the {name} was over {series.factor:g} times its average of {series.mean:.4g} for {self._config.window} iterations (now {value:.4g})"
         return None
 
+    @property
+    def average_loss(self) -> float | None:
+        """The moving average of the loss; None before the first value."""
+        series = self._series["loss"]
+        return series.mean if series.count else None
+
     def reset(self) -> None:
         """Forget everything: after a rollback the past is another."""
         for series in self._series.values():

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,36 +11,32 @@ import torch
 from cvmk.config import DistillationConfig, TrainConfig
 from cvmk.config.schema import Recipe
 from cvmk.distill import DistillationObjective, check_vocabularies
-from cvmk.errors import ConfigError, DataError
-from cvmk.files import read_json, write_json
-from cvmk.formats import load_model_folder, resolve_model_folder, save_model_folder
-from cvmk.inference import Translator
+from cvmk.errors import ConfigError, DivergedError
+from cvmk.files import write_json
+from cvmk.formats import describe_model, save_model_folder
 from cvmk.nn import CVMTransformer, count_parameters
-from cvmk.telemetry import Reporter, RunLog
+from cvmk.telemetry import EventStream, Reporter, RunLog, Terminal
+from cvmk.telemetry.schema import Average, End, Start
+from cvmk.text.batching import TokenBatchSampler
 from cvmk.text.cache import TokenizedCorpus, over_long, tokenized
 from cvmk.text.corpus import CorpusReport, ParallelCorpus
 from cvmk.text.tokenizers import Tokenizer, load_tokenizer
+from cvmk.training.averaging import WeightHistory
+from cvmk.training.batches import Batches
+from cvmk.training.checkpoint import CheckpointStore
 from cvmk.training.contents import Content, contents_of
+from cvmk.training.guard import DivergenceGuard
+from cvmk.training.judge import blindness
 from cvmk.training.materials import Corpora, load_corpora, prepare_tokenizer, teacher_translations
-from cvmk.training.report import model_card, training_report, unknown_languages
+from cvmk.training.optimizers import build_optimizer
+from cvmk.training.report import REPORT, Outcome, model_card, training_report, unknown_languages
 from cvmk.training.run_folder import open_run
+from cvmk.training.state import TrainingState
+from cvmk.training.step import TrainingStep
+from cvmk.training.teacher import Teacher, is_trained, load_teacher, named_teacher
 from cvmk.training.trainer import Trainer
+from cvmk.training.world import World, current_world
 from cvmk.validation import DistillationValidator, ValidationResult
-
-REPORT = "training_report.json"
-
-
-@dataclass(frozen=True)
-class Teacher:
-    """A finished model to distil, and a name for its weights."""
-
-    model: CVMTransformer
-    tokenizer: Tokenizer
-    path: Path
-    fingerprint: str
-
-    def translator(self) -> Translator:
-        return Translator.from_model(self.model, self.tokenizer)
 
 
 @dataclass(frozen=True)
@@ -54,6 +48,7 @@ class Job:
     device: torch.device
     corpora: Corpora
     reporter: Reporter
+    world: World
 
     @property
     def cache(self) -> Path:
@@ -63,16 +58,17 @@ class Job:
 def train(config: TrainConfig, text: str, reporter: Reporter, *, resume: bool = False, restart: bool = False) -> dict[str, Any]:
     """Run a training configuration (`text` is its TOML) to its report, which is also written to `training_report.json`.
 
-    Raises the errors of cvmk.errors, and Interrupted after Ctrl-C.
+    Raises the errors of cvmk.errors, and Interrupted after Ctrl-C. A run that diverges after its last rollback has exported its best checkpoint before
+    it raises DivergedError.
     """
     device = _device(config.run.device)
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     corpora = load_corpora(config.data)
-    teacher = _finished_teacher(config, device)
+    teacher = named_teacher(config.teacher, device)
     given = load_tokenizer(config.tokenizer.path) if config.tokenizer.path is not None else None
     with open_run(config, text, _contents(config, corpora, given, teacher), resume=resume, restart=restart) as folder:
-        job = Job(config, folder, device, corpora, reporter)
+        job = Job(config, folder, device, corpora, reporter, current_world())
         for corpus in (corpora.train, corpora.valid, corpora.test):
             if corpus is not None:
                 reporter.say(corpus.report.describe(corpus.name))
@@ -94,7 +90,7 @@ def _contents(config: TrainConfig, corpora: Corpora, tokenizer: Tokenizer | None
     if tokenizer is not None:
         found["tokenizer.path"] = Content(str(config.tokenizer.path), tokenizer.fingerprint)
     if teacher is not None:
-        found["teacher.path"] = Content(str(teacher.path), teacher.fingerprint, settled=_is_finished(teacher))
+        found["teacher.path"] = Content(str(teacher.path), teacher.fingerprint, settled=teacher.finished)
     return found
 
 
@@ -104,94 +100,97 @@ def _device(name: str) -> torch.device:
     return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
 
 
-# -- the teacher -------------------------------------------------------------------------------------------------------------
-def _finished_teacher(config: TrainConfig, device: torch.device) -> Teacher | None:
-    """The teacher that the configuration names by path; None where it is to be trained, or where there is none."""
-    if config.teacher is None or config.teacher.path is None:
-        return None
-    return _load_teacher(Path(config.teacher.path), device)
-
-
-def _load_teacher(path: Path, device: torch.device) -> Teacher:
-    model, tokenizer, _ = load_model_folder(path)
-    model = model.float().to(device).eval()
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    return Teacher(model, tokenizer, path, _fingerprint(model))
-
-
-def _fingerprint(model: CVMTransformer) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
+# -- one model ---------------------------------------------------------------------------------------------------------------
 def _train_teacher(job: Job, tokenizer: Tokenizer) -> Teacher:
     """Train the teacher of the configuration in `teacher/` of the run's folder, unless an earlier start has finished it."""
     assert job.config.teacher is not None
     folder = job.folder / "teacher"
-    if not (folder / REPORT).exists():
+    if not is_trained(folder):
         folder.mkdir(exist_ok=True)
         _train_one(job, job.config.teacher, folder, "teacher", tokenizer, None)
-    return _load_teacher(folder, job.device)
+    return load_teacher(folder, job.device)
 
 
-# -- one model ---------------------------------------------------------------------------------------------------------------
 def _train_one(job: Job, recipe: Recipe, folder: Path, title: str, tokenizer: Tokenizer, teacher: Teacher | None) -> dict[str, Any]:
-    config = job.config
-    distillation = config.distillation if teacher is not None else DistillationConfig(alpha=0.0)
-    log = RunLog(folder)
+    """Train, choose the weights, score them, and write the model and its report. Raises DivergedError after that where training gave up."""
+    events = EventStream(RunLog(folder), [Terminal(job.reporter, title)])
     try:
-        torch.manual_seed(config.run.seed)
-        model = CVMTransformer(recipe.model, tokenizer.vocab_size, Tokenizer.PAD).to(job.device)
-        objective = DistillationObjective(
-            distillation,
-            label_smoothing=recipe.training.label_smoothing,
-            student=recipe.model,
-            teacher=teacher.model.config if teacher is not None else None,
-            vocab_size=tokenizer.vocab_size,
-        ).to(job.device)
-        corpus = _training_corpus(job, tokenizer, teacher)
-        trainer = Trainer(
-            recipe,
-            folder=folder,
-            seed=config.run.seed,
-            model=model,
-            teacher=teacher.model if teacher is not None else None,
-            objective=objective,
-            corpus=corpus,
-            tokenizer=tokenizer,
-            validator=_validator(job, recipe, job.corpora.valid, "valid", folder, teacher),
-            log=log,
-            reporter=job.reporter,
-            title=title,
-            languages=config.data.languages,
-        )
+        trainer, corpus = _trainer(job, recipe, folder, tokenizer, teacher, events)
         step = trainer.resume()
         trainer.validator.check_metric(refuse=step is None)
-        parameters = count_parameters(model)
-        resumed = f", resumed at iteration {step}" if step else ""
-        job.reporter.say(f"{title}: {parameters / 1e6:.2f} M parameters on {job.device}, {len(corpus)} pairs, {recipe.training.iterations} iterations{resumed}")
-        log.event("start", title=title, parameters=parameters, pairs=len(corpus), step=step or 0)
+        parameters = count_parameters(trainer.state.model)
+        events.emit(Start(title, parameters, len(corpus), step or 0, recipe.training.iterations, str(job.device)))
         if teacher is not None:
-            _tell_teacher(teacher, log, job.reporter)
-        trainer.train()
-        final, chosen = _final_weights(trainer)
-        test = None
-        if job.corpora.test is not None:
-            validator = _validator(job, recipe, job.corpora.test, "test", None, teacher)
-            test = validator.run(trainer.translator(), trainer.progress.step, on_long="truncate")
+            events.emit(teacher.event())
+        diverged = _diverged(trainer)
         report = training_report(
-            config, recipe, title, trainer, parameters=parameters, corpus=corpus, final=final, chosen=chosen, test=test,
-            teacher=_teacher_facts(teacher),
+            job.config, recipe, title, trainer.state, corpus, _outcome(job, recipe, trainer, teacher, diverged), teacher.facts() if teacher else None
         )
-        save_model_folder(folder / "model", model.eval(), tokenizer, model_card(report), {"languages": trainer.languages})
+        save_model_folder(folder / "model", trainer.state.model.eval(), tokenizer, model_card(report), {"languages": job.config.data.languages})
         write_json(folder / REPORT, report)
-        log.event("end", report=report)
+        events.emit(End(report))
+        if diverged is not None:
+            raise DivergedError(
+                f"{diverged}; the model in {folder / 'model'} is its {report['weights']}: "
+                "try a smaller optimizer.learning_rate or a longer schedule.warmup, or --resume to go on from there with a smaller rate"
+            )
         return report
     finally:
-        log.close()
+        events.close()
+
+
+def _trainer(job: Job, recipe: Recipe, folder: Path, tokenizer: Tokenizer, teacher: Teacher | None, events: EventStream) -> tuple[Trainer, TokenizedCorpus]:
+    """The objects that a configuration stands for, and the corpus that is trained on."""
+    config, training = job.config, recipe.training
+    torch.manual_seed(config.run.seed)
+    model = CVMTransformer(recipe.model, tokenizer.vocab_size, Tokenizer.PAD).to(job.device)
+    objective = DistillationObjective(
+        config.distillation if teacher is not None else DistillationConfig(alpha=0.0),
+        label_smoothing=training.label_smoothing,
+        student=recipe.model,
+        teacher=teacher.model.config if teacher is not None else None,
+        vocab_size=tokenizer.vocab_size,
+    ).to(job.device)
+    corpus = _training_corpus(job, tokenizer, teacher)
+    optimizer = build_optimizer(recipe.optimizer, (model, objective))
+    sampler = TokenBatchSampler(corpus.lengths, training.max_tokens, config.run.seed)
+    state = TrainingState(
+        model,
+        objective,
+        optimizer,
+        Batches(corpus, sampler, training.accumulate, job.device, job.world),
+        DivergenceGuard(recipe.guard),
+        _validator(job, recipe, job.corpora.valid, "valid", folder, teacher, events),
+    )
+    step = TrainingStep(
+        model, teacher.model if teacher is not None else None, objective, optimizer,
+        precision=training.precision, clip_norm=training.clip_norm, world=job.world,
+    )
+    checkpoints, about = folder / "checkpoints", {"languages": config.data.languages}
+    store = CheckpointStore(checkpoints, training.keep, lambda into: describe_model(into, model, tokenizer, about), job.world)
+    return Trainer(recipe, state, step, store, WeightHistory(checkpoints / "average", training.average), tokenizer, events), corpus
+
+
+def _diverged(trainer: Trainer) -> str | None:
+    """Train; why it gave up, where it did. Raises DivergedError where there is no checkpoint to fall back on."""
+    try:
+        trainer.train()
+    except DivergedError as error:
+        if trainer.validator.best is None:
+            raise DivergedError(f"{error}, before any validation: try a smaller optimizer.learning_rate or a longer schedule.warmup") from error
+        return str(error)
+    return None
+
+
+def _outcome(job: Job, recipe: Recipe, trainer: Trainer, teacher: Teacher | None, diverged: str | None) -> Outcome:
+    """Leave the best weights in the trainer's model, and score them on the test set, where there is one."""
+    result, chosen = _final_weights(trainer)
+    test = None
+    if job.corpora.test is not None:
+        validator = _validator(job, recipe, job.corpora.test, "test", None, teacher, trainer.events)
+        test = validator.run(trainer.translator(), trainer.progress.step, on_long="truncate")
+    blind = blindness(trainer.validator.history)
+    return Outcome(chosen, result, test, diverged, [blind] if blind else [])
 
 
 def _training_corpus(job: Job, tokenizer: Tokenizer, teacher: Teacher | None) -> TokenizedCorpus:
@@ -213,7 +212,9 @@ def _training_corpus(job: Job, tokenizer: Tokenizer, teacher: Teacher | None) ->
     return found
 
 
-def _validator(job: Job, recipe: Recipe, corpus: ParallelCorpus, name: str, folder: Path | None, teacher: Teacher | None) -> DistillationValidator:
+def _validator(
+    job: Job, recipe: Recipe, corpus: ParallelCorpus, name: str, folder: Path | None, teacher: Teacher | None, events: EventStream
+) -> DistillationValidator:
     config = recipe.validation
     sources, references = corpus.sources, corpus.targets
     if name == "test":
@@ -225,7 +226,7 @@ def _validator(job: Job, recipe: Recipe, corpus: ParallelCorpus, name: str, fold
     history = folder / "validation_history.json" if folder is not None else None
     hypotheses = folder / "hypotheses" if folder is not None else None
     language = job.config.data.target_language
-    return DistillationValidator(config, sources[:count], references[:count], outputs, history, hypotheses, language, job.reporter.say)
+    return DistillationValidator(config, sources[:count], references[:count], outputs, history, hypotheses, language, events.note)
 
 
 def _final_weights(trainer: Trainer) -> tuple[ValidationResult, str]:
@@ -234,39 +235,12 @@ def _final_weights(trainer: Trainer) -> tuple[ValidationResult, str]:
     assert best is not None
     mean = trainer.averages.mean()
     if mean is not None:
-        trainer.model.load_state_dict(mean)
+        trainer.state.model.load_state_dict(mean)
         # a validator of its own: the history holds what training went through, once each
         averaged = validator.without_history().run(trainer.translator(), trainer.progress.step, on_long="truncate")
         steps = ", ".join(map(str, trainer.averages.steps()))
-        trainer.log.event("average", iterations=trainer.averages.steps(), **averaged.to_dict())
+        trainer.events.emit(Average.of(averaged.to_dict() | {"iterations": trainer.averages.steps()}))
         if validator.better(averaged, best):
             return averaged, f"average of the weights at iterations {steps}"
-    trainer.model.load_state_dict(trainer.store.load(best.step).weights)
+    trainer.state.model.load_state_dict(trainer.store.load(best.step).weights)
     return best, f"checkpoint at iteration {best.step}"
-
-
-def _is_finished(teacher: Teacher) -> bool:
-    return resolve_model_folder(teacher.path).parent != teacher.path / "checkpoints"
-
-
-def _tell_teacher(teacher: Teacher, log: RunLog, reporter: Reporter) -> None:
-    """Which weights teach. A run that is not finished lends those of its best checkpoint, which may change as it goes on."""
-    weights = resolve_model_folder(teacher.path)
-    finished = _is_finished(teacher)
-    if not finished:
-        text = f"the teacher's run {teacher.path} is not finished: its best checkpoint ({weights.name}) teaches"
-        reporter.say(text)
-        log.line(text)
-    log.event("teacher", path=str(teacher.path), weights=str(weights.resolve()), fingerprint=teacher.fingerprint, finished=finished)
-
-
-def _teacher_facts(teacher: Teacher | None) -> dict[str, Any] | None:
-    if teacher is None:
-        return None
-    facts: dict[str, Any] = {"path": str(teacher.path), "fingerprint": teacher.fingerprint, "parameters": count_parameters(teacher.model)}
-    folder = resolve_model_folder(teacher.path)
-    if folder.name == "model":  # of a finished run
-        with contextlib.suppress(DataError, KeyError, TypeError):  # a damaged report of the teacher must not cost the student
-            found = read_json(folder.parent / REPORT)
-            return facts | {"validation": found["validation"]["scores"], "test": found["test"]["scores"] if found["test"] else None}
-    return facts

@@ -2,54 +2,66 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from cvmk.config import TrainConfig
 from cvmk.config.schema import Recipe
+from cvmk.nn import count_parameters
 from cvmk.telemetry import environment
-from cvmk.text.cache import TokenizedCorpus
-from cvmk.training.trainer import Trainer
 from cvmk.validation import Score, ValidationResult
+
+if TYPE_CHECKING:
+    from cvmk.text.cache import TokenizedCorpus
+    from cvmk.training.state import TrainingState
+
+
+REPORT = "training_report.json"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a training: which weights were chosen, and how good they are."""
+
+    weights: str
+    validation: ValidationResult
+    test: ValidationResult | None
+    diverged: str | None
+    """Why training gave up, where it did: the weights are then those of the best checkpoint before."""
+    notes: list[str]
+    """Sentences that a reader of the scores should know."""
 
 
 def training_report(
-    config: TrainConfig,
-    recipe: Recipe,
-    title: str,
-    trainer: Trainer,
-    *,
-    parameters: int,
-    corpus: TokenizedCorpus,
-    final: ValidationResult,
-    chosen: str,
-    test: ValidationResult | None,
-    teacher: dict[str, Any] | None,
+    config: TrainConfig, recipe: Recipe, title: str, state: TrainingState, corpus: TokenizedCorpus, outcome: Outcome, teacher: dict[str, Any] | None
 ) -> dict[str, Any]:
     """Everything that a reader of the run wants to know, JSON-ready. Seconds are of training alone; tokens are target tokens."""
-    progress = trainer.progress
+    progress = state.progress
     return {
         "title": title,
         "languages": [config.data.source_language, config.data.target_language],
-        "parameters": parameters,
+        "parameters": count_parameters(state.model),
         "pairs": {"trained_on": len(corpus), "skipped": corpus.report.skipped},
-        "vocabulary": trainer.tokenizer.vocab_size,
+        "vocabulary": state.model.vocab_size,
         "iterations": progress.step,
         "stopped_early": progress.finished,
         "rollbacks": progress.rollbacks,
+        "diverged": outcome.diverged,
         "throughput": {
             "target_tokens": progress.tokens,
             "seconds": round(progress.seconds, 2),
-            "target_tokens_per_second": round(trainer.tokens_per_second, 1),
+            "target_tokens_per_second": round(progress.tokens_per_second, 1),
             "iterations_per_second": round(progress.step / progress.seconds, 3) if progress.seconds else None,
         },
         "losses": {"first": progress.first_loss, "last": progress.losses},
-        "weights": chosen,
-        "validation": final.to_dict(),
-        "test": test.to_dict() if test is not None else None,
+        "weights": outcome.weights,
+        "validation": outcome.validation.to_dict(),
+        "test": outcome.test.to_dict() if outcome.test is not None else None,
+        "notes": outcome.notes,
         "teacher": teacher,
         "model": recipe.model.model_dump(),
         "distillation": config.distillation.model_dump() if teacher is not None else None,
-        "environment": environment() | {"device": str(trainer.device)},
+        "environment": environment() | {"device": str(state.device)},
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -174,14 +175,14 @@ class DistillationValidator:
 
         `translator` has `translate(texts, beam_size=...)` giving objects with `.text` (and perhaps `.tokens`), or is a callable from a
         list of texts to a list of texts. `options` go to `translator.translate` too, such as max_batch_tokens. `best` becomes this
-        result where it is better. Raises DataError where a file cannot be written.
+        result where it is as good at least: of equals the latest has learnt most. Raises DataError where a file cannot be written.
         """
         start = time.perf_counter()
         hypotheses, tokens = translate(translator, self.sources, self.config.beam_size, **options)
         seconds = time.perf_counter() - start
         result = self._judge(step, hypotheses, seconds, tokens)
         self.history.append(result)
-        if self.better(result, self.best):
+        if self.best is None or not self._gain(result.value, self.best.value) < 0:
             self.best = result
         self._write(result)
         return result
@@ -209,10 +210,17 @@ class DistillationValidator:
 
     def better(self, result: ValidationResult, best: ValidationResult | None) -> bool:
         """Whether `result` improves on `best` by min_delta at least, in the metric's good direction. Anything improves on None."""
-        if best is None:
-            return True
-        gain = (result.value - best.value) * good_direction(result.metric)
-        return gain > 0 and gain >= self.config.min_delta
+        return self.improves(result.value, None if best is None else best.value)
+
+    def improves(self, value: float, reference: float | None) -> bool:
+        """As `better`, of scores of the deciding metric."""
+        return reference is None or (gain := self._gain(value, reference)) > 0 and gain >= self.config.min_delta
+
+    def _gain(self, value: float, reference: float) -> float:
+        """How much better `value` is, in points; what is no number is worse than every number."""
+        if math.isnan(value) or math.isnan(reference):
+            return (math.isnan(reference) - math.isnan(value)) * math.inf if math.isnan(value) != math.isnan(reference) else 0.0
+        return (value - reference) * good_direction(self.config.metric)
 
     def compare(self, result: ValidationResult, best: ValidationResult) -> PairedResult:
         """Paired bootstrap of `result` against `best`. Raises ValueError where the hypotheses of one are no longer known."""

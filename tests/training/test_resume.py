@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from runs import command, events, last_step, train
 
+from cvmk.config import TeacherConfig
 from cvmk.errors import ConfigError, DataError
 from cvmk.files import followed
 from cvmk.inference import Translator
@@ -117,7 +118,7 @@ def test_killed_between_a_checkpoint_and_its_pointers(config: Path, tmp_path: Pa
         with pytest.raises(Killed):
             train(config)
     assert (tmp_path / "run" / "checkpoints" / "step-20").is_dir()
-    monkeypatch.setattr("cvmk.validation.DistillationValidator.better", lambda self, result, best: best is None)  # 20 stays the best
+    monkeypatch.setattr("cvmk.validation.DistillationValidator._gain", lambda self, value, reference: -1.0)  # 20 stays the best
     report = train(config, "training.iterations=80", "guard.rollback_on_regression=false", resume=True)
     assert report["weights"] == "checkpoint at iteration 20"
 
@@ -143,7 +144,7 @@ def test_killed_while_the_teacher_trains_and_translates(with_teacher: Path, tmp_
     train(with_teacher, *options, f"run.folder={tmp_path}/straight")
 
     def strike(trainer: Trainer) -> None:
-        if trainer.title == "teacher" and trainer.progress.step == 13:
+        if isinstance(trainer.recipe, TeacherConfig) and trainer.progress.step == 13:
             raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):

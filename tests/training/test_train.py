@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -17,9 +18,10 @@ from runs import events, train
 
 from cvmk import nvtx
 from cvmk.errors import ConfigError, DataError, DivergedError
-from cvmk.training import pipeline
 from cvmk.training.checkpoint import CheckpointStore
+from cvmk.training.teacher import load_teacher
 from cvmk.training.trainer import Trainer
+from cvmk.validation import DistillationValidator, ValidationResult
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -151,11 +153,40 @@ def test_divergence_again_and_again_stops_the_run(config: Path, tmp_path: Path, 
         if trainer.progress.step >= 25:
             poison(trainer)
 
-    with pytest.raises(DivergedError, match="after 2 rollbacks"):
-        train(config, "guard.max_rollbacks=2", on_step=strike, monkeypatch=monkeypatch)
-    assert len(events(tmp_path / "run", "rollback")) == 3
-    checkpoint = CheckpointStore(tmp_path / "run" / "checkpoints", keep=2).load(20)
+    with monkeypatch.context() as patch, pytest.raises(DivergedError, match="after 2 rollbacks.*checkpoint at iteration 20") as caught:
+        train(config, "guard.max_rollbacks=2", on_step=strike, monkeypatch=patch)
+    run = tmp_path / "run"
+    assert [event["final"] for event in events(run, "rollback")] == [False, False, True]
+    checkpoint = CheckpointStore(run / "checkpoints", keep=2).load(20)
     assert all(torch.isfinite(tensor).all() for tensor in checkpoint.weights.values())
+    report = json.loads((run / "training_report.json").read_text())  # the best checkpoint is exported and scored all the same
+    assert report["diverged"] in str(caught.value) and report["test"]["step"] == 20 and not report["stopped_early"]
+    exported = load_teacher(run / "model", torch.device("cpu")).model.state_dict()
+    assert all(torch.equal(tensor, exported[name]) for name, tensor in checkpoint.weights.items())
+
+    again = train(config, "guard.max_rollbacks=2", resume=True)  # whatever it was is over: the run goes on, with a smaller rate, from there
+    assert (again["iterations"], again["rollbacks"], again["diverged"]) == (40, 3, None)
+    (resumed,) = events(run, "resumed")
+    assert (resumed["step"], resumed["renewed"], resumed["learning_rate_scale"]) == (20, True, 0.125)
+
+
+def test_a_teacher_that_diverged_goes_on_too(with_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def strike(trainer: Trainer) -> None:
+        if trainer.progress.step >= 15:
+            poison(trainer)
+
+    options = ["teacher.guard.max_rollbacks=0", "teacher.validation.validate_every=10", "training.iterations=2"]
+    with monkeypatch.context() as patch, pytest.raises(DivergedError):
+        train(with_teacher, *options, on_step=strike, monkeypatch=patch)
+    assert (tmp_path / "run" / "teacher" / "training_report.json").exists()
+    train(with_teacher, *options, resume=True)
+    assert json.loads((tmp_path / "run" / "teacher" / "training_report.json").read_text())["iterations"] == 20
+
+
+def test_divergence_before_any_validation_leaves_no_model(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(DivergedError, match="before any validation"):
+        train(config, "guard.max_rollbacks=0", on_step=poison, monkeypatch=monkeypatch)
+    assert not (tmp_path / "run" / "model").exists()
 
 
 def test_exit_code_of_divergence(config: Path, cvmk: Run) -> None:
@@ -165,7 +196,7 @@ def test_exit_code_of_divergence(config: Path, cvmk: Run) -> None:
 
 
 class Scripted:
-    """Translations of a chosen quality: the references, or, once at iteration 40, words that have nothing to do with them."""
+    """Translations of a chosen quality: the references with a word too many here and there, or words that have nothing to do with them."""
 
     def __init__(self, references: dict[str, str], bad: bool) -> None:
         self.references, self.bad = references, bad
@@ -174,16 +205,29 @@ class Scripted:
         return [SimpleNamespace(text="ganz etwas anderes" if self.bad else self.references[text] + " ja" * (i % 3), tokens=[1]) for i, text in enumerate(texts)]
 
 
-def test_regression_rolls_back(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, corpora: dict[str, str]) -> None:
+Script = Callable[[Callable[[Trainer], bool]], None]
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch, corpora: dict[str, str]) -> Script:
+    """Let every validation go well or, where the function says so, badly."""
     references = dict(line.split("\t") for line in corpora["valid.tsv"].splitlines())
+
+    def replace(bad: Callable[[Trainer], bool]) -> None:
+        monkeypatch.setattr(Trainer, "translator", lambda trainer: Scripted(references, bad(trainer)))
+
+    return replace
+
+
+def test_regression_rolls_back(config: Path, tmp_path: Path, script: Script) -> None:
     struck: list[int] = []
 
-    def translator(trainer: Trainer) -> Scripted:
-        bad = trainer.progress.step == 40 and not struck
-        struck.extend([40] * bad)
-        return Scripted(references, bad)
+    def bad(trainer: Trainer) -> bool:
+        strikes = trainer.progress.step == 40 and not struck
+        struck.extend([40] * strikes)
+        return strikes
 
-    monkeypatch.setattr(Trainer, "translator", translator)
+    script(bad)
     report = train(config, "training.iterations=60", "training.average=1")
     (rollback,) = events(tmp_path / "run", "rollback")
     assert (rollback["step"], rollback["to"]) == (40, 20)
@@ -193,11 +237,56 @@ def test_regression_rolls_back(config: Path, tmp_path: Path, monkeypatch: pytest
     assert [result["step"] for result in history] == [20, 40, 40, 60]  # the bad one is not forgotten
 
 
-def test_no_rollback_on_regression_unless_wanted(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, corpora: dict[str, str]) -> None:
-    references = dict(line.split("\t") for line in corpora["valid.tsv"].splitlines())
-    monkeypatch.setattr(Trainer, "translator", lambda trainer: Scripted(references, trainer.progress.step == 40))
-    train(config, "guard.rollback_on_regression=false", "training.average=1")
+@pytest.mark.parametrize("option", ["guard.rollback_on_regression=false", "validation.max_sentences=1", "guard.min_sentences=25", "schedule.warmup=40"])
+def test_no_regression_where_none_is_to_be_judged(config: Path, tmp_path: Path, script: Script, option: str) -> None:
+    script(lambda trainer: trainer.progress.step == 40)
+    report = train(config, option, "training.average=1")
     assert events(tmp_path / "run", "rollback") == []
+    assert report["rollbacks"] == 0 and report["weights"] == "checkpoint at iteration 20"
+
+
+def test_regression_after_the_last_rollback_ends_the_run_with_its_best(config: Path, tmp_path: Path, script: Script, cvmk: Run) -> None:
+    script(lambda trainer: trainer.progress.step > 20)
+    report = train(config, "training.iterations=80", "guard.max_rollbacks=2")
+    run = tmp_path / "run"
+    assert report["stopped_early"] and report["diverged"] is None and report["rollbacks"] == 2
+    assert report["weights"] == "checkpoint at iteration 20" and report["test"]["step"] == 20
+    assert [event["final"] for event in events(run, "rollback")] == [False, False, True]
+    (stop,) = events(run, "early_stop")
+    assert stop["step"] == 20 and "no rollback is left" in stop["reason"]
+    assert cvmk("translate", run, input="It is nine o'clock.\n").returncode == 0
+
+    script(lambda trainer: False)
+    again = train(config, "training.iterations=80", "guard.max_rollbacks=2", resume=True)
+    assert again["iterations"] == 80 and again["rollbacks"] == 3 and not again["stopped_early"]
+    (resumed,) = events(run, "resumed")
+    assert (resumed["step"], resumed["renewed"], resumed["learning_rate_scale"]) == (20, True, 0.125)
+
+
+def test_a_healthy_run_on_little_text_is_left_alone(config: Path, tmp_path: Path) -> None:
+    """Early scores jump by more than the bootstrap says: they were called divergence."""
+    options = ['validation.metric="chrf"', "validation.validate_every=5", "validation.max_sentences=30", "schedule.warmup=5", "training.iterations=150"]
+    report = train(config, *options)
+    values = [result["value"] for result in json.loads((tmp_path / "run" / "validation_history.json").read_text())]
+    assert any(later < earlier for earlier, later in zip(values, values[1:], strict=False)), "no score fell: the test tells nothing"
+    assert report["rollbacks"] == 0 and report["iterations"] == 150
+    assert report["validation"]["value"] >= max(values)
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan")])
+def test_a_metric_that_tells_nothing_is_said_and_the_latest_weights_are_taken(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], value: float
+) -> None:
+    original = DistillationValidator._judge
+
+    def judge(self: DistillationValidator, *arguments: Any) -> ValidationResult:
+        return dataclasses.replace(original(self, *arguments), value=value)
+
+    monkeypatch.setattr(DistillationValidator, "_judge", judge)
+    report = train(config, "validation.validate_every=10", "training.average=1")
+    assert report["weights"] == "checkpoint at iteration 40"
+    told = f'validation.metric = "bleu" was {value:.2f} at all 4 validations'
+    assert told in capsys.readouterr().err and told in (tmp_path / "run" / "log.txt").read_text() and told in report["notes"][0]
 
 
 def test_early_stop(config: Path, tmp_path: Path) -> None:
@@ -207,30 +296,6 @@ def test_early_stop(config: Path, tmp_path: Path) -> None:
 
 
 # -- the loop's details --------------------------------------------------------------------------------------------------------
-def test_accumulated_batches_are_one_batch(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Losses of accumulated batches are weighted by their tokens: the step is that of one batch of all pairs."""
-    found: list[tuple[dict[str, float], float]] = []
-    original = Trainer._step
-
-    def spy(trainer: Trainer) -> tuple[dict[str, float], float]:
-        batches = [next(trainer.sampler) for _ in range(2)]
-        joined = [index for batch in batches for index in batch]
-        for queue in ([joined], batches):
-            pending = iter(queue)
-            with monkeypatch.context() as patch:
-                patch.setattr(trainer, "sampler", pending)
-                patch.setattr(trainer, "config", trainer.config.model_copy(update={"accumulate": len(queue)}))
-                patch.setattr(trainer.optimizer, "step", lambda: None)
-                found.append(original(trainer))
-        return found[-1]
-
-    monkeypatch.setattr(Trainer, "_step", spy)
-    train(config, "training.iterations=2", "training.average=1", "model.dropout=0", "training.clip_norm=0")
-    (one, one_norm), (two, two_norm) = found[:2]
-    assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
-    assert two_norm == pytest.approx(one_norm, rel=1e-4)
-
-
 def test_phases_are_ranges_for_a_profiler(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
 
@@ -283,11 +348,11 @@ def test_facts_of_a_teacher(config: Path, tmp_path: Path) -> None:
     report = train(config, "training.iterations=1")
     run = tmp_path / "run"
     for path in (run, run / "model"):
-        facts = pipeline._teacher_facts(pipeline._load_teacher(path, torch.device("cpu")))
-        assert facts is not None and facts["validation"] == report["validation"]["scores"] and facts["parameters"] == report["parameters"]
+        facts = load_teacher(path, torch.device("cpu")).facts()
+        assert facts["validation"] == report["validation"]["scores"] and facts["parameters"] == report["parameters"]
     (run / "training_report.json").write_text("{")  # found out after the student's training: it must not cost it
-    facts = pipeline._teacher_facts(pipeline._load_teacher(run, torch.device("cpu")))
-    assert facts is not None and "validation" not in facts
+    facts = load_teacher(run, torch.device("cpu")).facts()
+    assert "validation" not in facts
 
 
 def test_a_failed_start_can_be_repeated(config: Path, tmp_path: Path) -> None:

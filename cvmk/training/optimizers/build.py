@@ -1,17 +1,30 @@
-"""The optimiser over a model's and an objective's parameters."""
+"""From `[optimizer]` to an optimiser: the parameter groups, and one builder a name."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 
 from cvmk.config import OptimizerConfig
+from cvmk.errors import ConfigError
 from cvmk.nn import decays
+from cvmk.training.optimizers.base import Optimizer
+
+Groups = list[dict[str, Any]]
 
 
-def build_optimizer(config: OptimizerConfig, modules: Iterable[torch.nn.Module]) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov & Hutter 2019), fused where PyTorch has it. Weight decay applies as `cvmk.nn.decays` says."""
+def build_optimizer(config: OptimizerConfig, modules: Iterable[torch.nn.Module]) -> Optimizer:
+    """The optimiser that `config` names, over the parameters of `modules` that ask for a gradient, each once.
+
+    Raises ConfigError where there is none.
+    """
+    return BUILDERS[config.name](config, parameter_groups(config, modules))
+
+
+def parameter_groups(config: OptimizerConfig, modules: Iterable[torch.nn.Module]) -> Groups:
+    """Two groups in the form of torch.optim: what decays, as `cvmk.nn.decays` says, and what does not."""
     decayed: list[torch.nn.Parameter] = []
     plain: list[torch.nn.Parameter] = []
     seen: set[int] = set()
@@ -22,9 +35,15 @@ def build_optimizer(config: OptimizerConfig, modules: Iterable[torch.nn.Module])
                     continue
                 seen.add(id(parameter))
                 (decayed if decays(module, name) else plain).append(parameter)
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    first = (decayed + plain)[0]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=_has_fused(first))
+    if not seen:
+        raise ConfigError("no parameter of the model asks for a gradient: there is nothing to train")
+    return [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+
+
+def _adamw(config: OptimizerConfig, groups: Groups) -> Optimizer:
+    """AdamW (Loshchilov & Hutter 2019), fused where PyTorch has it."""
+    first = next(parameter for group in groups for parameter in group["params"])
+    return Optimizer(torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=_has_fused(first)))
 
 
 def _has_fused(parameter: torch.nn.Parameter) -> bool:
@@ -33,3 +52,7 @@ def _has_fused(parameter: torch.nn.Parameter) -> bool:
     except RuntimeError:
         return False
     return True
+
+
+BUILDERS: dict[str, Callable[[OptimizerConfig, Groups], Optimizer]] = {"adamw": _adamw}
+"""By `optimizer.name`; a test compares the names with the schema's."""

@@ -1,0 +1,39 @@
+"""Ctrl-C and SIGTERM during training."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C (or SIGTERM) was answered with a checkpoint."""
+
+
+class StopSignal:
+    """Whether somebody has asked training to stop."""
+
+    def __init__(self) -> None:
+        self.received = False
+
+    @contextmanager
+    def listening(self, notice: Callable[[str], None]) -> Iterator[None]:
+        """The first Ctrl-C or SIGTERM sets `received`, so that the iteration ends and a checkpoint is written; the second stops at once."""
+
+        def note(number: int, frame: FrameType | None) -> None:
+            if self.received:
+                raise KeyboardInterrupt
+            self.received = True
+            notice("stopping after this iteration; once more to stop at once")
+
+        try:
+            before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+        except ValueError:  # not the main thread: whoever owns it handles signals
+            before = {}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
