@@ -4,4 +4,5 @@
 # Needs Python with torch, triton, numpy, pytest and pybind11, and cmake and nvcc; no network. Without a GPU it does what can be done.
 # FOLDER/gpu_check.json has everything, FOLDER/gpu_check.txt the table. Exit code: 0 all steps passed, 1 some did not, 2 usage.
 set -euo pipefail
-exec "${PYTHON:-python3}" "$(dirname "$0")/gpu_check.py" "$@"
+export PYTHONPATH="$(cd "$(dirname "$0")" && pwd)${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1
+exec "${PYTHON:-python3}" -m gpu.check "$@"

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import gpu_bench
-import gpu_check
 import pytest
-from gpu_bench import Row
+from gpu import check as gpu_check
+from gpu import contestants
+from gpu.contestants import Row
 
 
 def _check(tmp_path: Path, minutes: float = 1.0) -> gpu_check.Check:
@@ -54,9 +56,19 @@ def test_usage_errors(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     assert stop.value.code == 2 and "nonsense" in capsys.readouterr().err
 
 
+def test_the_command_works_from_anywhere(tmp_path: Path) -> None:
+    command = [str(Path(__file__).resolve().parents[1] / "benchmarks" / "gpu_check.sh"), "--dry-run", "--out", str(tmp_path / "out")]
+    environment = {**os.environ, "PYTHON": sys.executable}
+    done = subprocess.run([*command, "--only", "machine"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "machine" in done.stdout and "all steps passed" in done.stdout, done.stderr
+    assert json.loads((tmp_path / "out" / "gpu_check.json").read_text())["steps"]["machine"]["detail"]["packages"]["torch"]
+    done = subprocess.run([*command, "--only", "nonsense"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "nonsense" in done.stderr
+
+
 def test_figures_and_targets(monkeypatch: pytest.MonkeyPatch) -> None:
     """2 ms of ours for 1e12 operations: 500 TFLOP/s, half of the limit, three times the quicker peer's rate."""
-    monkeypatch.setattr(gpu_bench.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(contestants.torch.cuda, "is_available", lambda: True)
     targets = (("limit", 0.5), ("slow", 4.0), ("best peer", 4.0), ("host", 1e-5), ("not there", 1.0), ("picoseconds", 3.0))
     row = Row("op", "case", lambda: None, operations=1e12, rate=1e15, traffic=4.8e9, targets=targets, elements=1e9)
     result = {
@@ -64,11 +76,11 @@ def test_figures_and_targets(monkeypatch: pytest.MonkeyPatch) -> None:
         "graph_seconds": {"quick": 6e-3},
         "host_seconds": {"cvmk triton": 2e-5},
     }
-    found = gpu_bench._judged(row, result)
+    found = contestants._judged(row, result)
     assert found["ours"] == "cvmk triton" and found["tflops"] == pytest.approx(500) and found["limit_share"] == pytest.approx(0.5)
     assert found["ratios"] == pytest.approx({"slow": 4.0, "quick": 3.0}) and found["picoseconds"] == pytest.approx(2.0)
     assert [target["met"] for target in found["targets"]] == [True, True, False, False, None, True]
-    line = next(gpu_bench.table([{"op": "op", "case": "case", "failed": {}, **result, **found}]))
+    line = next(contestants.table([{"op": "op", "case": "case", "failed": {}, **result, **found}]))
     assert "500.0 TFLOP/s" in line and "BELOW (best peer 4)" in line and "quick 3.00x" in line
 
 
@@ -77,9 +89,9 @@ def test_a_contestant_that_fails_is_a_line() -> None:
         raise RuntimeError("out of memory")
 
     row = Row("op", "case", lambda: None, {"peer": fails, "absent": "peer: ImportError: no module"})
-    found = gpu_bench.measure(row, 0.01)
+    found = contestants.measure(row, 0.01)
     assert found["failed"] == {"peer": "RuntimeError: out of memory", "absent": "peer: ImportError: no module"}
     assert found["ours"] == "cvmk as chosen"
     row.ours = fails
-    found = gpu_bench.measure(row, 0.01)
-    assert found["ours"] is None and "out of memory" in next(gpu_bench.table([found]))
+    found = contestants.measure(row, 0.01)
+    assert found["ours"] is None and "out of memory" in next(contestants.table([found]))

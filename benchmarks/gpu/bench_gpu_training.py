@@ -1,4 +1,4 @@
-"""Training steps of examples/multi30k/student.toml on a GPU: with cvmk's backends, plain PyTorch, and torch.compile. Run by gpu_bench.py.
+"""Training steps of examples/multi30k/student.toml on a GPU: with cvmk's backends, plain PyTorch, and torch.compile. Run by contestants.py.
 
 The batch is drawn (sentences of 8 to 24 tokens, 2048 tokens with padding, as `training.max_tokens` says) and stays on the device: what is
 timed is teacher, student, objective, backward pass and optimiser.
@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_bench import Row
 
 from cvmk import ops
+from gpu.contestants import Row
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples" / "multi30k"
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "multi30k"
 VOCABULARY, LONGEST = 8000, 24
 
 

@@ -1,4 +1,4 @@
-"""GPU rows of selective_scan and selective_state_update beside mamba-ssm. Run by gpu_bench.py."""
+"""GPU rows of selective_scan and selective_state_update beside mamba-ssm. Run by contestants.py."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from gpu_bench import Row, peer
 from torch import Tensor
 from torch.nn import functional as F
 
 from cvmk import ops
+from gpu.contestants import Row, peer
 
 
 def rows(device: torch.device, small: bool) -> Iterator[Row]:

@@ -1,4 +1,4 @@
-"""What a call of each op costs the host: tiny shapes, where nothing else counts. Run by gpu_bench.py."""
+"""What a call of each op costs the host: tiny shapes, where nothing else counts. Run by contestants.py."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from gpu_bench import Row
 from torch.nn import functional as F
 
 from cvmk import ops
+from gpu.contestants import Row
 
 HOST = 10e-6
 """Seconds of the host's time that a forward call may take."""

@@ -1,4 +1,4 @@
-"""GPU rows of int8_linear and int4_linear beside bf16 products and every quantised product of PyTorch, torchao and bitsandbytes. Run by gpu_bench.py."""
+"""GPU rows of int8_linear and int4_linear beside bf16 products and every quantised product of PyTorch, torchao and bitsandbytes. Run by contestants.py."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import functools
 from collections.abc import Callable, Iterator
 
 import torch
-from gpu_bench import INT8, Row, peer
 from torch import Tensor
 from torch.nn import functional as F
 
 from cvmk import ops
+from gpu.contestants import INT8, Row, peer
 
 GROUP = 128
 

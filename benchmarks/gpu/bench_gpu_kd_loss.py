@@ -1,4 +1,4 @@
-"""GPU rows of kd_loss and linear_kd_loss: plain PyTorch, torch.compile of it, and Liger. Run by gpu_bench.py."""
+"""GPU rows of kd_loss and linear_kd_loss: plain PyTorch, torch.compile of it, and Liger. Run by contestants.py."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from gpu_bench import Row, peer
 from torch import Tensor
 from torch.nn import functional as F
 
 from cvmk import ops
+from gpu.contestants import Row, peer
 
 OPTIONS: dict[str, Any] = {"temperature": 2.0, "alpha": 0.5}
 

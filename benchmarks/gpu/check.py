@@ -18,9 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import gpu_bench
+from gpu import contestants
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = {"kd_loss": 75, "attention": 100, "linear": 60, "scan": 40, "host": 30, "training": 45}
 """Modules bench_gpu_<name>.py and the seconds that each may take."""
 
@@ -138,7 +138,7 @@ def build(check: Check) -> Any:
 
 
 def ceilings(check: Check) -> Any:
-    return json.loads(check.run("ceilings", [sys.executable, "benchmarks/gpu_timing.py"], 40).strip().splitlines()[-1])
+    return json.loads(check.run("ceilings", [sys.executable, "-m", "gpu.timing"], 40).strip().splitlines()[-1])
 
 
 def tests(check: Check) -> Any:
@@ -165,7 +165,7 @@ def sanitizer(check: Check) -> Any:
         raise Failed("compute-sanitizer is not on PATH")
     found: dict[str, Any] = {}
     for name in ("memcheck", "racecheck"):
-        command = [tool, "--tool", name, "--error-exitcode", "9", sys.executable, "benchmarks/gpu_bench.py", "kd_loss,scan,linear,attention"]
+        command = [tool, "--tool", name, "--error-exitcode", "9", sys.executable, "-m", "gpu.contestants", "kd_loss,scan,linear,attention"]
         output = check.run("sanitizer", [*command, "--small", "--once", "cuda"], 90, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
         found[name] = [line for line in output.splitlines() if "ran on cuda" in line or "SUMMARY" in line]
         if not any("ran on cuda" in line for line in found[name]):
@@ -176,7 +176,7 @@ def sanitizer(check: Check) -> Any:
 def benchmark(module: str) -> Callable[[Check], Any]:
     def step(check: Check) -> Any:
         path, limit = check.out / f"bench_{module}.json", BENCHMARKS[module]
-        command = [sys.executable, "benchmarks/gpu_bench.py", module, "--out", str(path), "--limit", str(limit * 0.8), "--seconds", "0.1"]
+        command = [sys.executable, "-m", "gpu.contestants", module, "--out", str(path), "--limit", str(limit * 0.8), "--seconds", "0.1"]
         problem = None
         try:
             check.run(f"bench_{module}", command + (["--small"] if check.dry else []), 200 if check.dry else limit)
@@ -241,7 +241,7 @@ def main() -> int:
     out = arguments.out.resolve()
     check = Check(out, arguments.wheels, dry, time.monotonic() + 60 * minutes - 10, {"dry_run": dry, "command": " ".join(sys.argv)})
     passed = perform(check, names)
-    lines = [line for module in check.report.get("benchmarks", {}).values() for line in gpu_bench.table(module["rows"])]
+    lines = [line for module in check.report.get("benchmarks", {}).values() for line in contestants.table(module["rows"])]
     (out / "gpu_check.txt").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
     print(f"{'a dry run: the figures mean nothing; ' if dry else ''}{out / 'gpu_check.json'}: {'all steps passed' if passed else 'some steps FAILED'}")

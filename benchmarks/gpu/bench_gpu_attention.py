@@ -1,4 +1,4 @@
-"""GPU rows of flash_attention and flash_attention_distill beside every backend of scaled_dot_product_attention. Run by gpu_bench.py."""
+"""GPU rows of flash_attention and flash_attention_distill beside every backend of scaled_dot_product_attention. Run by contestants.py."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from gpu_bench import Row
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from cvmk import ops
+from gpu.contestants import Row
 
 SDPA = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION, "math": SDPBackend.MATH}
 TOKENS, HIDDEN = 16384, 2048

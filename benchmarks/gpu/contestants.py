@@ -1,4 +1,4 @@
-"""GPU benchmarks of one op family: `python benchmarks/gpu_bench.py MODULE --out FILE`, MODULE being bench_gpu_<MODULE>.py beside this file.
+"""GPU benchmarks of one op family: `PYTHONPATH=benchmarks python -m gpu.contestants MODULE --out FILE`, of bench_gpu_<MODULE>.py beside this file.
 
 Such a file has `rows(device, small)`, an iterator of `Row`: a case at a time, with its tensors, so that one case is in memory; and it may
 have `errors(device, small)`, which returns numbers by name for the report, such as errors against float64. Every backend of cvmk that
@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_timing import SHORT, graph_seconds, host_seconds, peak_bytes, seconds
+
+from gpu.timing import SHORT, graph_seconds, host_seconds, peak_bytes, seconds
 
 MEMORY, BF16, INT8 = 4.8e12, 989e12, 1979e12
 """Bytes and operations a second of an H200, to which shares of the limit refer."""
@@ -191,12 +192,12 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     if arguments.once:
-        importlib.import_module("gpu_bench").PEERS = False  # that of the rows, which this file run as a program is not
+        importlib.import_module("gpu.contestants").PEERS = False  # that of the rows, which this file run as a program is not
         for name in arguments.module.split(","):
-            once(importlib.import_module(f"bench_gpu_{name}").rows(device, small), arguments.once)
+            once(importlib.import_module(f"gpu.bench_gpu_{name}").rows(device, small), arguments.once)
         return
     report: dict[str, Any] = {"module": arguments.module, "small": small, "complete": False, "rows": []}
-    module = importlib.import_module(f"bench_gpu_{arguments.module}")
+    module = importlib.import_module(f"gpu.bench_gpu_{arguments.module}")
     if hasattr(module, "errors"):
         report["errors"] = module.errors(device, small)
         print(report["errors"], flush=True)
