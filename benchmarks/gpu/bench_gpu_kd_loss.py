@@ -76,15 +76,16 @@ def _kd(device: torch.device, count: int, vocabulary: int, divergence: str) -> R
 
 def _over_the_logits(device: torch.device, count: int, vocabulary: int) -> Row:
     """The one launch that reads both logits once and writes the gradient over the student's; what comes out is the next call's student."""
+    from cvmk.ops.kd_loss import Call
     from cvmk.ops.triton.kd_loss import launch_rows
 
     student, teacher = (torch.randn(count, vocabulary, device=device).mul_(3).bfloat16() for _ in range(2))
     target, stats, losses = torch.randint(vocabulary, (count,), device=device), torch.empty(5, count, device=device), torch.empty(2, count, device=device)
-    options = (2.0, 0.5, "forward_kl", 0.0, 0.0, -100)
+    call = Call(student, teacher, target, None, 2.0, 0.5, "forward_kl", 0.0, 0.0, -100)
     return Row(
         "kd_rows, gradient in place",
         f"N{count} V{vocabulary} bf16 forward_kl",
-        lambda: launch_rows(student, teacher, (None, None), target, stats, losses, options, gradient=student),
+        lambda: launch_rows(student, teacher, (None, None), target, stats, losses, call, gradient=student),
         traffic=3.0 * 2 * count * vocabulary,
         targets=(("limit", 0.7),),
     )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cvmk import ops
 from cvmk.ops import triton
-from cvmk.ops.kd_loss import DIVERGENCES
+from cvmk.ops.kd_loss import DIVERGENCES, Call
 from cvmk.ops.triton import _tuning
 from cvmk.ops.triton.kd_loss import GRADIENT, ROWS, key, launch_rows, launch_total
 
@@ -237,7 +237,7 @@ def test_sum_of_more_rows_than_a_block() -> None:
     target = torch.arange(2500, device=DEVICE) % 3
     kd, ce = losses.double().sum(1) / 1667
     for alpha in (0.0, 0.25, 1.0):
-        found = launch_total(losses, target, None, (2.0, alpha, "forward_kl", 0.0, 0.0, 2))
+        found = launch_total(losses, target, None, Call(losses, None, target, None, 2.0, alpha, "forward_kl", 0.0, 0.0, 2))
         expected = [alpha * 4 * kd + (1 - alpha) * ce, 4 * kd, ce, 1667]
         assert [x.item() for x in found] == pytest.approx([float(x) for x in expected], rel=1e-6)
 
@@ -249,8 +249,8 @@ def test_gradient_in_one_launch_over_the_logits(name: str) -> None:
     options: dict[str, Any] = {"temperature": 2.0, "alpha": 0.3, "divergence": name, "label_smoothing": 0.1}
     expected = run("reference", student.double(), teacher.double(), target, normalizer=1.0, **options)[1]
     stats, losses = torch.full((5, 4), float("nan"), device=DEVICE), torch.full((2, 4), float("nan"), device=DEVICE)
-    mixture = DIVERGENCES[name]
-    launch_rows(student, teacher, (None, None), target, stats, losses, (2.0, 0.3, name, mixture, 0.1, -100), gradient=student)
+    call = Call(student, teacher, target, None, 2.0, 0.3, name, DIVERGENCES[name], 0.1, -100)
+    launch_rows(student, teacher, (None, None), target, stats, losses, call, gradient=student)
     torch.testing.assert_close(student.double(), expected, rtol=3e-5, atol=3e-7)
     assert losses.isfinite().all() and stats.isfinite().all()
 
