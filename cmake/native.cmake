@@ -47,13 +47,14 @@ if(CVMK_WERROR)
   target_compile_options(cvmk_warnings INTERFACE "$<$<COMPILE_LANG_AND_ID:CXX,GNU,Clang,AppleClang>:-Werror>")
 endif()
 
-add_library(cvmk_cpu STATIC csrc/common/blocks.cpp csrc/common/cpu_features.cpp csrc/common/scratch.cpp csrc/common/team.cpp csrc/sketch/sketch.cpp)
+add_library(cvmk_cpu STATIC csrc/common/blocks.cpp csrc/common/cpu_features.cpp csrc/common/scratch.cpp csrc/common/team.cpp csrc/distill/loss.cpp csrc/sketch/sketch.cpp)
 target_include_directories(cvmk_cpu PUBLIC csrc)
 target_link_libraries(cvmk_cpu PRIVATE cvmk_warnings)
 
 # Folders of csrc with kernels and the levels that they are compiled for; each has csrc/bindings/<folder>.cpp too.
 include(cpu_isa)
-cvmk_kernels_by_file(cvmk_cpu attention distill gemm)
+cvmk_kernels_by_file(cvmk_cpu attention gemm)
+cvmk_kernels(cvmk_cpu distill base avx2 avx512 amx)
 cvmk_kernels(cvmk_cpu scan base avx2 avx512)  # a scan has no matrix products
 set(CVMK_BINDINGS attention distill gemm scan)
 list(TRANSFORM CVMK_BINDINGS REPLACE "(.+)" "csrc/bindings/\\1.cpp")

@@ -1,57 +1,58 @@
-// Binds the CUDA kernels of kd_loss. Numbers come as one flat sequence of integers, in the order in which they are read here, and floats apart.
+// Binds the CUDA kernels of kd_loss: the stream, then the arguments in the order in which they are read here.
 #include "bindings/cuda_call.h"
+#include "bindings/distill_arguments.h"
 #include "distill/cuda_kd.h"
-
-namespace py = pybind11;
 
 namespace {
 
+using namespace cvmk;
 using namespace cvmk::distill;
 
-// Braces and assignments order the reads as they are written.
-CudaRows rows(Reader& r, float temperature, float alpha, float mixture, float smoothing) {
-  CudaRows in{};
-  in.student = r.pointer<const void>();
-  in.student_stride = r.next();
-  in.teacher = r.pointer<const void>();
-  in.teacher_stride = r.next();
-  in.type = r.integer();
-  in.target = r.pointer<const void>();
-  in.wide = r.next() != 0;
-  in.rows = r.next();
-  in.vocabulary = r.next();
-  in.ignore_index = r.next();
-  in.terms = {temperature, r.integer(), mixture, smoothing};
-  in.alpha = alpha;
-  in.stats = r.pointer<float>();
-  return in;
+// student, teacher, target, ignore_index, alpha, terms, stats
+CudaRows rows(Arguments& in) {
+  CudaRows r{};
+  const Tensor student = in.tensor("student");
+  const Logits z = read_logits(in, student, "student"), t = read_logits(in, in.optional("teacher"), "teacher");
+  const Tensor target = in.tensor("target");
+  target.expect(1, "target");
+  r.student = z.data;
+  r.student_stride = z.stride;
+  r.teacher = t.data;
+  r.teacher_stride = t.stride;
+  r.dtype = z.dtype;
+  r.target = target.data();
+  r.target_dtype = in.counting(target, "target");
+  r.rows = target.size(0);
+  r.vocabulary = student.size(1);
+  r.ignore_index = in.integer();
+  r.alpha = in.number();
+  r.terms = read_terms(in);
+  r.stats = in.data_of<float>(in.tensor("stats"), kFloat32, "stats");
+  return r;
 }
 
-void loss(const py::tuple& values, float temperature, float alpha, float mixture, float smoothing) {
-  Reader r(values);
-  const Place place(r);
+void loss(Arguments& in) {
+  const Stream stream = in.integer();
   CudaKdLoss p{};
-  p.in = rows(r, temperature, alpha, mixture, smoothing);
-  p.normalizer = r.pointer<const float>();
-  for (float** result : {&p.kd_rows, &p.ce_rows, &p.loss, &p.kd, &p.ce, &p.count}) *result = r.pointer<float>();
-  r.finish();
-  queue(&cuda_kd_loss, p, place);
+  p.in = rows(in);
+  p.normalizer = read_one(in, "normalizer");
+  for (float** result : {&p.kd_rows, &p.ce_rows, &p.loss, &p.kd, &p.ce, &p.count}) *result = read_one(in, "a result");
+  cvmk::bindings::queue(&cuda_kd_loss, in, p, stream);
 }
 
-void gradient(const py::tuple& values, float temperature, float alpha, float mixture, float smoothing) {
-  Reader r(values);
-  const Place place(r);
+void gradient(Arguments& in) {
+  const Stream stream = in.integer();
   CudaKdGradient p{};
-  p.in = rows(r, temperature, alpha, mixture, smoothing);
-  for (const float** given : {&p.count, &p.g_loss, &p.g_kd, &p.g_ce}) *given = r.pointer<const float>();
-  p.gradient = r.pointer<void>();
-  r.finish();
-  queue(&cuda_kd_gradient, p, place);
+  p.in = rows(in);
+  for (const float** given : {&p.count, &p.g_loss, &p.g_kd, &p.g_ce}) *given = read_one(in, "the gradient of a result");
+  p.gradient = in.tensor("the gradient").data();
+  cvmk::bindings::queue(&cuda_kd_gradient, in, p, stream);
 }
 
 }  // namespace
 
-void bind_cuda_distill(py::module_& m) {
-  m.def("kd_loss", &loss, "Forward pass of kd_loss");
-  m.def("kd_loss_gradient", &gradient, "Backward pass of kd_loss");
+void bind_cuda_distill(pybind11::module_& m) {
+  using cvmk::bindings::add, cvmk::bindings::kGpu;
+  add<&loss>(m, "kd_loss", "kd_loss", "Forward pass of kd_loss", kGpu);
+  add<&gradient>(m, "kd_loss_gradient", "kd_loss", "Backward pass of kd_loss", kGpu);
 }

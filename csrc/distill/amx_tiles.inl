@@ -5,8 +5,8 @@
 #include "common/amx.h"
 #include "distill/vectors.inl"
 
+namespace cvmk::distill {
 namespace {
-namespace distill {
 
 typedef uint16_t Half;
 constexpr int64_t kTile = 512;  // numbers of a tile
@@ -85,7 +85,7 @@ __attribute__((noinline)) void multiply(int64_t m, int64_t n, int64_t depth, con
 }
 
 // -- packing ------------------------------------------------------------------------------------------------------------------------------
-// 32 numbers of a row of bfloat16, or with kLowered of float32, from i on, zeros behind the width.
+// 32 numbers of a row of bfloat16, with kLowered of float32, from i on, zeros behind the width.
 template <bool kLowered>
 CVMK_INLINE __m512i load_pairs(const void* row, int64_t i, int64_t width) {
   if (row == nullptr || i >= width) return _mm512_setzero_si512();
@@ -128,5 +128,5 @@ CVMK_INLINE void pack_pairs(const void* const* rows, int64_t width, int64_t padd
   }
 }
 
-}  // namespace distill
 }  // namespace
+}  // namespace cvmk::distill

@@ -11,9 +11,9 @@ namespace cvmk::distill {
 struct CudaRows {
   const void *student, *teacher;  // row i begins i strides further; no teacher is null
   int64_t student_stride, teacher_stride;
-  int type;            // of both, see Type in params.h
-  const void* target;  // int64 or int32; rows with ignore_index are not read
-  bool wide;           // targets are int64
+  Dtype dtype;         // of both
+  const void* target;  // rows with ignore_index are not read
+  Dtype target_dtype;  // kInt32 or kInt64
   int64_t rows, vocabulary, ignore_index;
   Terms terms;
   float alpha;

@@ -66,7 +66,7 @@ cudaError_t cuda_kd_gradient(const CudaKdGradient& p, cudaStream_t stream) {
   if (in.rows == 0) return cudaSuccess;
   const bool kd = in.teacher != nullptr && ((p.g_loss != nullptr && in.alpha != 0.0f) || p.g_kd != nullptr);
   const bool ce = (p.g_loss != nullptr && in.alpha != 1.0f) || p.g_ce != nullptr;
-  return with_type(in.type, [&](auto element) {
+  return with_type(in.dtype, [&](auto element) {
     using T = decltype(element);
     return with_divergence(kd, in.terms.divergence, [&](auto divergence) {
       constexpr int kDivergence = decltype(divergence)::value;

@@ -166,7 +166,7 @@ cudaError_t cuda_kd_loss(const CudaKdLoss& p, cudaStream_t stream) {
   const CudaRows& in = p.in;
   cudaError_t status = cudaSuccess;
   if (in.rows > 0) {
-    status = with_type(in.type, [&](auto element) {
+    status = with_type(in.dtype, [&](auto element) {
       using T = decltype(element);
       return with_divergence(in.teacher != nullptr, in.terms.divergence, [&](auto divergence) {
         constexpr int kDivergence = decltype(divergence)::value;

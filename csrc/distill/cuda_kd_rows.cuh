@@ -10,7 +10,7 @@ namespace cvmk::distill {
 constexpr int kNoDivergence = -1;
 
 __device__ inline int64_t target_of(const CudaRows& in, int64_t row) {
-  return in.wide ? static_cast<const int64_t*>(in.target)[row] : static_cast<const int32_t*>(in.target)[row];
+  return integer_at(in.target, in.target_dtype, row);
 }
 
 // A row is read as vectors of 16 aligned bytes: vector v holds the elements [v * kVector - shift, ... + kVector). Elements before the row and

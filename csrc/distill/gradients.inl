@@ -3,8 +3,8 @@
 
 #include "distill/losses.inl"
 
+namespace cvmk::distill {
 namespace {
-namespace distill {
 
 // What a row's gradient is made of besides the logits.
 struct Slope {
@@ -96,5 +96,5 @@ void row_gradient(const Terms& terms, int64_t vocabulary, const S& s, const T& t
   write_both<false>(terms, slope, vocabulary, s, t, y, out);
 }
 
-}  // namespace distill
 }  // namespace
+}  // namespace cvmk::distill

@@ -1,12 +1,12 @@
 // What linear_kd_loss keeps for a chunk of rows and for a thread, and the statistics of the rows from their sums. E is the kind of product:
-// TileEngine or FloatEngine.
+// TileProducts or FloatProducts.
 #pragma once
 
 #include "distill/gradients.inl"
 #include "distill/linear_plan.inl"
 
+namespace cvmk::distill {
 namespace {
-namespace distill {
 
 // Per row of a chunk, [kind][chunk]: what the gradient needs besides the logits, in vectors of rows.
 enum Value { kLse, kLseQ, kLseP, kReduction, kKdScale, kCeScale, kSquare, kShared };
@@ -18,6 +18,8 @@ struct Chunk {
   typedef typename E::Element Element;
   const LinearPass& pass;
   const LinearPlan& plan;
+  const Team& team;
+  char* scratch;
   const int64_t* index;  // of its rows
   int64_t count, padded;
   bool first;
@@ -31,15 +33,16 @@ struct Chunk {
 };
 
 template <typename E>
-Chunk<E> chunk_of(const LinearPass& pass, const LinearPlan& plan, int64_t begin) {
+Chunk<E> chunk_of(const LinearPass& pass, const LinearPlan& plan, char* at, const Team& team, int64_t begin) {
   typedef typename E::Element Element;
-  char* at = pass.scratch;
   const int64_t count = least(plan.chunk, pass.count - begin);
   return {pass,
           plan,
+          team,
+          at,
           pass.index + begin,
           count,
-          round_up(count, E::kRowStep),
+          up(count, E::kRowStep),
           begin == 0,
           reinterpret_cast<float*>(at + plan.partial_at),
           reinterpret_cast<float*>(at + plan.sums_at),
@@ -60,8 +63,9 @@ struct Own {
 };
 
 template <typename E>
-CVMK_INLINE Own<E> own_scratch(const LinearPass& pass, const LinearPlan& plan) {
-  char* p = pass.scratch + plan.shared + threads::index() * plan.own;
+CVMK_INLINE Own<E> own_scratch(const Chunk<E>& chunk, int thread) {
+  const LinearPlan& plan = chunk.plan;
+  char* p = chunk.scratch + plan.shared + thread * plan.own;
   const auto take = [&p](auto*& to, int64_t count) {
     to = reinterpret_cast<decltype(to + 0)>(p);
     p += E::kColumns * count * static_cast<int64_t>(sizeof *to);
@@ -84,7 +88,7 @@ CVMK_INLINE Own<E> own_scratch(const LinearPass& pass, const LinearPlan& plan) {
 struct Block {
   int64_t number, group, first, columns;
   bool opens;  // the first of its group
-  CVMK_INLINE int64_t padded() const { return round_up(columns, 32); }
+  CVMK_INLINE int64_t padded() const { return up(columns, 32); }
 };
 
 template <typename E>
@@ -112,10 +116,10 @@ CVMK_INLINE float* student_logits(const Chunk<E>& chunk, const Own<E>& own, cons
   return columns_of(chunk, own, block, row).s;
 }
 
-CVMK_INLINE Any row_of_any(const void* data, int64_t stride, int type, int64_t i) { return row_of<Any>(Logits{data, stride, type}, i); }
-CVMK_INLINE Any weight_row(const Layer& layer, int64_t v) { return row_of_any(layer.weight, layer.weight_stride, layer.type, v); }
-CVMK_INLINE Any hidden_row(const Layer& layer, int64_t i) { return row_of_any(layer.hidden, layer.hidden_stride, layer.type, i); }
-CVMK_INLINE float bias_of(const Layer& layer, int64_t v) { return layer.bias == nullptr ? 0.0f : entry(row_of_any(layer.bias, 0, layer.type, 0), v); }
+CVMK_INLINE Any row_of_any(const Layer& layer, const void* data, int64_t stride, int64_t i) { return row_of<Any>({data, stride, layer.dtype, layer.lowered}, i); }
+CVMK_INLINE Any weight_row(const Layer& layer, int64_t v) { return row_of_any(layer, layer.weight, layer.weight_stride, v); }
+CVMK_INLINE Any hidden_row(const Layer& layer, int64_t i) { return row_of_any(layer, layer.hidden, layer.hidden_stride, i); }
+CVMK_INLINE float bias_of(const Layer& layer, int64_t v) { return layer.bias == nullptr ? 0.0f : entry(row_of_any(layer, layer.bias, 0, 0), v); }
 
 template <typename E>
 CVMK_INLINE void pack_targets(const Chunk<E>& chunk, int64_t row) {
@@ -167,7 +171,7 @@ CVMK_INLINE float target_logit(const Layer& layer, int64_t row, int64_t y) {
 template <typename E>
 CVMK_INLINE void finish_rows(const Chunk<E>& chunk) {
   const LinearPass& pass = chunk.pass;
-  threads::each((chunk.padded + 31) / 32, [&](int64_t part) {
+  chunk.team.each(pieces(chunk.padded, 32), [&](int64_t part, int) {
     for (int64_t row = part * 32; row < part * 32 + 32 && row < chunk.padded; ++row) {
       const bool there = row < chunk.count;
       const int64_t i = there ? chunk.index[row] : 0;
@@ -208,7 +212,7 @@ template <typename E>
 CVMK_INLINE void write_hidden_gradient(const Chunk<E>& chunk) {
   const LinearPass& pass = chunk.pass;
   const LinearPlan& plan = chunk.plan;
-  threads::each((chunk.count + 15) / 16, [&](int64_t part) {
+  chunk.team.each(pieces(chunk.count, 16), [&](int64_t part, int) {
     for (int64_t row = part * 16; row < part * 16 + 16 && row < chunk.count; ++row) {
       float* to = pass.d_hidden + chunk.index[row] * pass.student.width;
       vectors(0, pass.student.width, [&](int64_t i, int n, auto kind) __attribute__((always_inline)) {
@@ -220,5 +224,5 @@ CVMK_INLINE void write_hidden_gradient(const Chunk<E>& chunk) {
   });
 }
 
-}  // namespace distill
 }  // namespace
+}  // namespace cvmk::distill

@@ -4,8 +4,8 @@
 
 #include "distill/linear_chunk.inl"
 
+namespace cvmk::distill {
 namespace {
-namespace distill {
 
 CVMK_INLINE bool any(I mask) {
 #if defined(__AVX512F__)
@@ -241,5 +241,5 @@ struct GradientWork {
   CVMK_INLINE void finish() {}
 };
 
-}  // namespace distill
 }  // namespace
+}  // namespace cvmk::distill

@@ -12,17 +12,17 @@
 #include "common/float_product.inl"
 #include "distill/linear_columns.inl"
 
+namespace cvmk::distill {
 namespace {
-namespace distill {
 
-struct FloatEngine {
+struct FloatProducts {
   typedef float Element;
   static constexpr int64_t kPanel = product::kPanel, kColumns = 252, kUnit = product::kRows, kRowBlock = 3 * kPanel, kSub = 192, kRowStep = kLanes, kStep = kLanes;
   static constexpr int64_t kForms = 1, kGradients = 0, kLogitRows = kSub, kTeacherRows = kRowBlock;
   static constexpr int64_t kKeptBytes = int64_t{32} << 20;
   static constexpr int64_t kPart = 128, kRowPart = kSub / 2;  // of a sum: such a part of a right panel stays in the first-level cache
-  typedef Chunk<FloatEngine> Rows;
-  typedef Own<FloatEngine> Mine;
+  typedef Chunk<FloatProducts> Rows;
+  typedef Own<FloatProducts> Mine;
   static_assert(kSub % kRowBlock == 0 && kPart % kPanel == 0 && kColumns % kUnit == 0, "blocks are whole");
 
   CVMK_INLINE static void begin() {}
@@ -115,5 +115,5 @@ struct FloatEngine {
   }
 };
 
-}  // namespace distill
 }  // namespace
+}  // namespace cvmk::distill

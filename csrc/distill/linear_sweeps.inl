@@ -1,21 +1,21 @@
 // linear_kd_loss a chunk of rows at a time. Logits exist a block of the vocabulary and some rows at a time, transposed: an entry of the
 // vocabulary is a row, and the lanes of a vector are the rows of the batch. Three sweeps over the vocabulary for a chunk of rows: sums; for
-// the divergences of a mixture, theirs; gradients. The products are those of the engine E.
+// the divergences of a mixture, theirs; gradients. The products are those of E.
 #pragma once
 
 #include "distill/linear_columns.inl"
 
+namespace cvmk::distill {
 namespace {
-namespace distill {
 
 // body(own, block) for every block of the vocabulary, whose biases are in `own`; a group's blocks in their order, in one thread.
 template <typename E, typename Body>
 CVMK_INLINE void each_block(const Chunk<E>& chunk, bool with_teacher, const Body& body) {
   const LinearPass& pass = chunk.pass;
   const LinearPlan& plan = chunk.plan;
-  threads::each(plan.groups, [&](int64_t group) {
+  chunk.team.each(plan.groups, [&](int64_t group, int thread) {
     E::begin();
-    const Own<E> own = own_scratch<E>(pass, plan);
+    const Own<E> own = own_scratch<E>(chunk, thread);
     const int64_t each = plan.blocks / plan.groups;
     for (int64_t number = group * each; number < (group + 1) * each; ++number) {
       const Block block = block_of<E>(pass, plan, number, group, number == group * each);
@@ -67,7 +67,7 @@ CVMK_INLINE void write_weight_gradient(const Chunk<E>& chunk, const Own<E>& own,
       out.store(i, n, chunk.first ? found : found + out.load(i, n, kind), kind);
     });
   }
-  finish_streams();
+  elements::finish_streams();
 }
 
 template <int kTemperature, int kDivergence, bool kKd, bool kCe, typename E>
@@ -133,11 +133,16 @@ CVMK_INLINE void chunk_gradients(const Chunk<E>& chunk) {
 }
 
 template <typename E>
-void linear_with(const LinearPass& pass) {
+int64_t linear_scratch_with(const LinearPass& pass, const Team& team) {
+  return linear_plan<E>(pass).total(team);
+}
+
+template <typename E>
+void linear_with(const LinearPass& pass, char* scratch, const Team& team) {
   const LinearPlan plan = linear_plan<E>(pass);
   for (int64_t begin = 0; begin < pass.count; begin += plan.chunk) {
-    const Chunk<E> chunk = chunk_of<E>(pass, plan, begin);
-    threads::each((chunk.padded + 31) / 32, [&](int64_t part) {
+    const Chunk<E> chunk = chunk_of<E>(pass, plan, scratch, team, begin);
+    team.each(pieces(chunk.padded, 32), [&](int64_t part, int) {
       pack_targets(chunk, 32 * part);
       E::pack_rows(chunk, 32 * part);
     });
@@ -151,5 +156,5 @@ void linear_with(const LinearPass& pass) {
   }
 }
 
-}  // namespace distill
 }  // namespace
+}  // namespace cvmk::distill

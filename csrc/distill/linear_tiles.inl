@@ -13,20 +13,21 @@
 #include "distill/amx_tiles.inl"
 #include "distill/linear_columns.inl"
 
+namespace cvmk::distill {
 namespace {
-namespace distill {
 
-struct TileEngine {
+struct TileProducts {
   typedef Half Element;
   static constexpr int64_t kColumns = 512, kUnit = 32, kRowBlock = 32, kSub = 512, kRowStep = 32, kStep = 32, kPanel = 32;
   static constexpr int64_t kForms = 2, kGradients = 2, kLogitRows = 2 * kRowBlock, kTeacherRows = 2 * kRowBlock;
   static constexpr int64_t kKeptBytes = 0;
-  typedef Chunk<TileEngine> Rows;
-  typedef Own<TileEngine> Mine;
+  typedef Chunk<TileProducts> Rows;
+  typedef Own<TileProducts> Mine;
 
   static bool takes(const LinearPass& pass) {
-    const int type = pass.student.type;
-    return (type == kBFloat16 || type == kLowered) && (pass.teacher.hidden == nullptr || pass.teacher.type == type);
+    const Layer &student = pass.student, &teacher = pass.teacher;
+    const bool same = teacher.hidden == nullptr || (teacher.dtype == student.dtype && teacher.lowered == student.lowered);
+    return (student.dtype == kBFloat16 || student.lowered) && same;
   }
   CVMK_INLINE static void begin() { configure_tiles(kWholeTiles); }
   CVMK_INLINE static void end() { _tile_release(); }
@@ -48,7 +49,7 @@ struct TileEngine {
     }
   }
   CVMK_INLINE static void pack_block(const Layer& layer, int64_t padded, const Block& block, Half* to) {
-    if (layer.type == kLowered) pack_block_from<true>(layer, padded, block, to);
+    if (layer.lowered) pack_block_from<true>(layer, padded, block, to);
     else pack_block_from<false>(layer, padded, block, to);
   }
 
@@ -61,7 +62,7 @@ struct TileEngine {
     }
   }
   CVMK_INLINE static void pack_block_pairs(const Layer& layer, int64_t padded, const Block& block, Half* to) {
-    if (layer.type == kLowered) pack_block_pairs_from<true>(layer, padded, block, to);
+    if (layer.lowered) pack_block_pairs_from<true>(layer, padded, block, to);
     else pack_block_pairs_from<false>(layer, padded, block, to);
   }
 
@@ -83,7 +84,7 @@ struct TileEngine {
     pack_pairs<kLowered>(rows, student.width, width, chunk.pairs + row / kSub * kSub * width + row % kSub / 32 * kTile, kSub / 32 * kTile);
   }
   CVMK_INLINE static void pack_rows(const Rows& chunk, int64_t row) {
-    if (chunk.pass.student.type == kLowered) pack_rows_from<true>(chunk, row);
+    if (chunk.pass.student.lowered) pack_rows_from<true>(chunk, row);
     else pack_rows_from<false>(chunk, row);
   }
 
@@ -173,5 +174,5 @@ struct TileEngine {
   }
 };
 
-}  // namespace distill
 }  // namespace
+}  // namespace cvmk::distill

@@ -4,8 +4,8 @@
 
 #include "distill/vectors.inl"
 
+namespace cvmk::distill {
 namespace {
-namespace distill {
 
 enum Temperature { kAtOne, kAtTwo, kAtAny };
 enum Kind { kNoTeacher, kForward, kReverse, kOther };
@@ -212,5 +212,5 @@ void row_losses(const Terms& terms, int64_t vocabulary, const S& s, const T& t, 
   write_result(row, stats, step, kd, ce);
 }
 
-}  // namespace distill
 }  // namespace
+}  // namespace cvmk::distill

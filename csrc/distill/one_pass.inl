@@ -4,8 +4,8 @@
 
 #include "distill/gradients.inl"
 
+namespace cvmk::distill {
 namespace {
-namespace distill {
 
 // exp((s - top_s) / T) and exp((t - top_t) / T) of a row, with the greatest logits that each block's are relative to.
 struct Exponentials {
@@ -89,5 +89,5 @@ void row_in_one_pass(const Terms& terms, int64_t vocabulary, const S& s, const T
   }
 }
 
-}  // namespace distill
 }  // namespace
+}  // namespace cvmk::distill

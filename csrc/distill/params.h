@@ -3,11 +3,11 @@
 
 #include <stdint.h>
 
+#include "common/dtype.h"
+#include "common/kernel.h"
+
 namespace cvmk {
 namespace distill {
-
-// kLowered: float32 that is rounded to bfloat16 where it is read, for the operands of linear_kd_loss.
-enum Type { kFloat32 = 0, kBFloat16 = 1, kHalf = 2, kLowered = 3 };
 
 enum Divergence { kForwardKl = 0, kReverseKl = 1, kJs = 2, kSkewKl = 3, kSkewReverseKl = 4 };
 
@@ -23,7 +23,8 @@ struct Terms {
 struct Logits {
   const void* data;  // null: there is no teacher
   int64_t stride;
-  int type;
+  Dtype dtype;
+  bool lowered = false;  // float32 that is rounded to bfloat16 where it is read
 };
 
 // The statistics of row i, [5, rows]: log-sum-exp of the student at temperature 1, at T, of the teacher at T, the divergence's row
@@ -54,23 +55,24 @@ struct GradientPass {
   float* ce;
 };
 
-// to[i] = factor * from[i], of `type`.
+// to[i] = factor * from[i], of `dtype`.
 struct ScalePass {
   const float* from;
   void* to;
-  int type;
+  Dtype dtype;
   int64_t count;
   float factor;
 };
 
 // One output layer: hidden [., width] rows of `hidden_stride` elements, weight [vocabulary, width] of rows of `weight_stride`, and a bias
-// [vocabulary] or null, all of `type`.
+// [vocabulary] or null, all of `dtype`; `lowered` as of Logits.
 struct Layer {
   const void* hidden;  // null: there is no teacher
   const void* weight;
   const void* bias;
   int64_t width, hidden_stride, weight_stride;
-  int type;
+  Dtype dtype;
+  bool lowered;
 };
 
 // linear_kd_loss. Results of the rows named in `index` only; outputs of other rows are not touched.
@@ -88,8 +90,16 @@ struct LinearPass {
   float* d_hidden;  // [rows, width], contiguous; null where it is not wanted, as the next two
   float* d_weight;  // [vocabulary, width]
   float* d_bias;    // [vocabulary]
-  char* scratch;    // linear_scratch() bytes for this many threads, 64-byte aligned
 };
+
+struct Kernels {
+  Kernel<LossPass> losses;
+  Kernel<GradientPass> gradients;
+  Kernel<ScalePass> scale;
+  Kernel<LinearPass> linear;
+};
+const Kernels& kernels(IsaLevel level);
+const Kernels& kernels();
 
 }  // namespace distill
 }  // namespace cvmk

@@ -4,13 +4,12 @@
 #include <float.h>
 #include <math.h>
 
-#include "common/simd.h"
+#include "common/elements.h"
 #include "distill/params.h"
 
+namespace cvmk::distill {
 namespace {
-namespace distill {
 
-using namespace cvmk::distill;
 using simd::F;
 using simd::I;
 constexpr int kLanes = simd::kLanes;
@@ -59,14 +58,6 @@ CVMK_INLINE F exp_below(F above) {
 
 CVMK_INLINE F zero_where(I condition, F x) { return condition ? F{} : x; }
 
-CVMK_INLINE simd::H to_bf16(F x) {
-#if defined(__AVX512BF16__)
-  return simd::bits<simd::H>(_mm512_cvtneps_pbh(simd::bits<__m512>(x)));
-#else
-  return simd::to_bf16(x);
-#endif
-}
-
 // -- rows, read and written a vector at a time: Kind says whether the vector is whole or its first n lanes ---------------------------------
 struct Whole {
   static constexpr bool value = true;
@@ -75,48 +66,23 @@ struct Part {
   static constexpr bool value = false;
 };
 
-// Past the caches where the level and the place allow it: p is a multiple of a vector's size.
-CVMK_INLINE void stream(float* p, F x) {
-#if defined(__AVX512F__)
-  _mm512_stream_ps(p, simd::bits<__m512>(x));
-#elif defined(__AVX2__)
-  _mm256_stream_ps(p, simd::bits<__m256>(x));
-#else
-  simd::store(p, x);
-#endif
-}
-CVMK_INLINE void stream(uint16_t* p, simd::H x) {
-#if defined(__AVX512F__)
-  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), simd::bits<__m256i>(x));
-#elif defined(__AVX2__)
-  _mm_stream_si128(reinterpret_cast<__m128i*>(p), simd::bits<__m128i>(x));
-#else
-  simd::store_h(p, x);
-#endif
-}
-
-// Writes past the caches are seen by other threads after this.
-CVMK_INLINE void finish_streams() {
-#if defined(__AVX2__)
-  _mm_sfence();
-#endif
-}
-
-// `streamed`: whole vectors are written past the caches, and lie at multiples of their size. kKeepExponentials: for loss and gradient in one
-// pass it is quicker to keep the exponentials (8 bytes an entry in the cache) than to make them again; in float32 memory is what takes time.
-struct Floats {
-  static constexpr bool kKeepExponentials = false;
-  float* p;
+// A row whose type is known. `streamed`: whole vectors are written past the caches, and lie at multiples of their size. kKeepExponentials: for loss
+// and gradient in one pass it is quicker to keep the exponentials (8 bytes an entry in the cache) than to make them again; in float32 memory is
+// what takes time.
+template <Dtype kType, typename Element>
+struct RowOf {
+  static constexpr bool kKeepExponentials = kType == kBFloat16;
+  Element* p;
   bool streamed = false;
   template <typename Kind>
   CVMK_INLINE F load(int64_t i, int n, Kind) const {
-    return Kind::value ? simd::load(p + i) : simd::load_n(p + i, n);
+    return Kind::value ? elements::load<kType>(p + i) : elements::load_n<kType>(p + i, n);
   }
   template <typename Kind>
   CVMK_INLINE void store(int64_t i, int n, F x, Kind) const {
-    if (!Kind::value) simd::store_n(p + i, x, n);
-    else if (streamed) stream(p + i, x);
-    else simd::store(p + i, x);
+    if (!Kind::value) elements::store_n<kType>(p + i, x, n);
+    else if (streamed) elements::stream<kType>(p + i, x);
+    else elements::store<kType>(p + i, x);
   }
   CVMK_INLINE void prefetch(int64_t i) const { __builtin_prefetch(p + i); }
   // Numbers in front of the first vector that can be written past the caches.
@@ -125,65 +91,38 @@ struct Floats {
     return skip < most ? skip : most;
   }
 };
-
-struct BFloats {
-  static constexpr bool kKeepExponentials = true;
-  uint16_t* p;
-  bool streamed = false;
-  template <typename Kind>
-  CVMK_INLINE F load(int64_t i, int n, Kind) const {
-    return simd::from_bf16(Kind::value ? simd::load_h(p + i) : simd::load_h_n(p + i, n));
-  }
-  template <typename Kind>
-  CVMK_INLINE void store(int64_t i, int n, F x, Kind) const {
-    const simd::H h = to_bf16(x);
-    if (!Kind::value) simd::store_h_n(p + i, h, n);
-    else if (streamed) stream(p + i, h);
-    else simd::store_h(p + i, h);
-  }
-  CVMK_INLINE void prefetch(int64_t i) const { __builtin_prefetch(p + i); }
-  // Numbers in front of the first vector that can be written past the caches.
-  CVMK_INLINE int64_t head(int64_t most) const {
-    const int64_t skip = streamed ? -static_cast<int64_t>(reinterpret_cast<uintptr_t>(p) / sizeof *p) & (kLanes - 1) : 0;
-    return skip < most ? skip : most;
-  }
-};
+typedef RowOf<kFloat32, float> Floats;
+typedef RowOf<kBFloat16, uint16_t> BFloats;
 
 // A row of any type, for half precision and for a student and a teacher of two types.
 struct Any {
   static constexpr bool kKeepExponentials = false;
   void* p;
-  int type;
+  Dtype dtype;
+  bool lowered;
   bool streamed;  // not obeyed
   template <typename Kind>
-  CVMK_INLINE F load(int64_t i, int n, Kind kind) const {
-    if (type == kFloat32) return Floats{static_cast<float*>(p)}.load(i, n, kind);
-    if (type == kLowered) return simd::from_bf16(to_bf16(Floats{static_cast<float*>(p)}.load(i, n, kind)));
-    if (type == kBFloat16) return BFloats{static_cast<uint16_t*>(p)}.load(i, n, kind);
-    const uint16_t* h = static_cast<uint16_t*>(p) + i;
-    return simd::from_half(Kind::value ? simd::load_h(h) : simd::load_h_n(h, n));
+  CVMK_INLINE F load(int64_t i, int n, Kind) const {
+    const F x = Kind::value ? elements::load(p, dtype, i) : elements::load_n(p, dtype, i, n);
+    return lowered ? simd::from_bf16(elements::round_bf16(x)) : x;
   }
   template <typename Kind>
-  CVMK_INLINE void store(int64_t i, int n, F x, Kind kind) const {
-    if (type == kFloat32) return Floats{static_cast<float*>(p)}.store(i, n, x, kind);
-    if (type == kBFloat16) return BFloats{static_cast<uint16_t*>(p)}.store(i, n, x, kind);
-    uint16_t* h = static_cast<uint16_t*>(p) + i;
-    if (Kind::value) simd::store_h(h, simd::to_half(x));
-    else simd::store_h_n(h, simd::to_half(x), n);
+  CVMK_INLINE void store(int64_t i, int n, F x, Kind) const {
+    if (Kind::value) elements::store(p, dtype, i, x);
+    else elements::store_n(p, dtype, i, x, n);
   }
   CVMK_INLINE void prefetch(int64_t) const {}
   CVMK_INLINE int64_t head(int64_t) const { return 0; }
 };
 
-// The row of any type as the other kinds of row.
-CVMK_INLINE void view(void* p, int, Floats& row) { row.p = static_cast<float*>(p); }
-CVMK_INLINE void view(void* p, int, BFloats& row) { row.p = static_cast<uint16_t*>(p); }
-CVMK_INLINE void view(void* p, int type, Any& row) { row.p = p, row.type = type; }
+CVMK_INLINE void view(void* p, const Logits&, Floats& row) { row.p = static_cast<float*>(p); }
+CVMK_INLINE void view(void* p, const Logits&, BFloats& row) { row.p = static_cast<uint16_t*>(p); }
+CVMK_INLINE void view(void* p, const Logits& logits, Any& row) { row.p = p, row.dtype = logits.dtype, row.lowered = logits.lowered; }
 
 template <typename Row>
 CVMK_INLINE Row row_of(const Logits& logits, int64_t i) {
   Row row;
-  view(const_cast<char*>(static_cast<const char*>(logits.data)) + i * logits.stride * (logits.type == kFloat32 || logits.type == kLowered ? 4 : 2), logits.type, row);
+  view(const_cast<char*>(elements::at(logits.data, logits.dtype, i * logits.stride)), logits, row);
   return row;
 }
 
@@ -237,5 +176,5 @@ CVMK_INLINE float greatest(const Row& row, int64_t begin, int64_t end) {
 // p = exp(log_p), q = exp(log_q): weight p + (1 - weight) q, never 0, so that its logarithm and 1 / m exist where both are 0.
 CVMK_INLINE F mix(F p, F q, float weight) { return simd::max(simd::set(FLT_MIN), q + weight * (p - q)); }
 
-}  // namespace distill
 }  // namespace
+}  // namespace cvmk::distill

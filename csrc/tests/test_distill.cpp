@@ -4,16 +4,21 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "common/cpu_features.h"
-#include "distill/distill.h"
+#include "common/scratch.h"
+#include "distill/loss.h"
 #include "tests/check.h"
 
 namespace {
 
 using namespace cvmk;
 using namespace cvmk::distill;
+
+Team team() { return openmp_team(); }
 
 struct Problem {
   std::int64_t rows, vocabulary;
@@ -35,15 +40,16 @@ struct Problem {
   void run(float temperature) {
     const Rows in{{student.data(), vocabulary, kFloat32}, {teacher.data(), vocabulary, kFloat32}, target.data(), rows, vocabulary, stats.data(),
                   {temperature, kForwardKl, 0, 0}};
-    losses({in, kd.data(), ce.data()});
-    gradients({in, 0.5f * temperature, 0.25f, true, true, gradient.data(), vocabulary, nullptr, nullptr});
+    cvmk::run(kernels().losses, {in, kd.data(), ce.data()}, team());
+    cvmk::run(kernels().gradients, {in, 0.5f * temperature, 0.25f, true, true, gradient.data(), vocabulary, nullptr, nullptr}, team());
   }
 
   // Losses and gradients of one row after the other, the gradients over the student's logits or not.
   void run_at_once(float temperature, bool in_place) {
     const Rows in{{student.data(), vocabulary, kFloat32}, {teacher.data(), vocabulary, kFloat32}, target.data(), rows, vocabulary, stats.data(),
                   {temperature, kForwardKl, 0, 0}};
-    gradients({in, 0.5f * temperature, 0.25f, true, true, in_place ? student.data() : gradient.data(), vocabulary, kd.data(), ce.data()});
+    cvmk::run(kernels().gradients, {in, 0.5f * temperature, 0.25f, true, true, in_place ? student.data() : gradient.data(), vocabulary, kd.data(), ce.data()},
+              team());
   }
 
   double sum_exp(const std::vector<float>& x, std::int64_t row, double t) const {
@@ -106,8 +112,8 @@ void scaled_numbers_are_rounded_once() {
       std::vector<float> from(n), to(n + 1, Problem::nan());
       std::vector<std::uint16_t> half(n + 1, 0x7fff);
       for (std::size_t i = 0; i < n; ++i) from[i] = std::sin(static_cast<float>(i));
-      scale({from.data(), to.data(), kFloat32, count, 0.3f});
-      scale({from.data(), half.data(), kBFloat16, count, 0.3f});
+      cvmk::run(kernels().scale, {from.data(), to.data(), kFloat32, count, 0.3f}, team());
+      cvmk::run(kernels().scale, {from.data(), half.data(), kBFloat16, count, 0.3f}, team());
       bool exact = true, near = true;
       for (std::size_t i = 0; i < n; ++i) {
         const float product = from[i] * 0.3f;
@@ -149,8 +155,8 @@ struct LinearProblem {
     const auto blank = [](std::int64_t count) { return std::vector<float>(Problem::size(count), Problem::nan()); };
     stats = blank(5 * rows), kd = blank(rows), ce = blank(rows), d_hidden = blank(rows * width), d_weight = blank(vocabulary * width), d_bias = blank(vocabulary);
     LinearPass pass{};
-    pass.student = {hidden.data(), weight.data(), bias.data(), width, width, width, kFloat32};
-    pass.teacher = {teacher_hidden.data(), teacher_weight.data(), nullptr, teacher_width, teacher_width, teacher_width, kFloat32};
+    pass.student = {hidden.data(), weight.data(), bias.data(), width, width, width, kFloat32, false};
+    pass.teacher = {teacher_hidden.data(), teacher_weight.data(), nullptr, teacher_width, teacher_width, teacher_width, kFloat32, false};
     pass.index = index.data(), pass.target = target.data();
     pass.count = static_cast<std::int64_t>(index.size()), pass.rows = rows, pass.vocabulary = vocabulary;
     pass.terms = {2.0f, kForwardKl, 0, 0};
@@ -158,9 +164,7 @@ struct LinearProblem {
     pass.kd_scale = 1.0f, pass.ce_scale = 0.25f;
     pass.stats = stats.data(), pass.kd = kd.data(), pass.ce = ce.data();
     pass.d_hidden = d_hidden.data(), pass.d_weight = d_weight.data(), pass.d_bias = d_bias.data();
-    std::vector<char> scratch(Problem::size(linear_scratch(pass) + 64), '\xff');
-    pass.scratch = scratch.data() + (64 - reinterpret_cast<std::uintptr_t>(scratch.data()) % 64) % 64;
-    linear(pass);
+    cvmk::run(kernels().linear, pass, team());
   }
 
   static double product(const std::vector<float>& a, std::int64_t i, const std::vector<float>& b, std::int64_t j, std::int64_t d) {
@@ -220,6 +224,69 @@ void linear_layers_agree_with_double_precision() {
   });
 }
 
+// -- whole calls ------------------------------------------------------------------------------------------------------------------------
+struct Whole {
+  Problem rows{6, 21};
+  std::vector<std::int64_t> target;
+  float loss = NAN, kd = NAN, ce = NAN, divisor = NAN;
+
+  Whole() : target(rows.target) {}
+  Loss call(double alpha) const {
+    return {target.data(), kInt64, rows.rows, rows.vocabulary, -1, {2.0f, kForwardKl, 0, 0}, alpha, const_cast<float*>(rows.stats.data())};
+  }
+  Logits student() const { return {rows.student.data(), rows.vocabulary, kFloat32}; }
+  Logits teacher() const { return {rows.teacher.data(), rows.vocabulary, kFloat32}; }
+  Totals totals() { return {&loss, &kd, &ce, &divisor}; }
+};
+
+// The totals are those of the rows over the normaliser, and the gradient along with them is that of the backward pass by 1.
+void totals_and_scales() {
+  for (const double alpha : {0.0, 0.25, 1.0})
+    for (const float normalizer : {0.0f, 2.5f}) {
+      Whole whole;
+      whole.rows.run(2);
+      double kd = 0, ce = 0, count = 0;
+      for (std::size_t i = 0; i < whole.target.size(); ++i) {
+        kd += static_cast<double>(whole.rows.kd[i]), ce += static_cast<double>(whole.rows.ce[i]);
+        count += whole.target[i] >= 0 ? 1 : 0;
+      }
+      const double divisor = normalizer > 0 ? static_cast<double>(normalizer) : count;
+      std::vector<float> along(whole.rows.gradient), apart(whole.rows.gradient), part(whole.rows.gradient);
+      kd_loss(whole.call(alpha), whole.student(), whole.teacher(), normalizer > 0 ? &normalizer : nullptr, whole.totals(), along.data(), whole.rows.vocabulary,
+              team());
+      const auto near = [](float found, double exact) { return std::fabs(static_cast<double>(found) - exact) <= 1e-6 * std::fabs(exact); };
+      CHECK(near(whole.divisor, divisor) && near(whole.kd, 4 * kd / divisor) && near(whole.ce, ce / divisor));
+      CHECK(near(whole.loss, alpha * 4 * kd / divisor + (1 - alpha) * ce / divisor));
+      const float one = 1, alpha_part = static_cast<float>(alpha), rest = static_cast<float>(1 - alpha);
+      kd_loss_gradient(whole.call(alpha), whole.student(), whole.teacher(), {&one, nullptr, nullptr}, &whole.divisor, apart.data(), team());
+      kd_loss_gradient(whole.call(alpha), whole.student(), whole.teacher(), {nullptr, &alpha_part, &rest}, &whole.divisor, part.data(), team());
+      bool same = true;
+      for (std::size_t i = 0; i < along.size(); ++i) same = same && std::fabs(along[i] - apart[i]) < 1e-7f && std::fabs(part[i] - apart[i]) < 1e-7f;
+      CHECK(same);
+    }
+}
+
+void targets_outside_of_the_vocabulary_are_refused() {
+  Whole whole;
+  std::vector<std::int32_t> narrow(whole.target.begin(), whole.target.end());
+  Loss call = whole.call(0.5);
+  call.target = narrow.data(), call.target_dtype = kInt32;
+  kd_loss(call, whole.student(), whole.teacher(), nullptr, whole.totals(), nullptr, 0, team());
+  const float loss = whole.loss;
+  kd_loss(whole.call(0.5), whole.student(), whole.teacher(), nullptr, whole.totals(), nullptr, 0, team());
+  CHECK(loss == whole.loss);
+  for (const std::int64_t wrong : {std::int64_t{21}, std::int64_t{-2}}) {
+    whole.target[3] = wrong;
+    std::string text;
+    try {
+      kd_loss(whole.call(0.5), whole.student(), whole.teacher(), nullptr, whole.totals(), nullptr, 0, team());
+    } catch (const std::invalid_argument& error) {
+      text = error.what();
+    }
+    CHECK(text == "target holds " + std::to_string(wrong) + ", which is neither in the vocabulary 0..20 nor ignore_index (-1)");
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -227,5 +294,7 @@ int main() {
   losses_and_gradients_at_once_are_those_of_two_passes();
   scaled_numbers_are_rounded_once();
   linear_layers_agree_with_double_precision();
+  totals_and_scales();
+  targets_outside_of_the_vocabulary_are_refused();
   return cvmk::testing::check_result();
 }

@@ -44,6 +44,9 @@ from cvmk.ops._op import Op
 
 DIVERGENCES = {"forward_kl": 0.0, "reverse_kl": 0.0, "js": 0.5, "skew_kl": 0.1, "skew_reverse_kl": 0.1}
 """The divergences and the default of their mixing weight; 0 where they have none."""
+HOT = 32.0
+"""Above this temperature the two distributions are so near that float32 sums lose the divergence's digits (2^-24 T^2 / variance of the logits): the
+reference computes in float64 and keeps its statistics so, and the fused kernels decline."""
 NUMBERS = {name: number for number, name in enumerate(DIVERGENCES)}
 """The divergences as the kernels number them."""
 
@@ -105,12 +108,44 @@ class Out(NamedTuple):
 
 
 def _fake_forward(c: Call) -> Out:
-    dtype = accumulation_dtype(c.student.dtype)
-    loss, kd, ce, count = (c.student.new_empty((), dtype=dtype) for _ in range(4))
-    return Out(loss, kd, ce, count, c.student.new_empty((5, c.target.numel()), dtype=dtype))
+    loss, kd, ce, divisor = (c.student.new_empty((), dtype=accumulation_dtype(c.student.dtype)) for _ in range(4))
+    return Out(loss, kd, ce, divisor, c.student.new_empty((5, c.target.numel()), dtype=row_dtype(c, c.student.dtype)))
+
+
+def row_dtype(c: Loss, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of what is computed of a row of logits, and of its statistics."""
+    return torch.float64 if c.temperature > HOT else accumulation_dtype(dtype)
+
+
+def heat(c: Loss) -> list[str]:
+    """Why a kernel with sums in float32 does not take a call."""
+    return [f"at the temperature {c.temperature:g}, above {HOT:g}, sums in float32 lose the divergence's digits"] if c.temperature > HOT else []
 
 
 op = Op("kd_loss", Call, Out, fake_forward=_fake_forward, differentiable=("student",), saved=("divisor", "stats"))
+
+
+# -- what backends share ------------------------------------------------------------------------------------------------------------
+@overload
+def matrix(x: Tensor) -> Tensor: ...
+@overload
+def matrix(x: None) -> None: ...
+def matrix(x: Tensor | None) -> Tensor | None:
+    """[N, n] with a contiguous last dimension, as kernels read it."""
+    if x is None:
+        return None
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def vector(target: Tensor) -> Tensor:
+    """[N], contiguous."""
+    return target if target.dim() == 1 and target.is_contiguous() else target.reshape(-1).contiguous()
+
+
+def kernel_options(c: Loss) -> tuple[int, float, int, float, float, float]:
+    """The options of a loss as the C++ libraries take them."""
+    return c.ignore_index, c.alpha, NUMBERS[c.divergence], c.temperature, c.mixture, c.label_smoothing
 
 
 # -- in place ---------------------------------------------------------------------------------------------------------------------
@@ -311,7 +346,7 @@ def kd_loss(
     student_logits   [..., V], float64, float32, bfloat16 or float16; everything is computed in float32 (float64 for float64).
     teacher_logits   [..., V], any floating dtype, or None where alpha is 0. A constant: the teacher gets no gradient.
     target           [...], int64 or int32. Rows with `ignore_index` count nothing and are not read: they may hold NaN.
-    temperature      T > 0 of both distributions; cross-entropy is always at 1.
+    temperature      T > 0 of both distributions; cross-entropy is always at 1. Above 32 only the reference is exact enough: it runs, in float64.
     divergence       "forward_kl", "reverse_kl", "js", "skew_kl" or "skew_reverse_kl" (formulas: the module's docstring).
     mixture          mixing weight of js (0.5) and of the skew divergences (0.1).
     label_smoothing  e: the target distribution is (1 - e) of the reference and e shared by the entries that are not -inf in the student

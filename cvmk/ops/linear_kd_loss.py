@@ -16,7 +16,7 @@ from torch import Tensor
 from cvmk.ops._call import Needs, number
 from cvmk.ops._dtypes import accumulation_dtype, autocast_dtype, autocast_lower
 from cvmk.ops._op import Op
-from cvmk.ops.kd_loss import LossOptions, check_options, check_target, normalizer_tensor
+from cvmk.ops.kd_loss import LossOptions, check_options, check_target, normalizer_tensor, row_dtype
 
 
 class LinearLossOptions(LossOptions, total=False):
@@ -61,7 +61,7 @@ def _fake_forward(c: Call) -> Out:
     loss, kd, ce, count = (hidden.new_empty((), dtype=dtype) for _ in range(4))
     shapes = (hidden.shape, c.student_weight.shape, c.student_weight.shape[:1])
     grads = [hidden.new_empty(shape if want else (0,), dtype=dtype) for want, shape in zip(c.wanted, shapes, strict=True)]
-    return Out(loss, kd, ce, count, hidden.new_empty((5, c.target.numel()), dtype=dtype), *grads)
+    return Out(loss, kd, ce, count, hidden.new_empty((5, c.target.numel()), dtype=row_dtype(c, hidden.dtype)), *grads)
 
 
 op = Op(

@@ -403,6 +403,25 @@ def test_explain_and_use() -> None:
         ops.kd_loss(student, teacher, target)
 
 
+@pytest.mark.parametrize("name", DIVERGENCES)
+@pytest.mark.parametrize("temperature", [33.0, 1000.0, 1e5])
+def test_high_temperatures_keep_their_digits(name: str, temperature: float) -> None:
+    """The divergence falls as 1 / T^2, and float32 sums of terms of size 1 would keep nothing of it."""
+    student, teacher, target = (x.float() if x.is_floating_point() else x for x in make(6, 50))
+    found, expected = [], []
+    for to, dtype in ((found, torch.float32), (expected, torch.float64)):
+        leaf = student.to(dtype).requires_grad_()
+        loss = ops.kd_loss(leaf, teacher.to(dtype), target, temperature=temperature, alpha=1.0, divergence=name)
+        hidden, weight = student[..., :8].to(dtype).requires_grad_(), teacher[0, :, :8].to(dtype)
+        other = ops.linear_kd_loss(hidden, weight, hidden.detach() * 0.5, weight, target % 4, temperature=temperature, alpha=1.0, divergence=name)
+        to += [loss.detach().double(), *(x.double() for x in torch.autograd.grad(loss, leaf)), other.detach().double()]
+        to += [x.double() for x in torch.autograd.grad(other, hidden)]
+    for a, b in zip(found, expected, strict=True):
+        assert (a - b).abs().max() <= 2e-6 * b.abs().max()
+    reasons = {row.backend: row for row in ops.explain("kd_loss", student, teacher, target, temperature=temperature)}
+    assert reasons["reference"].chosen
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_opcheck(dtype: torch.dtype) -> None:
     student, teacher, target = make(3, 4, dtype=dtype)

@@ -15,42 +15,25 @@ from cvmk.ops import cuda
 from cvmk.ops._backend import Backend
 from cvmk.ops._call import Needs
 from cvmk.ops._dtypes import not_needed
-from cvmk.ops.cuda import TYPES, address
-from cvmk.ops.kd_loss import NUMBERS, Call, Losses, Out
+from cvmk.ops.cuda import TYPES
+from cvmk.ops.kd_loss import Call, Losses, Out, heat, kernel_options, matrix, vector
 from cvmk.ops.reference.kd_loss import scale
 
 
-def _rows(logits: Tensor | None) -> tuple[Tensor | None, int, int]:
-    """[N, V] with a contiguous last dimension, its address and the stride of its rows; zeros for None."""
-    if logits is None:
-        return None, 0, 0
-    rows = logits if logits.dim() == 2 else logits.reshape(-1, logits.shape[-1])
-    if rows.stride(1) != 1:
-        rows = rows.contiguous()
-    return rows, rows.data_ptr(), rows.stride(0)
+def _rows(c: Call) -> tuple[object, ...]:
+    """The arguments that both passes have in common, but for the statistics."""
+    return cuda.stream(c.student), matrix(c.student), matrix(c.teacher), vector(c.target), *kernel_options(c)
 
 
 def _forward(c: Call) -> Out:
-    z, *z_place = _rows(c.student)
-    t, *t_place = _rows(c.teacher)
-    y = c.target.reshape(-1).contiguous()
-    rows = y.shape[0]
+    rows = c.target.numel()
     float32: dict[str, Any] = {"dtype": torch.float32, "device": c.student.device}
-    loss, kd, ce, count = (torch.empty((), **float32) for _ in range(4))
+    loss, kd, ce, divisor = (torch.empty((), **float32) for _ in range(4))
     stats, scratch = torch.empty((5, rows), **float32), torch.empty((2, rows), **float32)
     library = cuda.library()
     assert library is not None
-    library.kd_loss(
-        (
-            *cuda.place(c.student),
-            *(*z_place, *t_place, TYPES[c.student.dtype]),
-            *(y.data_ptr(), y.dtype == torch.int64, rows, c.student.shape[-1], c.ignore_index),
-            *(NUMBERS[c.divergence], stats.data_ptr(), address(c.normalizer)),
-            *(scratch.data_ptr(), scratch[1:].data_ptr(), loss.data_ptr(), kd.data_ptr(), ce.data_ptr(), count.data_ptr()),
-        ),
-        *(c.temperature, c.alpha, c.mixture, c.label_smoothing),
-    )
-    return Out(loss, kd, ce, count, stats)
+    library.kd_loss(*_rows(c), stats, c.normalizer, *scratch.unbind(0), loss, kd, ce, divisor)
+    return Out(loss, kd, ce, divisor, stats)
 
 
 def _backward(grads: Out, c: Call, saved: Out, needs: Needs) -> Tensor:
@@ -63,21 +46,9 @@ def _backward(grads: Out, c: Call, saved: Out, needs: Needs) -> Tensor:
 
 def _write_gradient(gradient: Tensor, upstream: tuple[Tensor | None, ...], c: Call, count: Tensor, stats: Tensor) -> None:
     """The gradient to a contiguous tensor, which may be the student's logits: every thread reads its entries before it writes them."""
-    z, *z_place = _rows(c.student)
-    t, *t_place = _rows(c.teacher)
-    y = c.target.reshape(-1).contiguous()
     library = cuda.library()
     assert library is not None
-    library.kd_loss_gradient(
-        (
-            *cuda.place(c.student),
-            *(*z_place, *t_place, TYPES[c.student.dtype]),
-            *(y.data_ptr(), y.dtype == torch.int64, y.shape[0], c.student.shape[-1], c.ignore_index),
-            *(NUMBERS[c.divergence], stats.data_ptr(), count.data_ptr()),
-            *(*map(address, upstream), gradient.data_ptr()),
-        ),
-        *(c.temperature, c.alpha, c.mixture, c.label_smoothing),
-    )
+    library.kd_loss_gradient(*_rows(c), stats, count, *upstream, gradient)
 
 
 def _in_place(c: Call) -> Losses:
@@ -87,7 +58,8 @@ def _in_place(c: Call) -> Losses:
 
 
 def _limits(which: str, c: Call) -> list[str]:
-    return [f"teacher is {c.teacher.dtype}, not {c.student.dtype} as the student"] if c.teacher is not None and c.teacher.dtype != c.student.dtype else []
+    mixed = c.teacher is not None and c.teacher.dtype != c.student.dtype
+    return heat(c) + ([f"teacher is {c.teacher.dtype}, not {c.student.dtype} as the student"] if mixed else [])  # type: ignore[union-attr]
 
 
 def _limits_in_place(which: str, c: Call) -> list[str]:

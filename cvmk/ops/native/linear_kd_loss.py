@@ -19,63 +19,32 @@ from cvmk.ops import native
 from cvmk.ops._backend import Backend
 from cvmk.ops._call import Needs
 from cvmk.ops._dtypes import not_needed
-from cvmk.ops.kd_loss import NUMBERS
+from cvmk.ops.kd_loss import kernel_options, matrix, vector
 from cvmk.ops.linear_kd_loss import Call, Out, kept, loss_scale, needed_of
 from cvmk.ops.native._memory import empty
-from cvmk.ops.native.kd_loss import TYPES, address, missing, teacher_reasons
+from cvmk.ops.native.kd_loss import TYPES, loss_reasons, missing
 
-Layer = tuple[int, int, int, int, int, int, int]
-_LOWERED = 3
-"""The type of float32 operands that are rounded to bfloat16 where they are read (csrc/distill/params.h)."""
 _ONE = torch.ones((), dtype=torch.float32)
+_NOTHING = (None,) * 4
 
 
-def _matrix(x: Tensor) -> Tensor:
-    """[rows, width] with a contiguous last dimension."""
-    x = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    return x if x.stride(1) == 1 else x.contiguous()
+def _layer(hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, ...]:
+    return matrix(hidden), matrix(weight), None if bias is None else bias.contiguous()
 
 
 def _run(
-    c: Call, grads: tuple[Tensor | None, ...], divisor: Tensor, wanted: list[bool], scalars: tuple[Tensor, ...] | None
+    c: Call, grads: tuple[Tensor | None, ...], divisor: Tensor, wanted: list[bool], scalars: tuple[Tensor | None, ...]
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     """Statistics and the gradients in float32 of those that are wanted; the loss, its parts and the normaliser go to `scalars`."""
-    alive: list[Tensor] = []
-
-    def layer(hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> Layer:
-        if hidden is None or weight is None:
-            return 0, 0, 0, 0, 0, 0, 0
-        rows, matrix = _matrix(hidden), _matrix(weight)
-        bias = None if bias is None else bias.contiguous()
-        alive.extend(x for x in (rows, matrix, bias) if x is not None)
-        return rows.data_ptr(), matrix.data_ptr(), address(bias), rows.shape[1], rows.stride(0), matrix.stride(0), _LOWERED if c.lowered else TYPES[rows.dtype]
-
-    y = c.target.reshape(-1).contiguous()
+    y = vector(c.target)
     stats = torch.empty((5, y.shape[0]), dtype=torch.float32)
     shapes = (c.student_hidden.shape, c.student_weight.shape, c.student_weight.shape[:1])
-    found = tuple(empty(shape, torch.float32) if want else None for want, shape in zip(wanted, shapes, strict=True))
+    found = tuple([empty(shape, torch.float32) if want else None for want, shape in zip(wanted, shapes, strict=True)])
+    student, teacher = _layer(c.student_hidden, c.student_weight, c.student_bias), _layer(c.teacher_hidden, c.teacher_weight, c.teacher_bias)
     library = native.library()
     assert library is not None
-    library.linear_kd_loss(
-        layer(c.student_hidden, c.student_weight, c.student_bias),
-        layer(c.teacher_hidden, c.teacher_weight, c.teacher_bias),
-        y.data_ptr(),
-        y.dtype == torch.int64,
-        y.shape[0],
-        c.student_weight.shape[0],
-        c.ignore_index,
-        c.temperature,
-        c.alpha,
-        NUMBERS[c.divergence],
-        c.mixture,
-        c.label_smoothing,
-        address(c.normalizer),
-        *(address(g) for g in grads),
-        divisor.data_ptr(),
-        stats.data_ptr(),
-        *((0, 0, 0, 0) if scalars is None else (x.data_ptr() for x in scalars)),
-        *(address(x) for x in found),
-    )
+    vocabulary = c.student_weight.shape[0]
+    library.linear_kd_loss(c.lowered, vocabulary, *student, *teacher, y, *kernel_options(c), stats, c.normalizer, *grads, divisor, *scalars, *found)
     return stats, found
 
 
@@ -110,8 +79,7 @@ def _scaled(total: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     out = empty(total.shape, dtype)
     library = native.library()
     assert library is not None
-    total = total.contiguous()
-    library.scaled(total.data_ptr(), total.numel(), scale.data_ptr(), out.data_ptr(), TYPES[dtype])
+    library.scaled(total.contiguous(), out, total.numel(), scale)
     return out
 
 
@@ -120,9 +88,9 @@ def backward(grads: Out, c: Call, saved: Out, needs: Needs) -> tuple[Tensor, ...
     sums: tuple[Tensor | None, ...] = saved[5:]
     scale = loss_scale(grads, saved)
     if scale is None:
-        scale, sums = _ONE, _run(c, grads[:3], saved.divisor, needed, None)[1]
+        scale, sums = _ONE, _run(c, grads[:3], saved.divisor, needed, _NOTHING)[1]
     elif not kept(c, saved, needed):  # they were handed on: made again, to the same bits
-        sums = _run(c, (_ONE, None, None), _ONE, needed, None)[1]
+        sums = _run(c, (_ONE, None, None), _ONE, needed, _NOTHING)[1]
     found = []
     for need, x, total in zip(needed, c[:3], sums, strict=True):
         found.append(_scaled(total, scale, x.dtype) if need and x is not None and total is not None else nothing)
@@ -136,9 +104,9 @@ BACKENDS = (
         forward,
         backward,
         forward_with_gradient,
-        dtypes=tuple(TYPES),
+        dtypes=TYPES,
         devices=("cpu",),
-        limits=lambda which, c: teacher_reasons("teacher_weight", c.teacher_weight),
+        limits=lambda which, c: loss_reasons(c, "teacher_weight"),
         unavailable=lambda: missing("linear_kd_loss", "scaled"),
     ),
 )

@@ -16,7 +16,7 @@ from torch import Tensor
 from cvmk.ops._backend import Backend
 from cvmk.ops._call import Needs
 from cvmk.ops._dtypes import accumulation_dtype, not_needed
-from cvmk.ops.kd_loss import Call, Loss, Losses, Out, ScaleCall
+from cvmk.ops.kd_loss import Call, Loss, Losses, Out, ScaleCall, row_dtype
 
 Rows = slice | Tensor
 CPU_CHUNK, GPU_CHUNK = 2**16, 2**25
@@ -259,7 +259,7 @@ def scales(
 def forward(c: Call) -> Out:
     terms = Terms.of(c)
     recorded = torch.is_grad_enabled() and c.student.requires_grad
-    dtype, vocabulary = accumulation_dtype(c.student.dtype), c.student.shape[-1]
+    dtype, vocabulary = row_dtype(c, c.student.dtype), c.student.shape[-1]
     y, valid = valid_targets(c.target, c.ignore_index, vocabulary)
     z = c.student.reshape(-1, vocabulary)
     t = None if c.teacher is None else c.teacher.reshape(-1, vocabulary)
@@ -273,7 +273,8 @@ def forward(c: Call) -> Out:
         ce_rows.append(ce if blank is None else ce.masked_fill(blank.squeeze(1), 0.0))
     count = (valid.sum().clamp(min=1) if c.normalizer is None else c.normalizer).to(dtype, copy=True)
     kd, ce = c.temperature**2 * totals(kd_rows, z, dtype) / count, totals(ce_rows, z, dtype) / count
-    return Out(combine(kd, ce, c.alpha), kd, ce, count, stats)
+    result = accumulation_dtype(c.student.dtype)
+    return Out(combine(kd, ce, c.alpha).to(result), kd.to(result), ce.to(result), count.to(result), stats)
 
 
 def backward(grads: Out, c: Call, saved: Out, needs: Needs) -> Tensor:
@@ -282,7 +283,7 @@ def backward(grads: Out, c: Call, saved: Out, needs: Needs) -> Tensor:
 
 def gradient(grads: Any, c: Call, saved: Out) -> Tensor:
     """The gradient of the student's logits."""
-    dtype, vocabulary = accumulation_dtype(c.student.dtype), c.student.shape[-1]
+    dtype, vocabulary = row_dtype(c, c.student.dtype), c.student.shape[-1]
     kd_scale, ce_scale = scales(grads.loss, grads.kd, grads.ce, c.teacher is not None, c.alpha, c.temperature)
     if kd_scale is None and ce_scale is None:
         return torch.zeros_like(c.student, memory_format=torch.contiguous_format)

@@ -14,6 +14,7 @@ from torch import Tensor
 from cvmk.ops._backend import Backend
 from cvmk.ops._call import Needs
 from cvmk.ops._dtypes import accumulation_dtype, not_needed
+from cvmk.ops.kd_loss import row_dtype
 from cvmk.ops.linear_kd_loss import Call, Out, kept, loss_scale, lowered, needed_of
 from cvmk.ops.reference.kd_loss import Terms, checked_gradients, checked_losses, combine, put, row_chunks, scales, take, totals, valid_targets
 
@@ -99,18 +100,18 @@ def _sides(c: Call) -> tuple[_Side, _Side | None]:
 def forward(c: Call) -> Out:
     c = lowered(c)
     recorded = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in c[:3])
-    terms, dtype = Terms.of(c), accumulation_dtype(c.student_hidden.dtype)
+    terms, dtype, exact = Terms.of(c), accumulation_dtype(c.student_hidden.dtype), row_dtype(c, c.student_hidden.dtype)
     student, teacher = _sides(c)
     y, valid = valid_targets(c.target, c.ignore_index, c.student_weight.shape[0])
-    stats = student.hidden.new_zeros((5, y.shape[0]), dtype=dtype)
+    stats = student.hidden.new_zeros((5, y.shape[0]), dtype=exact)
     sums = _Gradients.zeros(student, dtype, c.wanted)
     one = stats.new_ones(())
     kd_scale, ce_scale = scales(one, None, None, teacher is not None, c.alpha, c.temperature)
     kd_rows, ce_rows = [], []
     for rows, blank in row_chunks(valid, _chunk_size(valid, c.student_weight.shape[0], recorded)):
         part = take(student.hidden, rows, blank, student.weight.dtype)
-        z = student.logits(part, dtype)
-        t = None if teacher is None else teacher.logits(take(teacher.hidden, rows, blank, teacher.weight.dtype), dtype)
+        z = student.logits(part, exact)
+        t = None if teacher is None else teacher.logits(take(teacher.hidden, rows, blank, teacher.weight.dtype), exact)
         kd, ce, some = checked_losses(z, t, y[rows], terms, recorded)
         stats[:, rows] = some
         kd_rows.append(kd if blank is None else kd.masked_fill(blank.squeeze(1), 0.0))
@@ -119,10 +120,10 @@ def forward(c: Call) -> Out:
             with torch.no_grad():
                 sums.add(rows, blank, part, student.weight, checked_gradients(z, t, y[rows], some, kd_scale, ce_scale, terms))
     count = (valid.sum().clamp(min=1) if c.normalizer is None else c.normalizer).to(dtype, copy=True)
-    kd, ce = c.temperature**2 * totals(kd_rows, stats, dtype) / count, totals(ce_rows, stats, dtype) / count
-    d_hidden, d_weight, d_bias = (not_needed(stats) if x is None else x for x in (sums.hidden, sums.weight, sums.bias))
+    kd, ce = c.temperature**2 * totals(kd_rows, stats, exact) / count, totals(ce_rows, stats, exact) / count
+    d_hidden, d_weight, d_bias = (not_needed(count) if x is None else x for x in (sums.hidden, sums.weight, sums.bias))
     d_hidden = d_hidden.view(c.student_hidden.shape) if c.wanted[0] else d_hidden
-    return Out(combine(kd, ce, c.alpha), kd, ce, count, stats, d_hidden, d_weight, d_bias)
+    return Out(combine(kd, ce, c.alpha).to(dtype), kd.to(dtype), ce.to(dtype), count, stats, d_hidden, d_weight, d_bias)
 
 
 def backward(grads: Out, c: Call, saved: Out, needs: Needs) -> tuple[Tensor, ...]:
@@ -141,7 +142,7 @@ def backward(grads: Out, c: Call, saved: Out, needs: Needs) -> tuple[Tensor, ...
 def _gradients(grads: Out, c: Call, saved: Out, needed: list[bool]) -> _Gradients:
     """The gradients from the logits, which are made again."""
     student, teacher = _sides(c)
-    dtype = saved.divisor.dtype
+    dtype, exact = saved.divisor.dtype, saved.stats.dtype
     sums = _Gradients.zeros(student, dtype, needed)
     kd_scale, ce_scale = scales(grads.loss, grads.kd, grads.ce, teacher is not None, c.alpha, c.temperature)
     kd_scale, ce_scale = (None if x is None else x / saved.divisor for x in (kd_scale, ce_scale))
@@ -150,8 +151,8 @@ def _gradients(grads: Out, c: Call, saved: Out, needed: list[bool]) -> _Gradient
     y, valid = valid_targets(c.target, c.ignore_index, c.student_weight.shape[0])
     for rows, blank in row_chunks(valid, _chunk_size(valid, c.student_weight.shape[0], False)):
         part = take(student.hidden, rows, blank, student.weight.dtype)
-        t = None if teacher is None or kd_scale is None else teacher.logits(take(teacher.hidden, rows, blank, teacher.weight.dtype), dtype)
-        grad = checked_gradients(student.logits(part, dtype), t, y[rows], saved.stats[:, rows], kd_scale, ce_scale, Terms.of(c))
+        t = None if teacher is None or kd_scale is None else teacher.logits(take(teacher.hidden, rows, blank, teacher.weight.dtype), exact)
+        grad = checked_gradients(student.logits(part, exact), t, y[rows], saved.stats[:, rows], kd_scale, ce_scale, Terms.of(c))
         sums.add(rows, blank, part, student.weight, grad)
     return sums
 

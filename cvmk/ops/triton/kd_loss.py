@@ -16,7 +16,7 @@ from cvmk.ops import triton
 from cvmk.ops._backend import Backend
 from cvmk.ops._call import Needs
 from cvmk.ops._dtypes import not_needed
-from cvmk.ops.kd_loss import NUMBERS, Call, Loss, Losses, Out, ScaleCall, op
+from cvmk.ops.kd_loss import NUMBERS, Call, Loss, Losses, Out, ScaleCall, heat, matrix, op, vector
 from cvmk.ops.triton._launch import Case, kernels, launch, sample
 from cvmk.ops.triton._tuning import Config, Tuned
 
@@ -61,17 +61,6 @@ def key(dtype: torch.dtype, vocabulary: int, sweeps: int) -> str:
 
 
 # -- launches -------------------------------------------------------------------------------------------------------------------
-def matrix(logits: Tensor) -> Tensor:
-    """[N, V] with a contiguous last dimension."""
-    rows = logits if logits.dim() == 2 else logits.reshape(-1, logits.shape[-1])
-    return rows if rows.stride(1) == 1 else rows.contiguous()
-
-
-def vector(target: Tensor) -> Tensor:
-    """[N], contiguous."""
-    return target if target.dim() == 1 and target.is_contiguous() else target.reshape(-1).contiguous()
-
-
 def weight_of_p(divergence: str, mixture: float) -> float:
     """What the teacher's distribution has in the mixture m."""
     return 1.0 - mixture if divergence == "skew_reverse_kl" else mixture
@@ -238,15 +227,17 @@ def scale(c: ScaleCall) -> Tensor:
     return not_needed(gradient)
 
 
-def teacher_reasons(name: str, teacher: Tensor | None) -> list[str]:
-    """Why the kernels do not take this tensor of the teacher."""
-    return [f"{name} is {teacher.dtype}, not float32, bfloat16 or float16"] if teacher is not None and teacher.dtype not in DTYPES else []
+def loss_reasons(c: Loss, name: str) -> list[str]:
+    """Why the kernels do not take a call, whose tensor `name` is the teacher's."""
+    teacher = getattr(c, name)
+    wrong = teacher is not None and teacher.dtype not in DTYPES
+    return heat(c) + ([f"{name} is {teacher.dtype}, not float32, bfloat16 or float16"] if wrong else [])
 
 
 _COMMON: dict[str, Any] = {"dtypes": DTYPES, "devices": triton.DEVICES, "unavailable": triton.reason, "by_default": triton.by_default}
 BACKENDS = (
-    Backend("kd_loss", "triton", forward, backward, limits=lambda which, c: teacher_reasons("teacher", c.teacher), **_COMMON),
-    Backend("kd_loss_in_place", "triton", in_place, limits=lambda which, c: teacher_reasons("teacher", c.teacher), **_COMMON),
+    Backend("kd_loss", "triton", forward, backward, limits=lambda which, c: loss_reasons(c, "teacher"), **_COMMON),
+    Backend("kd_loss_in_place", "triton", in_place, limits=lambda which, c: loss_reasons(c, "teacher"), **_COMMON),
     Backend("kd_loss_scale", "triton", scale, **_COMMON),
 )
 

@@ -28,9 +28,10 @@ from cvmk.ops import triton
 from cvmk.ops._backend import Backend
 from cvmk.ops._call import Needs
 from cvmk.ops._dtypes import not_needed
+from cvmk.ops.kd_loss import matrix, vector
 from cvmk.ops.linear_kd_loss import Call, Out, kept, loss_scale, lowered, needed_of
 from cvmk.ops.triton._launch import Case, sample
-from cvmk.ops.triton.kd_loss import DTYPES, ROWS, Upstream, launch_rows, launch_total, matrix, teacher_reasons, vector
+from cvmk.ops.triton.kd_loss import DTYPES, ROWS, Upstream, launch_rows, launch_total, loss_reasons
 
 CHUNK, CHUNK_ROWS = 2**26, 2048
 """A chunk has CHUNK logits, or CHUNK_ROWS rows where those are more."""
@@ -154,7 +155,7 @@ BACKENDS = (
         backward,
         dtypes=DTYPES,
         devices=triton.DEVICES,
-        limits=lambda which, c: teacher_reasons("teacher_weight", c.teacher_weight),
+        limits=lambda which, c: loss_reasons(c, "teacher_weight"),
         unavailable=triton.reason,
         by_default=triton.by_default,
     ),

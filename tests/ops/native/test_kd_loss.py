@@ -211,11 +211,11 @@ def test_backward_twice_and_poisoned_memory(level: str) -> None:
 
 def two_passes(student: Tensor, teacher: Tensor, target: Tensor, factor: float = 1.0, **options: Any) -> tuple[Tensor, Tensor]:
     """Loss and gradient by the op's two passes, as in a graph."""
-    arguments = prepare(student, teacher, target, **options)
+    call = prepare(student, teacher, target, **options)
     with ops.use("native"):
-        loss, _, _, count, stats = op.run("forward", arguments)
-        rest = (*arguments[:4], count, stats, *arguments[4:], [True, False, False, False])
-        return loss, op.run("backward", (torch.tensor(factor), None, None, None, None, *rest))
+        out = op.run_forward(call)
+        grads = op.out(torch.tensor(factor), None, None, None, None)
+        return out[0], op.run_backward(grads, call, op.saved_out(out[3:]), op.needs(True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
