@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -70,19 +71,28 @@ class TokenBatchSampler:
 
     `lengths` [n, 2] counts the ids of each pair's sides without special ones, as `TokenizedCorpus.lengths` does. A
     batch costs its size times its longest side (BOS or EOS included), which never exceeds `max_tokens`. An epoch's
-    order is a function of (seed, order, epoch) alone, so `state_dict` is a few integers; `order` counts the calls
+    order is a function of (seed, order, epoch, world) alone, so `state_dict` is a few integers; `order` counts the calls
     for a new order.
+
+    Of `world` processes the one of number `rank` gets every `world`-th batch: together they have every pair once, each has
+    as many batches as the others (some batches are halved where the number does not come out even; where even that is
+    too few because all have one pair, some processes get an empty one), and the state is the same in all of them.
     """
 
-    def __init__(self, lengths: np.ndarray, max_tokens: int, seed: int = 0) -> None:
+    def __init__(self, lengths: np.ndarray, max_tokens: int, seed: int = 0, *, rank: int = 0, world: int = 1) -> None:
+        if not 0 <= rank < world:
+            raise ValueError(f"rank {rank} is none of a world of {world}: ranks are 0 to world - 1")
         self._sizes = np.asarray(lengths).reshape(-1, 2).astype(np.int64) + 1
         self.max_tokens = max_tokens
         self.seed = seed
+        self.rank, self.world = rank, world
         self.order = 0
         self.epoch = 0
         self.position = 0
         if not len(self._sizes):
             raise ConfigError("there is no training pair to make batches of: check data.train")
+        if len(self._sizes) < world:
+            raise ConfigError(f"{len(self._sizes)} training pairs are too few for {world} processes: start fewer, or give more text in data.train")
         longest = int(self._sizes.max())
         if longest > max_tokens:
             raise ConfigError(
@@ -97,19 +107,19 @@ class TokenBatchSampler:
     def __next__(self) -> list[int]:
         if self._batches is None:
             self._batches = self._epoch_batches()
-        batch = list(self._batches[self.position])
+        batch = list(self._batches[self.position * self.world + self.rank])
         self.position += 1
-        if self.position == len(self._batches):
+        if self.position * self.world == len(self._batches):
             self.epoch += 1
             self.position = 0
             self._batches = None
         return batch
 
     def batches_per_epoch(self) -> int:
-        """Batches of the current epoch; other epochs differ by a few."""
+        """Batches that each process has of the current epoch; other epochs differ by a few."""
         if self._batches is None:
             self._batches = self._epoch_batches()
-        return len(self._batches)
+        return len(self._batches) // self.world
 
     def reseed(self, n: int) -> None:
         """Take order number `n` (any whole number >= 0) and begin the current epoch anew, as after a rollback."""
@@ -118,14 +128,16 @@ class TokenBatchSampler:
         self._batches = None
 
     def state_dict(self) -> dict[str, int]:
-        names = ("seed", "order", "epoch", "position", "max_tokens")
+        names = ("seed", "order", "epoch", "position", "max_tokens", "world")
         return {name: int(getattr(self, name)) for name in names} | {"pairs": len(self._sizes)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue exactly where `state` was taken. Raises ConfigError where the data or the batch size is another."""
-        for key, what, own in (("pairs", "training pairs", len(self._sizes)), ("max_tokens", "training.max_tokens", self.max_tokens)):
-            if state[key] != own:
-                raise ConfigError(f"the checkpoint was made with {what} = {state[key]} and this run has {own}: resume with the same, or start a new run")
+        """Continue exactly where `state` was taken, in whatever process. Raises ConfigError where data, batch size or number of processes are others."""
+        state = {"world": 1, **state}  # that of an older cvmk has none
+        own = {"training pairs": ("pairs", len(self._sizes)), "training.max_tokens": ("max_tokens", self.max_tokens), "processes": ("world", self.world)}
+        for what, (key, value) in own.items():
+            if (saved := state[key]) != value:
+                raise ConfigError(f"the checkpoint was made with {what} = {saved} and this run has {value}: resume with the same, or start a new run")
         self.seed, self.order, self.epoch, self.position = (int(state[name]) for name in ("seed", "order", "epoch", "position"))
         self._batches = None
 
@@ -146,4 +158,19 @@ class TokenBatchSampler:
                 grown = size
             width = grown
         batches.append(order[start:].tolist())
+        _even_out(batches, self.world)
         return [batches[index] for index in random.permutation(len(batches))]
+
+
+def _even_out(batches: list[list[int]], world: int) -> None:
+    """Halve the largest batches until their number is a multiple of `world`."""
+    missing = -len(batches) % world
+    largest = [(-len(batch), index) for index, batch in enumerate(batches)] if missing else []
+    heapq.heapify(largest)
+    for _ in range(missing):
+        _, index = heapq.heappop(largest)
+        batch = batches[index]
+        batches[index], rest = batch[: (len(batch) + 1) // 2], batch[(len(batch) + 1) // 2 :]
+        heapq.heappush(largest, (-len(batches[index]), index))
+        heapq.heappush(largest, (-len(rest), len(batches)))
+        batches.append(rest)

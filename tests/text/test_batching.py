@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from pathlib import Path
@@ -146,3 +147,71 @@ def test_an_epoch_of_multi30k_size_is_fast() -> None:
     start = time.perf_counter()
     TokenBatchSampler(sizes, 4096, 0).batches_per_epoch()
     assert time.perf_counter() - start < 1.0
+
+
+# -- several processes ---------------------------------------------------------------------------------------------------------------
+def world_of(size: int, sizes: np.ndarray, budget: int = 512, seed: int = 3) -> list[TokenBatchSampler]:
+    return [TokenBatchSampler(sizes, budget, seed, rank=rank, world=size) for rank in range(size)]
+
+
+def test_one_process_has_the_batches_that_it_always_had() -> None:
+    sampler = TokenBatchSampler(lengths(2000), 512, seed=3, rank=0, world=1)
+    drawn = json.dumps([next(sampler) for _ in range(700)])
+    assert hashlib.sha256(drawn.encode()).hexdigest() == "229205cb88a9d4f9de9f52fd22a4a0e03d91574029230bdf627e179fb9c5c9b9"
+    assert sampler.state_dict() == {"seed": 3, "order": 0, "epoch": 4, "position": 8, "max_tokens": 512, "pairs": 2000, "world": 1}
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 8])
+@pytest.mark.parametrize(("count", "budget"), [(8, 64), (8, 10**9), (9, 60), (2000, 60), (2000, 512), (2000, 10**9)])
+def test_processes_share_the_pairs(size: int, count: int, budget: int) -> None:
+    sizes = lengths(count)
+    samplers = world_of(size, sizes, budget)
+    for _ in range(3):
+        shares = [epoch(sampler) for sampler in samplers]
+        assert len({len(share) for share in shares}) == 1, "each takes as many steps as the others"
+        assert sorted(index for share in shares for batch in share for index in batch) == list(range(count))
+        for batch in (batch for share in shares for batch in share):
+            assert (sizes[batch].max(initial=0) + 1) * len(batch) <= budget
+            assert batch or count < size * len(shares[0]), "a process has nothing to do only where there are fewer pairs than turns"
+        assert len({json.dumps(sampler.state_dict()) for sampler in samplers}) == 1
+
+
+@pytest.mark.parametrize("steps", [0, 1, 17, 120])
+def test_a_world_continues_from_the_state_of_any_of_its_processes(steps: int) -> None:
+    sizes = lengths(400)
+    straight = world_of(3, sizes)
+    for sampler in straight:
+        for _ in range(steps):
+            next(sampler)
+    state = json.loads(json.dumps(straight[1].state_dict()))
+    resumed = world_of(3, sizes, seed=9)
+    for one, other in zip(straight, resumed, strict=True):
+        other.load_state_dict(state)
+        assert [next(one) for _ in range(60)] == [next(other) for _ in range(60)]
+        one.reseed(2)
+        other.reseed(2)
+        assert epoch(one) == epoch(other)
+
+
+def test_a_state_from_before_is_of_one_process() -> None:
+    sizes = lengths(400)
+    sampler = TokenBatchSampler(sizes, 512, 3)
+    for _ in range(5):
+        next(sampler)
+    state = sampler.state_dict()
+    del state["world"]
+    resumed = TokenBatchSampler(sizes, 512, 8)
+    resumed.load_state_dict(state)
+    assert next(resumed) == next(sampler)
+    with pytest.raises(ConfigError, match="made with processes = 1 and this run has 2"):
+        world_of(2, sizes)[0].load_state_dict(state)
+    with pytest.raises(ConfigError, match="made with processes = 2 and this run has 1"):
+        sampler.load_state_dict(world_of(2, sizes)[1].state_dict())
+
+
+def test_impossible_worlds() -> None:
+    for rank, world in ((1, 1), (-1, 2), (2, 2), (0, 0)):
+        with pytest.raises(ValueError, match="rank"):
+            TokenBatchSampler(lengths(9), 512, rank=rank, world=world)
+    with pytest.raises(ConfigError, match="9 training pairs are too few for 10 processes"):
+        TokenBatchSampler(lengths(9), 512, rank=0, world=10)
