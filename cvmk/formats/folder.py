@@ -36,14 +36,14 @@ _PLACES = ("", "model", BEST)
 def write_model_folder(path: str | os.PathLike[str], manifest: Manifest, weights: bytes, tokenizer: Tokenizer, card: str) -> None:
     """Write a model's folder; `weights` is the content of model.safetensors.
 
-    The files are written beside `path` and moved into place together. A model that stood there is replaced; other files
-    in its folder stay. Raises DataError where it cannot be written (what stood there is then untouched), and ValueError
-    where the tokenizer is not the model's.
+    The files are written beside `path` and moved into place together. A model that stood there is replaced; other files in its
+    folder stay, and so does a link that `path` is: what it points at is written. Raises DataError where it cannot be written (what
+    stood there is then untouched), and ValueError where the tokenizer is not the model's.
     """
     config = manifest.to_dict()
     if tokenizer.vocab_size != manifest.vocab_size:
         raise ValueError(f"the tokenizer has {tokenizer.vocab_size} pieces and the model {manifest.vocab_size}: save the model with its own tokenizer")
-    path = Path(path).absolute()
+    path = Path(os.path.realpath(path))
     with explained(path, "write"):
         if path.exists() and not path.is_dir():
             raise DataError(f"cannot write {path}: it is a file, and a model is a folder")

@@ -211,3 +211,15 @@ def test_a_described_folder_with_weights_is_a_model(tmp_path: Path, make_model, 
     loaded, _, info = load_model_folder(tmp_path)
     assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in model.state_dict().items())
     assert info["languages"]["target"] == "de"
+
+
+def test_a_link_stays_and_what_it_points_at_is_written(tmp_path: Path, make_model, tokenizer: Tokenizer) -> None:
+    (tmp_path / "big disk").mkdir()
+    (tmp_path / "link").symlink_to("big disk/model")
+    for seed in (1, 2):  # a link to nothing yet, then to a model
+        model = make_model(tokenizer.vocab_size, seed=seed)
+        save_model_folder(tmp_path / "link", model, tokenizer, "card")
+        assert (tmp_path / "link").is_symlink()
+        assert torch.equal(load_model_folder(tmp_path / "big disk" / "model")[0].embeddings.source, model.embeddings.source)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["big disk", "link"]
+    assert [entry.name for entry in (tmp_path / "big disk").iterdir()] == ["model"]
