@@ -94,4 +94,9 @@ class TokenizerConfig(Section):
     )
     path: Annotated[str | None, BY_CONTENT] = Field(None, description="Folder with a tokenizer to use; without it one is trained on the training data.")
     vocabulary: int = Field(8000, ge=64, le=256000, description="Pieces, special ones included, when it is trained; source and target share them.")
+    normalization: Annotated[Literal["nfc", "nmt_nfkc", "identity"], Formerly("identity")] = Field(
+        "nfc",
+        description="What happens to text before it becomes pieces, in training and in use, when the tokenizer is trained: nfc composes letters and their "
+        "accents, nmt_nfkc (SentencePiece's rule) also folds widths, ligatures, no-break spaces and control characters, identity does nothing.",
+    )
     character_coverage: float = Field(1.0, gt=0.9, le=1.0, description="Share of characters that get a piece of their own; others are spelt in bytes.")

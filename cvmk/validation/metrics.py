@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -104,6 +105,7 @@ def good_direction(metric: str) -> int:
 def score(metric: str, hypotheses: Sequence[str], references: References, tokenization: Tokenization = DEFAULT_TOKENIZATION) -> Score:
     """The corpus score of `hypotheses`. Empty hypotheses are legal. `tokenization` says what words are in BLEU and TER.
 
+    Both sides are composed (NFC) first: a letter and its accent are one character or two, and the text is the same.
     Raises ConfigError for an unknown metric, DataError for an empty list or unequal lengths.
     """
     return measure(metric, hypotheses, references, tokenization).score
@@ -112,8 +114,8 @@ def score(metric: str, hypotheses: Sequence[str], references: References, tokeni
 def measure(metric: str, hypotheses: Sequence[str], references: References, tokenization: Tokenization = DEFAULT_TOKENIZATION) -> Measurement:
     """As `score`, with the statistics for a bootstrap, which are computed when they are first asked for."""
     check_metric(metric)
-    hypotheses = list(hypotheses)
-    sets = _reference_sets(hypotheses, references)
+    hypotheses = _composed(hypotheses)
+    sets = [_composed(group) for group in _reference_sets(hypotheses, references)]
     if metric in ("bleu", "chrf", "ter"):
         return _by_sacrebleu(metric, hypotheses, sets, tokenization) or _by_fallback(metric, hypotheses, sets, tokenization)
     means = _rouge_score(hypotheses, sets) if metric == "rouge" else _bert_score(hypotheses, sets)
@@ -149,6 +151,10 @@ def available() -> dict[str, Available]:
                 version = "unknown"
         found[metric] = Available(metric, package, version, fallback=version is None)
     return found
+
+
+def _composed(texts: Sequence[str]) -> list[str]:
+    return [unicodedata.normalize("NFC", text) for text in texts]
 
 
 def _reference_sets(hypotheses: list[str], references: References) -> list[list[str]]:

@@ -1,4 +1,4 @@
-"""Tokenizers: lossless on all of Unicode, deterministic, saved and loaded, safe against special spellings."""
+"""Tokenizers: lossless on all of Unicode but for the normalisation that was asked for, deterministic, saved and loaded, safe against special spellings."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ BOOK = phrasebook(1000, seed=4)
 TEXTS = [*BOOK.train.sources, *BOOK.train.targets]
 
 
-def train(kind: str, texts: list[str] = TEXTS, vocabulary: int = 600) -> Tokenizer:
+def train(kind: str, texts: list[str] = TEXTS, vocabulary: int = 600, normalization: str = "identity") -> Tokenizer:
     if kind != "fallback":
         pytest.importorskip("sentencepiece")
-    return train_tokenizer(texts, TokenizerConfig(kind=kind, vocabulary=vocabulary), seed=1)  # type: ignore[arg-type]
+    return train_tokenizer(texts, TokenizerConfig(kind=kind, vocabulary=vocabulary, normalization=normalization), seed=1)  # type: ignore[arg-type]
 
 
 TRAINED: dict[str, Tokenizer] = {}
@@ -200,6 +200,8 @@ def test_damaged_files(tokenizer: Tokenizer, tmp_path: Path) -> None:
         {"merges": [[4, 5]]},
         {"merges": ["4 9999"]},
         {"merges": ["0 5"]},
+        {"normalization": "nfkd"},
+        {"normalization": None},
     ],
 )
 def test_unsound_descriptions(tmp_path: Path, change: dict[str, object]) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import unicodedata
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -69,3 +72,23 @@ def test_a_model_is_called_what_its_data_was_called(
     assert report["languages"] == [(languages or {}).get(side) for side in ("source", "target")]  # type: ignore[attr-defined]
     told = capsys.readouterr().err
     assert (unknown in card and unknown.rstrip(".") in told) if unknown else "unknown" not in card + told
+
+
+def test_decomposed_text_is_read_like_composed_text(config: Path, tmp_path: Path, cvmk: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    """The same run from decomposed files, and the same translation of decomposed input, by default; as it is where that is asked for."""
+    accents = str.maketrans({"a": "á", "e": "ê", "o": "ö", "u": "ũ"})
+    for form in ("NFC", "NFD"):
+        for name in ("train.tsv", "valid.tsv"):
+            text = (tmp_path / name).read_text(encoding="utf-8").translate(accents)
+            (tmp_path / name).write_text(unicodedata.normalize(form, text), encoding="utf-8")
+        runs.train(config, "training.iterations=40", "training.average=1", f"run.folder={tmp_path}/{form}")
+    weights = [(tmp_path / form / "model" / "model.safetensors").read_bytes() for form in ("NFC", "NFD")]
+    scores = [json.loads((tmp_path / form / "training_report.json").read_text())["validation"]["scores"] for form in ("NFC", "NFD")]
+    assert weights[0] == weights[1] and scores[0] == scores[1]
+    source = text.split("\t")[0]
+    found = [cvmk("translate", tmp_path / "NFC", input=unicodedata.normalize(form, source)).stdout for form in ("NFC", "NFD")]
+    assert found[0] == found[1] == unicodedata.normalize("NFC", found[0]) != ""
+    stored = json.loads((tmp_path / "NFC" / "model" / "tokenizer.json").read_text())
+    assert stored["normalization"] == "nfc"
+    runs.train(config, "training.iterations=2", "tokenizer.normalization=identity", f"run.folder={tmp_path}/identity")
+    assert json.loads((tmp_path / "identity" / "model" / "tokenizer.json").read_text())["normalization"] == "identity"

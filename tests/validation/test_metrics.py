@@ -3,6 +3,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import types
+import unicodedata
 
 import numpy as np
 import pytest
@@ -181,3 +182,15 @@ def test_score_survives_json():
 def test_import_is_light():
     code = "import sys, cvmk.validation; print([name for name in ('torch', 'sacrebleu', 'rouge_score', 'bert_score') if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("metric", ["bleu", "chrf", "ter", "rouge"])
+def test_decomposed_text_is_the_same_text(metric):
+    references = ["Été à la plage, naïve âme, déjà vu.", "Việt Nam đẹp quá đi thôi nhé.", "Über die Straße führt ein schöner Weg."]
+    hypotheses = ["Été à la plage, naïve femme, déjà vu.", "Việt Nam rất đẹp quá đi thôi.", "Über die Straße führt kein schöner Weg."]
+    for one, other in ((hypotheses, decomposed(references)), (decomposed(hypotheses), references), (decomposed(hypotheses), decomposed(references))):
+        assert metrics.score(metric, one, other) == metrics.score(metric, hypotheses, references)
+
+
+def decomposed(texts):
+    return [unicodedata.normalize("NFD", text) for text in texts]

@@ -9,7 +9,7 @@ from pathlib import Path
 from cvmk.config.schema import TokenizerConfig
 from cvmk.errors import ConfigError, DataError
 from cvmk.files import read_json
-from cvmk.text.tokenizers.base import DESCRIPTION, FORMAT, Tokenizer, corrupt
+from cvmk.text.tokenizers.base import DESCRIPTION, FORMATS, Tokenizer, corrupt
 
 __all__ = ["Tokenizer", "load_tokenizer", "train_tokenizer"]
 
@@ -23,7 +23,7 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig, seed: int = 0
     if config.kind == "fallback":
         from cvmk.text.tokenizers.fallback import train_fallback
 
-        return train_fallback(texts, config.vocabulary, seed)
+        return train_fallback(texts, config.vocabulary, seed, config.normalization)
     _require_sentencepiece(f'tokenizer.kind = "{config.kind}"')
     from cvmk.text.tokenizers.sentencepiece import train_sentencepiece
 
@@ -38,8 +38,10 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
     description = read_json(path)
     if not isinstance(description, dict) or "kind" not in description:
         raise corrupt(path, "it names no tokenizer kind")
-    if description.get("format") != FORMAT:
-        raise DataError(f"{path} has format {description.get('format')!r} and this cvmk reads format {FORMAT}: use the cvmk version that wrote it")
+    if description.get("format") not in FORMATS:
+        raise DataError(
+            f"{path} has format {description.get('format')!r} and this cvmk reads formats {FORMATS[0]} to {FORMATS[-1]}: use the cvmk version that wrote it"
+        )
     kind = description["kind"]
     if kind == "fallback":
         from cvmk.text.tokenizers.fallback import FallbackTokenizer

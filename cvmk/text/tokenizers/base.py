@@ -11,17 +11,19 @@ from typing import Any, ClassVar
 
 from cvmk.errors import DataError
 from cvmk.files import write_json
+from cvmk.text.tokenizers.normalization import IDENTITY, RULES
 
-FORMAT = 1
+FORMAT = 2
+FORMATS = (1, 2)  # that are read; 1 has no normalization
 DESCRIPTION = "tokenizer.json"
 
 
 class Tokenizer(ABC):
     """Text to piece ids and back.
 
-    `decode(encode(text)) == text` for every string of Unicode scalar values (a lone surrogate, which no file can
-    hold, becomes U+FFFD). The first four ids are special; text never encodes to them, not even text that spells
-    them ("</s>"). Instances are read-only: threads may share them.
+    `decode(encode(text)) == normalized(text)` for every string; where `normalization` is "identity", that is the text itself, but for
+    lone surrogates. The first four ids are special; text never encodes to them, not even text that spells them ("</s>"). Instances
+    are read-only: threads may share them.
     """
 
     PAD: ClassVar[int] = 0
@@ -32,6 +34,8 @@ class Tokenizer(ABC):
 
     kind: str
     pieces: list[str]
+    normalization: str = IDENTITY
+    """The rule of `normalization.RULES` that text goes through first."""
 
     @property
     def vocab_size(self) -> int:
@@ -44,10 +48,16 @@ class Tokenizer(ABC):
         for part in self._identity():
             data = part.encode()
             digest.update(len(data).to_bytes(8, "little") + data)
+        if self.normalization != IDENTITY:
+            digest.update(self.normalization.encode())
         return digest.hexdigest()
 
     def _identity(self) -> Iterable[str]:
         return self.pieces
+
+    def normalized(self, text: str) -> str:
+        """`text` as it becomes pieces. A lone surrogate, which no file can hold, becomes U+FFFD."""
+        return RULES[self.normalization](without_surrogates(text))
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
@@ -90,9 +100,18 @@ def without_surrogates(text: str) -> str:
     return text
 
 
-def write_description(folder: str | os.PathLike[str], kind: str, vocabulary: int, **more: Any) -> None:
+def write_description(folder: str | os.PathLike[str], tokenizer: Tokenizer, **more: Any) -> None:
     """Write `tokenizer.json`, which names the kind and is written after everything that it refers to."""
-    write_json(Path(folder) / DESCRIPTION, {"format": FORMAT, "kind": kind, "vocabulary": vocabulary, **more})
+    own = {"format": FORMAT, "kind": tokenizer.kind, "vocabulary": tokenizer.vocab_size, "normalization": tokenizer.normalization}
+    write_json(Path(folder) / DESCRIPTION, {**own, **more})
+
+
+def read_normalization(folder: str | os.PathLike[str], description: dict[str, object]) -> str:
+    """The rule that a parsed `tokenizer.json` names. Raises DataError where it is unknown."""
+    name = description.get("normalization", IDENTITY)
+    if name not in RULES:
+        raise corrupt(Path(folder) / DESCRIPTION, f"normalization {name!r} is unknown")
+    return str(name)
 
 
 def corrupt(path: str | os.PathLike[str], reason: str) -> DataError:

@@ -16,7 +16,8 @@ from functools import lru_cache
 from pathlib import Path
 
 from cvmk.errors import ConfigError, DataError
-from cvmk.text.tokenizers.base import DESCRIPTION, Tokenizer, corrupt, without_surrogates, write_description
+from cvmk.text.tokenizers.base import DESCRIPTION, Tokenizer, corrupt, read_normalization, without_surrogates, write_description
+from cvmk.text.tokenizers.normalization import IDENTITY, RULES
 
 Pair = tuple[int, int]
 
@@ -34,8 +35,8 @@ class FallbackTokenizer(Tokenizer):
 
     kind = "fallback"
 
-    def __init__(self, merges: list[Pair]) -> None:
-        self.merges = merges
+    def __init__(self, merges: list[Pair], normalization: str = IDENTITY) -> None:
+        self.merges, self.normalization = merges, normalization
         self._ranks = {pair: rank for rank, pair in enumerate(merges)}
         self._bytes: list[bytes] = [b""] * BYTE_OFFSET + [bytes([value]) for value in range(256)]
         for left, right in merges:
@@ -49,10 +50,11 @@ class FallbackTokenizer(Tokenizer):
         return (f"{left} {right}" for left, right in self.merges)
 
     def encode(self, text: str) -> list[int]:
+        text = self.normalized(text)
         if not text:
             return []
         ids: list[int] = []
-        for word in _WORDS.findall(" " + without_surrogates(text)):
+        for word in _WORDS.findall(" " + text):
             ids += self._word(word)
         return ids
 
@@ -87,7 +89,7 @@ class FallbackTokenizer(Tokenizer):
         return text.removeprefix(" ")
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        write_description(folder, self.kind, self.vocab_size, merges=[f"{left} {right}" for left, right in self.merges])
+        write_description(folder, self, merges=[f"{left} {right}" for left, right in self.merges])
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], description: dict[str, object]) -> FallbackTokenizer:
@@ -101,7 +103,7 @@ class FallbackTokenizer(Tokenizer):
             for line in lines:
                 left, right = line.split(" ")
                 merges.append((int(left), int(right)))
-            return cls(merges)
+            return cls(merges, read_normalization(folder, description))
         except (AttributeError, ValueError) as error:
             raise corrupt(path, str(error)) from error
 
@@ -111,8 +113,8 @@ def _visible(value: int) -> str:
     return chr(value) if 33 <= value <= 126 else chr(256 + value)
 
 
-def train_fallback(texts: Iterable[str], vocabulary: int, seed: int = 0) -> FallbackTokenizer:
-    """Learn merges until there are `vocabulary` pieces; ties are broken by the pieces' bytes, so `seed` has no effect.
+def train_fallback(texts: Iterable[str], vocabulary: int, seed: int = 0, normalization: str = IDENTITY) -> FallbackTokenizer:
+    """Learn merges of normalised text until there are `vocabulary` pieces; ties are broken by the pieces' bytes, so `seed` has no effect.
 
     Raises ConfigError where the vocabulary is smaller than the bytes or larger than the texts support.
     """
@@ -121,13 +123,13 @@ def train_fallback(texts: Iterable[str], vocabulary: int, seed: int = 0) -> Fall
     counts: Counter[str] = Counter()
     for text in texts:
         if text.strip():
-            counts.update(_WORDS.findall(" " + without_surrogates(text)))
+            counts.update(_WORDS.findall(" " + RULES[normalization](without_surrogates(text))))
     if not counts:
         raise DataError("there is no text to train a tokenizer on: check the training corpus")
     merges = _learn(counts, vocabulary - FIRST_MERGE)
     if FIRST_MERGE + len(merges) < vocabulary:
         raise ConfigError(f"tokenizer.vocabulary = {vocabulary} is too large for the training text: set it to {FIRST_MERGE + len(merges)} or less")
-    return FallbackTokenizer(merges)
+    return FallbackTokenizer(merges, normalization)
 
 
 def _learn(counts: Counter[str], wanted: int) -> list[Pair]:

@@ -1,6 +1,7 @@
 """BPE and unigram tokenizers by SentencePiece (Kudo & Richardson 2018), set up to lose nothing.
 
-Identity normalisation and byte fallback keep every character. One exception is left in SentencePiece: it writes a
+Byte fallback keeps every character of the text as it is after `tokenizer.normalization`, which is not left to SentencePiece: it has no NFC, and
+every kind of tokenizer is to do the same. One exception is left in SentencePiece: it writes a
 space as U+2581 inside pieces, so a real U+2581 would be decoded to a space; such characters are spelt in bytes here.
 """
 
@@ -19,7 +20,8 @@ import sentencepiece
 from cvmk.config.schema import TokenizerConfig
 from cvmk.errors import ConfigError, DataError
 from cvmk.files import read_bytes, write_bytes
-from cvmk.text.tokenizers.base import Tokenizer, corrupt, without_surrogates, write_description
+from cvmk.text.tokenizers.base import Tokenizer, corrupt, read_normalization, without_surrogates, write_description
+from cvmk.text.tokenizers.normalization import IDENTITY, RULES
 
 MODEL = "tokenizer.model"
 TRAINING_SENTENCES = 2_000_000  # more do not improve a vocabulary; beyond it a seeded sample is taken
@@ -30,8 +32,8 @@ SPACE_MARK = "\u2581"
 class SentencePieceTokenizer(Tokenizer):
     """A trained SentencePiece model; `kind` is "bpe" or "unigram"."""
 
-    def __init__(self, model: bytes, kind: str) -> None:
-        self.kind = kind
+    def __init__(self, model: bytes, kind: str, normalization: str = IDENTITY) -> None:
+        self.kind, self.normalization = kind, normalization
         self._model = model
         self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         size = self._processor.get_piece_size()
@@ -49,14 +51,13 @@ class SentencePieceTokenizer(Tokenizer):
             yield repr(self._processor.get_score(index))
 
     def encode(self, text: str) -> list[int]:
-        if SPACE_MARK in text or not text.isascii():
-            text = without_surrogates(text)
-            if SPACE_MARK in text:
-                return self._encode_space_marks(text)
+        text = self.normalized(text)
+        if SPACE_MARK in text:
+            return self._encode_space_marks(text)
         return self._processor.encode(text)
 
     def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
-        texts = [without_surrogates(text) for text in texts]
+        texts = [self.normalized(text) for text in texts]
         encoded: list[list[int]] = self._processor.encode(texts, num_threads=1) if texts else []
         for row, text in enumerate(texts):
             if SPACE_MARK in text:
@@ -88,7 +89,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         write_bytes(Path(folder) / MODEL, self._model)
-        write_description(folder, self.kind, self.vocab_size, sha256=hashlib.sha256(self._model).hexdigest())
+        write_description(folder, self, sha256=hashlib.sha256(self._model).hexdigest())
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], description: dict[str, object]) -> SentencePieceTokenizer:
@@ -98,7 +99,7 @@ class SentencePieceTokenizer(Tokenizer):
         if hashlib.sha256(model).hexdigest() != description.get("sha256"):
             raise corrupt(path, "its checksum is not the one in tokenizer.json")
         try:
-            return cls(model, str(description["kind"]))
+            return cls(model, str(description["kind"]), read_normalization(folder, description))
         except (RuntimeError, ValueError) as error:
             raise corrupt(path, str(error)) from error
 
@@ -114,7 +115,7 @@ def train_sentencepiece(texts: Iterable[str], config: TokenizerConfig, seed: int
 
     Raises ConfigError, naming the key and the nearest possible value, where the vocabulary does not suit the data.
     """
-    sentences = [without_surrogates(text) for text in texts if text.strip()]
+    sentences = [RULES[config.normalization](without_surrogates(text)) for text in texts if text.strip()]
     if not sentences:
         raise DataError("there is no text to train a tokenizer on: check the training corpus")
     if len(sentences) > TRAINING_SENTENCES:
@@ -146,7 +147,7 @@ def train_sentencepiece(texts: Iterable[str], config: TokenizerConfig, seed: int
         )
     except RuntimeError as error:
         raise _explained(str(error), config) from error
-    return SentencePieceTokenizer(model.getvalue(), config.kind)
+    return SentencePieceTokenizer(model.getvalue(), config.kind, config.normalization)
 
 
 def _explained(message: str, config: TokenizerConfig) -> ConfigError:
