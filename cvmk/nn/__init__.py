@@ -1,10 +1,23 @@
 """Modules made of ops: mixers, blocks and the translation model."""
 
-from cvmk.nn.cache import DecoderState, Memory
+from cvmk.nn.cache import DecoderState, EncoderState
 from cvmk.nn.linear import Linear
+from cvmk.nn.memory import Memory
 from cvmk.nn.mixers import MIXERS
 from cvmk.nn.outputs import AttentionMap, AttentionMaps, HiddenStates
 from cvmk.nn.parameters import count_parameters, decays
 from cvmk.nn.transformer import CVMTransformer
 
-__all__ = ["MIXERS", "AttentionMap", "AttentionMaps", "CVMTransformer", "DecoderState", "HiddenStates", "Linear", "Memory", "count_parameters", "decays"]
+__all__ = [
+    "MIXERS",
+    "AttentionMap",
+    "AttentionMaps",
+    "CVMTransformer",
+    "DecoderState",
+    "EncoderState",
+    "HiddenStates",
+    "Linear",
+    "Memory",
+    "count_parameters",
+    "decays",
+]

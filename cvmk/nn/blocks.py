@@ -1,15 +1,22 @@
-"""Pre-norm blocks: x + dropout(sublayer(norm(x))), for the mixer, the cross-attention and the feed-forward layer."""
+"""Pre-norm blocks: mixer, cross-attention and feed-forward layer, each x + dropout(sublayer(norm(x))).
+
+A block is given the residual stream and its norm for the first sublayer, and the norm that follows it; it gives both for the next
+block. `residual` does what stands between two sublayers.
+"""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from cvmk.config.schema import ModelConfig
-from cvmk.nn.cache import DecoderState
 from cvmk.nn.linear import Linear
-from cvmk.nn.mixers import CrossAttention, build_mixer
+from cvmk.nn.mixers import CrossAttention, Mixer, build_mixer
 from cvmk.nn.outputs import AttentionMap
-from cvmk.nn.positions import Rotation
+from cvmk.nn.positions import Span
+from cvmk.nn.residual import residual
+from cvmk.nn.state import MixerState
 
 
 def make_norm(config: ModelConfig) -> nn.Module:
@@ -35,22 +42,41 @@ class FeedForward(nn.Module):
         return mixed
 
 
+def _mix(mixer: Mixer, normed: Tensor, span: Span, state: MixerState | None, return_map: bool) -> tuple[Tensor, AttentionMap | None]:
+    """Whole sequences without a state; with one, the positions that come next."""
+    if state is not None:
+        return mixer.extend(normed, span, state), None
+    mixed: tuple[Tensor, AttentionMap | None] = mixer(normed, span, return_map)
+    return mixed
+
+
 class EncoderBlock(nn.Module):
     """Mixer, feed-forward."""
 
-    def __init__(self, config: ModelConfig, mixer: str) -> None:
+    def __init__(self, config: ModelConfig, mixer: str, causal: bool) -> None:
         super().__init__()
         self.mixer_norm = make_norm(config)
-        self.mixer = build_mixer(mixer, config, causal=False)
+        self.mixer = build_mixer(mixer, config, causal)
         self.ffn_norm = make_norm(config)
         self.ffn = FeedForward(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, lengths: Tensor, rotation: Rotation | None, return_map: bool) -> tuple[Tensor, AttentionMap | None]:
-        """x [B, S, d], of which the first lengths [B] positions are real -> [B, S, d]."""
-        mixed, attention = self.mixer(self.mixer_norm(x), lengths, rotation, return_map)
-        x = x + self.dropout(mixed)
-        return x + self.dropout(self.ffn(self.ffn_norm(x))), attention
+    def forward(
+        self, x: Tensor, normed: Tensor, following: nn.Module, span: Span, state: MixerState | None, return_map: bool
+    ) -> tuple[Tensor, Tensor, AttentionMap | None]:
+        """x [B, T, d] and mixer_norm(x) -> the residual stream behind the block, `following` of it, and the mixer's map."""
+        mixed, own = _mix(self.mixer, normed, span, state, return_map)
+        x, normed = residual(x, mixed, self.dropout, self.ffn_norm)
+        x, normed = residual(x, self.ffn(normed), self.dropout, following)
+        return x, normed, own
+
+
+class Source(NamedTuple):
+    """What a decoder block reads of B encoded sentences: keys and values [B, Hkv, S, D], of which the first lengths [B] (None: all) are real."""
+
+    keys: Tensor
+    values: Tensor
+    lengths: Tensor | None
 
 
 class DecoderBlock(nn.Module):
@@ -67,25 +93,19 @@ class DecoderBlock(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, x: Tensor, memory: Tensor, lengths: Tensor, rotation: Rotation | None, return_map: bool
-    ) -> tuple[Tensor, AttentionMap | None, AttentionMap | None]:
-        """x [B, T, d] over memory [B, S, d], of which the first lengths [B] positions are real -> [B, T, d]."""
-        mixed, attention = self.mixer(self.mixer_norm(x), None, rotation, return_map)
-        x = x + self.dropout(mixed)
-        keys, values = self.cross.keys_values(memory)
-        mixed, cross = self.cross(self.cross_norm(x), keys, values, lengths, return_map)
-        x = x + self.dropout(mixed)
-        return x + self.dropout(self.ffn(self.ffn_norm(x))), attention, cross
+        self, x: Tensor, normed: Tensor, following: nn.Module, span: Span, source: Source, state: MixerState | None, return_map: bool
+    ) -> tuple[Tensor, Tensor, AttentionMap | None, AttentionMap | None]:
+        """x [N, T, d] and mixer_norm(x) -> the residual stream behind the block, `following` of it, and the maps of mixer and cross-attention.
 
-    def extend(self, x: Tensor, layer: int, state: DecoderState, rotation: Rotation | None) -> Tensor:
-        """x [N, T, d], the positions from state.position on of N hypotheses, through this block, the layer-th -> [N, T, d].
-
-        The hypotheses of a sentence are queries of one cross-attention, so nothing is copied for them.
+        N is a multiple of the source's B: rows of one sentence stand together, and are queries of one cross-attention, so that nothing
+        is copied for them.
         """
-        x = x + self.dropout(self.mixer.extend(self.mixer_norm(x), state.mixers[layer], state.position, rotation))
-        memory, width = state.memory, x.shape[-1]
-        queries = self.cross_norm(x).view(memory.lengths.shape[0], state.copies * x.shape[1], width)
-        mixed, _ = self.cross(queries, *memory.cross[layer], memory.lengths if memory.padded else None, False)
-        x = x + self.dropout(mixed.view(x.shape))
-        return x + self.dropout(self.ffn(self.ffn_norm(x)))
-
+        mixed, own = _mix(self.mixer, normed, span, state, return_map)
+        x, normed = residual(x, mixed, self.dropout, self.cross_norm)
+        rows, sentences = normed.shape[0], source.keys.shape[0]
+        if rows != sentences:
+            normed = normed.view(sentences, rows // sentences * normed.shape[1], normed.shape[2])
+        mixed, cross = self.cross(normed, source.keys, source.values, source.lengths, return_map)
+        x, normed = residual(x, mixed if rows == sentences else mixed.view(x.shape), self.dropout, self.ffn_norm)
+        x, normed = residual(x, self.ffn(normed), self.dropout, following)
+        return x, normed, own, cross

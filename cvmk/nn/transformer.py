@@ -2,57 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping
 
 from torch import Tensor, nn
 
 from cvmk.config.schema import ModelConfig
 from cvmk.errors import ConfigError
-from cvmk.nn.blocks import DecoderBlock, EncoderBlock, make_norm
-from cvmk.nn.cache import DecoderState, Memory
+from cvmk.nn.cache import DecoderState, EncoderState, Plan
 from cvmk.nn.embeddings import Embeddings
-from cvmk.nn.linear import scale_residual_outputs
+from cvmk.nn.memory import Memory
 from cvmk.nn.mixers import mixer_names
 from cvmk.nn.outputs import AttentionMaps, HiddenStates
-from cvmk.nn.positions import Rotation, rotary_table, sinusoidal_table
-
-
-class Stack(nn.Module):
-    """The blocks of one side and the norm after the last one. Parameters: `blocks.<i>...` and `norm...`."""
-
-    blocks: Any
-
-    def __init__(self, config: ModelConfig, blocks: Sequence[nn.Module]) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(blocks)
-        self.norm = make_norm(config)
-        scale_residual_outputs(self.blocks)
+from cvmk.nn.positions import POSITIONS, Span
+from cvmk.nn.stacks import Decoder, Encoder
+from cvmk.nn.state import GROWS, StateTensor, row_nbytes
 
 
 class CVMTransformer(nn.Module):
     """Encoder-decoder after Vaswani et al. 2017 with the variants of ModelConfig.
 
-    Token ids run from 0 to vocab_size - 1; pad_id fills rows on the right and must not occur inside them. The
-    positions table is no parameter and not part of the state dict.
+    Token ids run from 0 to vocab_size - 1; pad_id fills rows on the right and must not occur inside them.
     """
 
-    positions: Tensor
-
-    def __init__(self, config: ModelConfig, vocab_size: int, pad_id: int = 0) -> None:
+    def __init__(self, config: ModelConfig, vocab_size: int, pad_id: int = 0, *, causal_encoder: bool = False) -> None:
         super().__init__()
         self.config = config
         self.vocab_size = vocab_size
         self.pad_id = pad_id
         self.embeddings = Embeddings(config, vocab_size)
-        self.encoder = Stack(config, [EncoderBlock(config, name) for name in mixer_names([*config.encoder_mixers], config.encoder_layers)])
-        self.decoder = Stack(config, [DecoderBlock(config, name) for name in mixer_names([*config.decoder_mixers], config.decoder_layers)])
+        self.encoder = Encoder(config, causal_encoder)
+        self.decoder = Decoder(config)
         self.dropout = nn.Dropout(config.dropout)
-        if config.positions == "rotary":
-            table = rotary_table(config.max_length, config.d_model // config.heads, config.rotary_base)
-        else:
-            table = sinusoidal_table(config.max_length, config.d_model)
-        self.register_buffer("positions", table, persistent=False)
+        self.positions = POSITIONS[config.positions](config)
+        self._architecture = {
+            **config.model_dump(mode="json", exclude={"dropout", "attention_dropout", "max_length"}),
+            "kv_heads": config.kv_heads or config.heads,
+            "encoder_mixers": mixer_names([*config.encoder_mixers], config.encoder_layers),
+            "decoder_mixers": mixer_names([*config.decoder_mixers], config.decoder_layers),
+            "causal_encoder": causal_encoder,
+            "vocab_size": vocab_size,
+        }
 
     # -- whole sequences ---------------------------------------------------------------------------------------------
     def forward(
@@ -64,39 +53,32 @@ class CVMTransformer(nn.Module):
         padding only. Hidden states are the blocks' outputs before the final norm. Raises ConfigError where a side is
         longer than model.max_length.
         """
+        features, hidden, maps = self.forward_features(src, tgt, return_hidden=return_hidden, return_attention=return_attention)
+        return self.embeddings.logits(features), hidden, maps
+
+    def forward_features(
+        self, src: Tensor, tgt: Tensor, *, return_hidden: bool = False, return_attention: bool = False
+    ) -> tuple[Tensor, HiddenStates | None, AttentionMaps | None]:
+        """`forward` without the output layer: what it reads, [B, T, d], so that a loss can be computed from it and
+        `embeddings.output_matrix` without the logits (`ops.linear_kd_loss`)."""
         hidden = HiddenStates() if return_hidden else None
         maps = AttentionMaps() if return_attention else None
         memory, lengths = self._encode(src, hidden, maps)
-        x, rotation = self._embed(self.embeddings.embed_target(tgt), 0)
-        for block in self.decoder.blocks:
-            x, own, cross = block(x, memory, lengths, rotation, return_attention)
-            if hidden is not None:
-                hidden.decoder.append(x)
-            if maps is not None:
-                maps.decoder += [own] if own is not None else []
-                maps.cross.append(cross)
-        return self.embeddings.logits(self.decoder.norm(x)), hidden, maps
+        x, span = self._embed(self.embeddings.embed_target(tgt), Span(0, tgt.shape[1], tgt.shape[1], (tgt != self.pad_id).sum(dim=1)))
+        return self.decoder(x, span, memory, lengths, hidden, maps), hidden, maps
 
     def _encode(self, src: Tensor, hidden: HiddenStates | None, maps: AttentionMaps | None) -> tuple[Tensor, Tensor]:
         lengths = (src != self.pad_id).sum(dim=1)
-        x, rotation = self._embed(self.embeddings.embed_source(src), 0)
-        for block in self.encoder.blocks:
-            x, attention = block(x, lengths, rotation, maps is not None)
-            if hidden is not None:
-                hidden.encoder.append(x)
-            if maps is not None and attention is not None:
-                maps.encoder.append(attention)
-        return self.encoder.norm(x), lengths
+        x, span = self._embed(self.embeddings.embed_source(src), Span(0, src.shape[1], src.shape[1], lengths))
+        return self.encoder(x, span, None, hidden, maps), lengths
 
-    def _embed(self, x: Tensor, position: int) -> tuple[Tensor, Rotation | None]:
-        """Embeddings [B, T, d] of the positions from `position` on -> the first block's input, and the angles of these positions."""
-        end = position + x.shape[1]
-        if end > self.config.max_length:
-            raise ConfigError(f"a sequence of {end} tokens is longer than model.max_length = {self.config.max_length}: shorten it or train with a larger one")
-        if self.config.positions == "rotary":
-            cos, sin = self.positions[:, position:end]
-            return self.dropout(x), (cos, sin)
-        return self.dropout(x + self.positions[position:end]), None
+    def _embed(self, x: Tensor, span: Span) -> tuple[Tensor, Span]:
+        """Embeddings [N, T, d] of the positions of `span` -> the first block's input, and the span that mixers are given."""
+        limit = self.config.max_length
+        if span.end > limit:
+            raise ConfigError(f"a sequence of {span.end} tokens is longer than model.max_length = {limit}: shorten it or train with a larger one")
+        x, span = self.positions(x, span)
+        return self.dropout(x), span
 
     # -- step by step ------------------------------------------------------------------------------------------------
     def encode(self, src: Tensor) -> Memory:
@@ -113,30 +95,82 @@ class CVMTransformer(nn.Module):
 
         Raises ConfigError where max_length is beyond model.max_length.
         """
-        if max_length > self.config.max_length:
-            raise ConfigError(f"max_length {max_length} is more than model.max_length = {self.config.max_length}: ask for less or train with a larger one")
-        output = memory.output
-        rows = output.shape[0] * copies
-        mixers = [block.mixer.start(rows, max_length, output.device, output.dtype) for block in self.decoder.blocks]
-        return DecoderState(memory, mixers, max_length, copies)
+        return DecoderState.start(self._plan(self.decoder), memory, max_length, copies)
 
     def step(self, tokens: Tensor, state: DecoderState) -> Tensor:
         """Feed one token a hypothesis, [N] (BOS first) -> logits [N, V] of the next one. Call it without gradients."""
-        return self.embeddings.logits(self._extend(tokens[:, None], state)[:, 0])
+        return self.embeddings.logits(self._extend(tokens[:, None], state, None)[:, 0])
 
-    def extend(self, tokens: Tensor, state: DecoderState) -> Tensor:
-        """Feed T tokens a hypothesis at once, [N, T] -> logits [N, T, V]; the same as T steps. Call it without gradients."""
-        return self.embeddings.logits(self._extend(tokens, state))
+    def extend(self, tokens: Tensor, state: DecoderState, lengths: Tensor | None = None) -> Tensor:
+        """Feed T tokens a hypothesis at once, [N, T] -> logits [N, T, V]; the same as T steps. Call it without gradients.
 
-    def _extend(self, tokens: Tensor, state: DecoderState) -> Tensor:
+        With lengths [N], integers, only the first lengths[n] of row n are tokens; the others are padding, for which the logits mean nothing,
+        and the row goes on behind its last token.
+        """
+        return self.embeddings.logits(self._extend(tokens, state, lengths))
+
+    def _extend(self, tokens: Tensor, state: DecoderState, lengths: Tensor | None) -> Tensor:
         if tokens.shape[0] != state.rows:
             raise ValueError(f"tokens have {tokens.shape[0]} rows and the state has {state.rows}: give one row a hypothesis")
-        end = state.position + tokens.shape[1]
-        if end > state.max_length:
-            raise ValueError(f"the state has room for {state.max_length} tokens and this would be token {end}: start() with a larger max_length")
-        x, rotation = self._embed(self.embeddings.embed_target(tokens), state.position)
-        for layer, block in enumerate(self.decoder.blocks):
-            x = block.extend(x, layer, state, rotation)
-        state.position = end
-        return self.decoder.norm(x)
+        x, span = self._embed(self.embeddings.embed_target(tokens), state.lengths.span(tokens.shape[1], lengths, state.max_length))
+        features = self.decoder.extend(x, span, state.memory, state.mixers)
+        state.lengths.advance(span)
+        return features
 
+    # -- a source that grows -----------------------------------------------------------------------------------------
+    def start_source(self, rows: int, max_length: int) -> EncoderState:
+        """An empty state for sources that grow to at most max_length tokens, EOS included. The encoder must be causal.
+
+        Raises ConfigError where it is not, and where max_length is beyond model.max_length.
+        """
+        self._check_causal()
+        return EncoderState.start(self._plan(self.encoder), rows, max_length)
+
+    def append_source(self, src: Tensor, state: EncoderState) -> Memory:
+        """Append src [N, T] (integers, padded with pad_id on the right) to the sources -> all that is encoded of them so far.
+
+        What was encoded before stays as it was. Call it without gradients.
+        """
+        if src.shape[0] != state.rows:
+            raise ValueError(f"src has {src.shape[0]} rows and the state has {state.rows}: give one row a source")
+        x, span = self._embed(self.embeddings.embed_source(src), state.lengths.span(src.shape[1], (src != self.pad_id).sum(dim=1), state.max_length))
+        output = self.encoder(x, span, state.mixers)
+        state.encoded.append("output", output, span)
+        for layer, block in enumerate(self.decoder.blocks):
+            for name, new in zip(("keys", "values"), block.cross.keys_values(output), strict=True):
+                state.encoded.append(f"cross.{layer}.{name}", new, span)
+        state.lengths.advance(span)
+        return state.memory()
+
+    def _check_causal(self) -> None:
+        if not self.encoder.causal:
+            raise ConfigError("the model's encoder is bidirectional, so a source cannot grow: encode it anew, or train a model with a causal encoder")
+
+    # -- states ------------------------------------------------------------------------------------------------------
+    def restore_decoder(self, tensors: Mapping[str, Tensor]) -> DecoderState:
+        """The state whose `save` gave these tensors, on this model's device. Raises DataError in one sentence where they are of
+        a model of another architecture or dtype, incomplete or damaged. (That the weights are the same is not looked at.)"""
+        return DecoderState.restore(self._plan(self.decoder), tensors)
+
+    def restore_encoder(self, tensors: Mapping[str, Tensor]) -> EncoderState:
+        """As `restore_decoder`, for a source that grows."""
+        self._check_causal()
+        return EncoderState.restore(self._plan(self.encoder), tensors)
+
+    def decoder_state_bytes(self, source_length: int, max_length: int, copies: int = 1) -> int:
+        """Bytes of the state of one sentence of so many source tokens, what is encoded of it included: `DecoderState.nbytes` before there is one."""
+        plan = self._plan(self.decoder)
+        return row_nbytes(plan.encoded, source_length) + 8 + copies * plan.nbytes(max_length)  # 8: its length
+
+    def encoder_state_bytes(self, max_length: int) -> int:
+        """Bytes of the state of one source that grows: `EncoderState.nbytes` before there is one. Raises ConfigError unless the encoder is causal."""
+        self._check_causal()
+        plan = self._plan(self.encoder)
+        return row_nbytes(plan.encoded, max_length) + plan.nbytes(max_length)
+
+    def _plan(self, stack: Encoder | Decoder) -> Plan:
+        weight, config = self.embeddings.source, self.config
+        encoded = {"output": StateTensor((GROWS, config.d_model), weight.dtype)}
+        for layer, block in enumerate(self.decoder.blocks):
+            encoded |= {f"cross.{layer}.{name}": entry for name, entry in block.cross.state_layout(weight.dtype).items()}
+        return Plan(stack.layouts(weight.dtype), encoded, config.max_length, weight.device, self._architecture)

@@ -104,7 +104,8 @@ def test_unfilled_cache_is_never_read() -> None:
     with torch.inference_mode():
         state = model.start(model.encode(src), max_length=20)
         for mixer in state.mixers:
-            mixer.buffer.fill_(float("nan"))
+            for name in mixer.layout:
+                mixer[name].fill_(float("nan"))
         steps = torch.stack([model.step(tgt[:, t], state) for t in range(6)], dim=1)
         full = model(src, tgt)[0]
     torch.testing.assert_close(steps, full, atol=1e-10, rtol=0)

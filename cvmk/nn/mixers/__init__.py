@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from cvmk.config.schema import ModelConfig
 from cvmk.nn.mixers.attention import CrossAttention, SelfAttention
-from cvmk.nn.mixers.base import Mixer, MixerState
+from cvmk.nn.mixers.base import Mixer
+from cvmk.nn.state import MixerState
 
 MIXERS: dict[str, type[Mixer]] = {"attention": SelfAttention}
 

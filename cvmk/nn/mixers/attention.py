@@ -8,32 +8,10 @@ from torch import Tensor, nn
 from cvmk import ops
 from cvmk.config.schema import ModelConfig
 from cvmk.nn.linear import Linear
-from cvmk.nn.mixers.base import Mixer, MixerState
+from cvmk.nn.mixers.base import Mixer
 from cvmk.nn.outputs import AttentionMap
-from cvmk.nn.positions import Rotation, rotate
-
-
-class KeyValueCache(MixerState):
-    """Keys and values [2, N, Hkv, max_length, D], written in place; only filled positions are ever read."""
-
-    def __init__(self, buffer: Tensor) -> None:
-        self.buffer = buffer
-
-    def append(self, k: Tensor, v: Tensor, position: int) -> tuple[Tensor, Tensor]:
-        """Store k and v [N, Hkv, T, D] from `position` on and give all up to their end, as views."""
-        end = position + k.shape[2]
-        self.buffer[0, :, :, position:end] = k
-        self.buffer[1, :, :, position:end] = v
-        return self.buffer[0, :, :, :end], self.buffer[1, :, :, :end]
-
-    def reorder(self, rows: Tensor, length: int) -> None:
-        filled = self.buffer[:, :, :, :length]
-        filled.copy_(filled.index_select(1, rows))
-
-    def select(self, rows: Tensor, length: int) -> None:
-        smaller = self.buffer.new_empty((2, rows.shape[0], *self.buffer.shape[2:]))
-        smaller[:, :, :, :length] = self.buffer[:, :, :, :length].index_select(1, rows)
-        self.buffer = smaller
+from cvmk.nn.positions import Span
+from cvmk.nn.state import GROWS, MixerState, StateLayout, StateTensor
 
 
 class _Heads:
@@ -52,10 +30,17 @@ class _Heads:
         """[B, T, heads * D] -> [B, heads, T, D], a view."""
         return x.unflatten(-1, (-1, self.size)).transpose(1, 2)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None, causal: bool, training: bool) -> Tensor:
-        """q [B, H, Tq, D], k and v [B, Hkv, Tk, D] -> the heads side by side, [B, Tq, H * D]."""
+    def layout(self, dtype: torch.dtype) -> StateLayout:
+        """A row's keys and values, each [Hkv, positions, D]."""
+        entry = StateTensor((self.kv_heads, GROWS, self.size), dtype)
+        return {"keys": entry, "values": entry}
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None, causal: bool, training: bool, query_start: Tensor | None = None
+    ) -> Tensor:
+        """q [B, H, Tq, D], k and v [B, Hkv, Tk, D] -> the heads side by side, [B, Tq, H * D]. Arguments are those of the op."""
         dropout = self.dropout if training else 0.0
-        mixed = ops.flash_attention(q, k, v, causal=causal, key_lengths=key_lengths, scale=self.scale, dropout_p=dropout)
+        mixed = ops.flash_attention(q, k, v, causal=causal, key_lengths=key_lengths, query_start=query_start, scale=self.scale, dropout_p=dropout)
         assert isinstance(mixed, Tensor)
         return mixed.transpose(1, 2).flatten(2)
 
@@ -74,26 +59,30 @@ class SelfAttention(Mixer):
         self.qkv = Linear(config.d_model, (self.heads.q_width, self.heads.kv_width, self.heads.kv_width), bias=config.bias)
         self.out = Linear(config.d_model, config.d_model, bias=config.bias, residual_output=True)
 
-    def _project(self, x: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(self, x: Tensor, span: Span) -> tuple[Tensor, Tensor, Tensor]:
         heads = self.heads
         q, k, v = (heads.split(part) for part in self.qkv(x).split((heads.q_width, heads.kv_width, heads.kv_width), dim=-1))
-        if rotation is not None:
-            q, k = rotate(q, rotation), rotate(k, rotation)
-        return q, k, v
+        return span.rotate(q), span.rotate(k), v
 
-    def forward(self, x: Tensor, lengths: Tensor | None, rotation: Rotation | None, return_map: bool) -> tuple[Tensor, AttentionMap | None]:
-        q, k, v = self._project(x, rotation)
-        mixed = self.out(self.heads.attend(q, k, v, lengths, self.causal, self.training))
+    def forward(self, x: Tensor, span: Span, return_map: bool) -> tuple[Tensor, AttentionMap | None]:
+        q, k, v = self._project(x, span)
+        lengths = None if self.causal else span.lengths  # a causal query never sees the padding to its right
+        mixed: Tensor = self.out(self.heads.attend(q, k, v, lengths, self.causal, self.training))
         return mixed, self.heads.map(q, k, lengths) if return_map else None
 
-    def start(self, rows: int, max_length: int, device: torch.device, dtype: torch.dtype) -> KeyValueCache:
-        return KeyValueCache(torch.empty((2, rows, self.heads.kv_heads, max_length, self.heads.size), device=device, dtype=dtype))
+    def state_layout(self, dtype: torch.dtype) -> StateLayout:
+        return self.heads.layout(dtype)
 
-    def extend(self, x: Tensor, state: MixerState, position: int, rotation: Rotation | None) -> Tensor:
-        assert isinstance(state, KeyValueCache)
-        q, k, v = self._project(x, rotation)
-        keys, values = state.append(k, v, position)
-        return self.out(self.heads.attend(q, keys, values, None, q.shape[2] > 1, self.training))
+    def extend(self, x: Tensor, span: Span, state: MixerState) -> Tensor:
+        q, k, v = self._project(x, span)
+        keys, values = state.append("keys", k, span), state.append("values", v, span)
+        if isinstance(span.start, int):  # the queries are aligned with the last keys
+            mixed = self.heads.attend(q, keys, values, None, span.count > 1, self.training)
+        else:
+            end = span.start + (span.count if span.lengths is None else span.lengths)
+            mixed = self.heads.attend(q, keys, values, end, span.count > 1, self.training, span.start)
+        extended: Tensor = self.out(mixed)
+        return extended
 
 
 class CrossAttention(nn.Module):
@@ -106,6 +95,10 @@ class CrossAttention(nn.Module):
         self.key_value = Linear(config.d_model, (self.heads.kv_width, self.heads.kv_width), bias=config.bias)
         self.out = Linear(config.d_model, config.d_model, bias=config.bias, residual_output=True)
 
+    def state_layout(self, dtype: torch.dtype) -> StateLayout:
+        """What is kept of a source's row, in a model of this dtype."""
+        return self.heads.layout(dtype)
+
     def keys_values(self, memory: Tensor) -> tuple[Tensor, Tensor]:
         """memory [B, S, d] -> keys and values [B, Hkv, S, D]."""
         k, v = self.key_value(memory).chunk(2, dim=-1)
@@ -114,5 +107,5 @@ class CrossAttention(nn.Module):
     def forward(self, x: Tensor, keys: Tensor, values: Tensor, lengths: Tensor | None, return_map: bool) -> tuple[Tensor, AttentionMap | None]:
         """x [B, T, d] over keys and values [B, Hkv, S, D], of which the first lengths [B] (None: all) are real -> [B, T, d]."""
         q = self.heads.split(self.query(x))
-        mixed = self.out(self.heads.attend(q, keys, values, lengths, False, self.training))
+        mixed: Tensor = self.out(self.heads.attend(q, keys, values, lengths, False, self.training))
         return mixed, self.heads.map(q, keys, lengths) if return_map else None

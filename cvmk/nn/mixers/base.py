@@ -10,25 +10,19 @@ from torch import Tensor, nn
 
 from cvmk.config.schema import ModelConfig
 from cvmk.nn.outputs import AttentionMap
-from cvmk.nn.positions import Rotation
-
-
-class MixerState(ABC):
-    """What one mixer remembers of the positions decoded so far, one row a hypothesis."""
-
-    @abstractmethod
-    def reorder(self, rows: Tensor, length: int) -> None:
-        """Row i becomes what row rows[i] was; the number of rows stays. `length` positions are filled."""
-
-    @abstractmethod
-    def select(self, rows: Tensor, length: int) -> None:
-        """Keep only these rows, in this order. `length` positions are filled."""
+from cvmk.nn.positions import Span
+from cvmk.nn.state import MixerState, StateLayout
 
 
 class Mixer(nn.Module, ABC):
     """Mixes the positions of a sequence. The block around it does norm, dropout and the residual sum.
 
-    has_attention_map says whether `forward` returns an attention map when asked for one: distillation pairs only blocks that do.
+    causal             told by the block: a position must not see later ones. A decoder's mixers are causal, an encoder's where
+                       the model says so. A mixer that cannot be what it is told raises ConfigError.
+    has_attention_map  whether `forward` returns an attention map when asked for one: distillation pairs only blocks that do.
+
+    What is added to the residual stream comes from a `Linear` marked `residual_output`; parameters that decay are named in an
+    attribute `decayed` of the module that owns them (see `cvmk.nn.decays`).
     """
 
     has_attention_map: ClassVar[bool] = False
@@ -38,18 +32,25 @@ class Mixer(nn.Module, ABC):
         self.causal = causal
 
     @abstractmethod
-    def forward(self, x: Tensor, lengths: Tensor | None, rotation: Rotation | None, return_map: bool) -> tuple[Tensor, AttentionMap | None]:
-        """x [B, T, d] -> [B, T, d] and, where asked for and where there is one, the attention map.
+    def forward(self, x: Tensor, span: Span, return_map: bool) -> tuple[Tensor, AttentionMap | None]:
+        """x [B, T, d], whole sequences that stand as `span` says -> [B, T, d] and, where asked for and there is one, the attention map.
 
-        Positions at or beyond lengths [B] are padding and must not reach the others; None where nothing has to be
-        hidden (a causal mixer never sees the padding to its right).
+        Padding (behind span.lengths) must not reach real positions; what is returned for it is open. span.rotate turns queries
+        and keys where positions are rotary, and a mixer without any need not call it.
         """
 
     @abstractmethod
-    def start(self, rows: int, max_length: int, device: torch.device, dtype: torch.dtype) -> MixerState:
-        """An empty state for `rows` hypotheses of up to max_length positions. Only for causal mixers."""
+    def state_layout(self, dtype: torch.dtype) -> StateLayout:
+        """The tensors that the mixer remembers a row, in a model of this dtype. Asked of causal mixers only."""
 
     @abstractmethod
-    def extend(self, x: Tensor, state: MixerState, position: int, rotation: Rotation | None) -> Tensor:
-        """x [N, T, d], the positions from `position` on -> [N, T, d]; the state is updated in place."""
+    def extend(self, x: Tensor, span: Span, state: MixerState) -> Tensor:
+        """x [N, T, d], the next T positions of each row -> [N, T, d]; the state is updated in place.
 
+        It is then that at each row's last real position (span.lengths), so that a row goes on from there whatever padding it
+        had. The result is that of `forward` over everything so far, at these positions.
+        """
+
+    def start(self, rows: int, max_length: int, device: torch.device, dtype: torch.dtype) -> MixerState:
+        """The state of rows that have taken no position yet, with room for max_length of them."""
+        return MixerState(self.state_layout(dtype), rows, max_length, device)
