@@ -9,6 +9,7 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
+from cvmk.cli._check import as_json, check, judge
 from cvmk.cli._streams import need_open
 from cvmk.cli._terminal import show, show_json
 from cvmk.errors import ConfigError
@@ -23,10 +24,15 @@ _EXTRA = re.compile(r"extra\s*==\s*['\"]([^'\"]+)['\"]")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument(
+        "--check", action="store_true", help="run a small contract of every backend of every op here against the float64 reference; exit 3 where one is wrong"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
     need_open(sys.stdout, "output")
+    if getattr(arguments, "check", False):
+        return _check(arguments)
     report = collect()
     if arguments.json:
         show_json(report)
@@ -36,6 +42,14 @@ def run(arguments: argparse.Namespace) -> int:
         show(_lines(report))
     if report["wrong_settings"]:
         raise ConfigError("; ".join(report["wrong_settings"]))
+    return 0
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    rows = check(quiet=arguments.json)
+    if arguments.json:
+        show_json({**collect(), "checks": as_json(rows)})
+    judge(rows, quiet=arguments.json)
     return 0
 
 

@@ -27,6 +27,7 @@ from cvmk.ops._autograd import autograd_kernels, forward_function, refuse_tangen
 from cvmk.ops._backend import PREFERENCE, Backend, allowed, no_backend
 from cvmk.ops._call import fields_of
 from cvmk.ops._dtypes import not_needed
+from cvmk.ops._measured import warn_where_unmeasured
 from cvmk.ops._watch import autocast_enabled, grad_enabled, unobserved
 
 library = torch.library.Library("cvmk", "DEF")
@@ -278,6 +279,7 @@ class Op:
         if choices is None or choices.at != at or len(choices.backends) >= _CACHE_LIMIT:
             choices = self._chosen[key] = _Choices(at)
         choices.backends[choices.key(call)] = chosen
+        warn_where_unmeasured(self.name, chosen.name, principal.device)
         return chosen
 
     def _find(self, which: str, call: Any, recorded: _Recorded) -> Backend:

@@ -104,6 +104,51 @@ def test_a_broken_torch_is_an_answer(monkeypatch: pytest.MonkeyPatch, capsys: py
     assert "RuntimeError: libcudart is too old" in capsys.readouterr().out
 
 
+@pytest.fixture
+def one_op(monkeypatch: pytest.MonkeyPatch) -> None:
+    from cvmk.ops import _check
+
+    monkeypatch.setattr(_check, "CASES", {"attention_kl": _check.CASES["attention_kl"]})
+
+
+@pytest.mark.usefixtures("one_op")
+def test_a_check_prints_a_row_each(capsys: pytest.CaptureFixture[str]):
+    assert main(["doctor", "--check"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "attention_kl on cpu" and lines[-1].startswith("All ") and lines[-1].endswith(" checks passed on cpu.")
+    forward = next(line for line in lines if "reference" in line and "float32, forward" in line)
+    assert "error " in forward and " of " in forward and " ms " in forward and forward.endswith("right")
+    assert any(line.split()[0] == "triton" and "not checked: " in line for line in lines)
+
+
+@pytest.mark.usefixtures("one_op")
+def test_a_check_as_json_holds_the_report_too(capsys: pytest.CaptureFixture[str]):
+    assert main(["doctor", "--check", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["cvmk"] == cvmk.__version__ and "ops" in answer
+    row = next(row for row in answer["checks"] if row["backend"] == "reference" and row["which"] == "gradient")
+    assert row["op"] == "attention_kl" and row["passed"] is True and 0 < row["error"] <= row["tolerance"] and row["seconds"] > 0 and row["device"] == "cpu"
+    assert {"case", "reasons"} < set(row)
+
+
+@pytest.mark.usefixtures("one_op")
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_a_wrong_kernel_ends_the_check_with_3(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], options: list[str]):
+    from cvmk.ops import _check
+
+    monkeypatch.setattr(_check, "_FACTORS", {"forward": -1e9, "gradient": 3})  # nothing is right enough
+    assert main(["doctor", "--check", *options]) == 3
+    said = capsys.readouterr()
+    assert "reference attention_kl" in said.err and said.err.startswith("cvmk: ") and said.err.count("\n") == 1
+    assert "WRONG" in said.out if not options else any(row["passed"] is False for row in json.loads(said.out)["checks"])
+
+
+def test_a_check_in_an_environment_without_sense(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setenv("CVMK_BACKEND", "fastest")
+    assert main(["doctor", "--check"]) == 2
+    assert capsys.readouterr().err.startswith("cvmk: CVMK_BACKEND names the backend 'fastest'")
+
+
 class Answer:
     def __init__(self, returncode: int, stdout: str = "", stderr: str = "") -> None:
         self.returncode, self.stdout, self.stderr = returncode, stdout, stderr

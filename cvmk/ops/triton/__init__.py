@@ -19,6 +19,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICES = ("cpu", "cuda") if INTERPRETED else ("cuda",)
 OLDEST = (8, 0)
 """The oldest compute capability that the kernels are compiled for."""
+MEASURED: dict[str, frozenset[tuple[int, int]]] = {}
+"""By op: the compute capabilities of the devices on which its kernels were measured (benchmarks/results); elsewhere their first use warns."""
 
 
 @functools.cache
