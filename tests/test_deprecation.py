@@ -30,3 +30,11 @@ def test_the_warning_names_the_line_that_imports() -> None:
     code = "from cvmk.text.tokenizer import load_tokenizer"
     told = subprocess.run([sys.executable, "-W", "always", "-c", code], capture_output=True, text=True, check=True).stderr
     assert "<string>:1: DeprecationWarning" in told and "cvmk.text.tokenizers" in told
+
+
+def test_a_name_that_changed() -> None:
+    import cvmk.files
+
+    with pytest.warns(DeprecationWarning, match=r"cvmk\.files\.open_maybe_gzip is now cvmk\.files\.open_input"):
+        assert cvmk.files.open_maybe_gzip is cvmk.files.open_input
+    assert not hasattr(cvmk.files, "other")

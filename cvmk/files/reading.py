@@ -33,7 +33,7 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
 
 def read_json(path: str | os.PathLike[str]) -> Any:
     try:
-        return json.loads(read_bytes(path).decode("utf-8"))
+        return json.loads(read_bytes(path).decode("utf-8").removeprefix(BOM))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise DataError(f"{os.fspath(path)} is not valid JSON ({error}): restore it or write it again") from error
 

@@ -13,8 +13,7 @@ from typing import BinaryIO
 
 from cvmk.errors import DataError
 from cvmk.files import explained, open_input
-
-BOM = "\ufeff"
+from cvmk.files.reading import BOM
 
 
 def text_lines(path: str | os.PathLike[str], stream: BinaryIO | None = None) -> Iterator[bytes]:

@@ -212,6 +212,11 @@ def test_read_text_of_a_pipe() -> None:
     assert done.stdout == b"'x = 1\\n'\n"
 
 
+def test_json_with_a_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes(b'\xef\xbb\xbf{"a": 1}\r\n')
+    assert read_json(tmp_path / "a.json") == {"a": 1}
+
+
 def test_reading_errors_name_the_file(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"cannot read .*nothing"):
         read_bytes(tmp_path / "nothing")
