@@ -25,7 +25,13 @@ class ModelConfig(Section):
     )
     norm: Literal["layernorm", "rmsnorm"] = Field("layernorm", description="Normalisation before each sublayer and at the end of each stack.")
     norm_eps: float = Field(1e-5, gt=0, description="Epsilon of the normalisation.")
-    positions: Literal["sinusoidal", "rotary"] = Field("sinusoidal", description="Absolute sinusoidal positions, or rotary ones in self-attention.")
+    encoder_direction: Literal["bidirectional", "causal"] = Field(
+        "bidirectional",
+        description="Whether a source position sees the whole source or, causal, only what stands before it, so that a source can grow word by word.",
+    )
+    positions: Literal["sinusoidal", "rotary", "none"] = Field(
+        "sinusoidal", description="Absolute sinusoidal positions, rotary ones in self-attention, or none, for mixers that see the order by themselves."
+    )
     rotary_base: float = Field(10000.0, gt=1, description="Base of the rotary frequencies.")
     activation: Literal["relu", "gelu", "swiglu"] = Field("relu", description="Feed-forward activation.")
     bias: bool = Field(True, description="Biases in the linear layers.")

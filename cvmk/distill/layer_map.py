@@ -47,6 +47,11 @@ def attention_pairs(config: DistillationConfig, student: ModelConfig, teacher: M
     if not config.attention:
         raise ConfigError(f"distillation.gamma is {config.gamma}, but distillation.attention names no map: name one, or set gamma to 0")
     found: list[tuple[str, int, int]] = []
+    if "encoder" in config.attention and student.encoder_direction != teacher.encoder_direction:
+        raise ConfigError(
+            f'distillation.attention names "encoder", but the student\'s encoder is {student.encoder_direction} and the teacher\'s '
+            f"{teacher.encoder_direction}, whose maps have nothing in common: leave it out"
+        )
     for kind in config.attention:
         ours, theirs = _attention_blocks(student, kind), _attention_blocks(teacher, kind)
         if not ours or not theirs:

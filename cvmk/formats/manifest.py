@@ -37,7 +37,7 @@ CONFIG = "config.json"
 FLOATS = ("float32", "float64", "bfloat16", "float16")
 SCHEMES: dict[str, frozenset[str]] = {name: frozenset() for name in FLOATS}
 """The types of schemes that this version reads, with the options that each must have."""
-_BASE = frozenset({"scheme:float32", "mixer:attention"})
+_BASE = frozenset({"scheme:float32", "mixer:attention", "encoder:bidirectional", "positions:sinusoidal", "positions:rotary"})
 """What every reader of a format knows, so that nobody has to require it."""
 _REMEDY = "restore it or save the model again"
 
@@ -166,13 +166,15 @@ def read_manifest(file: Path) -> tuple[Manifest, dict[str, Any]]:
 
 def known_features() -> frozenset[str]:
     """The features that a folder may require of this version."""
-    return _BASE | {f"scheme:{name}" for name in SCHEMES} | {f"mixer:{name}" for name in get_args(Mixer)}
+    later = {"encoder:causal", "positions:none"}
+    return _BASE | later | {f"scheme:{name}" for name in SCHEMES} | {f"mixer:{name}" for name in get_args(Mixer)}
 
 
 def _features(model: ModelConfig, schemes: Schemes) -> set[str]:
     mixers = {*model.encoder_mixers, *model.decoder_mixers}
     types = {scheme.type for scheme in (schemes.default, *schemes.weights.values())}
-    return {*(f"mixer:{name}" for name in mixers), *(f"scheme:{name}" for name in types)} - _BASE
+    kinds = {f"encoder:{model.encoder_direction}", f"positions:{model.positions}"}
+    return {*(f"mixer:{name}" for name in mixers), *(f"scheme:{name}" for name in types), *kinds} - _BASE
 
 
 def _check_readable(info: dict[str, Any], file: Path) -> None:

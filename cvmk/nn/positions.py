@@ -124,7 +124,7 @@ class Rotary(_Table):
         return x, dataclasses.replace(span, rotation=(cos, sin))
 
 
-POSITIONS: dict[str, Callable[[ModelConfig], Positions]] = {"sinusoidal": Sinusoidal, "rotary": Rotary}
+POSITIONS: dict[str, Callable[[ModelConfig], Positions]] = {"sinusoidal": Sinusoidal, "rotary": Rotary, "none": lambda config: Positions()}
 
 
 def sinusoidal_table(length: int, width: int) -> Tensor:

@@ -42,7 +42,8 @@ class Stack(nn.Module):
 class Encoder(Stack):
     """`causal` where a position sees none behind it, so that a source can grow."""
 
-    def __init__(self, config: ModelConfig, causal: bool) -> None:
+    def __init__(self, config: ModelConfig) -> None:
+        causal = config.encoder_direction == "causal"
         super().__init__(config, [EncoderBlock(config, name, causal) for name in mixer_names([*config.encoder_mixers], config.encoder_layers)])
         self.causal = causal
 

@@ -24,13 +24,13 @@ class CVMTransformer(nn.Module):
     Token ids run from 0 to vocab_size - 1; pad_id fills rows on the right and must not occur inside them.
     """
 
-    def __init__(self, config: ModelConfig, vocab_size: int, pad_id: int = 0, *, causal_encoder: bool = False) -> None:
+    def __init__(self, config: ModelConfig, vocab_size: int, pad_id: int = 0) -> None:
         super().__init__()
         self.config = config
         self.vocab_size = vocab_size
         self.pad_id = pad_id
         self.embeddings = Embeddings(config, vocab_size)
-        self.encoder = Encoder(config, causal_encoder)
+        self.encoder = Encoder(config)
         self.decoder = Decoder(config)
         self.dropout = nn.Dropout(config.dropout)
         self.positions = POSITIONS[config.positions](config)
@@ -39,7 +39,6 @@ class CVMTransformer(nn.Module):
             "kv_heads": config.kv_heads or config.heads,
             "encoder_mixers": mixer_names([*config.encoder_mixers], config.encoder_layers),
             "decoder_mixers": mixer_names([*config.decoder_mixers], config.decoder_layers),
-            "causal_encoder": causal_encoder,
             "vocab_size": vocab_size,
         }
 
@@ -144,7 +143,8 @@ class CVMTransformer(nn.Module):
 
     def _check_causal(self) -> None:
         if not self.encoder.causal:
-            raise ConfigError("the model's encoder is bidirectional, so a source cannot grow: encode it anew, or train a model with a causal encoder")
+            remedy = 'encode it anew, or train a model with model.encoder_direction = "causal"'
+            raise ConfigError(f"the model's encoder is bidirectional, so a source cannot grow: {remedy}")
 
     # -- states ------------------------------------------------------------------------------------------------------
     def restore_decoder(self, tensors: Mapping[str, Tensor]) -> DecoderState:

@@ -76,6 +76,15 @@ def test_blocks_without_attention(monkeypatch: pytest.MonkeyPatch) -> None:
         attention_pairs(DistillationConfig(attention=["decoder"]), hybrid, TEACHER)
 
 
+def test_encoders_of_two_directions_have_no_maps_in_common() -> None:
+    causal = ModelConfig(encoder_layers=3, encoder_direction="causal")
+    assert attention_pairs(DistillationConfig(attention=["cross", "decoder"]), causal, TEACHER)
+    assert attention_pairs(DistillationConfig(attention=["encoder"], layer_map="last"), causal, causal) == [("encoder", 2, 2)]
+    for student, teacher, words in ((causal, TEACHER, "encoder is causal and the teacher's bidirectional"), (TEACHER, causal, "is bidirectional")):
+        with pytest.raises(ConfigError, match=r'distillation\.attention names "encoder".*' + words + ".*leave it out"):
+            attention_pairs(DistillationConfig(attention=["cross", "encoder"]), student, teacher)
+
+
 def test_weights_of_nothing() -> None:
     with pytest.raises(ConfigError, match=r"distillation\.hidden names no stack"):
         hidden_pairs(DistillationConfig(beta=1.0, hidden=[]), STUDENT, TEACHER)

@@ -47,6 +47,8 @@ def test_only_what_an_old_reader_would_misread_is_required() -> None:
     assert make(requires=("future",)).to_dict()["requires"] == ["future"]
     model = ModelConfig.model_construct(**{**ModelConfig().model_dump(), "decoder_mixers": ["attention", "mamba"]})
     assert make(model=model).to_dict()["requires"] == ["mixer:mamba"]
+    assert make(model=ModelConfig(positions="rotary")).to_dict()["requires"] == []
+    assert make(model=ModelConfig(encoder_direction="causal", positions="none")).to_dict()["requires"] == ["encoder:causal", "positions:none"]
 
 
 @pytest.mark.parametrize("requires", [["mixer:retnet9"], ["scheme:int3", "mixer:retnet9"]])

@@ -16,11 +16,11 @@ SMALL = {"d_model": 16, "ffn": 24, "heads": 4, "encoder_layers": 2, "decoder_lay
 Make = Callable[..., CVMTransformer]
 
 
-def make_model(mixers: Sequence[str] = ("attention",), dtype: torch.dtype = torch.float64, causal_encoder: bool = False, **options: Any) -> CVMTransformer:
+def make_model(mixers: Sequence[str] = ("attention",), dtype: torch.dtype = torch.float64, **options: Any) -> CVMTransformer:
     """A model of SMALL and these options, with these mixers on both sides, which need only be registered."""
     torch.manual_seed(0)
     config = ModelConfig(**{**SMALL, **options}).model_copy(update={"encoder_mixers": [*mixers], "decoder_mixers": [*mixers]})
-    model = CVMTransformer(config, VOCAB, causal_encoder=causal_encoder).eval()
+    model = CVMTransformer(config, VOCAB).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))

@@ -18,7 +18,7 @@ PAD, BOS, EOS = 0, 2, 3
 KINDS: list[dict[str, Any]] = [
     {},
     {"positions": "rotary", "kv_heads": 2, "norm": "rmsnorm", "activation": "swiglu", "bias": False},
-    {"mixers": ("running",)},
+    {"mixers": ("running",), "positions": "none"},
     {"mixers": ("running", "attention"), "positions": "rotary"},
 ]
 kinds = pytest.mark.parametrize("options", KINDS, ids=["attention", "rotary", "running", "hybrid"])
@@ -220,7 +220,7 @@ def saved_decoder(model: CVMTransformer) -> dict[str, Tensor]:
         ({"positions": "rotary"}, "positions = 'sinusoidal' and this one has 'rotary'"),
         ({"mixers": ("running",)}, r"decoder_mixers = \['attention', 'attention'\] and this one has \['running', 'running'\]"),
         ({"decoder_layers": 1}, "decoder_layers = 2 and this one has 1|decoder_mixers"),
-        ({"causal_encoder": True}, "causal_encoder = False and this one has True"),
+        ({"encoder_direction": "causal"}, "encoder_direction = 'bidirectional' and this one has 'causal'"),
         ({"dtype": torch.float32}, "as torch.float64.*where this model has torch.float32"),
         ({"max_length": 8, "dropout": 0.3}, None),
         ({"kv_heads": 4}, None),
@@ -278,7 +278,7 @@ def test_a_state_decoded_under_autocast_comes_back(make: Make) -> None:
 @kinds
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_bytes_are_known_before_a_state_starts(make: Make, options: dict[str, Any], dtype: torch.dtype) -> None:
-    model = make(**options, dtype=dtype, causal_encoder=True)
+    model = make(**options, dtype=dtype, encoder_direction="causal")
     with torch.inference_mode():
         for rows, copies in ((1, 1), (3, 4)):
             state = model.start(model.encode(sources(*[6] * rows)), max_length=9, copies=copies)
@@ -298,7 +298,7 @@ def test_a_recurrent_state_does_not_grow(make: Make) -> None:
 # -- an encoder whose source grows ------------------------------------------------------------------------------------------------
 @kinds
 def test_a_causal_encoder_sees_nothing_behind(make: Make, options: dict[str, Any]) -> None:
-    causal, both = make(**options, causal_encoder=True), make(**options)
+    causal, both = make(**options, encoder_direction="causal"), make(**options)
     src = sources(6, 4)
     longer = torch.cat((src, sources(3, 3)), dim=1)[:1]
     with torch.inference_mode():
@@ -310,7 +310,7 @@ def test_a_causal_encoder_sees_nothing_behind(make: Make, options: dict[str, Any
 @kinds
 def test_a_source_that_grows_is_encoded_as_a_whole_one(make: Make, options: dict[str, Any]) -> None:
     """Words arrive row by row, several or none at a time; what was read before stays, and a decoder goes on over the longer source."""
-    model = make(**options, causal_encoder=True)
+    model = make(**options, encoder_direction="causal")
     src, tgt = sources(7, 3, 5), targets(3, 6)
     pieces, at = [[2, 1, 0], [0, 2, 3], [5, 0, 2]], [0, 0, 0]
     with torch.inference_mode():
@@ -345,7 +345,7 @@ def test_a_source_that_grows_is_encoded_as_a_whole_one(make: Make, options: dict
 @kinds
 @pytest.mark.parametrize("ragged", [False, True])
 def test_a_saved_encoder_goes_on_with_the_same_bits(make: Make, options: dict[str, Any], ragged: bool) -> None:
-    model = make(**options, dtype=torch.float32, causal_encoder=True)
+    model = make(**options, dtype=torch.float32, encoder_direction="causal")
     first, second = sources(3, 1 if ragged else 3), sources(2, 2)
     with torch.inference_mode():
         state = model.start_source(2, 8)
@@ -373,8 +373,8 @@ def test_a_bidirectional_encoder_cannot_grow(make: Make) -> None:
         with pytest.raises(ConfigError, match="encoder is bidirectional"):
             call()
     with pytest.raises(ConfigError, match=r"model\.max_length = 32"):
-        make(causal_encoder=True).start_source(1, 33)
-    causal = make(causal_encoder=True)
+        make(encoder_direction="causal").start_source(1, 33)
+    causal = make(encoder_direction="causal")
     with torch.inference_mode(), pytest.raises(ValueError, match="src has 2 rows and the state has 1"):
         causal.append_source(sources(2, 2), causal.start_source(1, 4))
 
@@ -382,7 +382,7 @@ def test_a_bidirectional_encoder_cannot_grow(make: Make) -> None:
 @kinds
 def test_empty_rows_and_pieces(make: Make, options: dict[str, Any]) -> None:
     """No rows, no new tokens, and sources of padding only."""
-    model = make(**options, causal_encoder=True)
+    model = make(**options, encoder_direction="causal")
     with torch.inference_mode():
         state = model.start(model.encode(sources(3)[:0]), max_length=4, copies=2)
         assert model.extend(targets(1, 2)[:0], state).shape == (0, 2, VOCAB) and state.positions.tolist() == []
