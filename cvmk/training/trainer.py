@@ -56,9 +56,9 @@ class Trainer:
     def train(self) -> None:
         """Run from the present state to the last iteration or an early stop."""
         iterations = self.recipe.training.iterations
-        if self.progress.step == 0 and self.store.newest() is None:
-            self.save()  # what a divergence before the first validation returns to
         with self._stop.listening(self.events.notice):
+            if self.progress.step == 0 and self.store.newest() is None:
+                self.save()  # what a divergence before the first validation returns to
             while self.progress.step < iterations and not self.progress.finished:
                 result = self._step()
                 step, interrupted = self.progress.step, self._stop.received
