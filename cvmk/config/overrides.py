@@ -68,7 +68,7 @@ def _says(text: str, wanted: dict[str, Any]) -> bool:
 def _edited(text: str, override: Override) -> str:
     """`text` with the line of the key replaced, or one added to its table, or the table added. Whether that was right is to be checked."""
     *tables, key = override.path
-    line = f"{_key(key)} = {_value(override.value)}  # --set\n"
+    line = f"{_key(key)} = {toml_value(override.value)}  # --set\n"
     lines = text.splitlines(keepends=True)
     if lines and not lines[-1].endswith("\n"):
         lines[-1] += "\n"
@@ -88,7 +88,7 @@ def _edited(text: str, override: Override) -> str:
 
 def dumps(values: dict[str, Any], prefix: str = "") -> str:
     """Plain values as TOML: a table's values first, then its tables."""
-    lines = [f"{_key(name)} = {_value(value)}\n" for name, value in values.items() if not isinstance(value, dict)]
+    lines = [f"{_key(name)} = {toml_value(value)}\n" for name, value in values.items() if not isinstance(value, dict)]
     for name, value in values.items():
         if isinstance(value, dict):
             full = prefix + _key(name)
@@ -100,15 +100,16 @@ def _key(name: str) -> str:
     return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else _string(name)
 
 
-def _value(value: Any) -> str:
+def toml_value(value: Any) -> str:
+    """A plain value on one line, as it stands behind `key =` and behind `--set key=`. What is None in a table is left out."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
         return _string(value)
     if isinstance(value, list):
-        return f"[{', '.join(map(_value, value))}]"
+        return f"[{', '.join(map(toml_value, value))}]"
     if isinstance(value, dict):
-        return f"{{ {', '.join(f'{_key(name)} = {_value(inner)}' for name, inner in value.items())} }}"
+        return f"{{ {', '.join(f'{_key(name)} = {toml_value(inner)}' for name, inner in value.items() if inner is not None)} }}"
     if isinstance(value, (datetime.date, datetime.time)):
         return value.isoformat()
     return repr(value)  # int, float

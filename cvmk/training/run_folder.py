@@ -5,24 +5,28 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import shlex
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from cvmk.config import TrainConfig
+from cvmk.config.loading import load_train_config
+from cvmk.config.overrides import toml_value
 from cvmk.config.resume import changed_keys
 from cvmk.errors import ConfigError, DataError
 from cvmk.files import explained, read_json, write_json, write_text
 from cvmk.telemetry import environment
 from cvmk.training.contents import CONTENTS, Content, check_contents, to_json
 
-RESOLVED = "config.resolved.json"
+CONFIG, RESOLVED = "config.toml", "config.resolved.json"
 
 
 @contextlib.contextmanager
 def open_run(config: TrainConfig, text: str, contents: Mapping[str, Content], *, resume: bool, restart: bool) -> Iterator[Path]:
-    """Claim `config.run.folder` for this process and write the configuration into it; `text` is the TOML as given, `contents` what the run reads.
+    """Claim `config.run.folder` for this process and write the configuration into it; `text` is the TOML that says all of it,
+    `contents` what the run reads.
 
     A folder that holds a run already (one that has a checkpoint) is taken over with `resume` (by an unchanged configuration and unchanged contents), set
     aside under another name with `restart`, and an error otherwise. Raises ConfigError or DataError.
@@ -47,7 +51,7 @@ def open_run(config: TrainConfig, text: str, contents: Mapping[str, Content], *,
         folder.mkdir(parents=True, exist_ok=True)
         with _claimed(folder):
             write_json(folder / RESOLVED, resolved)  # first: it makes the folder a run's
-            write_text(folder / "config.toml", text)
+            write_text(folder / CONFIG, text)
             write_json(folder / CONTENTS, to_json(contents))
             write_json(folder / "environment.json", environment())
             yield folder
@@ -74,6 +78,30 @@ def _unused(folder: Path) -> Path:
     return other
 
 
+def _own_command(folder: Path, before: dict[str, Any]) -> str:
+    """The command that goes on with the run in `folder`, to be pasted: its own config.toml, and what that does not say.
+
+    An older cvmk kept the values of `--set` in config.resolved.json alone; and a run that was moved is no longer in its own run.folder.
+    """
+    path = folder / CONFIG
+    words = ["cvmk", "train", str(path)]
+    with contextlib.suppress(ConfigError, DataError):
+        kept = json.loads(load_train_config(path).model_dump_json())
+        for key in changed_keys(TrainConfig, before, kept, by_content=False):
+            if (value := _at(before, key)) is not None:
+                words += ["--set", f"{key}={toml_value(value)}"]
+        if kept["run"]["folder"] != str(folder):
+            words += ["--set", f"run.folder={toml_value(str(folder))}"]
+    return shlex.join([*words, "--resume"])
+
+
+def _at(values: Any, key: str) -> Any:
+    """The value of "section.key"; None where there is none."""
+    for part in key.split("."):
+        values = values.get(part) if isinstance(values, dict) else None
+    return values
+
+
 def _check_unchanged(folder: Path, resolved: dict[str, Any], contents: Mapping[str, Content]) -> None:
     before = read_json(folder / RESOLVED)
     if not isinstance(before, dict):
@@ -81,8 +109,7 @@ def _check_unchanged(folder: Path, resolved: dict[str, Any], contents: Mapping[s
     known = (folder / CONTENTS).exists()  # an older cvmk kept no contents: where they are must then be the same
     changed = changed_keys(TrainConfig, before, resolved, by_content=known)
     if changed:
-        raise ConfigError(
-            f"the run in {folder} was started with another configuration ({', '.join(changed[:5])} differ): resume it with its own config.toml, or --restart"
-        )
+        differ = f"{', '.join(changed[:5])} differ"
+        raise ConfigError(f"the run in {folder} was started with another configuration ({differ}): go on with {_own_command(folder, before)}, or --restart")
     if known:
         check_contents(folder, read_json(folder / CONTENTS), contents)

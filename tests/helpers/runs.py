@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from cvmk.config.loading import load_train_config
+from cvmk.config.overrides import with_overrides
 from cvmk.files import pointed
 from cvmk.telemetry import Reporter
 from cvmk.training import pipeline
@@ -50,6 +51,6 @@ def train(
         monkeypatch.setattr(Trainer, "_step", step)
     threads = torch.get_num_threads()
     try:
-        return pipeline.train(load_train_config(path, overrides), path.read_text(), Reporter(), resume=resume)
+        return pipeline.train(load_train_config(path, overrides), with_overrides(path.read_text(), overrides), Reporter(), resume=resume)
     finally:
         torch.set_num_threads(threads)

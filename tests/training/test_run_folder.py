@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import re
+import shlex
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from runs import train
 
+from cvmk.cli import main
 from cvmk.config.loading import load_train_config
 from cvmk.errors import ConfigError, DataError
 from cvmk.training.run_folder import open_run
@@ -38,6 +42,33 @@ def test_resume_wants_the_same_configuration(config: Path) -> None:
     start(config, ["training.iterations=50", "run.threads=2", "validation.patience=3"], resume=True)
     with pytest.raises(ConfigError, match=r"model\.ffn"):
         start(config, ["model.ffn=32"], resume=True)
+
+
+def pasted(error: ConfigError) -> list[str]:
+    """The arguments of the command in a message."""
+    words = shlex.split(re.search(r"go on with (cvmk train .*), or --restart", str(error))[1])  # type: ignore[index]
+    assert words[:2] == ["cvmk", "train"]
+    return words[2:]
+
+
+@pytest.mark.parametrize("kept", ["now", "by an older cvmk"])
+@pytest.mark.parametrize("moved", [False, True])
+def test_the_command_of_the_refusal_goes_on(config: Path, tmp_path: Path, kept: str, moved: bool) -> None:
+    """A run with overrides, refused without them: what the message says can be pasted, also where the run was moved."""
+    folder = tmp_path / "it's 1 run"
+    overrides = ["training.iterations=2", "validation.max_sentences=2", "model.ffn=48", "run.seed=7", f'run.folder="{folder}"']
+    train(config, *overrides)
+    if kept != "now":
+        (folder / "config.toml").write_text(config.read_text() + "".join(f"\n# --set {override}" for override in overrides))
+    if moved:
+        folder = folder.rename(tmp_path / "moved")
+    with pytest.raises(ConfigError, match="model.ffn|run.seed") as caught:
+        train(config, f'run.folder="{folder}"', "training.iterations=2", resume=True)
+    path, *rest = pasted(caught.value)
+    assert path == str(folder / "config.toml") and rest[-1] == "--resume"
+    assert main(["train", path, *rest]) == 0
+    assert load_train_config(folder / "config.toml").run.folder == str(folder), "and from now on its own configuration says all of it"
+    assert main(["train", path, "--resume"]) == 0
 
 
 def test_a_folder_of_something_else_is_left_alone(config: Path, tmp_path: Path) -> None:
