@@ -42,12 +42,12 @@ def check_language(code: str, key: str = "language code") -> str:
 
 
 def _standard(code: str) -> str | None:
-    import langcodes  # some ten milliseconds
+    import langcodes  # slow to import
 
     if not re.fullmatch(r"[A-Za-z0-9]+([-_][A-Za-z0-9]+)*", code) or not langcodes.tag_is_valid(code):
         return None
     tag = langcodes.standardize_tag(code)
-    return None if langcodes.Language.get(tag).extlangs else tag  # those that are known have been replaced by their own subtag
+    return None if langcodes.Language.get(tag).extlangs else tag  # a known one has been replaced by its own subtag
 
 
 def _nearest(code: str) -> str | None:
@@ -63,7 +63,7 @@ def _nearest(code: str) -> str | None:
         if (found := _standard(name) or names.get(name)) is not None:
             return found
     for country in (first, *rest):
-        if re.fullmatch("[a-z]{2}", country) and not re.fullmatch("aa|q[m-z]|x[a-z]|zz", country):  # those are nobody's
+        if re.fullmatch("[a-z]{2}", country) and not re.fullmatch("aa|q[m-z]|x[a-z]|zz", country):  # codes for private use
             return langcodes.Language.make(territory=country.upper()).maximize().language
     close = difflib.get_close_matches(text, names, n=1, cutoff=0.75)
     return names[close[0]] if close else None

@@ -63,7 +63,7 @@ def parse_train_config(values: dict[str, Any], name: str) -> TrainConfig:
 
 
 def _not_json(value: Any) -> str:
-    return f"{type(value).__name__} {value}"  # a TOML date: no key takes one, and the message shows it
+    return f"{type(value).__name__} {value}"  # no key takes a TOML date, and the message shows it
 
 
 def _sentence(schema: type[BaseModel], detail: ErrorDetails) -> str:

@@ -66,7 +66,7 @@ def _says(text: str, wanted: dict[str, Any]) -> bool:
 
 
 def _edited(text: str, override: Override) -> str:
-    """`text` with the line of the key replaced, or one added to its table, or the table added. Whether that was right is to be checked."""
+    """`text` with the line of the key replaced, or a line added to its table, or the table added. The caller checks what it says."""
     *tables, key = override.path
     line = f"{_key(key)} = {toml_value(override.value)}  # --set\n"
     lines = text.splitlines(keepends=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import io
 import zlib
 from collections.abc import Callable
@@ -105,7 +106,7 @@ def _buffered(stream: BinaryIO, close: bool) -> io.BufferedReader:
         head = stream.peek(_LONGEST)
         if len(head) >= _LONGEST or not any(known.magic.startswith(head[: len(known.magic)]) for known in _FORMATS):
             return stream
-        start = stream.read(_LONGEST)  # a pipe that gave but the first bytes
+        start = stream.read(_LONGEST)  # a pipe has given only its first bytes so far
     return io.BufferedReader(_Chained(start, stream, close))
 
 
@@ -120,13 +121,13 @@ def _refuse_archives(head: bytes, name: str) -> None:
 
 
 def _refuse_misnamed(head: bytes, name: str) -> None:
-    """A download that was cut, or a page that says "not found", is better told here than as an invalid line. Plain text may have any name."""
+    """Raise DataError for a file that is neither what its name says nor text: a damaged download is better told here than as an invalid line."""
     suffix = PurePath(name).suffix
     known = next((known for known in _FORMATS if known.suffix == suffix), None)
     if known is None:
         return
     try:
-        head[:-3].decode()  # the last character may be cut
+        codecs.getincrementaldecoder("utf-8")().decode(head)  # the last character may be cut
     except UnicodeDecodeError as error:
         raise DataError(f"{name} is neither a {known.name} file, as its name says, nor text: copy or download it again") from error
 

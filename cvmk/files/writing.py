@@ -59,7 +59,7 @@ def _is_open_file(path: Path) -> bool:
 
 @contextlib.contextmanager
 def _written_directly(path: Path) -> Iterator[BinaryIO]:
-    """No O_CREAT, which some systems refuse for another user's pipe; O_APPEND, for `/dev/stdout` may stand for a file that holds something already."""
+    """Without O_CREAT, which some systems refuse for another user's pipe; with O_APPEND, because /dev/stdout may be a file that is not empty."""
     try:
         with open(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NOCTTY | os.O_CLOEXEC), "wb") as file:
             yield file

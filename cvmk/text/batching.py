@@ -133,7 +133,7 @@ class TokenBatchSampler:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue exactly where `state` was taken, in whatever process. Raises ConfigError where data, batch size or number of processes are others."""
-        state = {"world": 1, **state}  # that of an older cvmk has none
+        state = {"world": 1, **state}  # a state of an older cvmk has no world
         own = {"training pairs": ("pairs", len(self._sizes)), "training.max_tokens": ("max_tokens", self.max_tokens), "processes": ("world", self.world)}
         for what, (key, value) in own.items():
             if (saved := state[key]) != value:

@@ -145,7 +145,7 @@ def _aligned_rows(source: Path, target: Path) -> Iterator[Row]:
         counts[0] += left is not None
         counts[1] += right is not None
         if left is None or right is None:
-            continue  # count on: the sizes of both belong into the message
+            continue  # the loop goes on because the message gives the lengths of both files
         try:
             yield _text(left, source, number), _text(right, target, number)
         except _BadLine as bad:

@@ -140,6 +140,9 @@ def test_plain_text_may_have_any_name(tmp_path: Path) -> None:
     for name in ("a.gz", "a.xz", "a.bz2", "a.zst"):
         (tmp_path / name).write_bytes(TEXT)
         assert content(tmp_path / name) == TEXT
+        for start in range(4):  # wherever the first block ends
+            (tmp_path / name).write_bytes(b"x" * start + "\u3042".encode() * 5000)
+            assert len(content(tmp_path / name)) == start + 15000
         (tmp_path / name).write_bytes(b"\x8f" + TEXT)
         with pytest.raises(DataError, match=rf"{name} is neither a \w+ file, as its name says, nor text"):
             content(tmp_path / name)
