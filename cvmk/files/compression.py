@@ -94,7 +94,7 @@ def decompressed(stream: BinaryIO, name: str, *, close: bool = False) -> io.Buff
         _refuse_archives(head, name)
         _refuse_misnamed(head, name)
         return whole
-    reader: io.BufferedReader = io.BufferedReader(_Decompressed(whole, found.open(whole, name), found.name, name, close))
+    reader: io.BufferedReader = io.BufferedReader(_Decompressed(whole, found.open(whole, name), found.name, name, close), _BLOCK)
     _refuse_archives(reader.peek(_TAR_AT + len(_TAR)), name)
     return reader
 

@@ -71,7 +71,7 @@ def plain(stream: BinaryIO, name: str, *, close: bool = False) -> io.BufferedRea
     """
     with explained(name, "read"):
         found = compression.decompressed(stream, name, close=close)
-        head = found.peek(encoding.ENOUGH)
+        head = found.peek(encoding.ENOUGH)[: encoding.ENOUGH]
     if other := encoding.other_than_utf8(head):
         raise DataError(f"{name} is {other} text: convert it to UTF-8, for example with `iconv -f {other} -t UTF-8`")
     return found
