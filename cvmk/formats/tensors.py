@@ -12,31 +12,21 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from cvmk.errors import DataError
 from cvmk.files import explained
 
+if TYPE_CHECKING:
+    import numpy as np  # it takes long to import: only where a file is read
+
 REMEDY = "restore it or save the model again"
 _HEADER_LIMIT = 100_000_000  # bytes; the format's own
-_DTYPES: dict[str, tuple[str, type[np.generic]]] = {
-    "BOOL": ("bool", np.bool_),
-    "U8": ("uint8", np.uint8),
-    "I8": ("int8", np.int8),
-    "U16": ("uint16", np.uint16),
-    "I16": ("int16", np.int16),
-    "U32": ("uint32", np.uint32),
-    "I32": ("int32", np.int32),
-    "U64": ("uint64", np.uint64),
-    "I64": ("int64", np.int64),
-    "F16": ("float16", np.float16),
-    "BF16": ("bfloat16", np.uint16),
-    "F32": ("float32", np.float32),
-    "F64": ("float64", np.float64),
-}
-"""The file's name of a dtype: torch's and ours, and the numpy dtype that holds it."""
+_DTYPES = {
+    "BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "U32": "uint32", "I32": "int32", "U64": "uint64", "I64": "int64",
+    "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64",
+}  # fmt: skip
+"""The file's name of a dtype, and everybody else's."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +46,8 @@ class RawTensor:
 
     def float32(self) -> np.ndarray:
         """The values as float32, a copy where they are stored otherwise."""
+        import numpy as np
+
         if self.dtype == "bfloat16":
             return (self.data.astype(np.uint32) << 16).view(np.float32)
         return self.data.astype(np.float32, copy=False)
@@ -66,6 +58,8 @@ def read_tensors(file: Path, checksum: str | None = None, remedy: str = REMEDY) 
 
     The file stays mapped while a tensor lives; it must be replaced, never rewritten in place.
     """
+    import numpy as np
+
     if not file.is_file():
         raise DataError(f"{file} is missing: {remedy}")
     with explained(file, "read"):
@@ -84,18 +78,21 @@ class _Corrupt(ValueError):
 
 
 def _parse(data: np.ndarray) -> dict[str, RawTensor]:
+    import numpy as np
+
     header, body = _header(data)
     entries = sorted((_entry(name, value) for name, value in header.items() if name != "__metadata__"), key=lambda entry: entry[3:])
     tensors, end = {}, 0
     for name, code, shape, begin, stop in entries:
         if begin != end:
             raise _Corrupt(f"the tensor {name} begins at byte {begin} of the data and not at {end}")
-        label, dtype = _DTYPES[code]
-        if stop - begin != math.prod(shape) * np.dtype(dtype).itemsize:
+        name_of_dtype = _DTYPES[code]
+        dtype = np.dtype("uint16" if name_of_dtype == "bfloat16" else name_of_dtype)
+        if stop - begin != math.prod(shape) * dtype.itemsize:
             raise _Corrupt(f"the tensor {name} has {stop - begin} bytes, which is not the size of its shape {list(shape)}")
         if stop > len(body):
             raise _Corrupt(f"the tensor {name} ends at byte {stop} of the data, which has {len(body)}")
-        tensors[name] = RawTensor(label, np.ndarray(shape, dtype, body, offset=begin) if stop > begin else np.empty(shape, dtype))
+        tensors[name] = RawTensor(name_of_dtype, np.ndarray(shape, dtype, body, offset=begin) if stop > begin else np.empty(shape, dtype))
         end = stop
     if end != len(body):
         raise _Corrupt(f"its tensors fill {end} bytes and the data has {len(body)}")
