@@ -40,6 +40,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-repeat-ngram", type=int, default=0, metavar="N", help="no N words' pieces twice in a translation (default 0: no limit)")
     parser.add_argument("--max-length-a", type=float, default=2.0, metavar="A", help="a translation has at most A * source pieces + B pieces (default 2)")
     parser.add_argument("--max-length-b", type=int, default=20, metavar="B", help="see --max-length-a (default 20)")
+    parser.add_argument("--min-length", type=int, default=1, metavar="N", help="a translation has at least N pieces (default 1)")
+    parser.add_argument(
+        "--repetition-penalty", type=float, default=1.0, metavar="X", help="pieces that were said already count X times less, in their logits (default 1)"
+    )
     parser.add_argument("--batch-tokens", type=int, default=4096, metavar="N", help="source pieces times beam size of a batch (default 4096)")
     parser.add_argument("--on-long", choices=("error", "truncate"), default="error", help="what to do with a line that is too long for the model")
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:N or auto")
@@ -59,9 +63,9 @@ class Line:
 
 def run(arguments: argparse.Namespace) -> int:
     from cvmk.config.schema import MAX_THREADS
-    from cvmk.inference.options import SearchOptions
+    from cvmk.inference.options import SearchOptions, scalar_options
 
-    search = {name: getattr(arguments, name) for name in ("beam_size", "n_best", "length_penalty", "no_repeat_ngram", "max_length_a", "max_length_b")}
+    search = {option.name: getattr(arguments, option.name) for option in scalar_options()}
     SearchOptions(**search)
     if arguments.batch_tokens < 1:
         raise ConfigError(f"--batch-tokens is {arguments.batch_tokens}, and must be at least 1")

@@ -1,20 +1,27 @@
-"""Greedy and beam search over a batch of sentences with a CVMTransformer.
+"""Greedy and beam search with a CVMTransformer, over sentences with the same options that are decoded together.
 
 Every rule looks at one sentence alone (its own limit, its own hypotheses, its own end), so the batch only decides how much is
-computed at once; sentences that are finished leave it on the way. Special pieces but EOS are never produced: they are taken out
-before the probabilities are normalised. What is forbidden for other reasons (repeated n-grams, too short, too long) is taken out
-afterwards, so that scores stay the model's log probabilities.
+computed at once; sentences that are finished leave it on the way, and others may join. Special pieces but EOS are never produced: they are
+taken out before the probabilities are normalised. What is forbidden for other reasons is taken out afterwards, so that scores stay the model's log
+probabilities (see `processors`).
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Self
 
 import torch
 from torch import Tensor
 
+from cvmk.inference import processors
 from cvmk.inference.options import Hypothesis, SearchOptions, final_score
-from cvmk.nn import CVMTransformer, DecoderState, Memory
+from cvmk.inference.processors import History
+from cvmk.inference.scheduler import Entry
+from cvmk.nn import CVMTransformer, DecoderState
 from cvmk.text.tokenizers import Tokenizer
 
 BOS, EOS = Tokenizer.BOS, Tokenizer.EOS
@@ -23,19 +30,23 @@ BROKEN = Hypothesis([], float("-inf"))
 """What is found where the model's numbers are not finite."""
 _LEAVE = 0.25
 """Finished sentences leave the batch when they are at least this share of it; moving the others' states costs too."""
+_PREFIX_SCORES = 1 << 24
+"""Scores of prefixes that are computed at once."""
 
 
-def search(model: CVMTransformer, src: Tensor, limits: list[int], options: SearchOptions) -> list[list[Hypothesis]]:
-    """The n_best translations of each row of src [B, S], best first; row b gets at most limits[b] pieces (EOS not counted)."""
-    if not limits:
-        return []
-    memory = model.encode(src)
-    if options.beam_size == 1:
-        return [[hypothesis] for hypothesis in _Greedy(model, memory, limits, options).run()]
-    return _Beam(model, memory, limits, options).run()
+def begin(model: CVMTransformer, entries: Sequence[Entry]) -> Decoding:
+    """Encode the sources of entries with the same options, and read their prefixes."""
+    options = entries[0].request.options
+    sources = [entry.request.source for entry in entries]
+    width = max(map(len, sources)) + 1
+    rows = [[*source, EOS, *[model.pad_id] * (width - 1 - len(source))] for source in sources]
+    memory = model.encode(torch.tensor(rows, dtype=torch.long, device=next(model.parameters()).device))
+    room = model.config.max_length
+    sentences = [_Sentence(entry, max(options.limit(len(entry.request.source), room), len(entry.request.prefix))) for entry in entries]
+    state = model.start(memory, max(sentence.limit for sentence in sentences) + 1, options.beam_size)
+    return (_Greedy if options.beam_size == 1 else _Beam)(model, state, sentences, options)
 
 
-# -- what may follow --------------------------------------------------------------------------------------------------------------
 def next_scores(logits: Tensor) -> Tensor:
     """Logits [N, V], the special pieces at -inf, in float32 or wider; in place where they are that already."""
     logits = logits if logits.dtype == torch.float64 else logits.float()
@@ -43,119 +54,165 @@ def next_scores(logits: Tensor) -> Tensor:
     return logits
 
 
-def forbid(scores: Tensor, history: Tensor, limits: Tensor, shortest_limit: int, options: SearchOptions) -> None:
-    """Set to -inf, in scores [N, V], what must not follow history [N, t]: limits [N] are the most pieces of each row."""
-    length = history.shape[1]
-    if length < options.min_length:
-        scores[:, EOS] = float("-inf")
-    if 0 < options.no_repeat_ngram <= length:
-        _forbid_repeats(scores, history, options.no_repeat_ngram)
-    if length >= shortest_limit:
-        end = scores[:, EOS].clone()
-        scores.masked_fill_((length >= limits)[:, None], float("-inf"))
-        scores[:, EOS] = end
+@dataclass(eq=False)
+class _Sentence:
+    """A sentence in the batch: its entry, the most pieces of its translation, what was found for it, and whether that is all."""
+
+    entry: Entry
+    limit: int
+    found: list[Hypothesis] = field(default_factory=list)
+    done: bool = False
 
 
-def _forbid_repeats(scores: Tensor, history: Tensor, size: int) -> None:
-    """Set to -inf each piece that would complete an n-gram that history [N, t] has already."""
-    windows = history.unfold(1, size, 1)
-    last = history[:, history.shape[1] - size + 1 :]
-    seen = (windows[:, :, :-1] == last[:, None]).all(dim=-1)
-    completing = windows[:, :, -1].masked_fill(~seen, Tokenizer.PAD)
-    scores.scatter_(1, completing, float("-inf"))
+class Decoding(ABC):
+    """The sentences in the batch and the decoder's state of their hypotheses: those of sentence b are the rows b * beam_size ... of every tensor.
 
+    The next step feeds `tokens` [N]; `totals` [B, beam_size] are sums of log probabilities, in float64.
+    """
 
-class _Search:
-    """The sentences still in the batch, and the decoder's state of them."""
+    def __init__(self, model: CVMTransformer, state: DecoderState, sentences: list[_Sentence], options: SearchOptions) -> None:
+        self.model, self.state, self.sentences, self.options = model, state, sentences, options
+        self.device = state.memory.output.device
+        self.tokens = torch.full((state.rows,), BOS, device=self.device)
+        self.history = History(len(sentences), options.beam_size, self.device)
+        self.totals = torch.zeros((len(sentences), options.beam_size), dtype=torch.float64, device=self.device)
+        self.reshaping = processors.reshaping(options)
+        self.forbidding = processors.forbidding(options, [sentence.limit for sentence in sentences], self.device)
+        # The large tensors of a step stay until those of the next are there: else the allocator gives their memory back to the system in between.
+        self._kept: tuple[Tensor, ...] = ()
+        if any(sentence.entry.request.prefix for sentence in sentences):
+            self._read_prefixes([list(sentence.entry.request.prefix) for sentence in sentences])
 
-    def __init__(self, model: CVMTransformer, memory: Memory, limits: list[int], options: SearchOptions) -> None:
-        self.model, self.options = model, options
-        self.device = memory.output.device
-        self.state: DecoderState = model.start(memory, max(limits) + 1, options.beam_size)
-        self.sentences = list(range(len(limits)))
-        self.limits = limits
-        self.done = [False] * len(limits)
-        self.row_limits = torch.tensor(limits, device=self.device).repeat_interleave(options.beam_size)
-        self.tokens = torch.full((self.state.rows,), BOS, device=self.device)
-        self.history = torch.empty((self.state.rows, 0), dtype=torch.long, device=self.device)
+    # -- what a scheduler asks for -----------------------------------------------------------------------------------------------
+    @property
+    def entries(self) -> list[Entry]:
+        return [sentence.entry for sentence in self.sentences if not sentence.done]
 
-    def scores(self) -> tuple[Tensor, Tensor]:
+    @abstractmethod
+    def advance(self) -> list[tuple[Entry, list[Hypothesis]]]: ...
+
+    def partial(self, entry: Entry) -> list[int]:
+        index = next(index for index, sentence in enumerate(self.sentences) if sentence.entry is entry)
+        return self.history.row(index * self.options.beam_size)
+
+    def drop(self, entries: Sequence[Entry]) -> None:
+        for sentence in self.sentences:
+            sentence.done = sentence.done or sentence.entry in entries
+        self._leave(share=0)
+
+    def join(self, other: Self) -> None:
+        self._leave(share=0)
+        self.state = DecoderState.join([self.state, other.state])
+        self.sentences += other.sentences
+        self.tokens, self.totals = torch.cat((self.tokens, other.tokens)), torch.cat((self.totals, other.totals))
+        self.history.join(other.history)
+        for mine, theirs in zip((*self.reshaping, *self.forbidding), (*other.reshaping, *other.forbidding), strict=True):
+            mine.join(theirs)
+
+    # -- a step ------------------------------------------------------------------------------------------------------------------
+    def _scores(self) -> tuple[Tensor, Tensor]:
         """For each row and piece, the logit where the piece may follow, else -inf [N, V]; and the normaliser [N]."""
-        scores = next_scores(self.model.step(self.tokens, self.state))
-        normaliser = scores.logsumexp(dim=1)
-        forbid(scores, self.history, self.row_limits, min(self.limits[b] for b in self.sentences), self.options)
+        scores, normaliser = self._normalised(self.model.step(self.tokens, self.state), self.history)
+        for processor in self.forbidding:
+            processor(self.history, scores)
         return scores, normaliser
 
-    def hypothesis(self, row: int, total: float) -> Hypothesis:
+    def _normalised(self, logits: Tensor, history: History) -> tuple[Tensor, Tensor]:
+        scores = next_scores(logits)
+        for processor in self.reshaping:
+            processor(history, scores)
+        return scores, scores.logsumexp(dim=1)
+
+    def _hypothesis(self, row: int, total: float) -> Hypothesis:
         """The row's history as a finished hypothesis; a broken one where the model gives no finite numbers."""
-        pieces = self.history[row].tolist()
+        pieces = self.history.row(row)
         return Hypothesis(pieces, final_score(total, len(pieces), self.options.length_penalty)) if math.isfinite(total) else BROKEN
 
-    def leave(self) -> Tensor | None:
-        """Drop finished sentences when they are many: the indices, in the batch, of those that stay; None when all do."""
-        staying = [index for index, b in enumerate(self.sentences) if not self.done[b]]
-        if not staying or len(self.sentences) - len(staying) < max(1.0, _LEAVE * len(self.sentences)):
-            return None
-        kept = torch.tensor(staying, device=self.device)
+    def _go_on(self) -> None:
+        """The pieces that were chosen, `tokens`, are said; finished sentences leave when they are many, or have no room for another piece."""
+        self.history.append(self.tokens)
+        self._leave(_LEAVE if self.history.longest < self.state.max_length else 0)
+
+    def _leave(self, share: float) -> None:
+        """Drop finished sentences when they are at least this share of the batch, unless that leaves none."""
+        staying = [index for index, sentence in enumerate(self.sentences) if not sentence.done]
+        if not staying or len(self.sentences) - len(staying) < max(1.0, share * len(self.sentences)):
+            return
+        kept, copies = torch.tensor(staying, device=self.device), self.options.beam_size
+        rows = (kept[:, None] * copies + torch.arange(copies, device=self.device)).flatten()
         self.state.select(kept)
         self.sentences = [self.sentences[index] for index in staying]
-        copies = self.options.beam_size
-        self.tokens, self.row_limits, self.history = (_select(x, kept, copies) for x in (self.tokens, self.row_limits, self.history))
-        return kept
+        self.tokens, self.totals = self.tokens.index_select(0, rows), self.totals.index_select(0, kept)
+        self.history.select(staying, rows)
+        for processor in (*self.reshaping, *self.forbidding):
+            processor.select(staying, rows)
 
+    # -- prefixes ----------------------------------------------------------------------------------------------------------------
+    def _read_prefixes(self, prefixes: list[list[int]]) -> None:
+        """Feed all pieces of the prefixes [B] but the last, which the first step feeds, and add up their log probabilities."""
+        copies, longest = self.options.beam_size, max(map(len, prefixes))
+        pieces = self._rows([[*prefix, *[Tokenizer.PAD] * (longest - len(prefix))] for prefix in prefixes])
+        lengths = self._rows([len(prefix) for prefix in prefixes])
+        fed = torch.cat((self.tokens[:, None], pieces[:, :-1]), dim=1)
+        at_once = max(1, _PREFIX_SCORES // (len(pieces) * self.model.vocab_size))
+        totals, read = self.totals.flatten(), History(len(prefixes), copies, self.device)
+        for start in range(0, longest, at_once):
+            part = fed[:, start : start + at_once]
+            logits = self.model.extend(part, self.state, (lengths - start).clamp(0, part.shape[1]))
+            for t in range(start, start + part.shape[1]):
+                read.pieces = pieces[:, :t]
+                scores, normaliser = self._normalised(logits[:, t - start], read)
+                totals += torch.where(t < lengths, scores.gather(1, pieces[:, t : t + 1])[:, 0] - normaliser, 0.0)
+        self.totals = totals.view(-1, copies)
+        self.history.append_rows(prefixes)
+        self.tokens = torch.where(lengths > 0, pieces.gather(1, (lengths - 1).clamp(min=0)[:, None])[:, 0], self.tokens)
 
-def _select(x: Tensor, sentences: Tensor, copies: int) -> Tensor:
-    """The rows of x [B * copies, ...] that belong to these sentences."""
-    return x.unflatten(0, (-1, copies)).index_select(0, sentences).flatten(0, 1)
+    def _rows(self, values: list[list[int]] | list[int]) -> Tensor:
+        """One value a sentence as one a row."""
+        return torch.tensor(values, device=self.device).repeat_interleave(self.options.beam_size, dim=0)
 
 
 # -- greedy -----------------------------------------------------------------------------------------------------------------------
-class _Greedy(_Search):
-    def run(self) -> list[Hypothesis]:
-        found: list[Hypothesis] = [Hypothesis()] * len(self.limits)
-        totals = torch.zeros(len(self.limits), dtype=torch.float64, device=self.device)
-        while True:
-            scores, normaliser = self.scores()
-            best, self.tokens = scores.max(dim=1)
-            totals += best - normaliser
-            for index in (self.tokens == EOS).nonzero().flatten().tolist():
-                b = self.sentences[index]
-                if not self.done[b]:
-                    found[b] = self.hypothesis(index, totals[index].item())
-                    self.done[b] = True
-            if all(self.done):
-                return found
-            self.history = torch.cat((self.history, self.tokens[:, None]), dim=1)
-            kept = self.leave()
-            if kept is not None:
-                totals = totals.index_select(0, kept)
+class _Greedy(Decoding):
+    def advance(self) -> list[tuple[Entry, list[Hypothesis]]]:
+        scores, normaliser = self._scores()
+        self._kept = (scores,)
+        best, self.tokens = scores.max(dim=1)
+        self.totals += (best - normaliser)[:, None]
+        ended = []
+        for index in (self.tokens == EOS).nonzero().flatten().tolist():
+            sentence = self.sentences[index]
+            if not sentence.done:
+                sentence.done = True
+                ended.append((sentence.entry, [self._hypothesis(index, self.totals[index, 0].item())]))
+        self._go_on()
+        return ended
 
 
 # -- beam -------------------------------------------------------------------------------------------------------------------------
-class _Beam(_Search):
+class _Beam(Decoding):
     """Beam search. Of the 2 * beam best continuations of a sentence, those that end it and are among the first `beam` are
     finished, and the best others live on. A sentence is done when `beam` hypotheses are finished, when none that lives can
     still come among the n_best, or at its limit."""
 
-    def run(self) -> list[list[Hypothesis]]:
-        beam = self.options.beam_size
-        finished: list[list[Hypothesis]] = [[] for _ in self.limits]
-        live = torch.full((len(self.limits), beam), float("-inf"), device=self.device, dtype=torch.float64)
-        live[:, 0] = 0.0
-        while True:
-            scores, normaliser = self.scores()
-            totals = (live.view(-1, 1) + (scores - normaliser[:, None])).view(len(self.sentences), -1)
-            best, parents, pieces = self._best(totals, scores.shape[1])
-            self._finish(best, parents, pieces, finished)
-            live, rows, self.tokens = self._survivors(best, parents, pieces)
-            self._mark_done(live, finished)
-            if all(self.done):
-                return [sorted(ended, key=lambda h: (-h.score, h.tokens))[: self.options.n_best] or [BROKEN] for ended in finished]
-            self.state.reorder(rows)
-            self.history = torch.cat((self.history.index_select(0, rows), self.tokens[:, None]), dim=1)
-            kept = self.leave()
-            if kept is not None:
-                live = live.index_select(0, kept)
+    def __init__(self, model: CVMTransformer, state: DecoderState, sentences: list[_Sentence], options: SearchOptions) -> None:
+        super().__init__(model, state, sentences, options)
+        self.totals[:, 1:] = float("-inf")  # the hypotheses of a sentence begin as one
+
+    def advance(self) -> list[tuple[Entry, list[Hypothesis]]]:
+        scores, normaliser = self._scores()
+        totals = (self.totals.view(-1, 1) + (scores - normaliser[:, None])).view(len(self.sentences), -1)
+        self._kept = scores, totals
+        best, parents, pieces = self._best(totals, scores.shape[1])
+        self._finish(best, parents, pieces)
+        self.totals, rows, self.tokens = self._survivors(best, parents, pieces)
+        ended = self._ended()
+        if all(sentence.done for sentence in self.sentences):
+            return ended
+        self.state.reorder(rows)
+        self.history.reorder(rows)
+        self._go_on()
+        return ended
 
     def _best(self, totals: Tensor, vocabulary: int) -> tuple[Tensor, Tensor, Tensor]:
         """The 2 * beam best of totals [B, beam * V] in order, equal ones by parent and piece: their totals, parents, pieces."""
@@ -165,13 +222,14 @@ class _Beam(_Search):
         index = index.gather(1, order)
         return best, index // vocabulary, index % vocabulary
 
-    def _finish(self, best: Tensor, parents: Tensor, pieces: Tensor, finished: list[list[Hypothesis]]) -> None:
+    def _finish(self, best: Tensor, parents: Tensor, pieces: Tensor) -> None:
+        """Keep what ends a sentence among the first `beam` continuations."""
         beam = self.options.beam_size
         ending = (pieces[:, :beam] == EOS) & best[:, :beam].isfinite()
         for index, rank in ending.nonzero().tolist():
-            b = self.sentences[index]
-            if not self.done[b]:
-                finished[b].append(self.hypothesis(index * beam + int(parents[index, rank]), best[index, rank].item()))
+            if not self.sentences[index].done:
+                hypothesis = self._hypothesis(index * beam + int(parents[index, rank]), best[index, rank].item())
+                self.sentences[index].found.append(hypothesis)
 
     def _survivors(self, best: Tensor, parents: Tensor, pieces: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The first `beam` continuations of each sentence that do not end it: totals [B, beam], the rows that they extend, pieces."""
@@ -180,12 +238,22 @@ class _Beam(_Search):
         rows = parents.gather(1, first) + beam * torch.arange(len(self.sentences), device=self.device)[:, None]
         return best.gather(1, first), rows.flatten(), pieces.gather(1, first).flatten()
 
-    def _mark_done(self, live: Tensor, finished: list[list[Hypothesis]]) -> None:
-        options, length = self.options, self.history.shape[1]
-        for b, best in zip(self.sentences, live[:, 0].tolist(), strict=True):
-            ended = finished[b]
-            if len(ended) >= options.beam_size or length >= self.limits[b] or best == float("-inf"):
-                self.done[b] = True
-            elif len(ended) >= options.n_best:
-                worst = sorted((hypothesis.score for hypothesis in ended), reverse=True)[options.n_best - 1]
-                self.done[b] = worst >= final_score(best, self.limits[b], options.length_penalty)
+    def _ended(self) -> list[tuple[Entry, list[Hypothesis]]]:
+        """The sentences that are done now, with the best of what was found for them."""
+        ended = []
+        for index, (sentence, best) in enumerate(zip(self.sentences, self.totals[:, 0].tolist(), strict=True)):
+            if not sentence.done and self._is_done(sentence, best, self.history.length(index)):
+                sentence.done = True
+                ranked = sorted(sentence.found, key=lambda hypothesis: (-hypothesis.score, hypothesis.tokens))
+                ended.append((sentence.entry, ranked[: self.options.n_best] or [BROKEN]))
+        return ended
+
+    def _is_done(self, sentence: _Sentence, best: float, length: int) -> bool:
+        """`best` is the total of the best hypothesis that lives, `length` the pieces of those that ended just now."""
+        options, found = self.options, sentence.found
+        if len(found) >= options.beam_size or length >= sentence.limit or best == float("-inf"):
+            return True
+        if len(found) < options.n_best:
+            return False
+        worst = sorted((hypothesis.score for hypothesis in found), reverse=True)[options.n_best - 1]
+        return worst >= final_score(best, sentence.limit, options.length_penalty)

@@ -1,17 +1,28 @@
-"""How to search for translations, and what a search finds. Shared by every engine."""
+"""How to search for translations, and what a search finds: the one definition of each option, for every engine and every interface."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import Field, dataclass, field, fields
+from typing import Any
 
 from cvmk.errors import ConfigError
+from cvmk.text.tokenizers import Tokenizer
 
 MAX_BEAM_SIZE = 1024
+FIRST_PIECE = len(Tokenizer.SPECIAL_PIECES)
+"""Ids below are special: they are no pieces of a translation."""
+
+
+def _option(default: Any, least: float, most: float | None, help: str) -> Any:
+    """An option, its limits (both allowed), and its meaning in one line, which interfaces show."""
+    return field(default=default, metadata={"least": least, "most": most, "help": help})
 
 
 @dataclass(frozen=True)
 class SearchOptions:
-    """Options of one search. Raises ConfigError, naming the option, for a value out of range.
+    """Options of one search. Raises ConfigError, naming the option, for a value of another type or out of range.
 
     beam_size        hypotheses a sentence, at most MAX_BEAM_SIZE; 1 is greedy search.
     n_best           hypotheses returned a sentence, at most beam_size.
@@ -19,30 +30,66 @@ class SearchOptions:
     no_repeat_ngram  no n-gram of this size occurs twice in a translation; 0 = no limit.
     max_length_a, max_length_b   a translation has at most floor(a * source pieces + b) pieces, and what the model's max_length
                      allows; at the limit the sentence is ended, and the end is scored as any other.
-    min_length       pieces that a translation has at least.
+    min_length       pieces that a translation has at least, as far as the model's max_length allows.
+    repetition_penalty  logits of pieces that the translation has already are divided by it where they are positive and multiplied where
+                     negative, before they become probabilities (Keskar et al. 2019); scores are of these probabilities. 1 = none.
+    suppressed       ids of pieces that no translation contains. Scores stay the model's own.
     """
 
-    beam_size: int = 1
-    n_best: int = 1
-    length_penalty: float = 1.0
-    no_repeat_ngram: int = 0
-    max_length_a: float = 2.0
-    max_length_b: int = 20
-    min_length: int = 1
+    beam_size: int = _option(1, 1, MAX_BEAM_SIZE, "hypotheses a sentence; 1 is greedy search")
+    n_best: int = _option(1, 1, None, "hypotheses returned a sentence")
+    length_penalty: float = _option(1.0, 0, 50, "scores are divided by length ** X")
+    no_repeat_ngram: int = _option(0, 0, None, "no N pieces in a row twice in a translation; 0: no limit")
+    max_length_a: float = _option(2.0, 0, None, "a translation has at most A * source pieces + B pieces")
+    max_length_b: int = _option(20, 0, None, "see max_length_a")
+    min_length: int = _option(1, 0, None, "pieces that a translation has at least")
+    repetition_penalty: float = _option(1.0, 0.001, 1000, "logits of pieces that were said already are divided by X, or multiplied where negative; 1: none")
+    suppressed: Sequence[int] = field(default=(), metadata={"help": "ids of pieces that no translation contains"})
 
     def __post_init__(self) -> None:
-        for name, least in (("beam_size", 1), ("n_best", 1), ("length_penalty", 0), ("no_repeat_ngram", 0), ("max_length_a", 0), ("max_length_b", 0)):
-            value = getattr(self, name)
-            if not value >= least or value == float("inf"):
-                raise ConfigError(f"{name} is {value}, and must be a number of at least {least}")
-        if self.beam_size > MAX_BEAM_SIZE:
-            raise ConfigError(f"beam_size is {self.beam_size}, and must be at most {MAX_BEAM_SIZE}")
+        for option in scalar_options():
+            self._check_scalar(option)
         if self.n_best > self.beam_size:
             raise ConfigError(f"n_best ({self.n_best}) is more than beam_size ({self.beam_size}): ask for fewer or search with a larger beam")
+        self._check_suppressed()
+
+    def _check_scalar(self, option: Field[Any]) -> None:
+        name, value, least, most = option.name, getattr(self, option.name), option.metadata["least"], option.metadata["most"]
+        whole = isinstance(option.default, int)
+        kind = "a whole number" if whole else "a number"
+        if isinstance(value, bool) or not hasattr(value, "__index__" if whole else "__float__"):
+            raise ConfigError(f"{name} is {value!r}, and must be {kind}")
+        number = value.__index__() if whole else float(value)
+        if not number >= least or number == math.inf:
+            raise ConfigError(f"{name} is {value}, and must be {kind} of at least {least}")
+        if most is not None and number > most:
+            raise ConfigError(f"{name} is {value}, and must be at most {most}")
+        object.__setattr__(self, name, number)
+
+    def _check_suppressed(self) -> None:
+        try:
+            ids = tuple(sorted({id.__index__() for id in self.suppressed}))
+        except (AttributeError, TypeError):
+            raise ConfigError(f"suppressed is {self.suppressed!r}, and must be a list of ids of pieces") from None
+        if ids and ids[0] < FIRST_PIECE:
+            raise ConfigError(f"suppressed names the special id {ids[0]}: ids of pieces begin at {FIRST_PIECE} (for longer translations set min_length)")
+        object.__setattr__(self, "suppressed", ids)
 
     def limit(self, source_pieces: int, model_max_length: int) -> int:
         """The most pieces of a translation, EOS not counted; BOS takes one of the model's positions."""
-        return max(self.min_length, min(int(self.max_length_a * source_pieces + self.max_length_b), model_max_length - 1))
+        room = model_max_length - 1
+        return min(room, max(self.min_length, int(min(self.max_length_a * source_pieces + min(self.max_length_b, room), room))))
+
+
+def scalar_options() -> tuple[Field[Any], ...]:
+    """The options that are one number: their names, defaults and, as metadata, `least`, `most` (None: no limit) and `help`."""
+    return tuple(option for option in fields(SearchOptions) if "least" in option.metadata)
+
+
+def option_help(name: str) -> str:
+    """The meaning of an option in one line."""
+    found: Mapping[str, str] = next(option.metadata for option in fields(SearchOptions) if option.name == name)
+    return found["help"]
 
 
 @dataclass(frozen=True)

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Hashable, Iterator, Sequence
+from pathlib import Path
 from typing import Literal, get_args
 
 import torch
 
 from cvmk.errors import ConfigError
-from cvmk.inference.decoding import search
+from cvmk.formats import Manifest
+from cvmk.formats.torch_weights import load_model
+from cvmk.inference import decoding
+from cvmk.inference.engine import Event, Request, check_request, search_batch
 from cvmk.inference.options import Hypothesis, SearchOptions
+from cvmk.inference.scheduler import Entry, Scheduler
 from cvmk.nn import CVMTransformer
-from cvmk.text.tokenizers import Tokenizer
 
 ComputeType = Literal["float32", "bfloat16"]
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+MAX_BATCH_TOKENS = 4096
+"""Source positions times hypotheses of submitted requests that run at once, where nobody says another number."""
 
 
 def check_device(name: str) -> torch.device:
@@ -33,19 +41,41 @@ def check_device(name: str) -> torch.device:
 
 
 def check_compute_type(name: str) -> torch.dtype:
+    """The dtype called `name`. Raises ConfigError where this engine has no such compute type."""
     if name not in _DTYPES:
         raise ConfigError(f"compute_type is {name!r}, and the torch engine has {' and '.join(get_args(ComputeType))}")
     return _DTYPES[name]
 
 
+def refusals(manifest: Manifest, device: str, compute_type: str) -> list[str]:
+    """Why this engine cannot run a model so; empty where it can."""
+    found = []
+    for check, name in ((check_device, device), (check_compute_type, compute_type)):
+        try:
+            check(name)
+        except ConfigError as error:
+            found.append(str(error))
+    return found
+
+
+def load(folder: Path, manifest: Manifest, device: str, compute_type: str) -> TorchEngine:
+    """The engine of a model's folder. Raises DataError where its weights are not sound."""
+    return TorchEngine(load_model(folder, manifest), device, compute_type)
+
+
 class TorchEngine:
-    """Translates batches of piece ids. The model is put into evaluation mode while it works, and then as it was.
+    """An `engine.Engine` over a model, which is put into evaluation mode while it works, and then as it was.
 
     device and compute_type None leave the model as it is, so that an engine made of a model in training always uses its
-    present weights; otherwise the engine keeps a copy where the model has to be converted.
+    present weights; otherwise the engine keeps a copy where the model has to be converted. max_batch_tokens bounds what submitted requests run at
+    once: source positions times hypotheses.
+
+    Requests begin and leave between steps. Those with the same options are decoded together, newcomers with those that run already.
     """
 
-    def __init__(self, model: CVMTransformer, device: str | None = None, compute_type: str | None = None) -> None:
+    def __init__(
+        self, model: CVMTransformer, device: str | None = None, compute_type: str | None = None, max_batch_tokens: int = MAX_BATCH_TOKENS
+    ) -> None:
         parameter = next(model.parameters())
         to_device = parameter.device if device is None else check_device(device)
         dtype = parameter.dtype if compute_type is None else check_compute_type(compute_type)
@@ -53,26 +83,61 @@ class TorchEngine:
             to_device = parameter.device
         if (to_device, dtype) != (parameter.device, parameter.dtype):
             model = copy.deepcopy(model).to(device=to_device, dtype=dtype)
+        if max_batch_tokens < 1:
+            raise ConfigError(f"max_batch_tokens is {max_batch_tokens}, and must be at least 1")
         self.model = model
+        self._scheduler = Scheduler(self._begin, max_batch_tokens)
 
     @property
     def max_length(self) -> int:
         """Longest source or target in pieces, with the special one at its end or beginning."""
         return self.model.config.max_length
 
-    @torch.inference_mode()
-    def search(self, sources: list[list[int]], options: SearchOptions) -> list[list[Hypothesis]]:
-        """The hypotheses of each source (piece ids without special ones, at most max_length - 1 of them), best first."""
-        model = self.model
-        width = max(map(len, sources), default=0) + 1
-        rows = [[*source, Tokenizer.EOS, *[model.pad_id] * (width - 1 - len(source))] for source in sources]
-        device = next(model.parameters()).device
-        limits = [options.limit(len(source), self.max_length) for source in sources]
-        was_training = model.training
+    def submit(self, request: Request) -> None:
+        """See `engine.Engine`."""
+        check_request(request, self.max_length, self.model.vocab_size)
+        self._scheduler.submit(request)
+
+    def step(self) -> list[Event]:
+        """See `engine.Engine`."""
+        with self._evaluating():
+            return self._scheduler.step()
+
+    def cancel(self, id: Hashable) -> bool:
+        """See `engine.Engine`."""
+        return self._scheduler.cancel(id)
+
+    def search(self, sources: Sequence[Sequence[int]], options: SearchOptions, prefixes: Sequence[Sequence[int]] | None = None) -> list[list[Hypothesis]]:
+        """The hypotheses of each source (piece ids without special ones, at most max_length - 1 of them), best first; all in one batch."""
+        alone = _Alone(self)
+        with self._evaluating():
+            return search_batch(alone, sources, options, prefixes)
+
+    def _begin(self, entries: Sequence[Entry]) -> decoding.Decoding:
+        return decoding.begin(self.model, entries)
+
+    @contextlib.contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        was_training = self.model.training
         if was_training:
-            model.eval()
+            self.model.eval()
         try:
-            return search(model, torch.tensor(rows, dtype=torch.long, device=device).view(len(sources), width), limits, options)
+            with torch.inference_mode():
+                yield
         finally:
             if was_training:
-                model.train()
+                self.model.train()
+
+
+class _Alone:
+    """The same engine without its submitted requests, and without a limit to what runs at once."""
+
+    def __init__(self, engine: TorchEngine) -> None:
+        self._engine, self._scheduler = engine, Scheduler(engine._begin, float("inf"))
+
+    def submit(self, request: Request) -> None:
+        check_request(request, self._engine.max_length, self._engine.model.vocab_size)
+        self._scheduler.submit(request)
+
+    def step(self) -> list[Event]:
+        return self._scheduler.step()

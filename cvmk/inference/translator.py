@@ -6,9 +6,13 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal
 
 from cvmk.errors import ConfigError, DataError
+from cvmk.formats import load_model_tokenizer, read_model_manifest
+from cvmk.inference import engines
+from cvmk.inference.engine import Engine
+from cvmk.inference.engines import EngineAnswer
 from cvmk.inference.options import Hypothesis, SearchOptions
 from cvmk.text.lines import trimmed
 from cvmk.text.tokenizers import Tokenizer
@@ -26,15 +30,6 @@ class TooLongError(DataError):
     def __init__(self, index: int, name: str, reason: str) -> None:
         super().__init__(f"{name} {reason}: split it into sentences, or allow truncation")
         self.index, self.reason = index, reason
-
-
-class Engine(Protocol):
-    """What searches for translations of piece ids."""
-
-    @property
-    def max_length(self) -> int: ...
-
-    def search(self, sources: list[list[int]], options: SearchOptions) -> list[list[Hypothesis]]: ...
 
 
 @dataclass(frozen=True)
@@ -63,18 +58,16 @@ class Translation:
 class Translator:
     """Translates with the model in a folder (or a run's folder).
 
-    device is "cpu", "cuda", "cuda:<number>" or "auto"; compute_type is "float32" or "bfloat16". Raises ConfigError for
-    others, and DataError for a folder that holds no sound model. `info` is the model's config.json.
+    device is "cpu", "cuda", "cuda:<number>" or "auto"; compute_type is "float32" or "bfloat16"; engine names the one to use, where it should
+    not be the first that can run the model (see `explain`). Raises ConfigError for others, and DataError for a folder that holds no sound model.
+    `info` is the model's config.json.
     """
 
-    def __init__(self, path: str | os.PathLike[str], device: str = "cpu", compute_type: str = "float32") -> None:
-        from cvmk.formats import load_model_folder
-        from cvmk.inference.torch_engine import TorchEngine, check_compute_type, check_device
-
-        check_device(device)
-        check_compute_type(compute_type)
-        model, self.tokenizer, self.info = load_model_folder(path)
-        self.engine: Engine = TorchEngine(model, device, compute_type)
+    def __init__(self, path: str | os.PathLike[str], device: str = "cpu", compute_type: str = "float32", *, engine: str = "auto") -> None:
+        folder, manifest, self.info = read_model_manifest(path)
+        self.tokenizer = load_model_tokenizer(folder, manifest)
+        name, self.engine = engines.build(folder, manifest, device, compute_type, engine)
+        self._explain = lambda: engines.explain(manifest, device, compute_type, name)
 
     @classmethod
     def from_model(cls, model: CVMTransformer, tokenizer: Tokenizer, device: str | None = None, compute_type: str | None = None) -> Translator:
@@ -89,7 +82,13 @@ class Translator:
         """A translator over any engine."""
         translator = cls.__new__(cls)
         translator.engine, translator.tokenizer, translator.info = engine, tokenizer, {}
+        translator._explain = lambda: [EngineAnswer(type(engine).__name__, (), True)]
         return translator
+
+    def explain(self) -> list[EngineAnswer]:
+        """Every engine, the preferred one first, with the reasons why it cannot run this model, and which one does. A translator that was
+        given its engine knows that one only."""
+        return self._explain()
 
     def translate(
         self,
@@ -101,28 +100,37 @@ class Translator:
         no_repeat_ngram: int = 0,
         max_length_a: float = 2.0,
         max_length_b: int = 20,
+        min_length: int = 1,
+        repetition_penalty: float = 1.0,
+        suppressed: Sequence[int] = (),
+        prefixes: Sequence[str] | None = None,
         max_batch_tokens: int = 4096,
         on_long: OnLong = "error",
     ) -> list[Translation]:
         """The translation of each text, in order. White space around a text is dropped, as from the training text; a text
         without anything else has the empty translation.
 
-        For the options of the search see `SearchOptions`. max_batch_tokens bounds source pieces (padding included) times
-        beam_size of what is translated at once; it changes speed and memory, not results. A text of more pieces than the
-        model can read is a TooLongError (a DataError) that names it by its number, counted from 1, or with on_long="truncate" loses its
-        end, with a warning. Raises ConfigError for an option out of range.
+        For the options of the search see `SearchOptions`. `prefixes` has one text for each of `texts`, with which all its hypotheses
+        begin ("" for none); white space around it is dropped too. max_batch_tokens bounds source pieces (padding included) times
+        beam_size of what is translated at once; it changes speed and memory, not results. A text of more pieces than the model can read is a
+        TooLongError (a DataError) that names it by its number, counted from 1, or with on_long="truncate" loses its end, with a warning. Raises
+        ConfigError for an option out of range and a prefix that is too long.
         """
         if isinstance(texts, str):
             raise TypeError("texts is one string: give a list of strings")
-        options = SearchOptions(beam_size, n_best, length_penalty, no_repeat_ngram, max_length_a, max_length_b)
+        options = SearchOptions(
+            beam_size, n_best, length_penalty, no_repeat_ngram, max_length_a, max_length_b, min_length, repetition_penalty, suppressed
+        )
         if max_batch_tokens < 1:
             raise ConfigError(f"max_batch_tokens is {max_batch_tokens}, and must be at least 1")
         if on_long not in ("error", "truncate"):
             raise ConfigError(f'on_long is {on_long!r}, and must be "error" or "truncate"')
         sources, cut = self._sources(texts, on_long)
+        begun = None if prefixes is None else self._prefixes(prefixes, len(texts))
         found: list[list[Hypothesis]] = [[Hypothesis()] for _ in texts]
         for batch in batches([len(source) for source in sources], max_batch_tokens // beam_size):
-            for index, hypotheses in zip(batch, self.engine.search([sources[index] for index in batch], options), strict=True):
+            given = () if begun is None else ([begun[index] for index in batch],)
+            for index, hypotheses in zip(batch, self.engine.search([sources[index] for index in batch], options, *given), strict=True):
                 found[index] = hypotheses
         return [self._translation(hypotheses, index in cut) for index, hypotheses in enumerate(found)]
 
@@ -142,6 +150,18 @@ class Translator:
             sources[index] = source[:longest]
             cut.add(index)
         return sources, cut
+
+    def _prefixes(self, prefixes: Sequence[str], count: int) -> list[list[int]]:
+        """Piece ids of each prefix."""
+        if isinstance(prefixes, str) or len(prefixes) != count:
+            raise ConfigError(f"prefixes must be a list of {count} strings, one for each text")
+        found = self.tokenizer.encode_many([trimmed(prefix) for prefix in prefixes])
+        longest = self.engine.max_length - 1
+        for index, prefix in enumerate(found):
+            if len(prefix) > longest:
+                reason = f"has {len(prefix)} pieces and the model writes at most {longest} (model.max_length = {longest + 1})"
+                raise ConfigError(f"prefix {index + 1} of {count} {reason}: shorten it")
+        return found
 
     def _translation(self, hypotheses: list[Hypothesis], truncated: bool) -> Translation:
         decoded = [TranslationHypothesis(self.tokenizer.decode(h.tokens), h.score, h.tokens) for h in hypotheses]

@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -10,19 +11,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cvmk.errors import ConfigError
-from cvmk.inference.decoding import _forbid_repeats
+from cvmk.inference import decoding
+from cvmk.inference.engine import Request
 from cvmk.inference.options import Hypothesis, SearchOptions
+from cvmk.inference.processors import History, NoRepeatNgram
 from cvmk.inference.torch_engine import TorchEngine
 from cvmk.nn import CVMTransformer
 
 PAD, UNK, BOS, EOS = 0, 1, 2, 3
 
 
-def log_probabilities(model: CVMTransformer, source: list[int], pieces: list[int]) -> torch.Tensor:
+def log_probabilities(model: CVMTransformer, source: list[int], pieces: list[int], penalty: float = 1.0) -> torch.Tensor:
     """Teacher-forced log probabilities [len(pieces) + 1, V] by the whole forward pass, without the special pieces."""
     with torch.no_grad():
         logits = model(torch.tensor([[*source, EOS]]), torch.tensor([[BOS, *pieces]]))[0][0].double()
     logits[:, [PAD, UNK, BOS]] = -math.inf
+    for length, row in enumerate(logits):
+        for piece in set(pieces[:length]):
+            row[piece] = row[piece] / penalty if row[piece] > 0 else row[piece] * penalty
     return logits.log_softmax(-1)
 
 
@@ -50,20 +56,24 @@ def test_beam_as_wide_as_the_space_finds_the_exhaustive_n_best(make_model, lengt
     assert [hypothesis.score for hypothesis in found] == pytest.approx([score for score, _ in scored], abs=1e-9)
 
 
-def naive_beam(model: CVMTransformer, source: list[int], options: SearchOptions) -> list[tuple[list[int], float]]:
+def naive_beam(model: CVMTransformer, source: list[int], options: SearchOptions, prefix: list[int] | None = None) -> list[tuple[list[int], float]]:
     """Beam search of one sentence as documented, with lists and the whole forward pass each time."""
-    limit = options.limit(len(source), model.config.max_length)
-    live: list[tuple[float, list[int]]] = [(0.0, [])]
+    prefix = prefix or []
+    limit = max(options.limit(len(source), model.config.max_length), len(prefix))
+    rows = log_probabilities(model, source, prefix, options.repetition_penalty)
+    live: list[tuple[float, list[int]]] = [(sum(rows[t, piece].item() for t, piece in enumerate(prefix)), prefix)]
     ended: list[tuple[float, list[int]]] = []
-    for length in range(limit + 1):
+    for length in range(len(prefix), limit + 1):
         candidates = []
         for total, pieces in live:
-            row = log_probabilities(model, source, pieces)[-1]
+            row = log_probabilities(model, source, pieces, options.repetition_penalty)[-1]
             for piece in range(3, len(row)):
                 n = options.no_repeat_ngram
                 grams = [tuple(pieces[i : i + n]) for i in range(len(pieces) - n + 1)] if n else []
-                allowed = piece == EOS if length == limit else (piece != EOS or length >= 1)
+                allowed = piece == EOS if length == limit else (piece != EOS or length >= options.min_length)
                 if piece != EOS and n and (*pieces[len(pieces) - n + 1 :], piece) in grams:
+                    allowed = False
+                if piece in options.suppressed:
                     allowed = False
                 if allowed:
                     candidates.append((total + row[piece].item(), [*pieces, piece]))
@@ -80,20 +90,31 @@ def naive_beam(model: CVMTransformer, source: list[int], options: SearchOptions)
     return [(pieces, score) for score, pieces in ended[: options.n_best]]
 
 
-@pytest.mark.parametrize("options", [
+OPTIONS = [
     SearchOptions(beam_size=1, max_length_b=8),
     SearchOptions(beam_size=2, n_best=2, max_length_a=1.5, max_length_b=3),
     SearchOptions(beam_size=4, n_best=3, length_penalty=0.6, max_length_a=1.0, max_length_b=4),
     SearchOptions(beam_size=5, n_best=5, length_penalty=0.0, max_length_a=1.0, max_length_b=6),
     SearchOptions(beam_size=3, n_best=1, length_penalty=2.0, max_length_a=1.0, max_length_b=6, no_repeat_ngram=2),
     SearchOptions(beam_size=3, n_best=2, no_repeat_ngram=1, max_length_b=3),
-], ids=str)  # fmt: skip
-def test_batched_search_agrees_with_the_naive_one(make_model, options: SearchOptions) -> None:
+    SearchOptions(beam_size=1, max_length_b=8, min_length=5, suppressed=[5, 7, 9]),
+    SearchOptions(beam_size=1, max_length_b=8, repetition_penalty=1.8),
+    SearchOptions(beam_size=3, n_best=2, max_length_a=1.0, max_length_b=6, min_length=4, no_repeat_ngram=2, repetition_penalty=0.7, suppressed=(6,)),
+    SearchOptions(beam_size=2, n_best=2, max_length_a=1.0, max_length_b=2, repetition_penalty=3.0, length_penalty=0.5),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("with_prefixes", [False, True])
+def test_batched_search_agrees_with_the_naive_one(make_model, options: SearchOptions, with_prefixes: bool) -> None:
     model = make_model(14, seed=5, sharpness=1.5, positions="rotary", kv_heads=1).double()
     batch = sources(12, 14, longest=8, seed=2)
+    generator = random.Random(3)
+    prefixes = [[generator.randrange(4, 14) for _ in range(generator.choice((0, 1, 2, 5)))] if with_prefixes else [] for _ in batch]
     ends = 0
-    for source, found in zip(batch, TorchEngine(model).search(batch, options), strict=True):
-        expected = naive_beam(model, source, options)
+    for source, prefix, found in zip(batch, prefixes, TorchEngine(model).search(batch, options, prefixes if with_prefixes else None), strict=True):
+        expected = naive_beam(model, source, options, prefix)
+        assert all(hypothesis.tokens[: len(prefix)] == prefix for hypothesis in found)
         assert [hypothesis.tokens for hypothesis in found] == [pieces for pieces, _ in expected]
         assert [hypothesis.score for hypothesis in found] == pytest.approx([score for _, score in expected], abs=1e-9)
         ends += any(len(pieces) < options.limit(len(source), 40) for pieces, _ in expected)
@@ -128,18 +149,22 @@ def test_n_best_scores_are_the_models_own(make_model, length_penalty: float) -> 
         assert scores == pytest.approx([forced_score(model, source, hypothesis.tokens, length_penalty) for hypothesis in found], abs=1e-4)
 
 
+@pytest.mark.parametrize("more", [{}, {"min_length": 6, "no_repeat_ngram": 2, "repetition_penalty": 1.3, "suppressed": (5, 6, 30)}], ids=["plain", "all"])
 @pytest.mark.parametrize("beam_size", [1, 4])
-def test_output_does_not_depend_on_the_batch(make_model, beam_size: int) -> None:
-    """Each of a few sentences alone, and among 20 random companions of other lengths."""
+def test_output_does_not_depend_on_the_batch(make_model, beam_size: int, more: dict[str, Any]) -> None:
+    """Each of a few sentences alone, and among random companions of other lengths, with other prefixes."""
     model = make_model(40, seed=7, sharpness=2.0)
-    engine, options = TorchEngine(model), SearchOptions(beam_size, min(beam_size, 2), max_length_a=1.5, max_length_b=5)
+    engine, options = TorchEngine(model), SearchOptions(beam_size, min(beam_size, 2), max_length_a=1.5, max_length_b=5, **more)
     generator = random.Random(11)
-    for source in sources(3, 40, longest=10, seed=21):
-        alone = engine.search([source], options)[0]
-        for trial in range(20):
+    for source, prefix in zip(sources(3, 40, longest=10, seed=21), ([], [7, 8, 9], []), strict=True):
+        alone = engine.search([source], options, [prefix])[0]
+        for trial in range(12):
             batch = sources(generator.randint(1, 12), 40, longest=15, seed=trial)
+            prefixes = sources(len(batch), 40, longest=5, seed=trial + 100) if trial % 2 else [[] for _ in batch]
             place = generator.randint(0, len(batch))
-            found = engine.search([*batch[:place], source, *batch[place:]], options)[place]
+            batch.insert(place, source)
+            prefixes.insert(place, prefix)
+            found = engine.search(batch, options, prefixes)[place]
             assert [hypothesis.tokens for hypothesis in found] == [hypothesis.tokens for hypothesis in alone]
             assert [hypothesis.score for hypothesis in found] == pytest.approx([hypothesis.score for hypothesis in alone], abs=1e-4)
 
@@ -175,8 +200,9 @@ def test_no_ngram_twice(make_model, size: int, beam_size: int) -> None:
 @settings(max_examples=60, deadline=None)
 def test_forbidden_repeats_by_definition(histories: list[list[int]], size: int) -> None:
     scores = torch.zeros(len(histories), 8)
-    if size <= 6:
-        _forbid_repeats(scores, torch.tensor(histories), size)
+    history = History(len(histories), 1, torch.device("cpu"))
+    history.append_rows(histories)
+    NoRepeatNgram(size)(history, scores)
     for row, history in enumerate(histories):
         grams = {tuple(history[i : i + size]) for i in range(len(history) - size + 1)}
         for piece in range(4, 8):
@@ -205,6 +231,47 @@ def test_equal_scores_are_ordered_by_piece(make_model) -> None:
     found = TorchEngine(model).search([[4, 5]], SearchOptions(3, 3, max_length_a=0, max_length_b=1))[0]
     assert len({hypothesis.score for hypothesis in found}) == 1
     assert [hypothesis.tokens for hypothesis in found] == sorted(hypothesis.tokens for hypothesis in found)
+
+
+def test_a_prefix_counts_as_pieces_of_the_translation(make_model) -> None:
+    """What is found without a prefix is found again, with the same score, from any prefix of it; at the limit nothing follows."""
+    model = make_model(20, seed=1, sharpness=3.0).double()
+    engine = TorchEngine(model)
+    for options in (SearchOptions(max_length_b=6), SearchOptions(repetition_penalty=1.5, max_length_b=6)):
+        best = engine.search([[4, 9, 6]], options)[0][0]
+        assert len(best.tokens) >= 4
+        prefixes = [best.tokens[:length] for length in range(len(best.tokens) + 1)]
+        for found in engine.search([[4, 9, 6]] * len(prefixes), options, prefixes):
+            assert found[0].tokens == best.tokens and found[0].score == pytest.approx(best.score, abs=1e-9)
+    long = [5] * 39
+    found = engine.search([[4], [4]], SearchOptions(2, max_length_a=0, max_length_b=3), [long, []])
+    assert found[0][0].tokens == long and len(found[1][0].tokens) <= 3
+    forbidden = engine.search([[4]], SearchOptions(no_repeat_ngram=1, suppressed=(5,), max_length_b=5), [[5, 5]])[0][0].tokens
+    assert forbidden[:2] == [5, 5] and 5 not in forbidden[2:]
+
+
+def test_long_prefixes_are_read_in_parts(make_model, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model(20, seed=1, sharpness=2.0).double()
+    batch, prefixes = sources(4, 20, seed=5), sources(4, 20, longest=20, seed=6)
+    whole = TorchEngine(model).search(batch, SearchOptions(2), prefixes)
+    monkeypatch.setattr(decoding, "_PREFIX_SCORES", 3 * 8 * 20)
+    for found, expected in zip(TorchEngine(model).search(batch, SearchOptions(2), prefixes), whole, strict=True):
+        assert [h.tokens for h in found] == [h.tokens for h in expected]
+        assert [h.score for h in found] == pytest.approx([h.score for h in expected], abs=1e-9)
+
+
+@pytest.mark.parametrize(("source", "prefix", "suppressed", "message"), [
+    ([4] * 40, [], (), "the source has 40 pieces, and the model has room for 39"), ([4], [4] * 40, (), "the prefix has 40 pieces"),
+    ([4, 30], [], (), "the source has the id 30, and ids of pieces are from 1 to 29"), ([4, 0], [], (), "the source has the id 0"),
+    ([4], [3], (), "the prefix has the id 3, and ids of pieces are from 4 to 29"), ([4], [], (31,), "the suppressed list has the id 31"),
+])  # fmt: skip
+def test_what_the_model_cannot_have_is_named(make_model, source, prefix, suppressed, message: str) -> None:
+    engine = TorchEngine(make_model(30))
+    with pytest.raises(ConfigError, match=message):
+        engine.search([[5], source], SearchOptions(suppressed=suppressed), [[], prefix])
+    with pytest.raises(ConfigError, match=message):
+        engine.submit(Request("a", source, SearchOptions(suppressed=suppressed), prefix))
+    assert engine.step() == []
 
 
 def test_broken_model_ends_and_gives_the_worst_score(make_model) -> None:
@@ -236,12 +303,3 @@ def test_bfloat16_and_its_errors(make_model) -> None:
     for name in ("tpu9", "meta", "cuda:99"):
         with pytest.raises(ConfigError, match="device is"):
             TorchEngine(model, name)
-
-
-@pytest.mark.parametrize(("option", "value"), [
-    ("beam_size", 0), ("n_best", 0), ("n_best", 2), ("length_penalty", -1.0), ("length_penalty", math.nan), ("no_repeat_ngram", -1),
-    ("max_length_a", math.inf), ("max_length_b", -3),
-])  # fmt: skip
-def test_options_out_of_range_are_named(option: str, value: float) -> None:
-    with pytest.raises(ConfigError, match=option):
-        SearchOptions(**{option: value})

@@ -3,6 +3,7 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,10 @@ from hypothesis import strategies as st
 from cvmk.config.schema import TokenizerConfig
 from cvmk.errors import ConfigError, DataError
 from cvmk.formats import save_model_folder
-from cvmk.inference import TooLongError, Translator
+from cvmk.inference import TooLongError, Translator, engines
+from cvmk.inference.engines import EngineAnswer
 from cvmk.inference.options import Hypothesis, SearchOptions
+from cvmk.inference.torch_engine import TorchEngine
 from cvmk.inference.translator import batches
 from cvmk.text.tokenizers import train_tokenizer
 
@@ -132,3 +135,57 @@ def test_from_a_folder(tmp_path: Path, make_model) -> None:
 def test_import_needs_no_torch() -> None:
     code = "import cvmk.inference, sys; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_prefixes_and_further_options(make_model, tokenizer) -> None:
+    model = make_model(tokenizer.vocab_size, sharpness=3.0)
+    translator = Translator.from_model(model, tokenizer)
+    texts, prefixes = ["a man rides", "two horses", ""], ["a horse", "", "two"]
+    found = translator.translate(texts, prefixes=prefixes, beam_size=2, max_length_b=6, max_batch_tokens=20)
+    assert found[0].text.startswith("a horse") and found[0].tokens[: len(tokenizer.encode("a horse"))] == tokenizer.encode("a horse")
+    plain = translator.translate(texts, beam_size=2, max_length_b=6)
+    assert found[1].tokens == plain[1].tokens and found[2].text == ""
+    said = translator.translate(["two horses"], max_length_b=6)[0].tokens
+    other = translator.translate(["two horses"], max_length_b=6, suppressed=said[:1], min_length=4, repetition_penalty=1.5)[0].tokens
+    assert said[0] not in other and len(other) >= 4
+    for wrong in (["a"], "a", ["a"] * 4):
+        with pytest.raises(ConfigError, match="prefixes must be a list of 3 strings"):
+            translator.translate(texts, prefixes=wrong)
+    with pytest.raises(ConfigError, match=r"prefix 2 of 3 has \d+ pieces and the model writes at most 39 \(model.max_length = 40\)"):
+        translator.translate(texts, prefixes=["", "horse " * 60, ""])
+
+
+def test_explain_says_which_engine_runs_the_model(tmp_path: Path, make_model, tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine that is preferred but refuses, one that takes the model, and the one behind it."""
+    save_model_folder(tmp_path, make_model(tokenizer.vocab_size), tokenizer, "")
+    assert Translator(tmp_path).explain() == [EngineAnswer("torch", (), True)]
+    asked = []
+
+    def fake(name: str, *reasons: str) -> None:
+        module = types.ModuleType(f"cvmk.inference.{name}_engine")
+        module.refusals = lambda manifest, device, compute_type: asked.append((name, manifest.vocab_size, device, compute_type)) or list(reasons)
+        module.load = lambda *arguments: Echo()
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+
+    fake("small", "small: takes no layernorm", "small: takes no biases")
+    fake("swift")
+    monkeypatch.setattr(engines, "ENGINES", ("small", "swift", "torch"))
+    translator = Translator(tmp_path, compute_type="bfloat16")
+    assert isinstance(translator.engine, Echo)
+    assert asked == [(name, tokenizer.vocab_size, "cpu", "bfloat16") for name in ("small", "swift")]
+    assert translator.explain() == [
+        EngineAnswer("small", ("small: takes no layernorm", "small: takes no biases"), False),
+        EngineAnswer("swift", (), True),
+        EngineAnswer("torch", (), False),
+    ]
+    forced = Translator(tmp_path, engine="torch")
+    assert isinstance(forced.engine, TorchEngine) and [answer.chosen for answer in forced.explain()] == [False, False, True]
+    with pytest.raises(ConfigError, match="^small: takes no layernorm; small: takes no biases$"):
+        Translator(tmp_path, engine="small")
+    with pytest.raises(ConfigError, match="engine is 'warp', and must be one of auto, small, swift, torch"):
+        Translator(tmp_path, engine="warp")
+    monkeypatch.setattr(engines, "ENGINES", ("small", "torch"))
+    with pytest.raises(ConfigError, match="takes no biases; compute_type is 'int9', and the torch engine has"):
+        Translator(tmp_path, compute_type="int9")
+    assert Translator.from_engine(Echo(), tokenizer).explain() == [EngineAnswer("Echo", (), True)]
+    assert Translator.from_model(make_model(30), tokenizer).explain() == [EngineAnswer("TorchEngine", (), True)]
