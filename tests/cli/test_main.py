@@ -52,6 +52,14 @@ def test_a_closed_standard_output_is_named(verb: list[str]) -> None:
     assert done.stderr.startswith("cvmk: standard output is closed: open it")
 
 
+@pytest.mark.parametrize("tag", ["hsb", "ceb", "yue", "zh-Hant", "pt-BR", "pt_br", "deu", "sr-Latn-RS"])
+def test_a_check_takes_any_language(tmp_path: Path, capsys: pytest.CaptureFixture[str], tag: str) -> None:
+    config = tmp_path / "config.toml"
+    config.write_text(f'[data]\ntrain = {{ tsv = "a" }}\nvalid = {{ tsv = "a" }}\ntarget_language = "{tag}"\n')
+    assert main(["train", str(config), "--check"]) == 0
+    assert "valid configuration" in capsys.readouterr().out
+
+
 def test_a_check_knows_the_languages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tmp_path / "config.toml"
     config.write_text('[data]\nembedded = "phrasebook"\nsource_language = "xx"\n')

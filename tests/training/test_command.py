@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import lzma
 import os
 import shlex
 import subprocess
@@ -82,3 +83,13 @@ def test_an_interruption_prints_a_command_that_goes_on(config: Path, tmp_path: P
     assert shlex.split(printed) == ["train", f"{folder}/config.toml", "--resume"]
     done = subprocess.run(command(*shlex.split(printed), "--set", "training.iterations=1"), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_texts_of_any_compression_and_none_of_another_encoding(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = (tmp_path / "train.tsv").read_bytes()
+    (tmp_path / "packed").write_bytes(lzma.compress(text))
+    (tmp_path / "wide").write_bytes(text.decode().encode("utf-16"))
+    assert main(["train", str(config), *SHORT, "--set", "data.train.tsv=packed"]) == 0
+    capsys.readouterr()
+    assert main(["train", str(config), *SHORT, "--set", "data.train.tsv=wide", "--set", "data.on_bad_line=skip", "--restart"]) == 5
+    assert f"{tmp_path}/wide is UTF-16 text: convert it to UTF-8" in (told := capsys.readouterr().err) and told.count("\n") == 1
