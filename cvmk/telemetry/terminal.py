@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import select
+import sys
 
 from cvmk.telemetry.console import Progress, Reporter
 from cvmk.telemetry.schema import Event, Record, Start, Step, Tick, Validation
@@ -19,6 +21,7 @@ class Terminal:
 
     def receive(self, record: Record) -> None:
         event = record.event
+        _wait_for_room()
         if isinstance(event, (Tick, Step)):
             self._progress(event)
         elif isinstance(event, Validation):
@@ -40,3 +43,16 @@ class Terminal:
 
     def close(self) -> None:
         self._open.close()
+
+
+def _wait_for_room() -> None:
+    """Wait until standard error takes a line.
+
+    A thread that waits while it writes holds the stream's lock, and a process whose stream is locked cannot even end.
+    """
+    try:
+        poll = select.poll()
+        poll.register(sys.stderr.fileno(), select.POLLOUT)
+    except (AttributeError, OSError, ValueError):  # no file behind it
+        return
+    poll.poll()

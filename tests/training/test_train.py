@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import json
+import os
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -14,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import events, train
+from runs import command, events, train
 
 from cvmk import nvtx
 from cvmk.errors import ConfigError, DataError, DivergedError
@@ -306,6 +308,33 @@ def test_phases_are_ranges_for_a_profiler(config: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(nvtx, "span", span)
     train(config, "training.iterations=1", "training.accumulate=2", "training.average=1")
     assert seen == ["data", *["forward", "backward"] * 2, "optimiser", "validation"]
+
+
+def test_a_terminal_that_blocks_does_not_stop_training(config: Path, tmp_path: Path) -> None:
+    """Nobody reads the pipe behind standard error, and it is full after a few lines: the run ends all the same."""
+    reading, writing = os.pipe()
+    fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, 4096)
+    options = ["--set", "training.log_every=1", "--set", "training.iterations=80", "--set", "validation.validate_every=80", "--json"]
+    try:
+        done = subprocess.run(command("train", config, *options), stdout=subprocess.PIPE, stderr=writing, timeout=100, text=True)
+        assert done.returncode == 0 and json.loads(done.stdout)["iterations"] == 80
+        assert len(os.read(reading, 100_000)) <= 4096
+    finally:
+        os.close(reading)
+        os.close(writing)
+    assert len(events(tmp_path / "run", "step")) == 80
+    assert any("Terminal does not answer" in event["message"] for event in events(tmp_path / "run", "note"))
+
+
+def test_a_terminal_that_goes_away_does_not_stop_training(config: Path, tmp_path: Path) -> None:
+    options = ["--set", "training.log_every=1", "--set", "training.iterations=300", "--set", "validation.validate_every=300", "--json"]
+    with subprocess.Popen(command("train", config, *options), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        assert run.stdout and run.stderr
+        while "iterations" not in run.stderr.readline():  # training is about to begin
+            pass
+        run.stderr.close()
+        report = json.loads(run.stdout.read())
+    assert run.returncode == 0 and report["iterations"] == 300
 
 
 def test_bfloat16(with_teacher: Path) -> None:
