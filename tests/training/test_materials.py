@@ -1,4 +1,4 @@
-"""What a teacher says reaches its student as it was said."""
+"""What a run trains on: corpora, its tokenizer, and what its teacher says, which reaches the student as it was said."""
 
 from __future__ import annotations
 
@@ -10,12 +10,50 @@ from pathlib import Path
 import pytest
 from runs import train
 
+from cvmk.config import DataConfig, TokenizerConfig, TrainConfig
+from cvmk.errors import DataError
 from cvmk.inference import Translator
 from cvmk.telemetry import Reporter
 from cvmk.text.cache import TokenizedCorpus, tokenized
-from cvmk.text.corpus import ParallelCorpus
+from cvmk.text.corpus import CorpusReport, ParallelCorpus
 from cvmk.training import materials
-from cvmk.training.materials import teacher_translations
+from cvmk.training.materials import load_corpora, prepare_tokenizer, teacher_translations
+
+
+def data(**values: object) -> DataConfig:
+    return TrainConfig.model_validate({"data": values}).data
+
+
+def test_corpora_of_files(tmp_path: Path) -> None:
+    for name in ("train", "valid", "test"):
+        (tmp_path / f"{name}.tsv").write_text(f"{name}\teins\n{name} again\tzwei\n")
+    files = {name: {"tsv": f"{name}.tsv"} for name in ("train", "valid", "test")}
+    corpora = load_corpora(data(folder=str(tmp_path), **files))
+    assert corpora.train.sources == ["train", "train again"] and corpora.valid.targets == ["eins", "zwei"]
+    assert corpora.test is not None and corpora.test.name == "data.test"
+    del files["test"]
+    assert load_corpora(data(folder=str(tmp_path), **files)).test is None
+    (tmp_path / "valid.tsv").unlink()
+    with pytest.raises(DataError, match=r"valid\.tsv"):
+        load_corpora(data(folder=str(tmp_path), **files))
+
+
+def test_corpora_of_the_phrasebook() -> None:
+    corpora = load_corpora(data(embedded="phrasebook", phrasebook_pairs=1000))
+    assert len(corpora.train) == 1000 and len(corpora.valid) and corpora.test is not None and len(corpora.test)
+
+
+def test_a_tokenizer_is_trained_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    corpus = ParallelCorpus(["a cat sat on a mat"] * 20, ["eine Katze saß auf einer Matte"] * 20, "data.train", CorpusReport())
+    config = TokenizerConfig(kind="bpe", vocabulary=300)
+    first = prepare_tokenizer(config, corpus, tmp_path / "tokenizer", 1, Reporter())
+    assert "ß" in "".join(first.pieces), "both sides are in it"
+    again = prepare_tokenizer(config, corpus, tmp_path / "tokenizer", 1, Reporter())
+    assert again.fingerprint == first.fingerprint and capsys.readouterr().err.count("training a bpe tokenizer of 300 pieces on 20 pairs") == 1
+    (tmp_path / "tokenizer" / "done").unlink()  # killed before it was whole
+    (tmp_path / "tokenizer" / "tokenizer.model").write_bytes(b"half")
+    assert prepare_tokenizer(config, corpus, tmp_path / "tokenizer", 1, Reporter()).fingerprint == first.fingerprint
+
 
 PAIRS = (
     ("\u00ab\u00a0O\u00f9 est le chien\u202f?\u00a0\u00bb", "\u00ab\u00a0O\u00f9 est le chien\u202f?\u00a0\u00bb"),
