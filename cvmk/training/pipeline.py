@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from cvmk.errors import ConfigError, DivergedError
 from cvmk.files import write_json
 from cvmk.formats import describe_model, save_model_folder
 from cvmk.nn import CVMTransformer, count_parameters
-from cvmk.telemetry import EventStream, Reporter, RunLog, Terminal
+from cvmk.telemetry import EventStream, Reporter, RunLog, Subscriber, Terminal
 from cvmk.telemetry.schema import Average, End, Start
 from cvmk.text.batching import TokenBatchSampler
 from cvmk.text.cache import TokenizedCorpus, over_long, tokenized
@@ -31,12 +32,16 @@ from cvmk.training.materials import Corpora, load_corpora, prepare_tokenizer, te
 from cvmk.training.optimizers import build_optimizer
 from cvmk.training.report import REPORT, Outcome, model_card, training_report, unknown_languages
 from cvmk.training.run_folder import open_run
+from cvmk.training.signals import StopSignal
 from cvmk.training.state import TrainingState
 from cvmk.training.step import TrainingStep
 from cvmk.training.teacher import Teacher, is_trained, load_teacher, named_teacher
 from cvmk.training.trainer import Trainer
 from cvmk.training.world import World, current_world
 from cvmk.validation import DistillationValidator, ValidationResult
+
+Subscribers = Callable[[str, Path], Iterable[Subscriber]]
+"""Who looks on while a model is trained, by its title ("teacher", "student", "model") and its folder."""
 
 
 @dataclass(frozen=True)
@@ -49,15 +54,27 @@ class Job:
     corpora: Corpora
     reporter: Reporter
     world: World
+    subscribers: Subscribers
+    stop: StopSignal
 
     @property
     def cache(self) -> Path:
         return Path(self.config.data.cache) if self.config.data.cache else self.folder / "cache"
 
 
-def train(config: TrainConfig, text: str, reporter: Reporter, *, resume: bool = False, restart: bool = False) -> dict[str, Any]:
+def train(
+    config: TrainConfig,
+    text: str,
+    reporter: Reporter,
+    *,
+    resume: bool = False,
+    restart: bool = False,
+    subscribers: Subscribers | None = None,
+    stop: StopSignal | None = None,
+) -> dict[str, Any]:
     """Run a training configuration (`text` is its TOML) to its report, which is also written to `training_report.json`.
 
+    `subscribers` are asked for with each model that is trained, and hear its events; `stop` lets one of them, or another thread, end the run.
     Raises the errors of cvmk.errors, and Interrupted after Ctrl-C. A run that diverges after its last rollback has exported its best checkpoint before
     it raises DivergedError.
     """
@@ -68,7 +85,7 @@ def train(config: TrainConfig, text: str, reporter: Reporter, *, resume: bool = 
     teacher = named_teacher(config.teacher, device)
     given = load_tokenizer(config.tokenizer.path) if config.tokenizer.path is not None else None
     with open_run(config, text, _contents(config, corpora, given, teacher), resume=resume, restart=restart) as folder:
-        job = Job(config, folder, device, corpora, reporter, current_world())
+        job = Job(config, folder, device, corpora, reporter, current_world(), subscribers or (lambda *model: ()), stop or StopSignal())
         for corpus in (corpora.train, corpora.valid, corpora.test):
             if corpus is not None:
                 reporter.say(corpus.report.describe(corpus.name))
@@ -113,7 +130,7 @@ def _train_teacher(job: Job, tokenizer: Tokenizer) -> Teacher:
 
 def _train_one(job: Job, recipe: Recipe, folder: Path, title: str, tokenizer: Tokenizer, teacher: Teacher | None) -> dict[str, Any]:
     """Train, choose the weights, score them, and write the model and its report. Raises DivergedError after that where training gave up."""
-    events = EventStream(RunLog(folder), [Terminal(job.reporter, title)])
+    events = EventStream(RunLog(folder), [Terminal(job.reporter, title), *job.subscribers(title, folder)])
     try:
         trainer, corpus = _trainer(job, recipe, folder, tokenizer, teacher, events)
         step = trainer.resume()
@@ -168,7 +185,7 @@ def _trainer(job: Job, recipe: Recipe, folder: Path, tokenizer: Tokenizer, teach
     )
     checkpoints, about = folder / "checkpoints", {"languages": config.data.languages}
     store = CheckpointStore(checkpoints, training.keep, lambda into: describe_model(into, model, tokenizer, about), job.world)
-    return Trainer(recipe, state, step, store, WeightHistory(checkpoints / "average", training.average), tokenizer, events), corpus
+    return Trainer(recipe, state, step, store, WeightHistory(checkpoints / "average", training.average), tokenizer, events, job.stop), corpus
 
 
 def _diverged(trainer: Trainer) -> str | None:

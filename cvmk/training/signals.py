@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM during training."""
+"""Stopping a training before its end: Ctrl-C, SIGTERM, or whoever looks on."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from types import FrameType
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C (or SIGTERM) was answered with a checkpoint."""
+    """Ctrl-C, SIGTERM or another request to stop was answered with a checkpoint."""
 
 
 class StopSignal:
@@ -17,6 +17,10 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.received = False
+
+    def request(self) -> None:
+        """Let the iteration end, write a checkpoint and raise Interrupted. May be called from any thread, such as a subscriber's to the events."""
+        self.received = True
 
     @contextmanager
     def listening(self, notice: Callable[[str], None]) -> Iterator[None]:

@@ -28,17 +28,25 @@ __all__ = ["Interrupted", "Progress", "Trainer"]
 class Trainer:
     """Takes `state` from where it is to the last iteration, or to an early stop.
 
-    Raises DivergedError after the last rollback, Interrupted after Ctrl-C (a checkpoint is written first), and DataError where
-    something cannot be written (the last good checkpoint stays as it is).
+    Raises DivergedError after the last rollback, Interrupted after Ctrl-C or whatever else gave the signal to stop (a checkpoint is
+    written first), and DataError where something cannot be written (the last good checkpoint stays as it is).
     """
 
     def __init__(
-        self, recipe: Recipe, state: TrainingState, step: TrainingStep, store: Checkpoints, averages: WeightHistory, tokenizer: Tokenizer, events: EventStream
+        self,
+        recipe: Recipe,
+        state: TrainingState,
+        step: TrainingStep,
+        store: Checkpoints,
+        averages: WeightHistory,
+        tokenizer: Tokenizer,
+        events: EventStream,
+        stop: StopSignal,
     ) -> None:
         self.recipe, self.state, self.step = recipe, state, step
         self.store, self.averages, self.tokenizer, self.events = store, averages, tokenizer, events
         self.judge = Judge(state.validator, recipe.guard, recipe.schedule.warmup)
-        self._stop = StopSignal()
+        self._stop = stop
 
     @property
     def progress(self) -> Progress:
@@ -102,7 +110,7 @@ class Trainer:
 
     def _sound(self) -> bool:
         """A checkpoint must not hold a non-finite weight, even if the loss has not shown it yet."""
-        return all(bool(torch.isfinite(parameter).all()) for parameter in self.state.optimizer.parameters)
+        return bool(torch.stack([torch.isfinite(parameter).all() for parameter in self.state.optimizer.parameters]).all())
 
     def _record(self, result: StepResult, wanted: bool) -> None:
         progress, training = self.progress, self.recipe.training

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import subprocess
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,11 +17,15 @@ from typing import Any
 
 import pytest
 import torch
-from runs import command, events, train
+from runs import command, events, last_step, train
 
 from cvmk import nvtx
+from cvmk.config.loading import load_train_config
 from cvmk.errors import ConfigError, DataError, DivergedError
+from cvmk.telemetry import Record, Reporter
+from cvmk.training import pipeline
 from cvmk.training.checkpoint import CheckpointStore
+from cvmk.training.signals import Interrupted, StopSignal
 from cvmk.training.teacher import load_teacher
 from cvmk.training.trainer import Trainer
 from cvmk.validation import DistillationValidator, ValidationResult
@@ -308,6 +313,41 @@ def test_phases_are_ranges_for_a_profiler(config: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(nvtx, "span", span)
     train(config, "training.iterations=1", "training.accumulate=2", "training.average=1")
     assert seen == ["data", *["forward", "backward"] * 2, "optimiser", "validation"]
+
+
+class Pruner:
+    """Stops a run at its first validation, as a search does that sees nothing in it; and fails in what it has to say at its end."""
+
+    def __init__(self, stop: StopSignal) -> None:
+        self.stop, self.heard = stop, Counter[str]()
+
+    def receive(self, record: Record) -> None:
+        self.heard[record.event.KIND] += 1
+        if record.event.KIND == "validation":
+            self.stop.request()
+
+    def close(self) -> None:
+        raise RuntimeError("not my day")
+
+
+def test_whoever_looks_on_may_stop_a_run(with_teacher: Path, tmp_path: Path) -> None:
+    loaded = load_train_config(with_teacher, ["training.iterations=100000", "teacher.validation.validate_every=20", "run.device=cpu"])
+    asked: list[tuple[str, Path]] = []
+    stop = StopSignal()
+    pruner = Pruner(stop)
+
+    def subscribers(title: str, folder: Path) -> list[Pruner]:
+        asked.append((title, folder))
+        return [pruner] if title == "student" else []
+
+    with pytest.raises(Interrupted):
+        pipeline.train(loaded, with_teacher.read_text(), Reporter(), subscribers=subscribers, stop=stop)
+    run = tmp_path / "run"
+    assert asked == [("teacher", run / "teacher"), ("student", run)]
+    assert pruner.heard["start"] == 1 and pruner.heard["validation"] >= 1 and pruner.heard["interrupted"] == 1
+    (interrupted,) = events(run, "interrupted")
+    assert interrupted["step"] >= 20 and last_step(run) == interrupted["step"]
+    assert "Pruner failed (RuntimeError: not my day)" in events(run, "note")[-1]["message"]
 
 
 def test_a_terminal_that_blocks_does_not_stop_training(config: Path, tmp_path: Path) -> None:
