@@ -13,6 +13,7 @@ MOVED = [
     ("cvmk.text.languages", "cvmk.config.languages", ("check_language",)),
     ("cvmk.text.corpus", "cvmk.config.languages", ("check_language",)),
     ("cvmk.inference", "cvmk.formats", ("load_model_folder", "save_model_folder")),
+    ("cvmk.training.optimizer", "cvmk.training.optimizers", ("build_optimizer",)),
     ("cvmk.inference.model_folder", "cvmk.formats", ("load_model_folder", "save_model_folder")),
 ]
 

@@ -1,5 +1,5 @@
-"""Moved to `cvmk.training.optimizers`."""
+"""Deprecated: `cvmk.training.optimizers`."""
 
 from cvmk.deprecation import moved
 
-__getattr__ = moved("cvmk.training.optimizer", "cvmk.training.optimizers.build")
+__getattr__ = moved(__name__, "cvmk.training.optimizers")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import typing
 from pathlib import Path
 from typing import Any
@@ -74,11 +73,6 @@ def test_rates_and_a_step() -> None:
     assert all((now != then).any() for now, then in zip(optimizer.parameters, before, strict=True))
     optimizer.zero_grad()
     assert all(parameter.grad is None for parameter in optimizer.parameters)
-
-
-def test_the_old_place_still_works() -> None:
-    with pytest.warns(DeprecationWarning, match=r"cvmk\.training\.optimizers\.build"):
-        assert importlib.import_module("cvmk.training.optimizer").build_optimizer is build_optimizer
 
 
 # -- whole runs ----------------------------------------------------------------------------------------------------------------------
