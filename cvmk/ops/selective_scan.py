@@ -21,18 +21,63 @@ Gradients, with g the gradient of out, dy = g silu(z) and h_t that of x_t (G is 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from cvmk.ops._dispatch import Op, accumulation_dtype, autocast_lower, not_needed
+from cvmk.ops._call import Written
+from cvmk.ops._dtypes import accumulation_dtype, autocast_lower
+from cvmk.ops._op import Op
 
 SCAN_CHUNK = 64
 """Time steps between two states that the forward pass keeps for the backward pass, which computes those between them again."""
 
-_SCAN_TENSORS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, Tensor? initial_state, Tensor? cu_seqlens"
-_SCAN_REST = "bool delta_softplus, bool reverse, bool keep_states"
+
+
+class ScanCall(NamedTuple):
+    u: Tensor
+    delta: Tensor
+    A: Tensor
+    B: Tensor  # [dim, state] or [batch, groups, state, length], as C
+    C: Tensor
+    D: Tensor | None
+    z: Tensor | None
+    delta_bias: Tensor | None
+    initial_state: Tensor | None
+    cu_seqlens: Tensor | None
+    delta_softplus: bool
+    reverse: bool
+    keep_states: bool
+
+
+class ScanOut(NamedTuple):
+    """states [batch, ceil(length / SCAN_CHUNK) * dim, state] holds, in the order of the scan (from the end when reversed), the state before each
+    chunk: row c * dim + d is channel d before chunk c. A dimension of the chunks alone would be 1 for short inputs, and torch.export would then
+    fix the length to them. No elements unless keep_states. Packed sequences do not align with chunks."""
+
+    out: Tensor
+    last_state: Tensor
+    states: Tensor
+
+
+class UpdateCall(NamedTuple):
+    """With heads or without; `with_heads` makes one form of them."""
+
+    state: Written
+    x: Tensor
+    dt: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor | None
+    z: Tensor | None
+    dt_bias: Tensor | None
+    dt_softplus: bool
+
+
+class UpdateOut(NamedTuple):
+    y: Tensor
 
 
 def selective_scan(
@@ -79,7 +124,7 @@ def selective_scan(
     Raises TypeError for a dtype and ValueError for a shape or device that does not fit.
     """
     out, last_state, _ = scan_op(
-        *_prepare_scan(
+        _prepare_scan(
             u,
             delta,
             A,
@@ -126,58 +171,37 @@ def selective_state_update(
     There is no gradient: it is a step of inference. Raises RuntimeError if gradients are on and an argument asks for one,
     TypeError for a dtype and ValueError for a shape or device that does not fit.
     """
-    out: Tensor = update_op(*_prepare_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus))
+    out: Tensor = update_op(_prepare_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus))
     return out
 
 
 # -- the scan ------------------------------------------------------------------------------------------------------------------
-def _fake_scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    delta_softplus: bool,
-    reverse: bool,
-    keep_states: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    batch, dim, length = u.shape
-    dtype = accumulation_dtype(u.dtype)
-    sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    last_state = u.new_empty((sequences, dim, A.shape[1]), dtype=dtype)
+def _fake_scan(c: ScanCall) -> ScanOut:
+    batch, dim, length = c.u.shape
+    dtype, states = accumulation_dtype(c.u.dtype), c.A.shape[1]
+    last_state = c.u.new_empty((sequences_of(c), dim, states), dtype=dtype)
     chunks = (length + SCAN_CHUNK - 1) // SCAN_CHUNK
-    states = u.new_empty((batch, chunks * dim, A.shape[1]) if keep_states else (0,), dtype=dtype)
-    return u.new_empty(u.shape), last_state, states
+    kept = c.u.new_empty((batch, chunks * dim, states) if c.keep_states else (0,), dtype=dtype)
+    return ScanOut(c.u.new_empty(c.u.shape), last_state, kept)
 
 
-def _fake_scan_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    tensors, needs = arguments[3:12], arguments[-1]
-    like: Tensor = tensors[0]
-    return tuple(
-        not_needed(like) if tensor is None or not needed else tensor.new_empty(tensor.shape) for tensor, needed in zip(tensors, needs[:9], strict=True)
-    )
+def sequences_of(c: ScanCall) -> int:
+    """How many sequences there are: rows of the batch, or packed ones."""
+    return c.u.shape[0] if c.cu_seqlens is None else c.cu_seqlens.shape[0] - 1
+
+
+def groups_of(c: ScanCall) -> int:
+    """How many groups B and C have; 1 where neither varies over time."""
+    return c.B.shape[1] if c.B.dim() == 4 else c.C.shape[1] if c.C.dim() == 4 else 1
 
 
 scan_op = Op(
     "selective_scan",
-    module="selective_scan",
-    # states [batch, ceil(length / SCAN_CHUNK) * dim, state] holds, in the order of the scan (from the end when reversed), the state
-    # before each chunk: row c * dim + d is channel d before chunk c. A dimension of the chunks alone would be 1 for short inputs,
-    # and torch.export would then fix the length to them. No elements unless keep_states. Packed sequences do not align with chunks.
-    forward=f"({_SCAN_TENSORS}, {_SCAN_REST}) -> (Tensor out, Tensor last_state, Tensor states)",
-    backward=f"(Tensor? grad_out, Tensor? grad_last_state, Tensor? grad_states, {_SCAN_TENSORS}, Tensor states, {_SCAN_REST}, bool[] needs)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    ScanCall,
+    ScanOut,
     fake_forward=_fake_scan,
-    fake_backward=_fake_scan_backward,
-    tensors=10,
-    differentiable=tuple(range(9)),
-    saved=(2,),
-    principal="u",
+    differentiable=("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state"),
+    saved=("states",),
 )
 
 
@@ -197,7 +221,7 @@ def _prepare_scan(
     return_last_state: bool = False,
     reverse: bool = False,
     cu_seqlens: Tensor | None = None,
-) -> tuple[Any, ...]:
+) -> ScanCall:
     floating = {"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z, "delta_bias": delta_bias, "initial_state": initial_state}
     _check_tensors("selective_scan", floating, u.device)
     if u.dim() != 3:
@@ -219,8 +243,8 @@ def _prepare_scan(
         sequences = cu_seqlens.shape[0] - 1
     _check_shape("initial_state", initial_state, "[batch (packed: sequences), dim, state]", (sequences, dim, state))
     keep_states = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in floating.values())
-    lowered_u, lowered_B, lowered_C, lowered_z = autocast_lower(u, B, C, z)
-    return lowered_u, delta, A, lowered_B, lowered_C, D, lowered_z, delta_bias, initial_state, cu_seqlens, delta_softplus, reverse, keep_states
+    u, B, C, z = autocast_lower(u, B, C, z)  # type: ignore[assignment]
+    return ScanCall(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus, reverse, keep_states)
 
 
 def _with_groups(name: str, tensor: Tensor, batch: int, dim: int, state: int, length: int) -> Tensor:
@@ -253,19 +277,7 @@ def _check_cu_seqlens(cu_seqlens: Tensor, u: Tensor) -> None:
 
 
 # -- the single step -----------------------------------------------------------------------------------------------------------
-update_op = Op(
-    "selective_state_update",
-    module="selective_scan",
-    # The arguments of `selective_state_update`, with heads or without; `with_heads` makes one form of them. A backend that writes
-    # `state` through its pointer calls torch.autograd.graph.increment_version(state), as PyTorch's own operations do.
-    forward="(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, bool dt_softplus) -> Tensor",
-    fake_forward=lambda state, x, dt, A, B, C, D, z, dt_bias, dt_softplus: x.new_empty(x.shape),
-    tensors=9,
-    principal="x",
-)
-
-
-_UPDATE_NAMES = ("state", "x", "dt", "A", "B", "C", "D", "z", "dt_bias")
+update_op = Op("selective_state_update", UpdateCall, UpdateOut, fake_forward=lambda c: UpdateOut(c.x.new_empty(c.x.shape)), principal="x")
 
 
 @update_op.prepared_by
@@ -280,9 +292,9 @@ def _prepare_update(
     z: Tensor | None = None,
     dt_bias: Tensor | None = None,
     dt_softplus: bool = False,
-) -> tuple[Any, ...]:
+) -> UpdateCall:
     device, gradients = x.device, torch.is_grad_enabled()
-    for name, tensor in zip(_UPDATE_NAMES, (state, x, dt, A, B, C, D, z, dt_bias), strict=True):
+    for name, tensor in zip(UpdateCall._fields, (state, x, dt, A, B, C, D, z, dt_bias), strict=False):
         if tensor is None:
             continue
         if not tensor.is_floating_point() or tensor.device != device:
@@ -309,23 +321,22 @@ def _prepare_update(
         if len(have) == 3:
             _check_groups(name, have[1], sizes[1], "heads" if len(sizes) == 4 else "dim")
     x, B, C, z = autocast_lower(x, B, C, z)  # type: ignore[assignment]
-    return state, x, dt, A, B, C, D, z, dt_bias, dt_softplus
+    return UpdateCall(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
 
 
-def with_heads(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """The tensors of a single step with heads and groups: state [batch, heads, dim, state]; x, dt, z [batch, heads, dim];
+def with_heads(c: UpdateCall) -> UpdateCall:
+    """A single step with heads and groups: state [batch, heads, dim, state]; x, dt, z [batch, heads, dim];
     A [heads, dim, state]; B, C [batch, groups, state] with the same groups; D, dt_bias [heads, dim]. Without heads each channel is a head of
     dim 1.
     """
-    state, x, dt, A, B, C, D, z, dt_bias = tensors
-    assert state is not None and A is not None and B is not None and C is not None
+    state, x, dt, A, B, C, D, z, dt_bias, _ = c
     if state.dim() == 3:
-        state, A = state.unsqueeze(2), A.unsqueeze(1)
-        x, dt, D, z, dt_bias = (None if tensor is None else tensor.unsqueeze(-1) for tensor in (x, dt, D, z, dt_bias))
+        state, A, x, dt = state.unsqueeze(2), A.unsqueeze(1), x.unsqueeze(-1), dt.unsqueeze(-1)
+        D, z, dt_bias = (None if tensor is None else tensor.unsqueeze(-1) for tensor in (D, z, dt_bias))
     B, C = (tensor.unsqueeze(1) if tensor.dim() == 2 else tensor for tensor in (B, C))
     if B.shape[1] != C.shape[1]:
         B, C = (tensor.repeat_interleave(state.shape[1] // tensor.shape[1], 1) for tensor in (B, C))
-    return state, x, dt, A, B, C, D, z, dt_bias
+    return UpdateCall(state, x, dt, A, B, C, D, z, dt_bias, c.dt_softplus)
 
 
 # -- checks --------------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cvmk.ops import explain, selective_scan, selective_state_update, use
 from cvmk.ops.reference.selective_scan import scan_backward, scan_forward
-from cvmk.ops.selective_scan import SCAN_CHUNK, _prepare_scan, _prepare_update, scan_op, update_op
+from cvmk.ops.selective_scan import SCAN_CHUNK, ScanCall, _prepare_scan, _prepare_update, scan_op
 
 CHANNEL_INPUTS = ("u", "delta", "z")
 
@@ -290,19 +290,16 @@ def test_memory_stays_far_below_all_states() -> None:
             return result
 
     arguments = inputs(16, 64, 16, 8 * SCAN_CHUNK)
-    prepared = list(_prepare_scan(**arguments))
-    prepared[-1] = True
+    call = _prepare_scan(**arguments)._replace(keep_states=True)
     with Watch():
-        out, last, states = scan_forward(*prepared)
-        scan_backward(out, last, None, *prepared[:10], states, *prepared[10:], [True] * 10)
+        found = scan_forward(call)
+        scan_backward(found, call, found, scan_op.needs(*[True] * 9))
     assert 0 < largest < 16 * 64 * 16 * 8 * SCAN_CHUNK // 8
 
 
-def scan_arguments(**options: Any) -> tuple[Any, ...]:
+def scan_arguments(**options: Any) -> ScanCall:
     call = {name: options.pop(name) for name in ("reverse", "cu_seqlens", "delta_softplus") if name in options}
-    prepared = list(_prepare_scan(**inputs(**options), **call))
-    prepared[-1] = True
-    return tuple(prepared)
+    return _prepare_scan(**inputs(**options), **call)._replace(keep_states=True)
 
 
 @pytest.mark.parametrize(
@@ -318,8 +315,8 @@ def test_opcheck_scan(options: dict[str, Any]) -> None:
     arguments = scan_arguments(**options)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(torch.ops.cvmk.selective_scan_forward.default, arguments, test_utils=tests)
-    out, last, states = scan_op.run("forward", arguments)
-    needs = [index % 3 != 1 for index in range(10)]
+    out, last, states = scan_op.run_forward(arguments)
+    needs = [index % 3 != 1 for index in range(9)]
     backward = (torch.randn_like(out), torch.randn_like(last), None, *arguments[:10], states, *arguments[10:], needs)
     torch.library.opcheck(torch.ops.cvmk.selective_scan_backward.default, backward, test_utils=tests)
 
@@ -489,7 +486,7 @@ def test_half_precision_state_is_rounded_only_when_stored() -> None:
 @pytest.mark.parametrize("heads", [None, 2])
 def test_opcheck_step(heads: int | None) -> None:
     torch.library.opcheck(torch.ops.cvmk.selective_state_update_forward.default, _prepare_update(**step_inputs(heads, dtype=torch.bfloat16)))
-    assert update_op.names["forward"][0] == "state"
+    assert str(torch.ops.cvmk.selective_state_update_forward.default._schema).startswith("cvmk::selective_state_update_forward(Tensor(a!) state, ")
 
 
 def test_step_compiles_and_exports() -> None:

@@ -19,8 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cvmk.ops._dispatch import Backend, accumulation_dtype, not_needed
-from cvmk.ops.selective_scan import SCAN_CHUNK, with_heads
+from cvmk.ops._backend import Backend
+from cvmk.ops._dtypes import accumulation_dtype, not_needed
+from cvmk.ops.selective_scan import SCAN_CHUNK, ScanCall, ScanOut, UpdateCall, groups_of, with_heads
 
 _BLOCK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 24}
 """How many elements a tensor of one chunk's states may have before the batch is cut into blocks."""
@@ -68,32 +69,18 @@ class _Chunk:
 class _Scan:
     """The arguments of one call, brought into the layout of this file: flipped when reversed, in the dtype of the computation."""
 
-    def __init__(
-        self,
-        u: Tensor,
-        delta: Tensor,
-        A: Tensor,
-        B: Tensor,
-        C: Tensor,
-        D: Tensor | None,
-        z: Tensor | None,
-        delta_bias: Tensor | None,
-        initial_state: Tensor | None,
-        cu_seqlens: Tensor | None,
-        delta_softplus: bool,
-        reverse: bool,
-    ) -> None:
-        self.batch, self.dim, self.length = u.shape
-        self.groups = next((tensor.shape[1] for tensor in (B, C) if tensor.dim() == 4), 1)
-        self.width, self.states = self.dim // self.groups, A.shape[1]
-        self.dtype, self.device, self.reverse, self.softplus = accumulation_dtype(u.dtype), u.device, reverse, delta_softplus
-        self.A_GNP = self.inner(A)
-        self.u, self.delta, self.z = self.ordered(u), self.ordered(delta), None if z is None else self.ordered(z)
-        self.B = self.ordered(B) if B.dim() == 4 else self.inner(B)
-        self.C = self.ordered(C) if C.dim() == 4 else self.inner(C)
-        self.D, self.bias = (None if tensor is None else tensor.to(self.dtype).view(self.groups, self.width) for tensor in (D, delta_bias))
-        self.initial = None if initial_state is None else self.inner(initial_state)
-        self.markers = None if cu_seqlens is None else _Markers.of(cu_seqlens, self.length, reverse)
+    def __init__(self, c: ScanCall) -> None:
+        self.batch, self.dim, self.length = c.u.shape
+        self.groups, self.states = groups_of(c), c.A.shape[1]
+        self.width = self.dim // self.groups
+        self.dtype, self.device, self.reverse, self.softplus = accumulation_dtype(c.u.dtype), c.u.device, c.reverse, c.delta_softplus
+        self.A_GNP = self.inner(c.A)
+        self.u, self.delta, self.z = self.ordered(c.u), self.ordered(c.delta), None if c.z is None else self.ordered(c.z)
+        self.B = self.ordered(c.B) if c.B.dim() == 4 else self.inner(c.B)
+        self.C = self.ordered(c.C) if c.C.dim() == 4 else self.inner(c.C)
+        self.D, self.bias = (None if tensor is None else tensor.to(self.dtype).view(self.groups, self.width) for tensor in (c.D, c.delta_bias))
+        self.initial = None if c.initial_state is None else self.inner(c.initial_state)
+        self.markers = None if c.cu_seqlens is None else _Markers.of(c.cu_seqlens, self.length, c.reverse)
 
     def ordered(self, tensor: Tensor) -> Tensor:
         """The time in the order of the scan."""
@@ -201,42 +188,28 @@ def _over_time(scan: _Scan, pieces: list[Tensor], shape: Any) -> Tensor:
     return scan.ordered(_joined(pieces).movedim(0, -1).reshape(shape))
 
 
-def scan_forward(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    delta_softplus: bool,
-    reverse: bool,
-    keep_states: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def scan_forward(c: ScanCall) -> ScanOut:
     """Forward pass; plain operations that autograd can follow, any number of times."""
-    scan = _Scan(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus, reverse)
+    scan = _Scan(c)
     outs, lasts, kept = [], [], []
     for rows in scan.blocks():
         state, ends = scan.start(rows), scan.ends()
         pieces, boundaries = [], []
         for start in range(0, scan.length, SCAN_CHUNK):
             chunk = scan.chunk(rows, start)
-            if keep_states:
+            if c.keep_states:
                 boundaries.append(scan.outer(state))
             _, _, states = _recur(scan, chunk, state)
             y = _output(scan, chunk, states)
-            pieces.append((y if chunk.z is None else y * F.silu(chunk.z)).to(u.dtype))
+            pieces.append((y if chunk.z is None else y * F.silu(chunk.z)).to(c.u.dtype))
             if scan.markers is not None and ends is not None:
                 ends.index_copy_(0, scan.markers.rows(scan.markers.final, chunk.span), states.squeeze(1))
             state = states[-1]
         count = rows.stop - rows.start
-        outs.append(_over_time(scan, pieces, (count, scan.dim, scan.length)).to(u.dtype))
+        outs.append(_over_time(scan, pieces, (count, scan.dim, scan.length)).to(c.u.dtype))
         lasts.append(scan.outer(state if ends is None else ends[:-1]))
-        kept.append(torch.cat(boundaries, 1) if boundaries else scan.A_GNP.new_zeros((count, 0, scan.states) if keep_states else (0,)))
-    return _joined(outs), _joined(lasts), _joined(kept)
+        kept.append(torch.cat(boundaries, 1) if boundaries else scan.A_GNP.new_zeros((count, 0, scan.states) if c.keep_states else (0,)))
+    return ScanOut(_joined(outs), _joined(lasts), _joined(kept))
 
 
 class _Gradients:
@@ -249,38 +222,19 @@ class _Gradients:
         self.bias = torch.zeros_like(self.D)
 
 
-def scan_backward(
-    grad_out: Tensor | None,
-    grad_last_state: Tensor | None,
-    grad_states: Tensor | None,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    states: Tensor,
-    delta_softplus: bool,
-    reverse: bool,
-    keep_states: bool,
-    needs: list[bool],
-) -> tuple[Tensor, ...]:
+def scan_backward(g: ScanOut, c: ScanCall, saved: ScanOut, needs: Any) -> tuple[Tensor, ...]:
     """The gradient by the formulas of `cvmk/ops/selective_scan.py`, the last chunk first. `states` has no gradient of its own."""
-    scan = _Scan(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus, reverse)
-    grad_out = scan.ordered(torch.zeros_like(u) if grad_out is None else grad_out)
-    grad_last = None if grad_last_state is None else scan.inner(grad_last_state)
+    scan = _Scan(c)
+    grad_out = scan.ordered(torch.zeros_like(c.u) if g.out is None else g.out)
+    grad_last = None if g.last_state is None else scan.inner(g.last_state)
     if scan.markers is not None and grad_last is not None:
         grad_last = torch.cat([grad_last, scan.A_GNP.new_zeros((1, *scan.A_GNP.shape))])
     sums = _Gradients(scan)
-    shapes = {"u": u.shape, "delta": u.shape, "z": u.shape, "B": B.shape, "C": C.shape}
+    shapes = {"u": c.u.shape, "delta": c.u.shape, "z": c.u.shape, "B": c.B.shape, "C": c.C.shape}
     timed: dict[str, list[Tensor]] = {name: [] for name in shapes}
     entering = []
     for rows in scan.blocks():
-        pieces, grad_before = _block_backward(scan, rows, states, grad_out, grad_last, sums, needs)
+        pieces, grad_before = _block_backward(scan, rows, saved.states, grad_out, grad_last, sums, needs)
         entering.append(grad_before)
         for name, found in pieces.items():
             if found or not scan.length:
@@ -289,21 +243,20 @@ def scan_backward(
         lambda: _joined(timed["u"]),
         lambda: _joined(timed["delta"]),
         lambda: scan.outer(sums.A),
-        lambda: _joined(timed["B"]) if B.dim() == 4 else scan.outer(sums.B),
-        lambda: _joined(timed["C"]) if C.dim() == 4 else scan.outer(sums.C),
+        lambda: _joined(timed["B"]) if c.B.dim() == 4 else scan.outer(sums.B),
+        lambda: _joined(timed["C"]) if c.C.dim() == 4 else scan.outer(sums.C),
         lambda: sums.D.reshape(-1),
         lambda: _joined(timed["z"]),
         lambda: sums.bias.reshape(-1),
         lambda: scan.outer(_joined(entering)),
     )
-    tensors = (u, delta, A, B, C, D, z, delta_bias, initial_state)
     return tuple(
-        not_needed(u) if tensor is None or not needed else result().to(tensor.dtype) for tensor, needed, result in zip(tensors, needs[:9], results, strict=True)
+        not_needed(c.u) if tensor is None or not needed else result().to(tensor.dtype) for tensor, needed, result in zip(c[:9], needs, results, strict=True)
     )
 
 
 def _block_backward(
-    scan: _Scan, rows: slice, states: Tensor, grad_out: Tensor, grad_last: Tensor | None, sums: _Gradients, needs: list[bool]
+    scan: _Scan, rows: slice, states: Tensor, grad_out: Tensor, grad_last: Tensor | None, sums: _Gradients, needs: Any
 ) -> tuple[dict[str, list[Tensor]], Tensor]:
     """The gradients of what is per step, a list of chunks each, the last first; and that of the initial states."""
     pieces: dict[str, list[Tensor]] = {name: [] for name in ("u", "delta", "z", "B", "C")}
@@ -331,7 +284,7 @@ def _chunk_backward(
     starts: Tensor | None,
     sums: _Gradients,
     pieces: dict[str, list[Tensor]],
-    needs: list[bool],
+    needs: Any,
 ) -> Tensor:
     """Add the gradients of one chunk to `sums` and `pieces`; return the gradient of the state before it, `carry` being that after."""
     decay, previous, after = _recur(scan, chunk, before)
@@ -339,22 +292,22 @@ def _chunk_backward(
     if chunk.z is not None:
         gate = torch.sigmoid(chunk.z)
         dy = g * chunk.z * gate
-        if needs[6]:
+        if needs.z:
             pieces["z"].append(g * _output(scan, chunk, after) * gate * (1 + chunk.z * (1 - gate)))
     h = _adjoint(scan, chunk, decay, carry, dy, grad_last)
     for needed, constant, name, total, factor, values in (
-        (needs[3], chunk.B.dim() == 3, "B", sums.B, h, chunk.step * chunk.u),
-        (needs[4], chunk.C.dim() == 3, "C", sums.C, after, dy),
+        (needs.B, chunk.B.dim() == 3, "B", sums.B, h, chunk.step * chunk.u),
+        (needs.C, chunk.C.dim() == 3, "C", sums.C, after, dy),
     ):
         if needed and constant:
             total += (factor * values.unsqueeze(-2)).sum((0, 1))
         elif needed:
             pieces[name].append(torch.matmul(factor, values.unsqueeze(-1)).squeeze(-1))
     from_input = _along_states(h, chunk.B)
-    if needs[0]:
+    if needs.u:
         du = from_input * chunk.step
         pieces["u"].append(du if scan.D is None else du.addcmul_(dy, scan.D))
-    if needs[5]:
+    if needs.D:
         sums.D += (dy * chunk.u).sum((0, 1))
     through = h.mul_(decay)
     carry = through[0].clone()
@@ -362,13 +315,13 @@ def _chunk_backward(
         starts.index_copy_(0, scan.markers.rows(scan.markers.first, chunk.span), through.squeeze(1))
         carry.masked_fill_(scan.markers.first[chunk.span.start], 0)
     w = through.mul_(previous)
-    if needs[1] or needs[7]:
+    if needs.delta or needs.delta_bias:
         ddelta = from_input.mul_(chunk.u).add_(_along_states(w, scan.A_GNP))
         if scan.softplus:
             ddelta *= torch.where(chunk.raw > 20, 1.0, torch.sigmoid(chunk.raw))
         pieces["delta"].append(ddelta)
         sums.bias += ddelta.sum((0, 1))
-    if needs[2]:
+    if needs.A:
         sums.A += w.mul_(chunk.step.unsqueeze(-2)).sum((0, 1))
     return carry
 
@@ -388,26 +341,14 @@ def _adjoint(scan: _Scan, chunk: _Chunk, decay: Tensor, carry: Tensor, dy: Tenso
     return h
 
 
-def update_forward(
-    state: Tensor,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-) -> Tensor:
+def update_forward(c: UpdateCall) -> Tensor:
     """One step; `state` is overwritten."""
-    shape = x.shape
-    state, x, dt, A, B, C, D, z, dt_bias = with_heads(state, x, dt, A, B, C, D, z, dt_bias)
+    state, x, dt, A, B, C, D, z, dt_bias, softplus = with_heads(c)
     dtype, heads = accumulation_dtype(x.dtype), state.shape[1]
     step, value = dt.to(dtype), x.to(dtype)
     if dt_bias is not None:
         step = step + dt_bias.to(dtype)
-    if dt_softplus:
+    if softplus:
         step = F.softplus(step)
     # Groups are laid out over the heads: [batch, heads, 1, state].
     B_BH1N, C_BH1N = (tensor.to(dtype).repeat_interleave(heads // tensor.shape[1], 1).unsqueeze(2) for tensor in (B, C))
@@ -418,7 +359,7 @@ def update_forward(
         y = y.addcmul_(value, D.to(dtype))
     if z is not None:
         y = y.mul_(F.silu(z.to(dtype)))
-    return y.to(x.dtype).view(shape)
+    return y.to(x.dtype).view(c.x.shape)
 
 
 BACKENDS = (

@@ -7,15 +7,16 @@ last bit of a result may depend on the size of the batch; it never depends on wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from cvmk.ops import triton
-from cvmk.ops._dispatch import Backend, not_needed
-from cvmk.ops.selective_scan import SCAN_CHUNK, with_heads
+from cvmk.ops._backend import Backend
+from cvmk.ops._dtypes import not_needed
+from cvmk.ops.selective_scan import SCAN_CHUNK, ScanCall, ScanOut, UpdateCall, groups_of, scan_op, sequences_of, with_heads
 from cvmk.ops.triton import _launch
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -53,33 +54,17 @@ def _strides(tensor: Tensor | None) -> tuple[int, int]:
 class _Scan:
     """The arguments of a call as the kernels take them."""
 
-    def __init__(
-        self,
-        u: Tensor,
-        delta: Tensor,
-        A: Tensor,
-        B: Tensor,
-        C: Tensor,
-        D: Tensor | None,
-        z: Tensor | None,
-        bias: Tensor | None,
-        initial: Tensor | None,
-        cu_seqlens: Tensor | None,
-        softplus: bool,
-        reverse: bool,
-    ) -> None:
-        self.batch, self.dim, self.length = u.shape
-        self.states = A.shape[1]
-        self.groups = next((tensor.shape[1] for tensor in (B, C) if tensor.dim() == 4), 1)
-        self.sequences = self.batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    def __init__(self, c: ScanCall) -> None:
+        self.batch, self.dim, self.length = c.u.shape
+        self.states, self.groups, self.sequences = c.A.shape[1], groups_of(c), sequences_of(c)
         self.chunks = -(-self.length // SCAN_CHUNK)
         self.block_n = _power_of_2(self.states)
-        self.u, self.delta, self.z = _rows(u), _rows(delta), None if z is None else _rows(z)
-        self.A, self.D, self.bias, self.initial = _plain(A), _plain(D), _plain(bias), _plain(initial)
-        self.timed = {"B": B.dim() == 4, "C": C.dim() == 4}
-        self.B, self.C = self._weights(B), self._weights(C)
-        self.cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
-        self.options: dict[str, Any] = {"N": self.states, "BLOCK_N": self.block_n, "SOFTPLUS": softplus, "REVERSE": reverse}
+        self.u, self.delta, self.z = _rows(c.u), _rows(c.delta), None if c.z is None else _rows(c.z)
+        self.A, self.D, self.bias, self.initial = _plain(c.A), _plain(c.D), _plain(c.delta_bias), _plain(c.initial_state)
+        self.timed = {"B": c.B.dim() == 4, "C": c.C.dim() == 4}
+        self.B, self.C = self._weights(c.B), self._weights(c.C)
+        self.cu_seqlens = None if c.cu_seqlens is None else c.cu_seqlens.contiguous()
+        self.options: dict[str, Any] = {"N": self.states, "BLOCK_N": self.block_n, "SOFTPLUS": c.delta_softplus, "REVERSE": c.reverse}
 
     def _weights(self, weights: Tensor) -> Tensor:
         """[dim, state], or [batch, groups, length + 16, BLOCK_N] with zeros around: a step's weights are one load without a mask."""
@@ -142,25 +127,11 @@ class _Scan:
         return ends
 
 
-def scan_forward(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    delta_softplus: bool,
-    reverse: bool,
-    keep_states: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    scan = _Scan(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus, reverse)
-    out = torch.empty(u.shape, dtype=u.dtype, device=u.device)
+def scan_forward(c: ScanCall) -> ScanOut:
+    scan = _Scan(c)
+    out = torch.empty(c.u.shape, dtype=c.u.dtype, device=c.u.device)
     last = scan.empty(scan.sequences, scan.dim, scan.states)
-    kept = scan.empty(scan.batch, scan.chunks * scan.dim, scan.states) if keep_states else None
+    kept = scan.empty(scan.batch, scan.chunks * scan.dim, scan.states) if c.keep_states else None
     whole = scan.whole(scan.u, scan.delta, scan.z, out)
     channels, warps = scan.tile(512 if whole else 256, 16)
     segments, steps = scan.segmentation(channels, warps)
@@ -177,50 +148,31 @@ def scan_forward(
         TIMED_C=scan.timed["C"],
         **scan.options,
     )
-    return out, last, scan.empty(0) if kept is None else kept
+    return ScanOut(out, last, scan.empty(0) if kept is None else kept)
 
 
-def scan_backward(
-    grad_out: Tensor | None,
-    grad_last_state: Tensor | None,
-    grad_states: Tensor | None,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    states: Tensor,
-    delta_softplus: bool,
-    reverse: bool,
-    keep_states: bool,
-    needs: list[bool],
-) -> tuple[Tensor, ...]:
-    scan = _Scan(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus, reverse)
-    grad = torch.zeros_like(scan.u) if grad_out is None else _rows(grad_out)
+def scan_backward(g: ScanOut, c: ScanCall, saved: ScanOut, needs: Any) -> tuple[Tensor, ...]:
+    scan = _Scan(c)
+    grad = torch.zeros_like(scan.u) if g.out is None else _rows(g.out)
     channels, warps = scan.tile(256, 16, most=256)
     segments, steps = scan.segmentation(channels, warps)
-    ends = _plain(grad_last_state)
+    ends = _plain(g.last_state)
     if segments > 1:
         ends = scan.starts(grad, scan.z, ends, segments, steps, adjoint=True)
     dims, pieces = (scan.dim, scan.states), scan.sequences * segments
     blocks = -(-scan.dim // scan.groups // channels)
     of_step = (scan.batch, scan.groups, blocks, scan.length, scan.block_n)
-    du, ddelta = torch.empty_like(u, memory_format=torch.contiguous_format), torch.empty(u.shape, dtype=scan.delta.dtype, device=u.device)
-    dz = None if scan.z is None else torch.empty(u.shape, dtype=scan.z.dtype, device=u.device)
+    du, ddelta = torch.empty_like(c.u, memory_format=torch.contiguous_format), torch.empty(c.u.shape, dtype=scan.delta.dtype, device=c.u.device)
+    dz = None if scan.z is None else torch.empty(c.u.shape, dtype=scan.z.dtype, device=c.u.device)
     dA = scan.empty(pieces, *dims)
     dB, dC = (scan.empty(*of_step) if timed else scan.empty(pieces, *dims) for timed in scan.timed.values())
-    dD, dbias = (None if tensor is None else scan.empty(pieces, scan.dim) for tensor in (D, delta_bias))
-    dinitial = None if initial_state is None else scan.empty(scan.sequences, *dims)
+    dD, dbias = (None if tensor is None else scan.empty(pieces, scan.dim) for tensor in (c.D, c.delta_bias))
+    dinitial = None if c.initial_state is None else scan.empty(scan.sequences, *dims)
     scratch = scan.empty(scan.programs(channels) * segments, SCAN_CHUNK // _KEPT, channels, scan.block_n)
     _launch.launch(
         _launch.kernels("selective_scan_backward").scan_backward,
         (scan.programs(channels), segments),
-        *(grad, scan.u, scan.delta, scan.z, scan.A, scan.D, scan.bias, scan.B, scan.C, scan.initial, ends, scan.cu_seqlens, states.contiguous(), scratch),
+        *(grad, scan.u, scan.delta, scan.z, scan.A, scan.D, scan.bias, scan.B, scan.C, scan.initial, ends, scan.cu_seqlens, saved.states.contiguous(), scratch),
         *(du, ddelta, dz, dA, dB, dC, dD, dbias, dinitial),
         *(scan.dim, scan.groups, scan.length, scan.chunks, steps),
         *(*_strides(grad), *_strides(scan.u), *_strides(scan.delta), *_strides(scan.z)),
@@ -234,7 +186,6 @@ def scan_backward(
     def weights(found: Tensor) -> Tensor:
         return found.sum(0) if found.dim() == 3 else found.sum(2)[..., : scan.states].transpose(2, 3)
 
-    inputs = (u, delta, A, B, C, D, z, delta_bias, initial_state)
     results: tuple[Callable[[], Any], ...] = (
         lambda: du,
         lambda: ddelta,
@@ -247,24 +198,12 @@ def scan_backward(
         lambda: dinitial,
     )
     return tuple(
-        not_needed(u) if tensor is None or not needed else result().to(tensor.dtype) for tensor, needed, result in zip(inputs, needs[:9], results, strict=True)
+        not_needed(c.u) if tensor is None or not needed else result().to(tensor.dtype) for tensor, needed, result in zip(c[:9], needs, results, strict=True)
     )
 
 
-def update_forward(
-    state: Tensor,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-) -> Tensor:
-    shape = x.shape
-    state, x, dt, A, B, C, D, z, dt_bias = with_heads(state, x, dt, A, B, C, D, z, dt_bias)
+def update_forward(c: UpdateCall) -> Tensor:
+    state, x, dt, A, B, C, D, z, dt_bias, softplus = with_heads(c)
     batch, heads, dim, states = state.shape
     dt, A, B, C = (_readable(tensor) for tensor in (dt, A, B, C))
     D, z, dt_bias = (None if tensor is None else _readable(tensor) for tensor in (D, z, dt_bias))
@@ -283,22 +222,20 @@ def update_forward(
         N=states,
         BLOCK_N=block_n,
         BLOCK=block,
-        SOFTPLUS=dt_softplus,
+        SOFTPLUS=softplus,
     )
-    torch.autograd.graph.increment_version(state)
-    return y.view(shape)
+    return y.view(c.x.shape)
 
 
-def update_limits(which: str, arguments: Mapping[str, Any]) -> list[str]:
-    state = arguments["state"]
-    found = [] if state.dtype in _DTYPES else [f"state is {state.dtype}, not one of {', '.join(map(str, _DTYPES))}"]
-    if not 1 <= state.shape[-1] <= 4096:
-        found.append(f"a row has {state.shape[-1]} states, not 1 ... 4096")
+def update_limits(which: str, c: UpdateCall) -> list[str]:
+    found = [] if c.state.dtype in _DTYPES else [f"state is {c.state.dtype}, not one of {', '.join(map(str, _DTYPES))}"]
+    if not 1 <= c.state.shape[-1] <= 4096:
+        found.append(f"a row has {c.state.shape[-1]} states, not 1 ... 4096")
     return found
 
 
-def limits(which: str, arguments: Mapping[str, Any]) -> list[str]:
-    states = arguments["A"].shape[-1]
+def limits(which: str, c: ScanCall) -> list[str]:
+    states = c.A.shape[-1]
     return [f"A has {states} states, the kernels hold 1 ... {MAX_STATES} in registers"] if not 1 <= states <= MAX_STATES else []
 
 
@@ -333,9 +270,8 @@ def _case(
         D, bias = (sample(dim, kind=torch.float32) if options else None for _ in range(2))
         z = sample(batch, dim, length) if options else None
         bounds = torch.linspace(0, length, packed + 1, device=device).to(torch.int32) if packed else None
-        inputs = (u, delta, A, B, C, D, z, bias, None, bounds)
-        _, _, kept = scan_forward(*inputs, options, reverse, True)
-        scan_backward(grad, None, None, *inputs, kept, options, reverse, True, [True] * 9)
+        c = ScanCall(u, delta, A, B, C, D, z, bias, None, bounds, options, reverse, True)
+        scan_backward(ScanOut(grad, None, None), c, scan_forward(c), scan_op.needs(*[True] * 9))  # type: ignore[arg-type]
 
     return _launch.Case(name, run)
 
@@ -348,7 +284,7 @@ def _step_case(name: str, batch: int, rows: tuple[int, int], states: int, dtype:
         A, D = -sample(*rows, states, kind=torch.float32).exp(), sample(*rows, kind=torch.float32)
         B, C = sample(batch, 1, states), sample(batch, 1, states)
         x, dt, z = (sample(batch, *rows) for _ in range(3))
-        update_forward(sample(batch, *rows, states, kind=state_dtype), x, dt, A, B, C, D, z, D, True)
+        update_forward(UpdateCall(sample(batch, *rows, states, kind=state_dtype), x, dt, A, B, C, D, z, D, True))
 
     return _launch.Case(name, run)
 
