@@ -7,26 +7,31 @@ namespace {
 
 using namespace cvmk::scan;
 
+template <typename Params>
+const Params& checked(const Arguments& in, const Call<Params>& call) {
+  if (!call.readable) throw std::invalid_argument(in.about("an argument") + "has a type or strides that the kernels do not read");
+  return call.p;
+}
+
 void scan_forward(Arguments& in) {
   const Stream stream = in.integer();
-  const ScanForward p = read_forward(in);
-  cvmk::bindings::queue(&cuda_forward, in, p, stream);
+  const Call<ScanForward> call = read_forward(in);
+  cvmk::bindings::queue(&cuda_forward, in, checked(in, call), stream);
 }
 
 // The workspace is the last argument. Without one: how many floats it must have, and nothing is run.
 std::int64_t scan_backward(Arguments& in) {
   const Stream stream = in.integer();
-  CudaBackward p{};
-  p.pass = read_backward(in);
-  p.workspace = floats(in, "workspace");
+  const Call<ScanBackward> call = read_backward(in);
+  const CudaBackward p{checked(in, call), floats(in, "workspace")};
   if (p.workspace != nullptr) cvmk::bindings::queue(&cuda_backward, in, p, stream);
   return cuda_workspace(p.pass);
 }
 
 void state_update(Arguments& in) {
   const Stream stream = in.integer();
-  const Update p = read_update(in);
-  cvmk::bindings::queue(&cuda_update, in, p, stream);
+  const Call<Update> call = read_update(in);
+  cvmk::bindings::queue(&cuda_update, in, checked(in, call), stream);
 }
 
 }  // namespace

@@ -1,4 +1,9 @@
 // Binds the selective scan and its single step.
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
 #include "bindings/call.h"
 #include "bindings/scan_arguments.h"
 
@@ -6,20 +11,31 @@ namespace {
 
 using namespace cvmk::scan;
 
-void scan_forward(Arguments& in) {
-  const ScanForward p = read_forward(in);
-  cvmk::bindings::run(kernels().forward, in, p);
+// Packed sequences rise from 0 to the length; an op may read here what it may not read on a device.
+void check_boundaries(const Arguments& in, const Scan& s) {
+  if (s.cu_seqlens == nullptr) return;
+  std::int64_t before = 0;
+  for (std::int64_t i = 0; i <= s.sequences; ++i) {
+    const std::int64_t at = cvmk::integer_at(s.cu_seqlens, s.cu_dtype, i);
+    if (at < before || at > s.length || (i == 0 && at != 0) || (i == s.sequences && at != s.length))
+      throw std::invalid_argument(in.about("cu_seqlens") + "must rise from 0 to " + std::to_string(s.length) + ", the length, but element " + std::to_string(i) +
+                                  " is " + std::to_string(at));
+    before = at;
+  }
 }
 
-void scan_backward(Arguments& in) {
-  const ScanBackward p = read_backward(in);
-  cvmk::bindings::run(kernels().backward, in, p);
+// 1, or 0 where nothing was run, for an argument must be copied into a form that kernels read.
+template <typename Params>
+std::int64_t run(const cvmk::Kernel<Params>& kernel, const Arguments& in, const Call<Params>& call) {
+  if (!call.readable) return 0;
+  if constexpr (!std::is_same_v<Params, Update>) check_boundaries(in, call.p.scan);
+  cvmk::bindings::run(kernel, in, call.p);
+  return 1;
 }
 
-void state_update(Arguments& in) {
-  const Update p = read_update(in);
-  cvmk::bindings::run(kernels().update, in, p);
-}
+std::int64_t scan_forward(Arguments& in) { return run(kernels().forward, in, read_forward(in)); }
+std::int64_t scan_backward(Arguments& in) { return run(kernels().backward, in, read_backward(in)); }
+std::int64_t state_update(Arguments& in) { return run(kernels().update, in, read_update(in)); }
 
 }  // namespace
 

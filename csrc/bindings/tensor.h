@@ -35,6 +35,15 @@ struct Tensor {
   Dtype dtype() const { return sizes == nullptr ? kNoDtype : dtype_of_dlpack(kind, bits, lanes); }
   std::int64_t size(int at) const { return sizes[at < 0 ? dims + at : at]; }
   std::int64_t stride(int at) const { return strides[at < 0 ? dims + at : at]; }
+  bool is_contiguous() const {
+    std::int64_t expected = 1;
+    bool dense = true;
+    for (int i = dims - 1; i >= 0; --i) {
+      dense &= sizes[i] == 1 || strides[i] == expected;
+      expected *= sizes[i];
+    }
+    return dense || expected == 0;
+  }
   void expect(int wanted, const char* name) const {
     if (dims != wanted) throw std::invalid_argument(std::string(name) + " has " + std::to_string(dims) + " dimensions, not " + std::to_string(wanted));
   }

@@ -63,7 +63,8 @@ inline __attribute__((noinline)) void advance_all(const ForwardScratch& k, int64
   for (; n < states; ++n) advance<1, kConstantB, kConstantC>(k, n, begin, end);
 }
 
-CVMK_INLINE void forward_block(const ScanForward& p, const Spans& spans, const Block& b, const ForwardScratch& k) {
+// `loaded`: B and C of the only chunk are there, from another block of the group.
+CVMK_INLINE void forward_block(const ScanForward& p, const Spans& spans, const Block& b, const ForwardScratch& k, bool loaded) {
   const Scan& s = p.scan;
   load_states(s, s.A, b.channel, b.lanes, k.A);
   if (s.B.constant != nullptr) load_states(s, s.B.constant, b.channel, b.lanes, k.B);
@@ -78,14 +79,21 @@ CVMK_INLINE void forward_block(const ScanForward& p, const Spans& spans, const B
     if (p.kept != nullptr) store_states(s, p.kept, (b.batch * spans.chunks + c) * s.channels + b.channel, b.lanes, k.x);
     load_steps(s, s.u, b, e, k.u);
     load_steps(s, s.delta, b, e, k.rate);
-    if (s.B.constant == nullptr) load_weights(s, s.B, b.batch, b.group, e, k.B);
-    if (s.C.constant == nullptr) load_weights(s, s.C, b.batch, b.group, e, k.C);
+    if (s.B.constant == nullptr && !loaded) load_weights(s, s.B, b.batch, b.group, e, k.B);
+    if (s.C.constant == nullptr && !loaded) load_weights(s, s.C, b.batch, b.group, e, k.C);
     for (int t = 0; t < e.steps; ++t) {
       const F u = simd::load(k.u + t * W), raw = simd::load(k.rate + t * W) + bias;
       const F step = s.softplus ? softplus(raw) : raw;
       simd::store(k.rate + t * W, times_log2e(step));
       simd::store(k.drive + t * W, step * u);
       simd::store(k.y + t * W, s.D == nullptr ? F{} : D * u);
+    }
+    if (s.z.data != nullptr) {  // the gate, in the place of u
+      load_steps(s, s.z, b, e, k.u);
+      for (int t = 0; t < e.steps; ++t) {
+        const F z = simd::load(k.u + t * W);
+        simd::store(k.u + t * W, z * sigmoid(z));
+      }
     }
     for (int64_t i = spans.starts[c]; i < spans.starts[c + 1]; ++i) {
       const Span& span = spans.spans[i];
@@ -94,25 +102,23 @@ CVMK_INLINE void forward_block(const ScanForward& p, const Spans& spans, const B
       run(k, s.states, static_cast<int>(span.begin - c * kChunk), static_cast<int>(span.end - c * kChunk));
       if (span.final) store_states(s, p.last, row, b.lanes, k.x);
     }
-    if (s.z.data != nullptr) {
-      load_steps(s, s.z, b, e, k.u);
-      for (int t = 0; t < e.steps; ++t) {
-        const F z = simd::load(k.u + t * W);
-        simd::store(k.y + t * W, simd::load(k.y + t * W) * (z * sigmoid(z)));
-      }
-    }
+    if (s.z.data != nullptr)
+      for (int t = 0; t < e.steps; ++t) simd::store(k.y + t * W, simd::load(k.y + t * W) * simd::load(k.u + t * W));
     store_steps(s, p.out, s.u.dtype, b, e, k.y);
   }
 }
 
-// The memory of a pass: the spans, and a part for each thread.
+// The memory of a pass: the spans, and a part for each thread. An item is one block, or of short sequences up to four of a group, which share the
+// group's B and C, where the threads have enough to do all the same.
 struct ForwardPlan {
-  int64_t blocks, items, each;
+  int64_t blocks, run, runs, items, each;  // blocks of a group, of an item; items of a group, of all
   Spans spans;
   char* own;
   CVMK_INLINE ForwardPlan(const Scan& s, const Team& team, Arena* a) {
     blocks = blocks_of_group(s);
-    items = s.length == 0 ? 0 : s.batch * s.groups * blocks;
+    run = chunk_count(s) > 1 ? 1 : most(1, least(4, s.batch * s.groups * blocks / (4 * team.size)));
+    runs = pieces(blocks, run);
+    items = s.length == 0 ? 0 : s.batch * s.groups * runs;
     Arena one;
     ForwardScratch(s, &one);
     each = one.used;
@@ -138,7 +144,8 @@ inline __attribute__((unused)) void run_forward(const ScanForward& p, char* scra
     const unsigned mode = flush_subnormals();
     Arena own{plan.own + thread * plan.each};
     const ForwardScratch k(s, &own);
-    forward_block(p, plan.spans, block_at(s, item / plan.blocks / s.groups, item / plan.blocks % s.groups, item % plan.blocks), k);
+    const int64_t first = item % plan.runs * plan.run, group = item / plan.runs % s.groups, batch = item / plan.runs / s.groups;
+    for (int64_t i = first; i < least(plan.blocks, first + plan.run); ++i) forward_block(p, plan.spans, block_at(s, batch, group, i), k, i > first);
     restore_subnormals(mode);
   });
 }

@@ -195,7 +195,9 @@ inline __attribute__((noinline)) void load_tile_as(const Plane& from, int rows, 
   for (int c = 0; c < columns; c += W) {
     const int n = columns - c < W ? columns - c : W;
     F m[W];
-    if (from.column == 1) {
+    if (from.row == 1 && columns == 1) {
+      m[0] = rows == W ? elements::load<kType>(from.data) : elements::load_n<kType>(from.data, rows);
+    } else if (from.column == 1) {
       const char* p = from.data + c * size;
       const int64_t stride = from.row * size;
       if (rows == W && n == W) {
@@ -225,6 +227,10 @@ CVMK_INLINE void load_tile(const Plane& from, int rows, int columns, bool flip, 
 template <Dtype kType>
 inline __attribute__((noinline)) void store_tile_as(const Plane& to, int rows, int columns, bool flip, const float* tile) {
   constexpr int64_t size = size_of(kType);
+  if (to.row == 1 && columns == 1) {  // one step of channels that are neighbours
+    if (rows == W) return elements::store<kType>(to.data, simd::load(tile));
+    return elements::store_n<kType>(to.data, simd::load(tile), rows);
+  }
   for (int c = 0; c < columns; c += W) {
     const int n = columns - c < W ? columns - c : W;
     F m[W];
@@ -252,7 +258,9 @@ inline __attribute__((noinline)) void load_rows_as(const Plane& from, int64_t ro
   for (int64_t r = 0; r < rows; ++r) {
     const char* p = from.data + r * from.row * size;
     float* q = out + r * pitch;
-    if (from.column == 1 && !flip) {
+    if (columns == 1) {  // not by a masked store, for what follows reads it one by one
+      *q = elements::load_one<kType>(p);
+    } else if (from.column == 1 && !flip) {
       int c = 0;
       for (; c + W <= columns; c += W) simd::store(q + c, elements::load<kType>(p + c * size));
       if (c < columns) simd::store_n(q + c, elements::load_n<kType>(p + c * size, columns - c), columns - c);

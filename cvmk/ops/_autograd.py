@@ -83,6 +83,8 @@ def forward_function(op: Op) -> type[torch.autograd.Function]:
             """keyset: what is left of the dispatcher's keys; None where nobody observes the call."""
             ctx.set_materialize_grads(False)
             ctx.hand_on = None
+            if op.keeps is not None:
+                arguments = (*arguments[: op.keeps], True, *arguments[op.keeps + 1 :])
             if keyset is None:
                 results = _forward_directly(ctx, op, tuple.__new__(op.call, arguments))
             else:

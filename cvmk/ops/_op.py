@@ -47,6 +47,8 @@ class Op:
     saved           names of the results that the backward pass reads.
     principal       the field whose dtype and device decide; the first one by default.
     module          name of the files that hold the op's backends; that of the call's module by default.
+    keeps           a flag among the call's fields, False as it is prepared, that autograd sets where it records the call: only then does the forward pass
+                    keep what the backward pass needs. (Within a transform no tensor tells before that its gradient will be wanted.)
     function        makes the autograd function, where the op's derivative is not made as others' are.
 
     The backward pass's schema has the gradients of the results (each may be absent), the call's tensors, the saved results, the call's other
@@ -64,6 +66,7 @@ class Op:
         saved: Sequence[str] = (),
         principal: str | None = None,
         module: str | None = None,
+        keeps: str | None = None,
         function: Callable[[Op], type[torch.autograd.Function]] = forward_function,
     ) -> None:
         fields, results = fields_of(call), fields_of(out)
@@ -73,6 +76,7 @@ class Op:
         self.saved = tuple([results.names.index(field) for field in saved])
         self.principal = principal or fields.names[0]
         self._principal_at = fields.names.index(self.principal)
+        self.keeps = None if keeps is None else fields.names.index(keeps)
         self.module = module or call.__module__.rpartition(".")[2]
         self.needs = _needs(tuple(differentiable))
         self.prepare: Callable[..., Any] | None = None

@@ -20,7 +20,7 @@ grad_enabled, autocast_enabled = torch.is_grad_enabled, _C._is_any_autocast_enab
 
 
 def unobserved(tensors: Sequence[torch.Tensor | None]) -> bool | None:
-    """None, or, where a call may go straight to the implementation, whether a tensor asks for a gradient.
+    """None, or, where a call may go straight to the implementation, whether gradients are on and a tensor asks for one.
 
     Going straight saves the dispatcher's time (half of a small op's), and is for where nobody would miss a call there: no graph is being
     traced, no mode, transform or profiler is active, and the tensors are plain ones on the CPU, with their numbers in memory as they are
@@ -28,11 +28,11 @@ def unobserved(tensors: Sequence[torch.Tensor | None]) -> bool | None:
     """
     if _compiling() or _modes() or _function_modes() or transforms() is not None or _profiled() or _traced() is not None:
         return None
-    asks = False
+    asks, recorded = False, grad_enabled()
     for tensor in tensors:
         if tensor is not None:
             if type(tensor) not in _PLAIN or not tensor.is_cpu or tensor.is_neg():
                 return None
-            if tensor.requires_grad:
+            if recorded and tensor.requires_grad:
                 asks = True
     return asks

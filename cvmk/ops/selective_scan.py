@@ -29,7 +29,10 @@ from torch import Tensor
 from cvmk.ops._call import Written
 from cvmk.ops._dtypes import accumulation_dtype, autocast_lower
 from cvmk.ops._op import Op
+from cvmk.ops._watch import autocast_enabled
 
+_make: Any = tuple.__new__  # half the time of the NamedTuple's own
+_FLOATS = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
 SCAN_CHUNK = 64
 """Time steps between two states that the forward pass keeps for the backward pass, which computes those between them again."""
 
@@ -54,7 +57,7 @@ class ScanCall(NamedTuple):
 class ScanOut(NamedTuple):
     """states [batch, ceil(length / SCAN_CHUNK) * dim, state] holds, in the order of the scan (from the end when reversed), the state before each
     chunk: row c * dim + d is channel d before chunk c. A dimension of the chunks alone would be 1 for short inputs, and torch.export would then
-    fix the length to them. No elements unless keep_states. Packed sequences do not align with chunks."""
+    fix the length to them. No elements unless keep_states, which autograd sets. Packed sequences do not align with chunks."""
 
     out: Tensor
     last_state: Tensor
@@ -111,7 +114,8 @@ def selective_scan(
                    the end, the last state is the one after position 0. Packed: each sequence is reversed in its place.
     cu_seqlens     [sequences + 1], int32 or int64, on u's device: sequences packed one after the other along `length`, with batch
                    1; sequence i is positions cu_seqlens[i] up to cu_seqlens[i + 1], and no state passes from one to the next. It
-                   must rise from 0 to length (not checked: that would stop the device); empty sequences are legal.
+                   must rise from 0 to length; empty sequences are legal. On the CPU anything else is refused; a device is not waited
+                   for, and makes some division of the length of it.
 
     Returns out [batch, dim, length] in u's dtype and, with return_last_state, (out, last state [batch or sequences, dim, state]).
     The last state is in the dtype of the computation: float32, or float64 where u is float64. An empty sequence's last state is
@@ -121,7 +125,7 @@ def selective_scan(
     since exponentials and sums run in float32.
 
     A NaN or an infinity in an argument reaches only what depends on it.
-    Raises TypeError for a dtype and ValueError for a shape or device that does not fit.
+    Raises TypeError for a dtype and ValueError for a shape, a device or (on the CPU) cu_seqlens that do not fit.
     """
     out, last_state, _ = scan_op(
         _prepare_scan(
@@ -202,6 +206,7 @@ scan_op = Op(
     fake_forward=_fake_scan,
     differentiable=("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state"),
     saved=("states",),
+    keeps="keep_states",
 )
 
 
@@ -222,45 +227,65 @@ def _prepare_scan(
     reverse: bool = False,
     cu_seqlens: Tensor | None = None,
 ) -> ScanCall:
-    floating = {"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z, "delta_bias": delta_bias, "initial_state": initial_state}
-    _check_tensors("selective_scan", floating, u.device)
-    if u.dim() != 3:
+    device, tensors = u.device, (u, delta, A, B, C, D, z, delta_bias, initial_state)
+    for tensor in tensors:
+        if tensor is not None and (tensor.dtype not in _FLOATS or tensor.device != device):
+            _check_tensors("selective_scan", dict(zip(ScanCall._fields, tensors, strict=False)), device)
+    shape, rates = u.shape, A.shape
+    if len(shape) != 3:
         raise ValueError(f"u must be [batch, dim, length], not of shape {_shape(u)}")
-    batch, dim, length = u.shape
-    if A.dim() != 2 or A.shape[0] != dim:
+    batch, dim, length = shape
+    if len(rates) != 2 or rates[0] != dim:
         raise ValueError(f"A must be [dim, state] with dim {dim} as u has it, not of shape {_shape(A)}")
-    state = A.shape[1]
-    _check_shape("delta", delta, "[batch, dim, length] as u is", u.shape)
-    _check_shape("z", z, "[batch, dim, length] as u is", u.shape)
-    _check_shape("D", D, "[dim]", (dim,))
-    _check_shape("delta_bias", delta_bias, "[dim]", (dim,))
-    B, C = _with_groups("B", B, batch, dim, state, length), _with_groups("C", C, batch, dim, state, length)
-    if B.dim() == 4 and C.dim() == 4 and B.shape[1] != C.shape[1]:
-        raise ValueError(f"B has {B.shape[1]} groups and C has {C.shape[1]}; give both the same number (expand the smaller one)")
+    state = rates[1]
+    if delta.shape != shape or (z is not None and z.shape != shape):
+        _check_shape("delta", delta, "[batch, dim, length] as u is", shape)
+        _check_shape("z", z, "[batch, dim, length] as u is", shape)
+    if D is not None and D.shape != shape[1:2]:
+        _check_shape("D", D, "[dim]", (dim,))
+    if delta_bias is not None and delta_bias.shape != shape[1:2]:
+        _check_shape("delta_bias", delta_bias, "[dim]", (dim,))
+    B, B_groups = _with_groups("B", B, batch, dim, state, length)
+    C, C_groups = _with_groups("C", C, batch, dim, state, length)
+    if B_groups != C_groups and B_groups and C_groups:
+        raise ValueError(f"B has {B_groups} groups and C has {C_groups}; give both the same number (expand the smaller one)")
     sequences = batch
     if cu_seqlens is not None:
         _check_cu_seqlens(cu_seqlens, u)
         sequences = cu_seqlens.shape[0] - 1
-    _check_shape("initial_state", initial_state, "[batch (packed: sequences), dim, state]", (sequences, dim, state))
-    keep_states = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in floating.values())
-    u, B, C, z = autocast_lower(u, B, C, z)  # type: ignore[assignment]
-    return ScanCall(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus, reverse, keep_states)
+    if initial_state is not None and initial_state.shape != (sequences, dim, state):
+        _check_shape("initial_state", initial_state, "[batch (packed: sequences), dim, state]", (sequences, dim, state))
+    if autocast_enabled():
+        u, B, C, z = autocast_lower(u, B, C, z)  # type: ignore[assignment]
+    return _make(ScanCall, (u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus, reverse, False))
 
 
-def _with_groups(name: str, tensor: Tensor, batch: int, dim: int, state: int, length: int) -> Tensor:
-    """B or C as [dim, state] or [batch, groups, state, length]."""
-    if tensor.dim() == 2:
+def _with_groups(name: str, tensor: Tensor, batch: int, dim: int, state: int, length: int) -> tuple[Tensor, int]:
+    """B or C as [batch, groups, state, length] with its groups, or as [dim, state] and 0."""
+    sizes = tensor.shape
+    if len(sizes) == 2:
         _check_shape(name, tensor, "[dim, state]", (dim, state))
-        return tensor
-    if tensor.dim() == 3:
+        return tensor, 0
+    if len(sizes) == 3:
         tensor = tensor.unsqueeze(1)
-    if tensor.dim() != 4 or tensor.shape[0] != batch or tensor.shape[2] != state or tensor.shape[3] != length:
+        sizes = tensor.shape
+    if len(sizes) != 4 or sizes[0] != batch or sizes[2] != state or sizes[3] != length:
         raise ValueError(
             f"{name} must be [dim, state], [batch, state, length] or [batch, groups, state, length] with batch {batch}, dim {dim}, "
             f"state {state}, length {length}, not of shape {_shape(tensor)}"
         )
-    _check_groups(name, tensor.shape[1], dim, "dim")
-    return tensor
+    groups = sizes[1]
+    if groups != 1:
+        _check_groups(name, groups, dim, "dim")
+    return tensor, groups
+
+
+def check_boundaries(cu_seqlens: Tensor, length: int) -> None:
+    """ValueError where packed sequences do not rise from 0 to `length`. For backends, where the numbers can be read without waiting for a device."""
+    found = cu_seqlens.tolist()
+    for i, (before, at) in enumerate(zip([0, *found], found, strict=False)):
+        if not before <= at <= length or (i == 0 and at != 0) or (i == len(found) - 1 and at != length):
+            raise ValueError(f"selective_scan: cu_seqlens must rise from 0 to {length}, the length, but element {i} is {at}")
 
 
 def _check_cu_seqlens(cu_seqlens: Tensor, u: Tensor) -> None:
@@ -293,14 +318,10 @@ def _prepare_update(
     dt_bias: Tensor | None = None,
     dt_softplus: bool = False,
 ) -> UpdateCall:
-    device, gradients = x.device, torch.is_grad_enabled()
-    for name, tensor in zip(UpdateCall._fields, (state, x, dt, A, B, C, D, z, dt_bias), strict=False):
-        if tensor is None:
-            continue
-        if not tensor.is_floating_point() or tensor.device != device:
-            _check_tensors("selective_state_update", {name: tensor}, device)
-        if gradients and tensor.requires_grad:
-            raise RuntimeError(f"selective_state_update has no gradient, but {name} requires one; call it under torch.no_grad() or detach {name}")
+    device, gradients, tensors = x.device, torch.is_grad_enabled(), (state, x, dt, A, B, C, D, z, dt_bias)
+    for tensor in tensors:
+        if tensor is not None and (tensor.dtype not in _FLOATS or tensor.device != device or (gradients and tensor.requires_grad)):
+            _check_constants(dict(zip(UpdateCall._fields, tensors, strict=False)), device, gradients)
     sizes = state.shape
     if len(sizes) not in (3, 4):
         raise ValueError(f"state must be [batch, dim, state] or [batch, heads, dim, state], not of shape {_shape(state)}")
@@ -313,15 +334,18 @@ def _prepare_update(
     if (D is not None and D.shape != rows) or (dt_bias is not None and dt_bias.shape != rows):
         for name, tensor in (("D", D), ("dt_bias", dt_bias)):
             _check_shape(name, tensor, "[heads, dim]" if len(sizes) == 4 else "[dim]", rows)
-    for name, tensor in (("B", B), ("C", C)):
-        have = tensor.shape
-        if len(have) not in (2, 3) or have[0] != sizes[0] or have[-1] != sizes[-1]:
-            wanted = f"[batch, state] or [batch, groups, state] with batch {sizes[0]} and state {sizes[-1]}"
-            raise ValueError(f"{name} must be {wanted}, not of shape {_shape(tensor)}")
-        if len(have) == 3:
-            _check_groups(name, have[1], sizes[1], "heads" if len(sizes) == 4 else "dim")
-    x, B, C, z = autocast_lower(x, B, C, z)  # type: ignore[assignment]
-    return UpdateCall(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
+    flat = (sizes[0], sizes[-1])
+    if B.shape != flat or C.shape != flat:
+        for name, tensor in (("B", B), ("C", C)):
+            have = tensor.shape
+            if len(have) not in (2, 3) or have[0] != sizes[0] or have[-1] != sizes[-1]:
+                wanted = f"[batch, state] or [batch, groups, state] with batch {sizes[0]} and state {sizes[-1]}"
+                raise ValueError(f"{name} must be {wanted}, not of shape {_shape(tensor)}")
+            if len(have) == 3:
+                _check_groups(name, have[1], sizes[1], "heads" if len(sizes) == 4 else "dim")
+    if autocast_enabled():
+        x, B, C, z = autocast_lower(x, B, C, z)  # type: ignore[assignment]
+    return _make(UpdateCall, (state, x, dt, A, B, C, D, z, dt_bias, dt_softplus))
 
 
 def with_heads(c: UpdateCall) -> UpdateCall:
@@ -352,6 +376,13 @@ def _check_tensors(op: str, tensors: dict[str, Tensor | None], device: torch.dev
             raise TypeError(f"{op} needs real floating point numbers, but {name} is {tensor.dtype}")
         if tensor.device != device:
             raise ValueError(f"{name} is on {tensor.device}, not on {device} as the input is; move it there")
+
+
+def _check_constants(tensors: dict[str, Tensor | None], device: torch.device, gradients: bool) -> None:
+    _check_tensors("selective_state_update", tensors, device)
+    for name, tensor in tensors.items():
+        if gradients and tensor is not None and tensor.requires_grad:
+            raise RuntimeError(f"selective_state_update has no gradient, but {name} requires one; call it under torch.no_grad() or detach {name}")
 
 
 def _check_shape(name: str, tensor: Tensor | None, meaning: str, shape: Any) -> None:

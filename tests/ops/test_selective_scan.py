@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cvmk.ops import explain, selective_scan, selective_state_update, use
+from cvmk.ops import explain, native, selective_scan, selective_state_update, use
 from cvmk.ops.reference.selective_scan import scan_backward, scan_forward
 from cvmk.ops.selective_scan import SCAN_CHUNK, ScanCall, _prepare_scan, _prepare_update, scan_op
 
+ON_CPU = ["reference"] if native.library() is None else ["reference", "native"]
 CHANNEL_INPUTS = ("u", "delta", "z")
 
 
@@ -410,6 +411,42 @@ def test_wrong_arguments_are_named(change: dict[str, Tensor], kind: type[Excepti
         selective_scan(**{**inputs(), **change})  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("backend", ON_CPU)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_packed_sequences_that_do_not_rise_are_refused(backend: str, compiled: bool) -> None:
+    """The same error from every backend on the CPU, also in a compiled graph; all of them took some division of the length before."""
+    arguments = inputs(1, 4, 3, 30)
+    function = torch.compile(selective_scan, backend="aot_eager") if compiled else selective_scan
+    wrong = (([0, 20, 10, 30], 2, 10), ([0, 1000, 30, 30], 1, 1000), ([3, 10, 20, 30], 0, 3), ([0, 10, 20, 25], 3, 25), ([-4, 0, 9, 30], 0, -4))
+    with use(backend):
+        for bounds, at, value in wrong:
+            for dtype in (torch.int32, torch.int64):
+                with pytest.raises(ValueError, match=f"cu_seqlens must rise from 0 to 30, the length, but element {at} is {value}$"):
+                    function(**arguments, cu_seqlens=torch.tensor(bounds, dtype=dtype))  # type: ignore[arg-type]
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("backend", ON_CPU)
+def test_transforms_keep_what_the_gradient_needs(backend: str) -> None:
+    """Under vmap no tensor tells that its gradient will be wanted: the states before each chunk were not kept, and read all the same."""
+    a = {name: torch.stack([tensor, tensor + 0.1]) for name, tensor in inputs(1, 2, 3, 2 * SCAN_CHUNK + 5, optional="z").items()}
+    names = list(a)
+
+    def loss(*tensors: Tensor) -> Tensor:
+        return selective_scan(**dict(zip(names, tensors, strict=True))).square().sum()
+
+    with use(backend):
+        leaves = [tensor.clone().requires_grad_() for tensor in a.values()]
+        want = torch.autograd.grad(sum(loss(*(leaf[i] for leaf in leaves)) for i in range(2)), leaves)
+        found = torch.autograd.grad(torch.vmap(loss)(*leaves).sum(), leaves)
+        traced = torch.func.grad(lambda *tensors: torch.vmap(loss)(*tensors).sum(), argnums=tuple(range(len(names))))(*a.values())
+        batched = torch.vmap(torch.func.grad(loss, argnums=tuple(range(len(names)))))(*a.values())
+        rows = torch.autograd.functional.jacobian(lambda u: selective_scan(u, *[t[0] for t in list(a.values())[1:5]]).sum((0, 1)), a["u"][0], vectorize=True)
+    for other in (found, traced, batched):
+        assert all(torch.allclose(x, y, rtol=1e-5, atol=1e-6) for x, y in zip(other, want, strict=True))
+    assert rows.shape == (2 * SCAN_CHUNK + 5, 1, 2, 2 * SCAN_CHUNK + 5) and rows.isfinite().all() and rows.any()
+
+
 # -- the single step -----------------------------------------------------------------------------------------------------------
 def step_inputs(heads: int | None = None, groups: int | None = 1, batch: int = 3, dim: int = 4, state: int = 5, dtype: torch.dtype = torch.float32) -> dict:
     torch.manual_seed(0)
@@ -481,6 +518,25 @@ def test_half_precision_state_is_rounded_only_when_stored() -> None:
     stored = rounded.clone()
     assert torch.equal(selective_state_update(**{**a, "state": stored}), y) and stored.dtype == torch.bfloat16
     assert selective_state_update(**step_inputs(batch=0)).shape == (0, 4)
+
+
+@pytest.mark.parametrize("backend", ON_CPU)
+def test_states_that_no_operation_of_pytorch_writes_to(backend: str) -> None:
+    """An expanded state, and an inference tensor outside of inference mode: the kernels wrote to both."""
+    a = step_inputs(batch=3)
+    shared = a["state"][:1].expand(3, -1, -1)
+    with torch.inference_mode():
+        inference = a["state"].clone()
+    with use(backend):
+        for state, message in ((shared, "state, whose elements share memory .*clone"), (inference, "state, an inference tensor, outside of inference mode")):
+            before = state.clone()
+            with pytest.raises(RuntimeError, match=f"selective_state_update writes to {message}"):
+                selective_state_update(**{**a, "state": state})
+            assert torch.equal(state, before)
+        want = selective_state_update(**{**a, "state": a["state"].clone()})
+        with torch.inference_mode():
+            assert torch.equal(selective_state_update(**{**a, "state": inference}), want)
+        assert torch.equal(selective_state_update(**{**a, "state": shared.clone()}), selective_state_update(**{**a, "state": shared.contiguous()}))
 
 
 @pytest.mark.parametrize("heads", [None, 2])

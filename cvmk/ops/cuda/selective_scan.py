@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cvmk.ops import cuda
 from cvmk.ops._backend import Backend
-from cvmk.ops.native.selective_scan import DTYPES, as_inputs, gradients_of, readable_scan, readable_update, results_of, update_limits
+from cvmk.ops.native.selective_scan import DTYPES, as_inputs, gradients_of, readable_grads, readable_scan, readable_update, results_of, update_limits
 from cvmk.ops.selective_scan import ScanCall, ScanOut, UpdateCall
 
 MOST_STATES = 256
@@ -25,7 +25,7 @@ def _along_time(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _readable(c: ScanCall) -> tuple[Any, ...]:
+def _readable(c: ScanCall) -> ScanCall:
     return readable_scan(
         c._replace(u=_along_time(c.u), delta=_along_time(c.delta), B=_along_time(c.B), C=_along_time(c.C), z=None if c.z is None else _along_time(c.z))
     )
@@ -33,17 +33,14 @@ def _readable(c: ScanCall) -> tuple[Any, ...]:
 
 def scan_forward(c: ScanCall) -> ScanOut:
     found = results_of(c)
-    _library().scan_forward(cuda.stream(c.u), *_readable(c), found.out, found.last_state, found.states if c.keep_states else None)
+    _library().scan_forward(cuda.stream(c.u), *_readable(c), *found)
     return found
 
 
 def scan_backward(g: ScanOut, c: ScanCall, saved: ScanOut, needs: Any) -> tuple[Tensor, ...]:
-    grad_out, grad_last = g.out, g.last_state
-    if grad_out is not None:
-        grad_out = _along_time(grad_out if grad_out.dtype in DTYPES else grad_out.float())
-    if grad_last is not None:
-        grad_last = grad_last.float().contiguous()
     grads = gradients_of(c, needs)
+    grad_out, grad_last = readable_grads(g)
+    grad_out = None if grad_out is None else _along_time(grad_out)
     arguments = (cuda.stream(c.u), *_readable(c), grad_out, grad_last, saved.states.contiguous(), *grads)
     workspace = torch.empty(max(1, _library().scan_backward(*arguments, None)), dtype=torch.float32, device=c.u.device)
     _library().scan_backward(*arguments, workspace)

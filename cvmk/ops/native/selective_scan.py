@@ -19,6 +19,8 @@ from cvmk.ops.selective_scan import SCAN_CHUNK, ScanCall, ScanOut, UpdateCall, s
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _FLOAT32 = torch.float32
+_NOTHING = torch.empty(0)
+_make: Any = tuple.__new__  # half the time of the NamedTuple's own
 
 
 def _readable(tensor: Tensor) -> Tensor:
@@ -28,28 +30,23 @@ def _readable(tensor: Tensor) -> Tensor:
 
 def _plain(tensor: Tensor | None) -> Tensor | None:
     """In float32 and contiguous."""
-    if tensor is None or (tensor.dtype is _FLOAT32 and tensor.is_contiguous()):
-        return tensor
-    return tensor.to(_FLOAT32).contiguous()
+    return None if tensor is None else tensor.to(_FLOAT32).contiguous()
 
 
-def readable_scan(c: ScanCall) -> tuple[Any, ...]:
+def readable_scan(c: ScanCall) -> ScanCall:
     """The arguments of a scan as the kernels read them: steps in any strides and one of DTYPES, the rest in float32 and contiguous."""
-    u, delta, A, B, C, D, z, bias, initial, cu_seqlens, softplus, reverse, _ = c
-    B, C = (_readable(weights) if weights.dim() == 4 else _plain(weights) for weights in (B, C))  # type: ignore[assignment]
-    return (
-        *(u, _readable(delta), _plain(A), B, C, _plain(D), None if z is None else _readable(z), _plain(bias), _plain(initial)),
-        *(None if cu_seqlens is None else cu_seqlens.contiguous(), softplus, reverse),
-    )
+    B, C = (_readable(weights) if weights.dim() == 4 else weights.to(_FLOAT32).contiguous() for weights in (c.B, c.C))
+    z, cu_seqlens = None if c.z is None else _readable(c.z), None if c.cu_seqlens is None else c.cu_seqlens.contiguous()
+    D, bias, initial = _plain(c.D), _plain(c.delta_bias), _plain(c.initial_state)
+    return ScanCall(c.u, _readable(c.delta), c.A.to(_FLOAT32).contiguous(), B, C, D, z, bias, initial, cu_seqlens, *c[10:])
 
 
 def results_of(c: ScanCall) -> ScanOut:
     """Where a scan's results go."""
     batch, dim, length = c.u.shape
-    states, device = c.A.shape[1], c.u.device
-    last = torch.empty((sequences_of(c), dim, states), dtype=_FLOAT32, device=device)
-    kept = torch.empty((batch, -(-length // SCAN_CHUNK) * dim, states) if c.keep_states else (0,), dtype=_FLOAT32, device=device)
-    return ScanOut(torch.empty((batch, dim, length), dtype=c.u.dtype, device=device), last, kept)
+    states, numbers = c.A.shape[1], c.A if c.A.dtype is _FLOAT32 else torch.empty((), dtype=_FLOAT32, device=c.A.device)
+    kept = numbers.new_empty(batch, -(-length // SCAN_CHUNK) * dim, states) if c.keep_states else _NOTHING if c.u.is_cpu else numbers.new_empty(0)
+    return _make(ScanOut, (c.u.new_empty(batch, dim, length), numbers.new_empty(sequences_of(c), dim, states), kept))
 
 
 def gradients_of(c: ScanCall, needs: Any) -> list[Tensor | None]:
@@ -68,35 +65,45 @@ def as_inputs(c: ScanCall, grads: list[Tensor | None]) -> tuple[Tensor, ...]:
     return tuple(not_needed(c.u) if grad is None else grad.to(tensor.dtype) for tensor, grad in zip(c[:9], grads, strict=True))  # type: ignore[union-attr]
 
 
+def readable_grads(g: ScanOut) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of out and of the last state as the kernels read them."""
+    return None if g.out is None else _readable(g.out), _plain(g.last_state)
+
+
+def _must(ran: int) -> None:
+    """A kernel says 0 where it ran nothing, for it cannot read an argument as it lies."""
+    if not ran:
+        raise RuntimeError("the kernels of the scan read no copy of these arguments either")
+
+
 def scan_forward(c: ScanCall) -> ScanOut:
     found = results_of(c)
-    _native.scan_forward(*readable_scan(c), found.out, found.last_state, found.states if c.keep_states else None)
+    if not _native.scan_forward(*c, *found):
+        _must(_native.scan_forward(*readable_scan(c), *found))
     return found
 
 
 def scan_backward(g: ScanOut, c: ScanCall, saved: ScanOut, needs: Any) -> tuple[Tensor, ...]:
     grads = gradients_of(c, needs)
-    grad_out = None if g.out is None else _readable(g.out)
-    _native.scan_backward(*readable_scan(c), grad_out, _plain(g.last_state), saved.states.contiguous(), *grads)
+    if not _native.scan_backward(*c, g.out, g.last_state, saved.states, *grads):
+        _must(_native.scan_backward(*readable_scan(c), *readable_grads(g), saved.states.contiguous(), *grads))
     return as_inputs(c, grads)
 
 
 def update_forward(c: UpdateCall) -> Tensor:
-    state, x, dt, A, B, C, D, z, dt_bias, softplus = readable_update(c)
-    y = torch.empty(x.shape, dtype=x.dtype)
-    _native.scan_state_update(state, x, dt, A, B, C, D, z, dt_bias, softplus, y)
+    y = c.x.new_empty(*c.x.shape)
+    if not _native.scan_state_update(*c, y):
+        _must(_native.scan_state_update(*readable_update(c), y))
     return y
 
 
 def readable_update(c: UpdateCall) -> UpdateCall:
-    """A step as the kernels read it: one number of groups, A in float32."""
-    if c.B.dim() != c.C.dim() or c.B.shape[1] != c.C.shape[1]:
-        whole = with_heads(c)
-        c = c._replace(B=whole.B, C=whole.C)
-    if all(tensor is None or tensor.dtype in DTYPES for tensor in c[1:9]) and c.A.dtype is _FLOAT32:
-        return c
-    D, z, dt_bias = (None if tensor is None else _readable(tensor) for tensor in (c.D, c.z, c.dt_bias))
-    return UpdateCall(c.state, c.x, _readable(c.dt), c.A.float(), _readable(c.B), _readable(c.C), D, z, dt_bias, c.dt_softplus)
+    """A step as the kernels read it: one number of groups, one of DTYPES, A in float32."""
+    state, x, dt, A, B, C, D, z, dt_bias, softplus = c
+    if B.dim() != C.dim() or B.shape[1] != C.shape[1]:
+        B, C = with_heads(c)[4:6]
+    D, z, dt_bias = (None if tensor is None else _readable(tensor) for tensor in (D, z, dt_bias))
+    return UpdateCall(state, x, _readable(dt), A.float(), _readable(B), _readable(C), D, z, dt_bias, softplus)
 
 
 def _unavailable() -> str | None:

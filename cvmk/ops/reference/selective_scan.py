@@ -21,7 +21,8 @@ from torch import Tensor
 
 from cvmk.ops._backend import Backend
 from cvmk.ops._dtypes import accumulation_dtype, not_needed
-from cvmk.ops.selective_scan import SCAN_CHUNK, ScanCall, ScanOut, UpdateCall, groups_of, with_heads
+from cvmk.ops._watch import unobserved
+from cvmk.ops.selective_scan import SCAN_CHUNK, ScanCall, ScanOut, UpdateCall, check_boundaries, groups_of, with_heads
 
 _BLOCK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 24}
 """How many elements a tensor of one chunk's states may have before the batch is cut into blocks."""
@@ -38,6 +39,8 @@ class _Markers:
 
     @classmethod
     def of(cls, cu_seqlens: Tensor, length: int, reverse: bool) -> _Markers:
+        if unobserved((cu_seqlens,)) is not None:
+            check_boundaries(cu_seqlens, length)
         count = cu_seqlens.shape[0] - 1
         positions = torch.arange(length, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
         # With empty sequences several begin at one position; the last of them is the one that holds it. The clamp keeps a wrong

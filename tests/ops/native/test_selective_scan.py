@@ -84,13 +84,6 @@ def test_packed_equals_one_by_one(level: str, reverse: bool) -> None:
         assert torch.equal(out[..., start:stop], own) and torch.equal(last[i : i + 1], own_last)
 
 
-def test_cu_seqlens_that_do_not_rise_stay_inside(level: str) -> None:
-    arguments = inputs(1, 5, 3, 30, sequences=3)
-    for bounds in ([0, 1000, -5, 30], [7, -9, 99, 2], [30, 30, 30, 30]):
-        for reverse in (False, True):
-            run(arguments, "native", cu_seqlens=torch.tensor(bounds), reverse=reverse)
-
-
 def test_a_reversed_scan_is_the_flipped_one(level: str) -> None:
     arguments = inputs(2, 18, 6, 100)
     flipped = {name: t.flip(-1) if name in ("u", "delta", "z", "B", "C") else t for name, t in arguments.items()}
