@@ -4,8 +4,7 @@
 #pragma GCC diagnostic ignored "-Wuninitialized"  // GCC 12 finds it in its own intrinsics (its bug 105593)
 #endif
 
-#include "common/simd.h"
-#include "common/threads.h"
+#include "common/elements.h"
 #include "gemm/params.h"
 
 #if defined(__AMX_TILE__) && defined(__AMX_INT8__) && defined(__AMX_BF16__)
@@ -14,83 +13,27 @@
 #define CVMK_GEMM_TILES 0
 #endif
 
+namespace cvmk::gemm {
 namespace {
 
-using namespace cvmk::gemm;
 using simd::F;
-using simd::H;
 using simd::I;
 using simd::kLanes;
 
 constexpr int kMostPanels = 9;             // of one item: 8, and one more for halves of a gated pair that start within a panel
 
-inline int64_t up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
-// -- elements of any dtype ---------------------------------------------------------------------------------------------------------
-CVMK_INLINE H load_h_some(const uint16_t* p, int n) {
-#if defined(__AVX512F__)
-  return simd::bits<H>(_mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << n) - 1u), p));
-#else
-  return simd::load_h_n(p, n);
-#endif
-}
-
-CVMK_INLINE void store_h_some(uint16_t* p, H v, int n) {
-#if defined(__AVX512F__)
-  _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1u << n) - 1u), simd::bits<__m256i>(v));
-#else
-  simd::store_h_n(p, v, n);
-#endif
-}
-
-CVMK_INLINE H narrow_bf16(F v) {
-#if defined(__AVX512BF16__)
-  return simd::bits<H>(_mm512_cvtneps_pbh(simd::bits<__m512>(v)));
-#else
-  return simd::to_bf16(v);
-#endif
-}
-
+// -- elements ----------------------------------------------------------------------------------------------------------------------
 // Elements i ... i + kLanes - 1 as floats.
-template <int kDtype>
+template <Dtype kType>
 CVMK_INLINE F load_as(const void* p, int64_t i) {
-  if (kDtype == kFloat32) return simd::load(static_cast<const float*>(p) + i);
-  const H h = simd::load_h(static_cast<const uint16_t*>(p) + i);
-  return kDtype == kBfloat16 ? simd::from_bf16(h) : simd::from_half(h);
+  return elements::load<kType>(elements::at(p, kType, i));
 }
 
 // The first n of them, 0 <= n <= kLanes; the rest is 0 and not read.
-template <int kDtype>
+template <Dtype kType>
 CVMK_INLINE F load_some(const void* p, int64_t i, int n) {
-  if (n == kLanes) return load_as<kDtype>(p, i);
-  if (kDtype == kFloat32) return simd::load_n(static_cast<const float*>(p) + i, n);
-  const H h = load_h_some(static_cast<const uint16_t*>(p) + i, n);
-  return kDtype == kBfloat16 ? simd::from_bf16(h) : simd::from_half(h);
+  return n == kLanes ? load_as<kType>(p, i) : elements::load_n<kType>(elements::at(p, kType, i), n);
 }
-
-CVMK_INLINE F load_any(const void* p, int dtype, int64_t i, int n) {
-  if (dtype == kFloat32) return load_some<kFloat32>(p, i, n);
-  return dtype == kBfloat16 ? load_some<kBfloat16>(p, i, n) : load_some<kFloat16>(p, i, n);
-}
-
-CVMK_INLINE void store_any(void* p, int dtype, int64_t i, F v, int n) {
-  if (dtype == kFloat32) {
-    float* to = static_cast<float*>(p) + i;
-    n == kLanes ? simd::store(to, v) : simd::store_n(to, v, n);
-  } else if (dtype == kFloat64) {
-    double* to = static_cast<double*>(p) + i;
-    float from[kLanes];
-    simd::store(from, v);
-    for (int j = 0; j < n; ++j) to[j] = static_cast<double>(from[j]);
-  } else {
-    uint16_t* to = static_cast<uint16_t*>(p) + i;
-    const H h = dtype == kBfloat16 ? narrow_bf16(v) : simd::to_half(v);
-    n == kLanes ? simd::store_h(to, h) : store_h_some(to, h, n);
-  }
-}
-
-inline int64_t element_bytes(int dtype) { return dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2; }
 
 // -- activations -------------------------------------------------------------------------------------------------------------------
 CVMK_INLINE F silu(F y) { return y / (1.0f + simd::exp(-y)); }
@@ -165,7 +108,7 @@ CVMK_INLINE F scaled(const Sum* sum, float row, F column) {
 
 // The lines of the output that rows [row, row + rows) of an item will fill, asked for while their sums are still being computed.
 CVMK_INLINE void expect(const Linear& p, const Item& item, int64_t row, int64_t rows) {
-  const int64_t bytes = element_bytes(p.out_dtype), columns = out_columns(p), width = least(item.width * kPanel, columns - item.column) * bytes;
+  const int64_t bytes = size_of(p.out_dtype), columns = out_columns(p), width = least(item.width * kPanel, columns - item.column) * bytes;
   const char* out = static_cast<const char*>(p.out) + (row * columns + item.column) * bytes;
   for (int64_t r = 0; r < rows; ++r, out += columns * bytes)
     for (int64_t i = 0; i < width; i += 64) __builtin_prefetch(out + i, 1);
@@ -181,7 +124,7 @@ CVMK_INLINE void finish_as(const Linear& p, const Item& item, const Sum* sums, i
   if (kBias)
     for (int h = 0; h < kHalves; ++h)
       for (int64_t v = 0; v < width; v += kLanes)
-        simd::store(bias[h] + v, load_any(p.bias, p.bias_dtype, h * columns + item.column + v, static_cast<int>(least(kLanes, width - v))));
+        simd::store(bias[h] + v, elements::load_n(p.bias, p.bias_dtype, h * columns + item.column + v, static_cast<int>(least(kLanes, width - v))));
   for (int64_t r = 0; r < rows; ++r) {
     const float row_scale = kInt8 ? row_scales[r] : 1.0f;
     const Sum* s = sums + r * stride;
@@ -197,14 +140,14 @@ CVMK_INLINE void finish_as(const Linear& p, const Item& item, const Sum* sums, i
       } else {
         y = activate<kAct>(y);
       }
-      store_any(p.out, kToBf16 ? static_cast<int>(kBfloat16) : p.out_dtype, out + v, y, static_cast<int>(least(kLanes, width - v)));
+      elements::store_n(p.out, kToBf16 ? kBFloat16 : p.out_dtype, out + v, y, static_cast<int>(least(kLanes, width - v)));
     }
   }
 }
 
 template <int kAct, typename Sum>
 CVMK_INLINE void finish_as(const Linear& p, const Item& item, const Sum* sums, int64_t stride, const float* row_scales, int64_t row, int64_t rows) {
-  if (p.out_dtype == kBfloat16) {
+  if (p.out_dtype == kBFloat16) {
     if (p.bias) finish_as<kAct, true, true>(p, item, sums, stride, row_scales, row, rows);
     else finish_as<kAct, false, true>(p, item, sums, stride, row_scales, row, rows);
   } else {
@@ -225,52 +168,6 @@ inline __attribute__((noinline)) void finish(const Linear& p, const Item& item, 
 }
 
 // -- threads -----------------------------------------------------------------------------------------------------------------------
-// before(i) for i in [0, first) on the threads, then, when all are done, body(i, thread) for i in [0, second). `enter` and `leave` run
-// once in every thread around its share of the second loop. `width` threads at most.
-template <typename Before, typename Enter, typename Body, typename Leave>
-inline void two_loops(int width, int64_t first, const Before& before, int64_t second, const Enter& enter, const Body& body, const Leave& leave) {
-#if defined(_OPENMP)
-  if (width > 1) {
-#pragma omp parallel num_threads(width)
-    {
-      if (first > 0) {
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < first; ++i) before(i);
-      }
-      enter();
-#pragma omp for schedule(dynamic, 1) nowait
-      for (int64_t i = 0; i < second; ++i) body(i, threads::index());
-      leave();
-    }
-    return;
-  }
-#else
-  (void)width;
-#endif
-  for (int64_t i = 0; i < first; ++i) before(i);
-  enter();
-  for (int64_t i = 0; i < second; ++i) body(i, 0);
-  leave();
-}
-
-// work(first, last, thread) for parts of [0, count), neighbours together, one part a thread.
-template <typename Work>
-inline void share(int width, int64_t count, const Work& work) {
-#if defined(_OPENMP)
-  if (width > 1) {
-#pragma omp parallel num_threads(width)
-    {
-      const int64_t thread = threads::index(), all = omp_get_num_threads();
-      work(count * thread / all, count * (thread + 1) / all, static_cast<int>(thread));
-    }
-    return;
-  }
-#else
-  (void)width;
-#endif
-  work(0, count, 0);
-}
-
 // Rows of a round, a multiple of 32: `most` of them fit into the second cache. Every one of `apart` threads has rows of its own where there
 // are enough of them.
 inline int64_t rows_of_round(int64_t rows, int64_t most, int apart) {
@@ -280,15 +177,5 @@ inline int64_t rows_of_round(int64_t rows, int64_t most, int apart) {
   return up((rows + rounds - 1) / rounds, 32);
 }
 
-// A bump pointer through scratch memory.
-struct Scratch {
-  char* next;
-  template <typename T>
-  T* take(int64_t count) {
-    T* found = reinterpret_cast<T*>(next);
-    next += up(count * static_cast<int64_t>(sizeof(T)), 64);
-    return found;
-  }
-};
-
 }  // namespace
+}  // namespace cvmk::gemm

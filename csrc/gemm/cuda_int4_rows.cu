@@ -28,16 +28,16 @@ __host__ __device__ constexpr int columns_for(int rows) { return rows > 2 ? 2 : 
 // Rows of x in the order of the stored inputs, as floats [kRows, whole blocks]; what is not there is zeros.
 template <int kRows>
 __device__ void stage(const CudaInt4& p, float* x) {
-  const CudaLinear& l = p.linear;
+  const Linear& l = p.linear;
   const int length = static_cast<int>(padded(l.inputs)), inputs = static_cast<int>(l.inputs);
   for (int m = 0; m < kRows; ++m) {
     const void* const row = row_of(l, m < l.rows ? m : 0);
     for (int k = static_cast<int>(threadIdx.x) * 8; k < length; k += kThreads * 8) {
       float values[8] = {};
       if (m < l.rows && k < inputs) {
-        if (p.order == nullptr) load_eight(row, l.x_type, k, values);
+        if (p.order == nullptr) load_eight(row, l.x_dtype, k, values);
         else
-          for (int i = 0; i < 8; ++i) values[i] = load_as(row, l.x_type, p.order[k + i]);
+          for (int i = 0; i < 8; ++i) values[i] = load_as(row, l.x_dtype, p.order[k + i]);
       }
       float* const to = x + static_cast<int64_t>(m) * length;
       *reinterpret_cast<float4*>(to + place_of(k)) = {values[0], values[1], values[2], values[3]};
@@ -90,7 +90,7 @@ __device__ __forceinline__ void add_run(const CudaInt4& p, const int64_t (&rows)
 template <int kRows>
 __global__ void __launch_bounds__(kThreads, 2) int4_rows(const CudaInt4 p, int shared_by) {
   constexpr int kColumns = columns_for(kRows);
-  const CudaLinear& l = p.linear;
+  const Linear& l = p.linear;
   float* const sums = shared_memory<float>();  // [warps][kColumns][kRows]
   float* const x = sums + kWarps * kMostColumns * kMostRows;
   stage<kRows>(p, x);
@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(kThreads, 2) int4_rows(const CudaInt4 p, int s
         if (lane == 0) sums[(warp * kColumns + c) * kRows + m] = sum;
       }
     __syncthreads();
-    finish<kColumns, kRows>(l, sums, group, shared_by, [&](float sum, int, int64_t n) { return l.bias == nullptr ? sum : sum + load_as(l.bias, l.bias_type, n); });
+    finish<kColumns, kRows>(l, sums, group, shared_by, [&](float sum, int, int64_t n) { return l.bias == nullptr ? sum : sum + load_as(l.bias, l.bias_dtype, n); });
     __syncthreads();
   }
 }
@@ -133,7 +133,7 @@ int64_t cuda_int4_shared(int64_t rows, int64_t inputs) {
 }
 
 cudaError_t cuda_int4_rows(const CudaInt4& p, cudaStream_t stream) {
-  const CudaLinear& l = p.linear;
+  const Linear& l = p.linear;
   if (l.rows == 0) return cudaSuccess;
   const int shared_by = warps_of_row(l.outputs, padded(l.inputs) / 2);
   return with_rows(l.rows, [&](auto n) {

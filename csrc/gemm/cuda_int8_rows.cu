@@ -17,15 +17,15 @@ struct MaxBits {
 
 // x / smooth_scale, as the law rounds it.
 __device__ inline void load_smoothed(const CudaInt8& p, int64_t row, int64_t k, float (&out)[8]) {
-  load_eight(row_of(p.linear, row), p.linear.x_type, k, out);
+  load_eight(row_of(p.linear, row), p.linear.x_dtype, k, out);
   if (p.smooth_scale == nullptr) return;
-  for (int i = 0; i < 8; ++i) out[i] = __fmul_rn(out[i], __fdiv_rn(1.0f, load_as(p.smooth_scale, p.smooth_type, k + i)));
+  for (int i = 0; i < 8; ++i) out[i] = __fmul_rn(out[i], __fdiv_rn(1.0f, load_as(p.smooth_scale, p.smooth_dtype, k + i)));
 }
 
 // Rows of x as int8 [kRows, inputs] in `values`; amax[m] is the greatest magnitude of row m. Rows that are not there are zeros.
 template <int kRows>
 __device__ void quantize(const CudaInt8& p, int8_t* values, float* amax, unsigned* scratch) {
-  const CudaLinear& l = p.linear;
+  const Linear& l = p.linear;
   const int64_t step = kThreads * 8, begin = static_cast<int64_t>(threadIdx.x) * 8;
   const int rows = static_cast<int>(l.rows);
   unsigned greatest[kRows] = {};
@@ -64,7 +64,7 @@ constexpr int kColumns = kMostColumns;
 
 template <int kRows>
 __global__ void __launch_bounds__(kThreads, 2) int8_rows(const CudaInt8 p, int shared_by) {
-  const CudaLinear& l = p.linear;
+  const Linear& l = p.linear;
   int* const sums = shared_memory<int>();  // [warps][kColumns][kRows]; scratch of the reduction before
   float* const amax = reinterpret_cast<float*>(sums + kWarps * kMostColumns * kMostRows);
   int8_t* const x = reinterpret_cast<int8_t*>(amax + kMostRows);
@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(kThreads, 2) int8_rows(const CudaInt8 p, int s
     __syncthreads();
     finish<kColumns, kRows>(l, sums, group, shared_by, [&](int sum, int m, int64_t n) {
       const float y = __fmul_rn(__fmul_rn(static_cast<float>(sum), __fdiv_rn(amax[m], 127.0f)), l.scales[n]);
-      return l.bias == nullptr ? y : __fadd_rn(y, load_as(l.bias, l.bias_type, n));
+      return l.bias == nullptr ? y : __fadd_rn(y, load_as(l.bias, l.bias_dtype, n));
     });
     __syncthreads();
   }
@@ -118,7 +118,7 @@ int64_t cuda_int8_shared(int64_t rows, int64_t inputs) {
 }
 
 cudaError_t cuda_int8_rows(const CudaInt8& p, cudaStream_t stream) {
-  const CudaLinear& l = p.linear;
+  const Linear& l = p.linear;
   if (l.rows == 0) return cudaSuccess;
   const int shared_by = warps_of_row(l.outputs, l.inputs);
   return with_rows(l.rows, [&](auto n) {

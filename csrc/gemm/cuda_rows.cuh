@@ -44,8 +44,8 @@ __device__ inline void load_eight(const void* row, int type, int64_t at, float (
     for (int i = 0; i < 4; ++i) out[4 * part + i] = half[i];
   }
 }
-__device__ inline const void* row_of(const CudaLinear& l, int64_t row) {
-  return static_cast<const char*>(l.x) + row * l.x_stride * (l.x_type == cuda::kFloat32 ? 4 : 2);
+__device__ inline const void* row_of(const Linear& l, int64_t row) {
+  return static_cast<const char*>(l.x) + row * l.x_stride * (l.x_dtype == cuda::kFloat32 ? 4 : 2);
 }
 
 __device__ inline float activated(float y, int activation) {
@@ -60,7 +60,7 @@ template <int kColumns>
 struct Columns {
   int64_t first, outputs;
   bool paired;
-  __device__ Columns(const CudaLinear& l, int64_t group)
+  __device__ Columns(const Linear& l, int64_t group)
       : first(group * (l.activation == kSwiglu ? kColumns / 2 : kColumns)), outputs(l.outputs), paired(l.activation == kSwiglu) {}
   __device__ int64_t row(int column) const {
     const int64_t found = paired ? first + column % (kColumns / 2) + (column >= kColumns / 2 ? outputs / 2 : 0) : first + column;
@@ -71,7 +71,7 @@ struct Columns {
 // Sums of the block's warps [warps][kColumns][kRows] in `sums` to the result: `value(sum of the parts, row of x, weight row)` is what the activation
 // is applied to. `group` is the block's first group of columns.
 template <int kColumns, int kRows, typename T, typename Value>
-__device__ void finish(const CudaLinear& l, const T* sums, int64_t group, int shared_by, const Value& value) {
+__device__ void finish(const Linear& l, const T* sums, int64_t group, int shared_by, const Value& value) {
   const int slots = kWarps / shared_by, index = static_cast<int>(threadIdx.x);
   const bool paired = l.activation == kSwiglu;
   const int64_t width = paired ? l.outputs / 2 : l.outputs;
@@ -88,7 +88,7 @@ __device__ void finish(const CudaLinear& l, const T* sums, int64_t group, int sh
   float y = value(sum_of(slot, column, m), m, to);
   if (paired) y = activated(y, kSilu) * value(sum_of(slot, column + kColumns / 2, m), m, to + width);
   else y = activated(y, l.activation);
-  cuda::store_as(y, l.out, l.out_type, m * width + to);
+  cuda::store_as(y, l.out, l.out_dtype, m * width + to);
 }
 
 }  // namespace cvmk::gemm

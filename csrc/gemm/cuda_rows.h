@@ -10,25 +10,16 @@ namespace cvmk::gemm {
 
 constexpr int kMostRows = 8;
 
-struct CudaLinear {
-  const void* x;     // [rows, inputs], rows x_stride elements apart, each at a multiple of 16 bytes
-  int64_t x_stride;
-  void* out;         // [rows, columns], contiguous; columns is outputs, half of them for kSwiglu
-  const void* bias;  // [outputs] or null
-  const float* scales;
-  int64_t rows, inputs, outputs;
-  int x_type, out_type, bias_type, activation;  // types as in common/cuda_types.cuh, Activation of params.h
-};
-
+// Rows of x begin at multiples of 16 bytes, inputs are a multiple of 16; results are of the types of x.
 struct CudaInt8 {
-  CudaLinear linear;         // scales [outputs]
-  const int8_t* weight;      // [outputs, inputs] at a multiple of 16 bytes; inputs a multiple of 16
+  Linear linear;             // scales [outputs]
+  const int8_t* weight;      // [outputs, inputs] at a multiple of 16 bytes
   const void* smooth_scale;  // [inputs] or null
-  int smooth_type;
+  Dtype smooth_dtype;
 };
 
 struct CudaInt4 {
-  CudaLinear linear;      // scales [inputs / group, outputs]
+  Linear linear;          // scales [inputs / group, outputs]
   const uint8_t* weight;  // [outputs, blocks of 128 inputs, 64]: byte j has input j in its low and input 64 + j in its high nibble
   const uint8_t* zeros;   // [inputs / group, outputs] or null: then 8
   const int32_t* order;   // [inputs] or null

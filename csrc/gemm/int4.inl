@@ -7,13 +7,26 @@
 #include "gemm/int4_vectors.inl"
 #include "gemm/int4_wide.inl"
 
+namespace cvmk::gemm {
 namespace {
 
-inline int int4_linear_level(const Int4Linear& p) {
 #if CVMK_GEMM_TILES
-  if (p.linear.x_dtype == kBfloat16 && p.linear.out_dtype == kBfloat16) return p.linear.rows > kTurnedRows ? on_wide_tiles(p) : on_tiles(p);
+inline bool takes_tiles(const Linear& l) { return l.x_dtype == kBFloat16 && l.out_dtype == kBFloat16; }
 #endif
-  return on_vectors(p);
+
+int64_t int4_scratch(const Int4Linear& p, const Team& team) {
+#if CVMK_GEMM_TILES
+  if (takes_tiles(p.linear)) return p.linear.rows > kTurnedRows ? wide_scratch(p, team) : tiles_scratch(p, team);
+#endif
+  return vectors_scratch(p, team);
+}
+
+void run_int4(const Int4Linear& p, char* scratch, const Team& team) {
+#if CVMK_GEMM_TILES
+  if (takes_tiles(p.linear)) return p.linear.rows > kTurnedRows ? on_wide_tiles(p, scratch, team) : on_tiles(p, scratch, team);
+#endif
+  on_vectors(p, scratch, team);
 }
 
 }  // namespace
+}  // namespace cvmk::gemm

@@ -4,6 +4,7 @@
 
 #if CVMK_GEMM_TILES
 
+namespace cvmk::gemm {
 namespace {
 
 constexpr int64_t kTileInputs = 32;
@@ -62,5 +63,6 @@ inline void pack_rows(const Int4Linear& p, int64_t row, int64_t rows, bool singl
 }
 
 }  // namespace
+}  // namespace cvmk::gemm
 
 #endif

@@ -9,6 +9,7 @@
 
 #if CVMK_GEMM_TILES
 
+namespace cvmk::gemm {
 namespace {
 
 constexpr int64_t kBlockBytes = kBlockTiles * kTile;  // a block of a panel, dequantised
@@ -107,7 +108,7 @@ inline void gather_biases(const Linear& l, const Item& item, Biases* to) {
   const int64_t columns = out_columns(l), width = least(item.width * kPanel, columns - item.column);
   for (int h = 0; h < (l.activation == kSwiglu ? 2 : 1); ++h)
     for (int64_t v = 0; v < width; v += kLanes)
-      simd::store(to->at[h] + v, load_any(l.bias, l.bias_dtype, h * columns + item.column + v, static_cast<int>(least(kLanes, width - v))));
+      simd::store(to->at[h] + v, elements::load_n(l.bias, l.bias_dtype, h * columns + item.column + v, static_cast<int>(least(kLanes, width - v))));
 }
 
 // Sums [outputs][stride] of up to 16 rows of x -> those rows of the output, 32 columns at a time.
@@ -216,38 +217,59 @@ inline void many_rows(const Int4Linear& p, const Item& item, const char* x, int6
 // -- the whole -----------------------------------------------------------------------------------------------------------------------
 constexpr int64_t kAloneTiles = 1 << 17;  // below so many multiplications the calling thread does the work
 
-// Up to kTurnedRows rows: threads share the columns, and every one turns the rows for itself.
-inline int on_tiles(const Int4Linear& p) {
+// Up to kTurnedRows rows: threads share the columns, and every one turns the rows for itself. A thread holds `each` bytes.
+struct TilePlan {
+  int width;
+  int64_t items, threads, x_bytes, natural_bytes, sums_bytes, weight_bytes, each;
+};
+
+inline TilePlan plan_tiles(const Int4Linear& p, const Team& team) {
   const Linear& l = p.linear;
   const int64_t columns = out_columns(l), rows = l.rows;
-  const bool few = rows <= kPanel, single = rows == 1, gated = l.activation == kSwiglu;
-  const int limit = rows * l.inputs * l.outputs <= kAloneTiles ? 1 : threads::limit();
-  int width = few || l.inputs > 1024 ? 4 : 8;
-  while (width > 2 && up(columns, width * kPanel) / (width * kPanel) < 2 * limit) width /= 2;
+  const bool single = rows == 1, gated = l.activation == kSwiglu;
+  const int limit = rows * l.inputs * l.outputs <= kAloneTiles ? 1 : team.size;
+  TilePlan plan;
+  int width = rows <= kPanel || l.inputs > 1024 ? 4 : 8;
+  while (width > 2 && pieces(columns, width * kPanel) < 2 * limit) width /= 2;
   if (gated) width /= 2;
-  const int most = gated ? 2 * width + 1 : width;
-  const int64_t items = up(columns, width * kPanel) / (width * kPanel), threads = least(limit, items);
-  const int64_t x_bytes = up(rows, kBand) * l.inputs * 2, natural_bytes = p.order && !single ? l.inputs * kPanel * 2 : 0;
-  const int64_t sums_bytes = (most + 2) * kPanel * up(rows, kBand) * 4, weight_bytes = 2 * kPartBlocks * kBlockBytes;
-  const int64_t each = up(x_bytes + natural_bytes + sums_bytes + weight_bytes, 4096) + 1024;
-  char* scratch = static_cast<char*>(l.scratch(threads * each));
-  if (!scratch) return 1;
-  share(static_cast<int>(threads), items, [&](int64_t first, int64_t last, int thread) {
-    Scratch own{scratch + thread * each};
-    char *x = own.take<char>(x_bytes), *natural = own.take<char>(natural_bytes), *weights = own.take<char>(weight_bytes);
-    float* sums = own.take<float>(sums_bytes / 4);
+  const int most_panels = gated ? 2 * width + 1 : width;
+  plan.width = width;
+  plan.items = pieces(columns, width * kPanel);
+  plan.threads = least(limit, plan.items);
+  plan.x_bytes = up(rows, kBand) * l.inputs * 2;
+  plan.natural_bytes = p.order && !single ? l.inputs * kPanel * 2 : 0;
+  plan.sums_bytes = (most_panels + 2) * kPanel * up(rows, kBand) * 4;
+  plan.weight_bytes = 2 * kPartBlocks * kBlockBytes;
+  plan.each = up(plan.x_bytes + plan.natural_bytes + plan.sums_bytes + plan.weight_bytes, 4096) + 1024;
+  return plan;
+}
+
+inline int64_t tiles_scratch(const Int4Linear& p, const Team& team) {
+  const TilePlan plan = plan_tiles(p, team);
+  return plan.threads * plan.each;
+}
+
+inline void on_tiles(const Int4Linear& p, char* scratch, const Team& team) {
+  const Linear& l = p.linear;
+  const TilePlan plan = plan_tiles(p, team);
+  const int64_t rows = l.rows;
+  const bool few = rows <= kPanel, single = rows == 1;
+  team.share(plan.threads, plan.items, [&](int64_t first, int64_t last, int thread) {
+    Arena own{scratch + thread * plan.each};
+    char *x = own.take<char>(plan.x_bytes), *natural = own.take<char>(plan.natural_bytes), *weights = own.take<char>(plan.weight_bytes);
+    float* sums = own.take<float>(plan.sums_bytes / 4);
     configure_columns(single ? 1 : kPanel);
     pack_rows(p, 0, rows, single, x, natural);
     for (int64_t i = first; i < last; ++i) {
-      const Item item = item_of(l, i * width * kPanel, width);
+      const Item item = item_of(l, i * plan.width * kPanel, plan.width);
       if (few) few_rows(p, item, x, rows, sums, weights);
       else many_rows(p, item, x, rows, sums, weights);
     }
     _tile_release();
   });
-  return 0;
 }
 
 }  // namespace
+}  // namespace cvmk::gemm
 
 #endif

@@ -3,6 +3,7 @@
 #include "gemm/common.inl"
 #include "gemm/int4_weight.inl"
 
+namespace cvmk::gemm {
 namespace {
 
 #if defined(__AVX512F__)
@@ -58,7 +59,7 @@ inline void vector_item(const Int4Linear& p, const Item& item, const float* x, i
 
 // -- the whole -----------------------------------------------------------------------------------------------------------------------
 // A row of x in stored order, as floats.
-template <int kType>
+template <Dtype kType>
 inline void float_row(const Int4Linear& p, const void* x, float* to) {
   const int64_t inputs = p.linear.inputs;
   if (!p.order) {
@@ -70,38 +71,57 @@ inline void float_row(const Int4Linear& p, const void* x, float* to) {
       to[k] = static_cast<const float*>(x)[p.order[k]];
     } else {
       const uint16_t h = static_cast<const uint16_t*>(x)[p.order[k]];
-      to[k] = kType == kBfloat16 ? simd::bits<float>(static_cast<uint32_t>(h) << 16) : simd::half_to_float(h);
+      to[k] = kType == kBFloat16 ? simd::bits<float>(static_cast<uint32_t>(h) << 16) : simd::half_to_float(h);
     }
   }
 }
 
 inline void copy_row(const Int4Linear& p, int64_t row, float* to) {
   const Linear& l = p.linear;
-  const char* from = static_cast<const char*>(l.x) + row * l.x_stride * element_bytes(l.x_dtype);
+  const char* from = static_cast<const char*>(l.x) + row * l.x_stride * size_of(l.x_dtype);
   if (l.x_dtype == kFloat32) float_row<kFloat32>(p, from, to);
-  else if (l.x_dtype == kBfloat16) float_row<kBfloat16>(p, from, to);
+  else if (l.x_dtype == kBFloat16) float_row<kBFloat16>(p, from, to);
   else float_row<kFloat16>(p, from, to);
 }
 
-inline int on_vectors(const Int4Linear& p) {
+struct VectorPlan {
+  int width, threads;
+  int64_t round, items, sums_each;
+  float *x, *sums;
+
+  VectorPlan(const Linear& l, const Team& team, Arena* arena) {
+    width = l.activation == kSwiglu ? 1 : 2;
+    threads = l.rows * l.inputs * l.outputs <= (1 << 17) ? 1 : team.size;
+    round = least(l.rows, kDotRowsAtOnce);
+    items = pieces(out_columns(l), width * kPanel);
+    sums_each = up(kDotRowsAtOnce * kPanel * (kLanes + 2 * width + 1), 16);
+    x = arena->take<float>(round * l.inputs);
+    sums = arena->take<float>(threads * sums_each);
+  }
+};
+
+inline int64_t vectors_scratch(const Int4Linear& p, const Team& team) {
+  Arena count;
+  VectorPlan(p.linear, team, &count);
+  return count.used;
+}
+
+inline void on_vectors(const Int4Linear& p, char* scratch, const Team& team) {
   const Linear& l = p.linear;
-  const int width = l.activation == kSwiglu ? 1 : 2;
-  const int threads = l.rows * l.inputs * l.outputs <= (1 << 17) ? 1 : threads::limit();
-  const int64_t round = least(l.rows, kDotRowsAtOnce), items = up(out_columns(l), width * kPanel) / (width * kPanel);
-  const int64_t sums_each = up(kDotRowsAtOnce * kPanel * (kLanes + 2 * width + 1), 16);
-  Scratch scratch{static_cast<char*>(l.scratch((round * l.inputs + threads * sums_each) * 4 + 256))};
-  if (!scratch.next) return 1;
-  float *x = scratch.take<float>(round * l.inputs), *sums = scratch.take<float>(threads * sums_each);
+  Arena arena{scratch};
+  const VectorPlan plan(l, team, &arena);
   const auto nothing = [] {};
-  for (int64_t start = 0; start < l.rows; start += round) {
-    const int64_t rows = least(round, l.rows - start);
-    const auto copy = [&](int64_t r) { copy_row(p, start + r, x + r * l.inputs); };
+  for (int64_t start = 0; start < l.rows; start += plan.round) {
+    const int64_t rows = least(plan.round, l.rows - start);
+    const auto copy = [&](int64_t r) { copy_row(p, start + r, plan.x + r * l.inputs); };
     const bool shared = rows * l.inputs > 16384;
     for (int64_t r = 0; !shared && r < rows; ++r) copy(r);
-    const auto one = [&](int64_t i, int thread) { vector_item(p, item_of(l, i * width * kPanel, width), x, start, rows, sums + thread * sums_each); };
-    two_loops(threads, shared ? rows : 0, copy, items, nothing, one, nothing);
+    const auto one = [&](int64_t i, int thread) {
+      vector_item(p, item_of(l, i * plan.width * kPanel, plan.width), plan.x, start, rows, plan.sums + thread * plan.sums_each);
+    };
+    team.two_loops(plan.threads, shared ? rows : 0, copy, plan.items, nothing, one, nothing);
   }
-  return 0;
 }
 
 }  // namespace
+}  // namespace cvmk::gemm

@@ -3,6 +3,7 @@
 #include "gemm/common.inl"
 #include "gemm/int4_rows.inl"
 
+namespace cvmk::gemm {
 namespace {
 
 constexpr int64_t kBlock = 128;  // inputs of an output that stand together in the packed weight: 64 bytes
@@ -117,3 +118,4 @@ inline void dequantise_any(const Int4Linear& p, int64_t panel, int64_t block, ch
 #endif
 
 }  // namespace
+}  // namespace cvmk::gemm

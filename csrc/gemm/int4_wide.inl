@@ -8,6 +8,7 @@
 
 #if CVMK_GEMM_TILES
 
+namespace cvmk::gemm {
 namespace {
 
 constexpr int64_t kPartSteps = 16;                  // steps of a part
@@ -150,7 +151,7 @@ inline void finish_lines(const float* sums, const float* bias, int64_t rows, __m
 inline void load_line(const Linear& l, const Item& item, float* to) {
   for (int64_t v = 0; v < kBand; v += kLanes) {
     const int64_t left = l.outputs - item.column - v;
-    simd::store(to + v, left > 0 ? load_any(l.bias, l.bias_dtype, item.column + v, static_cast<int>(least(kLanes, left))) : F{});
+    simd::store(to + v, left > 0 ? elements::load_n(l.bias, l.bias_dtype, item.column + v, static_cast<int>(least(kLanes, left))) : F{});
   }
 }
 
@@ -178,15 +179,14 @@ struct WideDivision {
   int64_t round, items, blocks, weight_bytes, x_bytes, sums_bytes, each;
 };
 
-inline WideDivision divide_wide(const Linear& l) {
+inline WideDivision divide_wide(const Linear& l, const Team& team) {
   WideDivision d;
-  const auto pieces = [](int64_t n, int64_t each) { return (n + each - 1) / each; };
   const bool gated = l.activation == kSwiglu;
   d.waits = l.inputs > kPartSteps * kTileInputs;
   d.direct = !d.waits && l.x_stride == l.inputs;
   d.width = gated ? 1 : 2;
   d.most = gated ? 3 : 2;
-  const int64_t all = pieces(out_columns(l), d.width * kPanel), bands = pieces(l.rows, kBand), threads = threads::limit();
+  const int64_t all = pieces(out_columns(l), d.width * kPanel), bands = pieces(l.rows, kBand), threads = team.size;
   int64_t rounds = pieces(l.rows, kRoundRows);
   const int64_t least_blocks = d.waits ? pieces(all, kWaitingColumns / (d.most * kPanel)) : 1;
   const int64_t shares = pieces(least_blocks * rounds, threads) * threads;  // units, a multiple of the threads where columns and rows allow it
@@ -241,10 +241,10 @@ inline void wide_unit(const Int4Linear& p, const WideDivision& d, int64_t column
   }
 }
 
-inline void wide(const Int4Linear& p, const WideDivision& d, char* scratch) {
+inline void wide(const Int4Linear& p, const WideDivision& d, char* scratch, const Team& team) {
   const Linear& l = p.linear;
-  share(d.threads, (l.rows + d.round - 1) / d.round * d.blocks, [&](int64_t first, int64_t last, int thread) {
-    Scratch own{scratch + thread * d.each};
+  team.share(d.threads, pieces(l.rows, d.round) * d.blocks, [&](int64_t first, int64_t last, int thread) {
+    Arena own{scratch + thread * d.each};
     WideHold hold;
     hold.weights = own.take<char>(d.weight_bytes);
     hold.natural = own.take<char>(kBlockBytes);
@@ -261,36 +261,49 @@ inline void wide(const Int4Linear& p, const WideDivision& d, char* scratch) {
   });
 }
 
-inline int on_wide_tiles(const Int4Linear& p) {
-  Int4Linear part = p;
-  Linear& l = part.linear;
+// Where inputs stand in another order, so many rows at a time are copied to `ordered` bytes, through `turned` bytes a thread.
+struct WidePlan {
+  int64_t rows, ordered, turned;
+  WideDivision division;
+};
+
+inline WidePlan plan_wide(const Int4Linear& p, const Team& team) {
+  Linear l = p.linear;
   if (p.order) {
     l.x_stride = l.inputs;
     l.rows = least(l.rows, up(kOrderedInputs / l.inputs, kBand));
   }
-  const WideDivision d = divide_wide(l);
-  const int64_t ordered = p.order ? up(l.rows, kPanel) * l.inputs * 2 : 0, turned = p.order ? kPanel * l.inputs * 2 : 0;
-  char* scratch = static_cast<char*>(l.scratch(ordered + d.threads * (turned + d.each)));
-  if (!scratch) return 1;
-  if (!p.order) {
-    wide(p, d, scratch);
-    return 0;
-  }
+  return {l.rows, p.order ? up(l.rows, kPanel) * l.inputs * 2 : 0, p.order ? kPanel * l.inputs * 2 : 0, divide_wide(l, team)};
+}
+
+inline int64_t wide_scratch(const Int4Linear& p, const Team& team) {
+  const WidePlan plan = plan_wide(p, team);
+  return plan.ordered + plan.division.threads * (plan.turned + plan.division.each);
+}
+
+inline void on_wide_tiles(const Int4Linear& p, char* scratch, const Team& team) {
+  const WidePlan plan = plan_wide(p, team);
+  const WideDivision& d = plan.division;
+  if (!p.order) return wide(p, d, scratch, team);
+  Int4Linear part = p;
+  Linear& l = part.linear;
+  l.x_stride = l.inputs;
   l.x = scratch;
   part.order = nullptr;
-  for (int64_t row = 0, round = l.rows; row < p.linear.rows; row += round) {
-    const int64_t rows = least(round, p.linear.rows - row), tiles = up(rows, kPanel) / kPanel;
-    share(d.threads, tiles, [&](int64_t first, int64_t last, int thread) {
+  for (int64_t row = 0; row < p.linear.rows; row += plan.rows) {
+    const int64_t rows = least(plan.rows, p.linear.rows - row);
+    team.share(d.threads, pieces(rows, kPanel), [&](int64_t first, int64_t last, int thread) {
+      char* const turned = scratch + plan.ordered + thread * plan.turned;
       for (int64_t i = first; i < last; ++i)
-        ordered_rows(p, row + i * kPanel, least(kPanel, rows - i * kPanel), scratch + ordered + thread * turned, scratch + i * kPanel * l.inputs * 2);
+        ordered_rows(p, row + i * kPanel, least(kPanel, rows - i * kPanel), turned, scratch + i * kPanel * l.inputs * 2);
     });
     l.rows = rows;
     l.out = static_cast<uint16_t*>(p.linear.out) + row * out_columns(l);
-    wide(part, d, scratch + ordered + d.threads * turned);
+    wide(part, d, scratch + plan.ordered + d.threads * plan.turned, team);
   }
-  return 0;
 }
 
 }  // namespace
+}  // namespace cvmk::gemm
 
 #endif

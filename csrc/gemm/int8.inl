@@ -4,33 +4,50 @@
 #include "gemm/int8_tiles.inl"
 #include "gemm/int8_vectors.inl"
 
+namespace cvmk::gemm {
 namespace {
 
 constexpr int64_t kRoundBytes = 1 << 19;   // quantised rows that stand in the second cache of a thread
 constexpr int64_t kAlone = 1 << 18;        // below so many multiplications the calling thread does the work
 constexpr int64_t kCachedWeight = 1 << 20;  // bytes of a weight that every thread can keep
 
-template <bool kVnni>
-inline int int8_linear_as(const Int8Linear& p) {
+// Units are rounds of rows times blocks of columns. A thread holds `each` bytes.
+struct Int8Plan {
+  bool tiles;
+  int width, threads;
+  int64_t padded, round, blocks, units, sums_each, inverses, each;
+};
+
+inline Int8Plan plan_int8(const Int8Linear& p, const Team& team) {
   const Linear& l = p.linear;
-  if (l.rows == 0) return 0;
-  const int64_t padded = up(l.inputs, kStep), columns = out_columns(l);
-  const bool tiles = CVMK_GEMM_TILES && l.rows > (kVnni ? 4 : 0);
-  const int limit = l.rows * l.inputs * l.outputs <= kAlone ? 1 : threads::limit();
-  const int width = l.activation == kSwiglu ? 2 : 4;
-  const bool apart = padded * l.outputs <= kCachedWeight || l.rows >= l.outputs;
-  const int64_t round = rows_of_round(l.rows, kRoundBytes / padded, apart ? limit : 1), blocks = up(columns, width * kPanel) / (width * kPanel);
-  const int64_t units = (l.rows + round - 1) / round * blocks;
-  const int threads = static_cast<int>(least(limit, units));
-  const int64_t sums_each = (tiles ? kSumRows : kVectorRows) * kMostPanels * kPanel, inverses = p.smooth_scale ? padded : 0;
-  const int64_t each = up(round * padded + (up(round, 16) + sums_each + inverses) * 4, 4096) + 1024;
-  char* scratch = static_cast<char*>(l.scratch(threads * each));
-  if (!scratch) return 1;
-  share(threads, units, [&](int64_t first, int64_t last, int thread) {
-    Scratch own{scratch + thread * each};
+  Int8Plan plan{};
+  if (l.rows == 0) return plan;
+  plan.padded = up(l.inputs, kStep);
+  plan.tiles = CVMK_GEMM_TILES && l.rows > (p.vnni ? 4 : 0);
+  const int limit = l.rows * l.inputs * l.outputs <= kAlone ? 1 : team.size;
+  plan.width = l.activation == kSwiglu ? 2 : 4;
+  const bool apart = plan.padded * l.outputs <= kCachedWeight || l.rows >= l.outputs;
+  plan.round = rows_of_round(l.rows, kRoundBytes / plan.padded, apart ? limit : 1);
+  plan.blocks = pieces(out_columns(l), plan.width * kPanel);
+  plan.units = pieces(l.rows, plan.round) * plan.blocks;
+  plan.threads = static_cast<int>(least(limit, plan.units));
+  plan.sums_each = (plan.tiles ? kSumRows : kVectorRows) * kMostPanels * kPanel;
+  plan.inverses = p.smooth_scale ? plan.padded : 0;
+  plan.each = up(plan.round * plan.padded + (up(plan.round, 16) + plan.sums_each + plan.inverses) * 4, 4096) + 1024;
+  return plan;
+}
+
+template <bool kVnni>
+inline void int8_linear_as(const Int8Linear& p, const Int8Plan& plan, char* scratch, const Team& team) {
+  const Linear& l = p.linear;
+  const bool tiles = plan.tiles;
+  const int width = plan.width;
+  const int64_t padded = plan.padded, round = plan.round, blocks = plan.blocks;
+  team.share(plan.threads, plan.units, [&](int64_t first, int64_t last, int thread) {
+    Arena own{scratch + thread * plan.each};
     uint8_t* a = own.take<uint8_t>(round * padded);
-    float *row_scales = own.take<float>(up(round, 16)), *inverse = p.smooth_scale ? own.take<float>(inverses) : nullptr;
-    int32_t* sums = own.take<int32_t>(sums_each);
+    float *row_scales = own.take<float>(up(round, 16)), *inverse = p.smooth_scale ? own.take<float>(plan.inverses) : nullptr;
+    int32_t* sums = own.take<int32_t>(plan.sums_each);
     if (inverse) invert(p, inverse, padded);
 #if CVMK_GEMM_TILES
     if (tiles) configure_rows(l.rows);
@@ -56,14 +73,21 @@ inline int int8_linear_as(const Int8Linear& p) {
     if (tiles) _tile_release();
 #endif
   });
-  return 0;
 }
 
-inline int int8_linear_level(const Int8Linear& p) {
+int64_t int8_scratch(const Int8Linear& p, const Team& team) {
+  const Int8Plan plan = plan_int8(p, team);
+  return plan.threads * plan.each;
+}
+
+void run_int8(const Int8Linear& p, char* scratch, const Team& team) {
+  const Int8Plan plan = plan_int8(p, team);
+  if (plan.units == 0) return;
 #if defined(__AVX512F__)
-  if (p.vnni) return int8_linear_as<true>(p);
+  if (p.vnni) return int8_linear_as<true>(p, plan, scratch, team);
 #endif
-  return int8_linear_as<false>(p);
+  int8_linear_as<false>(p, plan, scratch, team);
 }
 
 }  // namespace
+}  // namespace cvmk::gemm

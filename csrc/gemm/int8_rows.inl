@@ -2,6 +2,7 @@
 #pragma once
 #include "gemm/common.inl"
 
+namespace cvmk::gemm {
 namespace {
 
 constexpr int64_t kSumRows = 256;                     // rows of sums that stand at one time
@@ -29,7 +30,7 @@ CVMK_INLINE I larger(I a, I b) {
 
 #if defined(__AVX512F__)
 // The magnitude's bits of the largest of `inputs` 16-bit numbers, widened to those of a float; NaN counts as the largest.
-template <int kType>
+template <Dtype kType>
 inline int32_t largest_half(const uint16_t* x, int64_t inputs) {
   const __m512i mask = _mm512_set1_epi16(0x7FFF);
   __m512i a = _mm512_setzero_si512(), b = a;
@@ -47,7 +48,7 @@ inline int32_t largest_half(const uint16_t* x, int64_t inputs) {
   const __m128i quarter = _mm_max_epu16(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
   const __m128i flipped = _mm_minpos_epu16(_mm_xor_si128(quarter, _mm_set1_epi16(-1)));  // the least of the complements
   const uint32_t bits = ~static_cast<uint32_t>(_mm_extract_epi16(flipped, 0)) & 0x7FFFu;
-  if (kType == kBfloat16) return static_cast<int32_t>(bits << 16);
+  if (kType == kBFloat16) return static_cast<int32_t>(bits << 16);
   return simd::bits<int32_t>(simd::half_to_float(static_cast<uint16_t>(bits)));
 }
 
@@ -67,7 +68,7 @@ CVMK_INLINE void quantise_chunk_bf16(const uint16_t* x, float step, uint8_t flip
 #endif
 
 // 64 inputs of a row times `step`, rounded, as signed bytes (plus 128 where `flip` is 0x80).
-template <int kType>
+template <Dtype kType>
 CVMK_INLINE void quantise_chunk(const void* x, const float* inverse, int64_t k, int64_t left, float step, uint8_t flip, uint8_t* to) {
   I q[kStep / kLanes];
   for (int i = 0; i < kStep / kLanes; ++i) {
@@ -94,7 +95,7 @@ CVMK_INLINE void quantise_chunk(const void* x, const float* inverse, int64_t k, 
 }
 
 // The bits of the largest magnitude of a row, which order as the magnitudes do; NaN counts as the largest.
-template <int kType>
+template <Dtype kType>
 inline int32_t largest_bits(const void* x, const float* inverse, int64_t inputs) {
 #if defined(__AVX512F__)
   if (kType != kFloat32 && !inverse) return largest_half<kType>(static_cast<const uint16_t*>(x), inputs);
@@ -121,7 +122,7 @@ inline int32_t largest_bits(const void* x, const float* inverse, int64_t inputs)
 }
 
 // A row as bytes: chunk c of 64 inputs at to + c * chunk_stride, zeros behind the last input. Returns a / 127, NaN where the row is not finite.
-template <int kType>
+template <Dtype kType>
 inline float quantise_row(const void* x, const float* inverse, int64_t inputs, uint8_t flip, uint8_t* to, int64_t chunk_stride) {
   const int32_t bits = largest_bits<kType>(x, inverse, inputs);
   const bool finite = bits < 0x7F800000;
@@ -129,7 +130,7 @@ inline float quantise_row(const void* x, const float* inverse, int64_t inputs, u
   int64_t k = 0;
   for (; k + kStep <= inputs; k += kStep, to += chunk_stride) {
 #if defined(__AVX512F__)
-    if (kType == kBfloat16 && !inverse) {
+    if (kType == kBFloat16 && !inverse) {
       quantise_chunk_bf16(static_cast<const uint16_t*>(x) + k, step, flip, to);
       continue;
     }
@@ -142,9 +143,9 @@ inline float quantise_row(const void* x, const float* inverse, int64_t inputs, u
 
 inline float quantise(const Int8Linear& p, const float* inverse, int64_t row, uint8_t flip, uint8_t* to, int64_t chunk_stride) {
   const Linear& l = p.linear;
-  const char* x = static_cast<const char*>(l.x) + row * l.x_stride * element_bytes(l.x_dtype);
+  const char* x = static_cast<const char*>(l.x) + row * l.x_stride * size_of(l.x_dtype);
   if (l.x_dtype == kFloat32) return quantise_row<kFloat32>(x, inverse, l.inputs, flip, to, chunk_stride);
-  if (l.x_dtype == kBfloat16) return quantise_row<kBfloat16>(x, inverse, l.inputs, flip, to, chunk_stride);
+  if (l.x_dtype == kBFloat16) return quantise_row<kBFloat16>(x, inverse, l.inputs, flip, to, chunk_stride);
   return quantise_row<kFloat16>(x, inverse, l.inputs, flip, to, chunk_stride);
 }
 
@@ -153,9 +154,10 @@ inline void invert(const Int8Linear& p, float* inverse, int64_t padded) {
   for (int64_t k = 0; k < padded; k += kLanes) {
     const int64_t left = inputs - k;
     const int n = left >= kLanes ? kLanes : left > 0 ? static_cast<int>(left) : 0;
-    simd::store(inverse + k, 1.0f / load_any(p.smooth_scale, p.smooth_dtype, k, n));
+    simd::store(inverse + k, 1.0f / elements::load_n(p.smooth_scale, p.smooth_dtype, k, n));
   }
   for (int64_t k = inputs; k < padded; ++k) inverse[k] = 1.0f;
 }
 
 }  // namespace
+}  // namespace cvmk::gemm

@@ -8,6 +8,7 @@
 
 #if CVMK_GEMM_TILES
 
+namespace cvmk::gemm {
 namespace {
 
 constexpr int64_t kStepsInL1 = 8;    // of two panels: 16 KiB stay in the first cache while the rows pass
@@ -148,5 +149,6 @@ inline void tile_item(const Int8Linear& p, const Item& item, const uint8_t* a, i
 }
 
 }  // namespace
+}  // namespace cvmk::gemm
 
 #endif

@@ -2,6 +2,7 @@
 #pragma once
 #include "gemm/common.inl"
 
+namespace cvmk::gemm {
 namespace {
 
 constexpr int kVectors = kPanel / kLanes;
@@ -127,3 +128,4 @@ inline void vector_item(const Int8Linear& p, const Item& item, const uint8_t* a,
 }
 
 }  // namespace
+}  // namespace cvmk::gemm

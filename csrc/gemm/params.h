@@ -3,9 +3,11 @@
 
 #include <stdint.h>
 
+#include "common/dtype.h"
+#include "common/kernel.h"
+
 namespace cvmk::gemm {
 
-enum Dtype : int { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
 enum Activation : int { kNone = 0, kRelu = 1, kGelu = 2, kSilu = 3, kSwiglu = 4 };
 
 constexpr int kPanel = 16;  // weight rows (outputs) of a panel
@@ -19,16 +21,16 @@ struct Linear {
   const void* bias;      // [outputs] or null
   const float* scales;
   int64_t rows, inputs, outputs;
-  int x_dtype, out_dtype, bias_dtype, activation;
-  void* (*scratch)(int64_t bytes);  // memory of the calling thread, aligned to 64 bytes, valid until the next request; null where there is none
+  Dtype x_dtype, out_dtype, bias_dtype;
+  int activation;
 };
 
 struct Int8Linear {
   Linear linear;
   const int8_t* weight;     // [panels][steps][16 quads of inputs][16 outputs][4 inputs], then int32 [panels * 16]: -128 * the row sums
   const void* smooth_scale;  // [inputs] or null
-  int smooth_dtype;
-  int vnni;  // whether vpdpbusd may be used; set by the dispatcher
+  Dtype smooth_dtype;
+  bool vnni;  // whether vpdpbusd may be used; kernels_for sets it
 };
 
 struct Int4Linear {
@@ -40,8 +42,14 @@ struct Int4Linear {
   int64_t group;
 };
 
-// 0, or 1 where scratch memory could not be had.
-int int8_linear(Int8Linear p);
-int int4_linear(Int4Linear p);
+struct Kernels {
+  Kernel<Int8Linear> int8;
+  Kernel<Int4Linear> int4;
+};
+const Kernels& kernels(IsaLevel level);
+const Kernels& kernels();
+
+// The kernels for a call, in which it sets what depends on the processor.
+const Kernels& kernels_for(Int8Linear& p);
 
 }  // namespace cvmk::gemm

@@ -5,6 +5,7 @@
 
 #if CVMK_GEMM_TILES
 
+namespace cvmk::gemm {
 namespace {
 
 constexpr int64_t kTile = kPanel * kStep;
@@ -47,5 +48,6 @@ CVMK_INLINE void end_sums(char* sums, int64_t stride) {
 }
 
 }  // namespace
+}  // namespace cvmk::gemm
 
 #endif

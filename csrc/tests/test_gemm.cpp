@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "common/cpu_features.h"
+#include "common/scratch.h"
 #include "gemm/params.h"
 #include "tests/check.h"
 
@@ -60,7 +61,7 @@ void int8_is_exact(int m, int k, int n) {
   std::memset(&p, 0, sizeof p);
   p.linear = linear_of(x, out, scales, m, k, n);
   p.weight = packed.data();
-  CHECK(int8_linear(p) == 0);
+  cvmk::run(kernels_for(p).int8, p, cvmk::openmp_team());
   bool equal = true;
   for (int r = 0; r < m; ++r)
     for (int c = 0; c < n; ++c) {
@@ -106,7 +107,7 @@ void int4_is_exact(int m, int k, int n, int group, bool bfloat16, bool formats) 
   if (bfloat16) {
     p.linear.x = halves.data();
     p.linear.out = rounded.data();
-    p.linear.x_dtype = p.linear.out_dtype = kBfloat16;
+    p.linear.x_dtype = p.linear.out_dtype = kBFloat16;
   }
   p.weight = packed.data();
   p.group = group;
@@ -121,7 +122,7 @@ void int4_is_exact(int m, int k, int n, int group, bool bfloat16, bool formats) 
   const auto zero_of = [&](int output, int input) {
     return zeros[(static_cast<std::size_t>(output / 16) * groups + static_cast<std::size_t>(input / group)) * 16 + static_cast<std::size_t>(output % 16)];
   };
-  CHECK(int4_linear(p) == 0);
+  cvmk::run(kernels().int4, p, cvmk::openmp_team());
   bool equal = true;
   for (int r = 0; r < m; ++r)
     for (int c = 0; c < n; ++c) {

@@ -13,48 +13,47 @@ and the weight has none. Formats: GPTQ (Frantar et al. 2023), AWQ (Lin et al. 20
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
 import torch
 
-from cvmk.ops._dispatch import Op, autocast_lower, not_needed
+from cvmk.ops._dtypes import autocast_lower
+from cvmk.ops._op import Op
 from cvmk.ops.quantize import QuantizedWeight, check_linear, outputs
 
 
-def _fake_forward(x: torch.Tensor, *rest: Any) -> Any:
-    out_features, _, activation = rest[-3:]
-    return x.new_empty(x.shape[0], outputs(out_features, activation))
+class Call(NamedTuple):
+    x: torch.Tensor  # [M, K]
+    values: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor | None
+    order: torch.Tensor | None
+    bias: torch.Tensor | None
+    layout: str
+    out_features: int
+    group_size: int
+    activation: str | None
 
 
-def _fake_backward(grad: Any, x: torch.Tensor, values: Any, scales: Any, zeros: Any, order: Any, bias: Any, *rest: Any) -> Any:
-    needs = rest[-1]
-    if bias is None:
-        return x.new_empty(x.shape) if needs[0] else not_needed(x), not_needed(x)
-    return x.new_empty(x.shape) if needs[0] else not_needed(x), bias.new_empty(bias.shape) if needs[5] else not_needed(bias)
+class Out(NamedTuple):
+    out: torch.Tensor  # [M, outputs]
 
-
-_ARGUMENTS = "Tensor x, Tensor values, Tensor scales, Tensor? zeros, Tensor? order, Tensor? bias"
-_OPTIONS = "str layout, int out_features, int group_size, str? activation"
 
 op = Op(
     "int4_linear",
-    module="int4_linear",
-    forward=f"({_ARGUMENTS}, {_OPTIONS}) -> Tensor",
-    fake_forward=_fake_forward,
-    backward=f"(Tensor grad, {_ARGUMENTS}, {_OPTIONS}, bool[] needs) -> (Tensor, Tensor)",
-    fake_backward=_fake_backward,
-    tensors=6,
-    differentiable=(0, 5),
-    principal="x",
+    Call,
+    Out,
+    fake_forward=lambda c: Out(c.x.new_empty(c.x.shape[0], outputs(c.out_features, c.activation))),
+    differentiable=("x", "bias"),
 )
 
 
 @op.prepared_by
-def prepare(x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None = None, *, activation: str | None = None) -> tuple[Any, ...]:
+def prepare(x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None = None, *, activation: str | None = None) -> Call:
     check_linear("int4_linear", 4, x, weight, bias, activation)
     x, bias = autocast_lower(x, bias)  # type: ignore[assignment]
     flat = x if x.dim() == 2 else x.reshape(-1, weight.in_features)
-    return flat, weight.values, weight.scales, weight.zeros, weight.order, bias, weight.layout, weight.out_features, weight.group_size, activation
+    return Call(flat, weight.values, weight.scales, weight.zeros, weight.order, bias, weight.layout, weight.out_features, weight.group_size, activation)
 
 
 def int4_linear(x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None = None, *, activation: str | None = None) -> torch.Tensor:
@@ -69,5 +68,5 @@ def int4_linear(x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | N
     A NaN or an infinity in a row of x reaches that row's outputs only.
     Returns [..., N] ([..., N / 2] for swiglu) in x's dtype. Raises TypeError and ValueError for arguments that do not fit.
     """
-    out = op(*prepare(x, weight, bias, activation=activation))
+    out: torch.Tensor = op(prepare(x, weight, bias, activation=activation))
     return out if x.dim() == 2 else out.view(*x.shape[:-1], outputs(weight.out_features, activation))

@@ -26,42 +26,40 @@ weight have none. The second derivative is that of the same function.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
 import torch
 
-from cvmk.ops._dispatch import Op, autocast_lower, not_needed
+from cvmk.ops._dtypes import autocast_lower
+from cvmk.ops._op import Op
 from cvmk.ops.quantize import QuantizedWeight, check_linear, check_vector, outputs
 
 SMALLEST_MAXIMUM = 2.0**-100
 """Floor of a row's largest magnitude: far above what flushing denormal numbers touches, far below any activation."""
 
 
-def _fake_forward(x: torch.Tensor, *rest: Any) -> Any:
-    out_features, activation, out_dtype = rest[-3:]
-    return x.new_empty(x.shape[0], outputs(out_features, activation), dtype=out_dtype)
+class Call(NamedTuple):
+    x: torch.Tensor  # [M, K]
+    values: torch.Tensor
+    scales: torch.Tensor
+    bias: torch.Tensor | None
+    smooth_scale: torch.Tensor | None
+    layout: str
+    out_features: int
+    activation: str | None
+    out_dtype: torch.dtype
 
 
-def _fake_backward(grad: Any, x: torch.Tensor, values: Any, scales: Any, bias: Any, *rest: Any) -> Any:
-    needs = rest[-1]
-    if bias is None:
-        return x.new_empty(x.shape) if needs[0] else not_needed(x), not_needed(x)
-    return x.new_empty(x.shape) if needs[0] else not_needed(x), bias.new_empty(bias.shape) if needs[3] else not_needed(bias)
+class Out(NamedTuple):
+    out: torch.Tensor  # [M, outputs]
 
-
-_ARGUMENTS = "Tensor x, Tensor values, Tensor scales, Tensor? bias, Tensor? smooth_scale"
-_OPTIONS = "str layout, int out_features, str? activation, ScalarType out_dtype"
 
 op = Op(
     "int8_linear",
-    module="int8_linear",
-    forward=f"({_ARGUMENTS}, {_OPTIONS}) -> Tensor",
-    fake_forward=_fake_forward,
-    backward=f"(Tensor grad, {_ARGUMENTS}, {_OPTIONS}, bool[] needs) -> (Tensor, Tensor)",
-    fake_backward=_fake_backward,
-    tensors=5,
-    differentiable=(0, 3),
-    principal="x",
+    Call,
+    Out,
+    fake_forward=lambda c: Out(c.x.new_empty(c.x.shape[0], outputs(c.out_features, c.activation), dtype=c.out_dtype)),
+    differentiable=("x", "bias"),
 )
 
 
@@ -74,7 +72,7 @@ def prepare(
     smooth_scale: torch.Tensor | None = None,
     activation: str | None = None,
     out_dtype: torch.dtype | None = None,
-) -> tuple[Any, ...]:
+) -> Call:
     check_linear("int8_linear", 8, x, weight, bias, activation)
     check_vector("int8_linear", "smooth_scale", smooth_scale, weight.in_features, x)
     if out_dtype is not None and not out_dtype.is_floating_point:
@@ -83,7 +81,7 @@ def prepare(
     assert lowered is not None
     flat = lowered if lowered.dim() == 2 else lowered.reshape(-1, weight.in_features)
     smooth_scale = None if smooth_scale is None else smooth_scale.detach()
-    return flat, weight.values, weight.scales, bias, smooth_scale, weight.layout, weight.out_features, activation, out_dtype or flat.dtype
+    return Call(flat, weight.values, weight.scales, bias, smooth_scale, weight.layout, weight.out_features, activation, out_dtype or flat.dtype)
 
 
 def int8_linear(
@@ -107,5 +105,5 @@ def int8_linear(
 
     Returns [..., N] ([..., N / 2] for swiglu). Raises TypeError and ValueError for arguments that do not fit.
     """
-    out = op(*prepare(x, weight, bias, smooth_scale=smooth_scale, activation=activation, out_dtype=out_dtype))
+    out: torch.Tensor = op(prepare(x, weight, bias, smooth_scale=smooth_scale, activation=activation, out_dtype=out_dtype))
     return out if x.dim() == 2 else out.view(*x.shape[:-1], outputs(weight.out_features, activation))

@@ -36,6 +36,8 @@ from cvmk.ops import _backend, _dtypes
 PLAIN = "plain"
 GROUP_SIZES = (32, 64, 128)
 ACTIVATIONS = ("relu", "gelu", "silu", "swiglu")
+ACTIVATION_NUMBERS = {name: number for number, name in enumerate((None, *ACTIVATIONS))}
+"""The activations as the C++ kernels number them (csrc/gemm/params.h)."""
 INT8_MAX_INPUTS = (2**31 - 1) // (127 * 127)
 """The longest row whose int32 sum of products of values of at most 127 cannot overflow: 133144."""
 _SMALLEST_SCALE = torch.finfo(torch.float32).tiny

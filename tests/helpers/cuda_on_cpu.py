@@ -22,8 +22,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from cvmk import ops
-from cvmk.ops import cuda
+from cvmk.ops import _op, cuda
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 COMPILER = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
@@ -76,18 +75,18 @@ def _run(command: Sequence[str]) -> None:
 @contextlib.contextmanager
 def running(module: ModuleType) -> Iterator[None]:
     """While the block runs, `ops.use("cuda")` runs `module` on CPU tensors."""
-    before = cuda.library, cuda.place, {name: op._backends for name, op in ops._dispatch.OPS.items()}
+    before = cuda.library, cuda.place, {name: op._backends for name, op in _op.OPS.items()}
     cuda.library, cuda.place = lambda: module, lambda tensor: (0, 0)  # type: ignore[assignment]
-    for op in ops._dispatch.OPS.values():
+    for op in _op.OPS.values():
         op._backends = [replace(b, devices=("cpu",), unavailable=None) if b.name == "cuda" else b for b in op.backends]
-        op._chosen.clear()
+        op.forget_choices()
     try:
         yield
     finally:
         cuda.library, cuda.place = before[:2]
-        for name, op in ops._dispatch.OPS.items():
+        for name, op in _op.OPS.items():
             op._backends = before[2][name]
-            op._chosen.clear()
+            op.forget_choices()
 
 
 def orders(module: ModuleType) -> Iterator[int]:

@@ -15,8 +15,8 @@ import torch
 
 from cvmk.libraries import load
 
-TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-"""Types of elements, as `csrc/common/cuda_types.cuh` numbers them."""
+TYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""Types of elements that the kernels read."""
 OLDEST = (8, 0)
 """The oldest compute capability that the library is built for."""
 MEASURED: dict[str, frozenset[tuple[int, int]]] = {}
@@ -65,8 +65,3 @@ def place(tensor: torch.Tensor) -> tuple[int, int]:
 def stream(tensor: torch.Tensor) -> int:
     """The address of PyTorch's current stream on the tensor's device."""
     return place(tensor)[1]
-
-
-def address(tensor: torch.Tensor | None) -> int:
-    """Where the tensor is on its device; 0 for None."""
-    return 0 if tensor is None else tensor.data_ptr()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,7 +10,6 @@ from torch import Tensor
 
 from cvmk.ops import cuda
 from cvmk.ops.cuda import TYPES
-from cvmk.ops.native._linear import ACTIVATIONS
 from cvmk.ops.quantize import PLAIN
 from cvmk.ops.triton.int8_linear import ALIGNED
 
@@ -25,12 +24,9 @@ def aligned(tensor: Tensor) -> Tensor:
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
-def vector(tensor: Tensor | None) -> tuple[Tensor | None, int, int]:
-    """An optional vector as the kernels read it, with its address and type."""
-    if tensor is None:
-        return None, 0, 0
-    tensor = (tensor if tensor.dtype in TYPES else tensor.float()).contiguous()
-    return tensor, tensor.data_ptr(), TYPES[tensor.dtype]
+def vector(tensor: Tensor | None) -> Tensor | None:
+    """An optional vector as the kernels read it."""
+    return None if tensor is None else (tensor if tensor.dtype in TYPES else tensor.float()).contiguous()
 
 
 def aligned_rows(x: Tensor) -> Tensor:
@@ -39,30 +35,21 @@ def aligned_rows(x: Tensor) -> Tensor:
     return x if good else x.clone(memory_format=torch.contiguous_format)
 
 
-def numbers(x: Tensor, out: Tensor, scales: Tensor, bias: Tensor | None, out_features: int, activation: str | None) -> tuple[int, ...]:
-    """The integers that both kernels begin with; x, scales and bias as `aligned_rows`, `contiguous` and `vector` leave them."""
-    _, bias_address, bias_type = vector(bias)
-    return (
-        *cuda.place(x),
-        *(x.data_ptr(), TYPES[x.dtype], x.stride(0), *x.shape, out_features),
-        *(out.data_ptr(), TYPES[out.dtype], scales.data_ptr(), bias_address, bias_type, ACTIVATIONS[activation]),
-    )
-
-
-def limits(layouts: tuple[str, ...], shared: str) -> Callable[[str, Mapping[str, Any]], list[str]]:
+def limits(layouts: tuple[str, ...], shared: str) -> Callable[[str, Any], list[str]]:
     """For `Backend.limits`: weights in one of the layouts; `shared` is the library's function for the bytes of shared memory."""
 
-    def found(which: str, named: Mapping[str, Any]) -> list[str]:
-        rows, inputs = named["x"].shape
+    def found(which: str, c: Any) -> list[str]:
+        rows, inputs = c.x.shape
+        out_dtype = getattr(c, "out_dtype", torch.float32)
         reasons = []
-        if named["layout"] not in layouts:
-            reasons.append(f"the weight is in the layout {named['layout']!r}, not {' or '.join(map(repr, layouts))}: pack it with weight.pack()")
+        if c.layout not in layouts:
+            reasons.append(f"the weight is in the layout {c.layout!r}, not {' or '.join(map(repr, layouts))}: pack it with weight.pack()")
         if rows > MOST_ROWS:
             reasons.append(f"x has {rows} rows, more than {MOST_ROWS}")
-        if named["layout"] == PLAIN and inputs % ALIGNED:
+        if c.layout == PLAIN and inputs % ALIGNED:
             reasons.append(f"x has {inputs} inputs, no multiple of {ALIGNED}: pack the weight with weight.pack()")
-        if named.get("out_dtype", torch.float32) not in TYPES:
-            reasons.append(f"out_dtype is {named['out_dtype']}, not one of {', '.join(map(str, TYPES))}")
+        if out_dtype not in TYPES:
+            reasons.append(f"out_dtype is {out_dtype}, not one of {', '.join(map(str, TYPES))}")
         library = cuda.library()
         if not reasons and library is not None and getattr(library, shared)(rows, inputs) > MOST_SHARED:
             reasons.append(f"{rows} rows of {inputs} inputs do not fit into {MOST_SHARED // 1024} KiB of shared memory")

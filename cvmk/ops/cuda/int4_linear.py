@@ -6,32 +6,21 @@ import torch
 from torch import Tensor
 
 from cvmk.ops import cuda
-from cvmk.ops._dispatch import Backend
-from cvmk.ops.cuda import address
-from cvmk.ops.cuda._linear import aligned, aligned_rows, limits, numbers, vector
-from cvmk.ops.quantize import outputs
+from cvmk.ops._backend import Backend
+from cvmk.ops.cuda._linear import aligned, aligned_rows, limits, vector
+from cvmk.ops.int4_linear import Call
+from cvmk.ops.quantize import ACTIVATION_NUMBERS, outputs
 from cvmk.ops.triton.int4_linear import LAYOUT
 
 
-def forward(
-    x: Tensor,
-    values: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    order: Tensor | None,
-    bias: Tensor | None,
-    layout: str,
-    out_features: int,
-    group_size: int,
-    activation: str | None,
-) -> Tensor:
-    out = torch.empty((x.shape[0], outputs(out_features, activation)), dtype=x.dtype, device=x.device)
-    x, values, scales = aligned_rows(x), aligned(values), scales.contiguous()
-    zeros, order = (None if tensor is None else tensor.contiguous() for tensor in (zeros, order))
-    bias, _, _ = vector(bias)
+def forward(c: Call) -> Tensor:
+    x = c.x
+    out = torch.empty((x.shape[0], outputs(c.out_features, c.activation)), dtype=x.dtype, device=x.device)
+    zeros, order = (None if tensor is None else tensor.contiguous() for tensor in (c.zeros, c.order))
     library = cuda.library()
     assert library is not None
-    library.int4_linear((*numbers(x, out, scales, bias, out_features, activation), values.data_ptr(), address(zeros), address(order), group_size))
+    activation, scales = ACTIVATION_NUMBERS[c.activation], c.scales.contiguous()
+    library.int4_linear(cuda.stream(x), aligned_rows(x), out, scales, vector(c.bias), activation, aligned(c.values), zeros, order, c.group_size)
     return out
 
 
@@ -41,7 +30,7 @@ BACKENDS = (
         "int4_linear",
         "cuda",
         forward,
-        dtypes=tuple(cuda.TYPES),
+        dtypes=cuda.TYPES,
         devices=("cuda",),
         limits=limits((LAYOUT.name,), "int4_shared"),
         unavailable=cuda.reason,

@@ -7,34 +7,24 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cvmk.ops import cuda
-from cvmk.ops._dispatch import Backend
-from cvmk.ops.cuda._linear import aligned, aligned_rows, limits, numbers, vector
-from cvmk.ops.quantize import PLAIN, outputs
+from cvmk.ops._backend import Backend
+from cvmk.ops.cuda._linear import aligned, aligned_rows, limits, vector
+from cvmk.ops.int8_linear import Call
+from cvmk.ops.quantize import ACTIVATION_NUMBERS, PLAIN, outputs
 from cvmk.ops.triton.int8_linear import LAYOUT
 
 
-def forward(
-    x: Tensor,
-    values: Tensor,
-    scales: Tensor,
-    bias: Tensor | None,
-    smooth_scale: Tensor | None,
-    layout: str,
-    out_features: int,
-    activation: str | None,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    out = torch.empty((x.shape[0], outputs(out_features, activation)), dtype=out_dtype, device=x.device)
-    missing = values.shape[1] - x.shape[1]
+def forward(c: Call) -> Tensor:
+    x, smooth_scale = c.x, c.smooth_scale
+    out = torch.empty((x.shape[0], outputs(c.out_features, c.activation)), dtype=c.out_dtype, device=x.device)
+    missing = c.values.shape[1] - x.shape[1]
     if missing:
         x = F.pad(x, (0, missing))
         smooth_scale = None if smooth_scale is None else F.pad(smooth_scale, (0, missing), value=1.0)
-    x, values, scales = aligned_rows(x), aligned(values), scales.contiguous()
-    bias, _, _ = vector(bias)
-    smooth_scale, smooth_address, smooth_type = vector(smooth_scale)
     library = cuda.library()
     assert library is not None
-    library.int8_linear((*numbers(x, out, scales, bias, out_features, activation), values.data_ptr(), smooth_address, smooth_type))
+    activation = ACTIVATION_NUMBERS[c.activation]
+    library.int8_linear(cuda.stream(x), aligned_rows(x), out, c.scales.contiguous(), vector(c.bias), activation, aligned(c.values), vector(smooth_scale))
     return out
 
 
@@ -44,7 +34,7 @@ BACKENDS = (
         "int8_linear",
         "cuda",
         forward,
-        dtypes=tuple(cuda.TYPES),
+        dtypes=cuda.TYPES,
         devices=("cuda",),
         limits=limits((PLAIN, LAYOUT.name), "int8_shared"),
         unavailable=cuda.reason,

@@ -68,7 +68,7 @@ def _limits_in_place(which: str, c: Call) -> list[str]:
 
 
 _COMMON: dict[str, Any] = {
-    "dtypes": tuple(TYPES),
+    "dtypes": TYPES,
     "devices": ("cuda",),
     "unavailable": cuda.reason,
     "by_default": cuda.by_default("kd_loss", "student"),

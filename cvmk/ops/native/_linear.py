@@ -22,7 +22,6 @@ from cvmk.ops.quantize import QuantizedWeight
 
 INPUT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 OUTPUT_TYPES = (*INPUT_TYPES, torch.float64)
-ACTIVATIONS = {None: 0, "relu": 1, "gelu": 2, "silu": 3, "swiglu": 4}
 PANEL = 16
 
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from torch import Tensor
 from torch.nn import functional as F
 
-from cvmk.ops._dispatch import Backend
+from cvmk.ops._backend import Backend
+from cvmk.ops.int4_linear import Call
 from cvmk.ops.native import library
-from cvmk.ops.native._linear import ACTIVATIONS, INPUT_TYPES, PANEL, pack_reasons, panels, reason, result, rows_of, vector
-from cvmk.ops.quantize import PLAIN, Layout, QuantizedWeight, outputs, pack_int4, unpack_int4
+from cvmk.ops.native._linear import INPUT_TYPES, PANEL, pack_reasons, panels, reason, result, rows_of, vector
+from cvmk.ops.quantize import ACTIVATION_NUMBERS, PLAIN, Layout, QuantizedWeight, outputs, pack_int4, unpack_int4
 
 BLOCK = 128
 """Inputs that stand together."""
@@ -45,30 +44,18 @@ LAYOUTS = (LAYOUT,)
 _NATIVE = library()
 
 
-def forward(
-    x: Tensor,
-    values: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    order: Tensor | None,
-    bias: Tensor | None,
-    layout: str,
-    out_features: int,
-    group_size: int,
-    activation: str | None,
-) -> Tensor:
-    x = rows_of(x)
-    out = result(x, outputs(out_features, activation), x.dtype)
+def forward(c: Call) -> Tensor:
+    x = rows_of(c.x)
+    out = result(x, outputs(c.out_features, c.activation), x.dtype)
+    bias = c.bias
     if bias is not None:
         bias = vector(bias)
-    _NATIVE.int4_linear(x, out, scales, bias, ACTIVATIONS[activation], values, zeros, order, group_size)  # type: ignore[union-attr]
+    _NATIVE.int4_linear(x, out, c.scales, bias, ACTIVATION_NUMBERS[c.activation], c.values, c.zeros, c.order, c.group_size)  # type: ignore[union-attr]
     return out
 
 
-def limits(which: str, arguments: Mapping[str, Any]) -> list[str]:
-    if arguments["layout"] != LAYOUT.name:
-        return [f"the weight is in the layout {arguments['layout']!r}, not {LAYOUT.name!r}: pack it with weight.pack()"]
-    return []
+def limits(which: str, c: Call) -> list[str]:
+    return [] if c.layout == LAYOUT.name else [f"the weight is in the layout {c.layout!r}, not {LAYOUT.name!r}: pack it with weight.pack()"]
 
 
 BACKENDS = (Backend("int4_linear", "native", forward, dtypes=INPUT_TYPES, devices=("cpu",), limits=limits, unavailable=reason),)

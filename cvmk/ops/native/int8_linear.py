@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cvmk.ops._dispatch import Backend
+from cvmk.ops._backend import Backend
+from cvmk.ops.int8_linear import Call
 from cvmk.ops.native import library
-from cvmk.ops.native._linear import ACTIVATIONS, INPUT_TYPES, OUTPUT_TYPES, PANEL, pack_reasons, panels, reason, result, rows_of, vector
-from cvmk.ops.quantize import PLAIN, Layout, QuantizedWeight, outputs
+from cvmk.ops.native._linear import INPUT_TYPES, OUTPUT_TYPES, PANEL, pack_reasons, panels, reason, result, rows_of, vector
+from cvmk.ops.quantize import ACTIVATION_NUMBERS, PLAIN, Layout, QuantizedWeight, outputs
 
 STEP = 64
 """Inputs of a tile."""
@@ -41,33 +40,24 @@ LAYOUTS = (LAYOUT,)
 _NATIVE = library()
 
 
-def forward(
-    x: Tensor,
-    values: Tensor,
-    scales: Tensor,
-    bias: Tensor | None,
-    smooth_scale: Tensor | None,
-    layout: str,
-    out_features: int,
-    activation: str | None,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    x = rows_of(x)
-    out = result(x, outputs(out_features, activation), out_dtype)
+def forward(c: Call) -> Tensor:
+    x = rows_of(c.x)
+    out = result(x, outputs(c.out_features, c.activation), c.out_dtype)
+    bias, smooth_scale = c.bias, c.smooth_scale
     if bias is not None:
         bias = vector(bias)
     if smooth_scale is not None:
         smooth_scale = vector(smooth_scale)
-    _NATIVE.int8_linear(x, out, scales, bias, ACTIVATIONS[activation], values, smooth_scale)  # type: ignore[union-attr]
+    _NATIVE.int8_linear(x, out, c.scales, bias, ACTIVATION_NUMBERS[c.activation], c.values, smooth_scale)  # type: ignore[union-attr]
     return out
 
 
-def limits(which: str, arguments: Mapping[str, Any]) -> list[str]:
+def limits(which: str, c: Call) -> list[str]:
     found = []
-    if arguments["layout"] != LAYOUT.name:
-        found.append(f"the weight is in the layout {arguments['layout']!r}, not {LAYOUT.name!r}: pack it with weight.pack()")
-    if arguments["out_dtype"] not in OUTPUT_TYPES:
-        found.append(f"out_dtype is {arguments['out_dtype']}, not one of {', '.join(map(str, OUTPUT_TYPES))}")
+    if c.layout != LAYOUT.name:
+        found.append(f"the weight is in the layout {c.layout!r}, not {LAYOUT.name!r}: pack it with weight.pack()")
+    if c.out_dtype not in OUTPUT_TYPES:
+        found.append(f"out_dtype is {c.out_dtype}, not one of {', '.join(map(str, OUTPUT_TYPES))}")
     return found
 
 

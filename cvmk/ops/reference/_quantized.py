@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch.nn import functional as F
 
-from cvmk.ops._dispatch import accumulation_dtype
+from cvmk.ops._dtypes import accumulation_dtype
 from cvmk.ops.quantize import QuantizedWeight, dequantized_rows, inverse_order
 
 CHUNK_ELEMENTS = 1 << 22

@@ -4,61 +4,34 @@ from __future__ import annotations
 
 import torch
 
-from cvmk.ops._dispatch import Backend, accumulation_dtype, not_needed
+from cvmk.ops._backend import Backend
+from cvmk.ops._call import Needs
+from cvmk.ops._dtypes import accumulation_dtype, not_needed
+from cvmk.ops.int4_linear import Call, Out
 from cvmk.ops.quantize import QuantizedWeight
 from cvmk.ops.reference._quantized import activate, activate_backward, product, product_backward
 
 
-def _weight(
-    x: torch.Tensor,
-    values: torch.Tensor,
-    scales: torch.Tensor,
-    zeros: torch.Tensor | None,
-    order: torch.Tensor | None,
-    layout: str,
-    out_features: int,
-    group_size: int,
-) -> QuantizedWeight:
-    return QuantizedWeight(values, scales, zeros, order, out_features, x.shape[1], 4, group_size, layout).plain()
+def _weight(c: Call) -> QuantizedWeight:
+    return QuantizedWeight(c.values, c.scales, c.zeros, c.order, c.out_features, c.x.shape[1], 4, c.group_size, c.layout).plain()
 
 
-def forward(
-    x: torch.Tensor,
-    values: torch.Tensor,
-    scales: torch.Tensor,
-    zeros: torch.Tensor | None,
-    order: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    layout: str,
-    out_features: int,
-    group_size: int,
-    activation: str | None,
-) -> torch.Tensor:
-    weight = _weight(x, values, scales, zeros, order, layout, out_features, group_size)
-    return activate(product(x, weight, None if bias is None else bias.to(x.dtype)), activation)
+def _pre_activation(c: Call, weight: QuantizedWeight) -> torch.Tensor:
+    return product(c.x, weight, None if c.bias is None else c.bias.to(c.x.dtype))
 
 
-def backward(
-    grad: torch.Tensor,
-    x: torch.Tensor,
-    values: torch.Tensor,
-    scales: torch.Tensor,
-    zeros: torch.Tensor | None,
-    order: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    layout: str,
-    out_features: int,
-    group_size: int,
-    activation: str | None,
-    needs: list[bool],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    weight = _weight(x, values, scales, zeros, order, layout, out_features, group_size)
-    if activation is not None:
-        grad = activate_backward(grad, product(x, weight, None if bias is None else bias.to(x.dtype)), activation)
-    x_grad = product_backward(grad, weight) if needs[0] else not_needed(x)
-    if bias is None:
-        return x_grad, not_needed(x)
-    return x_grad, grad.sum(0, dtype=accumulation_dtype(grad.dtype)).to(bias.dtype) if needs[5] else not_needed(bias)
+def forward(c: Call) -> torch.Tensor:
+    return activate(_pre_activation(c, _weight(c)), c.activation)
+
+
+def backward(grads: Out, c: Call, saved: Out, needs: Needs) -> tuple[torch.Tensor, torch.Tensor]:
+    weight, grad = _weight(c), grads.out
+    if c.activation is not None:
+        grad = activate_backward(grad, _pre_activation(c, weight), c.activation)
+    x_grad = product_backward(grad, weight) if needs.x else not_needed(c.x)
+    if c.bias is None or not needs.bias:
+        return x_grad, not_needed(c.x)
+    return x_grad, grad.sum(0, dtype=accumulation_dtype(grad.dtype)).to(c.bias.dtype)
 
 
 BACKENDS = (Backend("int4_linear", "reference", forward, backward),)

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from cvmk.ops._dispatch import Backend, accumulation_dtype, not_needed
-from cvmk.ops.int8_linear import SMALLEST_MAXIMUM
+from cvmk.ops._backend import Backend
+from cvmk.ops._call import Needs
+from cvmk.ops._dtypes import accumulation_dtype, not_needed
+from cvmk.ops.int8_linear import SMALLEST_MAXIMUM, Call, Out
 from cvmk.ops.quantize import QuantizedWeight
 from cvmk.ops.reference._quantized import activate, activate_backward, product, product_backward
 
@@ -100,53 +102,29 @@ def _pre_activation(x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor
     return pre + bias if torch.is_grad_enabled() else pre.add_(bias)
 
 
-def _weight(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, layout: str, out_features: int) -> QuantizedWeight:
-    return QuantizedWeight(values, scales, None, None, out_features, x.shape[1], 8, x.shape[1], layout).plain()
+def _weight(c: Call) -> QuantizedWeight:
+    return QuantizedWeight(c.values, c.scales, None, None, c.out_features, c.x.shape[1], 8, c.x.shape[1], c.layout).plain()
 
 
-def forward(
-    x: torch.Tensor,
-    values: torch.Tensor,
-    scales: torch.Tensor,
-    bias: torch.Tensor | None,
-    smooth_scale: torch.Tensor | None,
-    layout: str,
-    out_features: int,
-    activation: str | None,
-    out_dtype: torch.dtype,
-) -> torch.Tensor:
-    weight = _weight(x, values, scales, layout, out_features)
+def forward(c: Call) -> torch.Tensor:
+    weight = _weight(c)
     rows = max(128, _PIECE_ELEMENTS // max(weight.shape))
-    if x.is_cuda or torch.is_grad_enabled() or x.shape[0] <= rows:
-        return activate(_pre_activation(x, weight, bias, smooth_scale), activation).to(out_dtype)
-    return torch.cat([activate(_pre_activation(piece, weight, bias, smooth_scale), activation).to(out_dtype) for piece in x.split(rows)])
+    if c.x.is_cuda or torch.is_grad_enabled() or c.x.shape[0] <= rows:
+        return activate(_pre_activation(c.x, weight, c.bias, c.smooth_scale), c.activation).to(c.out_dtype)
+    return torch.cat([activate(_pre_activation(piece, weight, c.bias, c.smooth_scale), c.activation).to(c.out_dtype) for piece in c.x.split(rows)])
 
 
-def backward(
-    grad: torch.Tensor,
-    x: torch.Tensor,
-    values: torch.Tensor,
-    scales: torch.Tensor,
-    bias: torch.Tensor | None,
-    smooth_scale: torch.Tensor | None,
-    layout: str,
-    out_features: int,
-    activation: str | None,
-    out_dtype: torch.dtype,
-    needs: list[bool],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    weight = _weight(x, values, scales, layout, out_features)
-    grad = grad.to(accumulation_dtype(x.dtype))
-    if activation is not None:
-        grad = activate_backward(grad, _pre_activation(x, weight, bias, smooth_scale), activation)
-    x_grad = not_needed(x)
-    if needs[0]:
-        x_grad = product_backward(grad.to(x.dtype), weight)
-        if smooth_scale is not None:
-            x_grad = smoothed(x_grad, smooth_scale).to(x.dtype)
-    if bias is None:
-        return x_grad, not_needed(x)
-    return x_grad, grad.sum(0).to(bias.dtype) if needs[3] else not_needed(bias)
+def backward(grads: Out, c: Call, saved: Out, needs: Needs) -> tuple[torch.Tensor, torch.Tensor]:
+    weight = _weight(c)
+    grad = grads.out.to(accumulation_dtype(c.x.dtype))
+    if c.activation is not None:
+        grad = activate_backward(grad, _pre_activation(c.x, weight, c.bias, c.smooth_scale), c.activation)
+    x_grad = not_needed(c.x)
+    if needs.x:
+        x_grad = product_backward(grad.to(c.x.dtype), weight)
+        if c.smooth_scale is not None:
+            x_grad = smoothed(x_grad, c.smooth_scale).to(c.x.dtype)
+    return x_grad, grad.sum(0).to(c.bias.dtype) if c.bias is not None and needs.bias else not_needed(c.x)
 
 
 BACKENDS = (Backend("int8_linear", "reference", forward, backward),)

@@ -9,7 +9,6 @@ fixed order; above, one launch. The activation order is undone on x, by one laun
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cvmk.ops import triton
-from cvmk.ops._dispatch import Backend
+from cvmk.ops._backend import Backend
+from cvmk.ops.int4_linear import Call
 from cvmk.ops.quantize import PLAIN, Layout, QuantizedWeight, outputs, pack_int4, unpack_int4
 from cvmk.ops.triton import _launch
 from cvmk.ops.triton._tuning import Config, Tuned
@@ -83,53 +83,40 @@ def _splits(blocks: int, programs: int, device: torch.device) -> int:
     return max(1, min(blocks, -(-4 * _launch.multiprocessors(device) // programs)))
 
 
-def forward(
-    x: Tensor,
-    values: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    order: Tensor | None,
-    bias: Tensor | None,
-    layout: str,
-    out_features: int,
-    group_size: int,
-    activation: str | None,
-) -> Tensor:
-    rows, inputs = x.shape
-    columns = outputs(out_features, activation)
+def forward(c: Call) -> Tensor:
+    x, (rows, inputs) = c.x, c.x.shape
+    columns = outputs(c.out_features, c.activation)
     out = torch.empty((rows, columns), dtype=x.dtype, device=x.device)
-    if order is not None:
-        x = x.index_select(1, order)
+    if c.order is not None:
+        x = x.index_select(1, c.order)
     x = x if x.stride(1) == 1 else x.contiguous()
-    bias = bias if bias is None else bias.to(x.dtype).contiguous()
+    bias = c.bias if c.bias is None else c.bias.to(x.dtype).contiguous()
     many = "few" if rows <= FEW else "some" if rows <= 64 else "many"
     config = dict(PRODUCT.config(f"{many} {str(x.dtype).removeprefix('torch.')}", x.device))
     kernels = _launch.kernels("int4_linear")
-    options: dict[str, Any] = {"GROUP_SIZE": group_size, "PRECISION": _launch.float32_precision(), **config}
+    options: dict[str, Any] = {"GROUP_SIZE": c.group_size, "PRECISION": _launch.float32_precision(), **config}
     if rows > FEW:
         tiles = -(-rows // config["BLOCK_M"]) * -(-columns // config["BLOCK_N"])
-        numbers = (rows, out_features, inputs, x.stride(0))
-        _launch.launch(kernels.product, (tiles,), x, values, scales, zeros, bias, out, *numbers, ACTIVATION=activation, GROUP=8, **options)
+        numbers = (rows, c.out_features, inputs, x.stride(0))
+        _launch.launch(kernels.product, (tiles,), x, c.values, c.scales, c.zeros, bias, out, *numbers, ACTIVATION=c.activation, GROUP=8, **options)
         return out
-    blocks, programs = values.shape[1], -(-out_features // config["BLOCK_N"])
+    blocks, programs = c.values.shape[1], -(-c.out_features // config["BLOCK_N"])
     share = -(-blocks // _splits(blocks, programs, x.device))
     splits = -(-blocks // share)
-    partial = torch.empty((splits, rows, out_features), dtype=torch.float32, device=x.device)
+    partial = torch.empty((splits, rows, c.out_features), dtype=torch.float32, device=x.device)
     _launch.launch(
         kernels.split_product,
         (programs if rows else 0, splits),
-        *(x, values, scales, zeros, partial, rows, out_features, inputs, x.stride(0), share),
+        *(x, c.values, c.scales, c.zeros, partial, rows, c.out_features, inputs, x.stride(0), share),
         BLOCK_M=FEW,
         **options,
     )
-    _launch.launch(kernels.add_splits, (rows, -(-columns // 256)), partial, bias, out, rows, out_features, splits, ACTIVATION=activation, BLOCK_N=256)
+    _launch.launch(kernels.add_splits, (rows, -(-columns // 256)), partial, bias, out, rows, c.out_features, splits, ACTIVATION=c.activation, BLOCK_N=256)
     return out
 
 
-def limits(which: str, arguments: Mapping[str, Any]) -> list[str]:
-    if arguments["layout"] != LAYOUT.name:
-        return [f"the weight is in the layout {arguments['layout']!r}, not {LAYOUT.name!r}: pack it with weight.pack()"]
-    return []
+def limits(which: str, c: Call) -> list[str]:
+    return [] if c.layout == LAYOUT.name else [f"the weight is in the layout {c.layout!r}, not {LAYOUT.name!r}: pack it with weight.pack()"]
 
 
 BACKENDS = (
@@ -147,7 +134,7 @@ def _case(rows: int, activation: str | None, dtype: torch.dtype, group_size: int
         scales, bias = _launch.sample((inputs // group_size, features), torch.float32, device).abs(), _launch.sample((features,), dtype, device)
         points = torch.full((inputs // group_size, features), 7, dtype=torch.uint8, device=device) if zeros else None
         x = _launch.sample((rows, inputs), dtype, device)
-        forward(x, values, scales, points, None, bias, LAYOUT.name, features, group_size, activation)
+        forward(Call(x, values, scales, points, None, bias, LAYOUT.name, features, group_size, activation))
 
     return _launch.Case(f"{str(dtype).removeprefix('torch.')} M{rows} g{group_size}{' zeros' if zeros else ''} {activation or ''}", run)
 

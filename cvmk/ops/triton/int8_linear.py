@@ -6,16 +6,15 @@ Up to FEW rows one launch quantises and multiplies; above, the rows are quantise
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from cvmk.ops import triton
-from cvmk.ops._dispatch import Backend
+from cvmk.ops._backend import Backend
+from cvmk.ops.int8_linear import Call
 from cvmk.ops.quantize import PLAIN, Layout, QuantizedWeight, outputs
 from cvmk.ops.triton import _launch
 from cvmk.ops.triton._tuning import Config, Tuned
@@ -78,23 +77,15 @@ def _key(rows: int, activation: str | None) -> str:
     return "many swiglu" if activation == "swiglu" else "many"
 
 
-def forward(
-    x: Tensor,
-    values: Tensor,
-    scales: Tensor,
-    bias: Tensor | None,
-    smooth_scale: Tensor | None,
-    layout: str,
-    out_features: int,
-    activation: str | None,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    rows, inputs = x.shape
-    columns = outputs(out_features, activation)
-    out = torch.empty((rows, columns), dtype=out_dtype, device=x.device)
+def forward(c: Call) -> Tensor:
+    x, (rows, inputs) = c.x, c.x.shape
+    columns = outputs(c.out_features, c.activation)
+    out = torch.empty((rows, columns), dtype=c.out_dtype, device=x.device)
     x = x if x.stride(1) == 1 or inputs == 1 else x.contiguous()
-    bias, smooth_scale = (tensor if tensor is None else (tensor if tensor.dtype in DTYPES else tensor.float()).contiguous() for tensor in (bias, smooth_scale))
-    config = dict(PRODUCT.config(_key(rows, activation), x.device))
+    bias, smooth_scale = (
+        None if tensor is None else (tensor if tensor.dtype in DTYPES else tensor.float()).contiguous() for tensor in (c.bias, c.smooth_scale)
+    )
+    config = dict(PRODUCT.config(_key(rows, c.activation), x.device))
     options = {"num_warps": config.pop("num_warps"), "num_stages": config.pop("num_stages"), "enable_fp_fusion": False}
     kernels, maxima, few = _launch.kernels("int8_linear"), None, rows <= FEW
     smooth, stride = smooth_scale, x.stride(0)
@@ -114,8 +105,8 @@ def forward(
     _launch.launch(
         kernels.product,
         (-(-rows // config["BLOCK_M"]) * -(-columns // config["BLOCK_N"]),),
-        *(x, smooth, maxima, values, scales, bias, out, rows, columns, inputs, stride, values.shape[1]),
-        ACTIVATION=activation,
+        *(x, smooth, maxima, c.values, c.scales, bias, out, rows, columns, inputs, stride, c.values.shape[1]),
+        ACTIVATION=c.activation,
         QUANTISE=few,
         GROUP=8,
         **config,
@@ -124,12 +115,12 @@ def forward(
     return out
 
 
-def limits(which: str, arguments: Mapping[str, Any]) -> list[str]:
+def limits(which: str, c: Call) -> list[str]:
     found = []
-    if arguments["layout"] not in (PLAIN, LAYOUT.name):
-        found.append(f"the weight is in the layout {arguments['layout']!r}, not {PLAIN!r} or {LAYOUT.name!r}: pack it with weight.pack()")
-    if arguments["out_dtype"] not in DTYPES:
-        found.append(f"out_dtype is {arguments['out_dtype']}, not one of {', '.join(map(str, DTYPES))}")
+    if c.layout not in (PLAIN, LAYOUT.name):
+        found.append(f"the weight is in the layout {c.layout!r}, not {PLAIN!r} or {LAYOUT.name!r}: pack it with weight.pack()")
+    if c.out_dtype not in DTYPES:
+        found.append(f"out_dtype is {c.out_dtype}, not one of {', '.join(map(str, DTYPES))}")
     return found
 
 
@@ -149,7 +140,8 @@ def _case(rows: int, activation: str | None, dtype: torch.dtype, smooth: bool = 
         weight = pack(weight) if inputs % ALIGNED else weight
         scales, bias = _launch.sample((features,), torch.float32, device).abs(), _launch.sample((features,), dtype, device)
         smooth_scale = _launch.sample((inputs,), torch.float32, device).abs() if smooth else None
-        forward(_launch.sample((rows, inputs), dtype, device), weight.values, scales, bias, smooth_scale, weight.layout, features, activation, dtype)
+        x = _launch.sample((rows, inputs), dtype, device)
+        forward(Call(x, weight.values, scales, bias, smooth_scale, weight.layout, features, activation, dtype))
 
     name = f"{str(dtype).removeprefix('torch.')} M{rows} K{inputs} {activation or ''}{' smooth' if smooth else ''}"
     return _launch.Case(name, run)

@@ -1,0 +1,5 @@
+// The quantised linears for one instruction-set level.
+#include "gemm/int4.inl"
+#include "gemm/int8.inl"
+
+CVMK_KERNELS(gemm) = {{int8_scratch, run_int8}, {int4_scratch, run_int4}};
