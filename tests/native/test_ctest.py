@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import platform
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
-from native_tests import COMPILERS, build_tests, run
+from native_tests import COMPILERS, build_tests, unit_tests_pass
 
 pytestmark = [
     pytest.mark.timeout(600),  # it compiles
@@ -16,13 +17,8 @@ pytestmark = [
 SANITIZE = "-fsanitize=address,undefined -fno-sanitize-recover=all"
 
 
-def check(build: Path) -> None:
-    said = run("ctest", "--test-dir", build, "--output-on-failure", "--no-tests=error")
-    assert "100% tests passed" in said
-
-
 def test_as_shipped(native_build: Path):
-    check(native_build)
+    unit_tests_pass(native_build)
 
 
 def test_sanitized(tmp_path: Path):
@@ -30,5 +26,6 @@ def test_sanitized(tmp_path: Path):
     probe = [*COMPILERS[:1], *SANITIZE.split(), str(tmp_path / "probe.cpp"), "-o", str(tmp_path / "probe")]
     if COMPILERS and subprocess.run(probe, capture_output=True, check=False).returncode != 0:
         pytest.skip("the compiler has no address and undefined-behaviour sanitizers")
-    # What -Og leaves of the kernels is built in half the time of -O3.
-    check(build_tests(tmp_path / "build", "-DCVMK_KERNEL_OPTIMISATION=-Og", f"-DCMAKE_CXX_FLAGS={SANITIZE} -g1"))
+    # What -Og leaves of the kernels is built in half the time of -O3. Emulated tiles are memory that the sanitizers watch; those of AMX are not.
+    emulate = ["-DCVMK_EMULATE_AMX=ON"] if platform.machine() in ("x86_64", "AMD64") else []
+    unit_tests_pass(build_tests(tmp_path / "build", "-DCVMK_KERNEL_OPTIMISATION=-Og", f"-DCMAKE_CXX_FLAGS={SANITIZE} -g1", *emulate))
