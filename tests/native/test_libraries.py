@@ -118,7 +118,8 @@ def test_library_is_found_on_the_package_path(tmp_path: Path, monkeypatch: pytes
 def test_ops_work_where_the_native_library_is_broken(tmp_path: Path):
     """A whole process whose cvmk._native raises at import."""
     code = (
-        f"import cvmk; cvmk.__path__.insert(0, {str(tmp_path)!r})\n"
+        "import sys, importlib.machinery, cvmk; sys.meta_path.insert(0, importlib.machinery.PathFinder)\n"  # before that of an editable install
+        f"cvmk.__path__.insert(0, {str(tmp_path)!r})\n"
         "from cvmk.ops.sketch import CVMSketch\nfrom cvmk.ops import native\n"
         "s = CVMSketch(4); s.add([1, 2, 2]); print(s.backend, s.estimate(), native.reason(), native.isa_level())"
     )
