@@ -48,8 +48,12 @@ class Memory:
         return {"output": self.output, "lengths": self.lengths, **cross}
 
     def save(self) -> dict[str, Tensor]:
-        """Copies of everything, each under "memory.<name>"."""
+        """Copies of everything, each under "memory.<name>", with zeros for padding, which may never have been written."""
         saved = {f"memory.{name}": tensor.clone(memory_format=torch.contiguous_format) for name, tensor in self.tensors().items()}
+        padding = torch.arange(self.output.shape[1], device=self.lengths.device) >= self.lengths[:, None]
+        for name, tensor in saved.items():
+            if self.padded and name != "memory.lengths":
+                tensor.movedim(-2, 1)[padding] = 0
         return {**saved, "memory.padded": torch.tensor(int(self.padded))}
 
     @staticmethod

@@ -12,7 +12,7 @@ from mixer_models import VOCAB, Make
 from torch import Tensor
 
 from cvmk.errors import ConfigError, DataError
-from cvmk.nn import CVMTransformer, DecoderState
+from cvmk.nn import CVMTransformer, DecoderState, EncoderState
 
 PAD, BOS, EOS = 0, 2, 3
 KINDS: list[dict[str, Any]] = [
@@ -36,6 +36,15 @@ def targets(rows: int, length: int) -> Tensor:
     tokens = torch.randint(4, VOCAB, (rows, length), generator=torch.Generator().manual_seed(8))
     tokens[:, 0] = BOS
     return tokens
+
+
+def spoil(state: DecoderState | EncoderState) -> None:
+    """NaN wherever nothing is written yet and what is written must be all that is read."""
+    encoded = [state.encoded] if isinstance(state, EncoderState) else []
+    for mixer in (*state.mixers, *encoded):
+        for name, entry in mixer.layout.items():
+            if entry.axis is not None:
+                mixer[name].fill_(float("nan"))
 
 
 def close(found: Tensor, expected: Tensor) -> None:
@@ -62,6 +71,7 @@ def test_rows_go_on_behind_their_own_last_token(make: Make, options: dict[str, A
     with torch.inference_mode():
         full = model(src, tgt)[0]
         state, at = model.start(model.encode(src), max_length=9), [0, 0, 0]
+        spoil(state)
         for step, lengths in enumerate(pieces):
             tokens = torch.full((3, max(lengths) + (step == 0)), PAD)
             for row, length in enumerate(lengths):
@@ -92,17 +102,18 @@ def test_rows_at_different_positions_have_no_common_one(make: Make) -> None:
 
 @kinds
 def test_padding_at_the_end_of_the_room_overwrites_nothing(make: Make, options: dict[str, Any]) -> None:
-    model, src, tgt = make(**options), sources(4, 4), targets(2, 6)
+    model, src, tgt = make(**options, max_length=8), sources(4, 4), targets(2, 8)
     with torch.inference_mode():
         full = model(src, tgt)[0]
-        state = model.start(model.encode(src), max_length=6)
-        model.extend(tgt[:, :5], state, torch.tensor([5, 2]))
-        last = torch.stack((torch.tensor([tgt[0, 5], PAD, PAD]), tgt[1, 2:5]))
+        state = model.start(model.encode(src), max_length=8)
+        spoil(state)
+        model.extend(tgt[:, :7], state, torch.tensor([7, 4]))
+        last = torch.stack((torch.tensor([tgt[0, 7], PAD, PAD]), tgt[1, 4:7]))
         logits = model.extend(last, state, torch.tensor([1, 3]))
-        close(logits[0, :1], full[0, 5:])
-        close(logits[1], full[1, 2:5])
-        logits = model.extend(torch.stack((torch.zeros(1, dtype=torch.long), tgt[1, 5:])), state, torch.tensor([0, 1]))
-        close(logits[1], full[1, 5:])
+        close(logits[0, :1], full[0, 7:])
+        close(logits[1], full[1, 4:7])
+        logits = model.extend(torch.stack((torch.zeros(1, dtype=torch.long), tgt[1, 7:])), state, torch.tensor([0, 1]))
+        close(logits[1], full[1, 7:])
 
 
 @kinds
@@ -129,9 +140,10 @@ def test_states_reorder_select_copy_and_join(make: Make, options: dict[str, Any]
         for row, single in enumerate(alone):
             single.reorder(order[2 * row : 2 * row + 2] - 2 * row)
         check(state, alone, 7)
-        twin, twins = state.copy(), [single.copy() for single in alone]
-        check(state, alone, 9)
+        twin, twins, before = state.copy(), [single.copy() for single in alone], state.save()
         check(twin, twins, 11)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in state.save().items())
+        check(state, alone, 9)
         state.select(torch.tensor([2, 0]))
         check(state, [alone[2], alone[0]], 13)
         state.select(torch.tensor([1]))
@@ -179,14 +191,38 @@ def test_what_is_saved_holds_nothing_of_others(make: Make) -> None:
     model = make()
     with torch.inference_mode():
         state = model.start(model.encode(sources(3, 3)), max_length=9)
-        for mixer in state.mixers:
-            for name in mixer.layout:
-                mixer[name].fill_(float("nan"))
+        spoil(state)
         model.extend(targets(2, 5), state, torch.tensor([1, 5]))
         saved = state.save()
     for name in ("mixers.0.keys", "mixers.0.values", "mixers.1.keys"):
         assert saved[name].shape == (2, 4, 5, 4) and saved[name].isfinite().all()
         assert not saved[name][0, :, 1:].any() and saved[name][1].any(dim=-1).all() and saved[name][0, :, 0].any()
+
+
+def test_a_decoder_over_a_source_that_grows_is_saved(make: Make) -> None:
+    """Its memory is a view of the encoder's, with rows that are not written to their end."""
+    model = make(encoder_direction="causal", dtype=torch.float32)
+    with torch.inference_mode():
+        source = model.start_source(2, 7)
+        spoil(source)
+        model.append_source(sources(2, 1), source)
+        state = model.start(model.append_source(sources(2, 1), source), 5)
+        model.extend(targets(2, 2), state)
+        saved = state.save()
+        assert all(tensor.isfinite().all() for tensor in saved.values())
+        again = model.restore_decoder(through_a_file(saved))
+        assert torch.equal(model.step(torch.tensor([5, 6]), again), model.step(torch.tensor([5, 6]), state))
+
+
+def test_a_state_whose_longest_row_left_is_saved(make: Make) -> None:
+    model = make()
+    with torch.inference_mode():
+        state = model.start(model.encode(sources(3)), max_length=9, copies=2)
+        model.extend(targets(2, 5), state, torch.tensor([5, 2]))
+        state.reorder(torch.tensor([1, 1]))
+        again = model.restore_decoder(state.save())
+        assert again.position == state.position == 2
+        close(model.step(torch.tensor([5, 6]), again), model.step(torch.tensor([5, 6]), state))
 
 
 def test_restored_states_own_their_memory(make: Make) -> None:
@@ -200,6 +236,8 @@ def test_restored_states_own_their_memory(make: Make) -> None:
             for name, tensor in state.save().items()
         }
         three = model.restore_decoder(saved)
+        for tensor in saved.values():
+            tensor.zero_()
         alone = [model.restore_decoder(state.save()) for _ in range(3)]
         for t in range(2, 4):
             close(model.step(tgt[:, t], three), torch.cat([model.step(tgt[row : row + 1, t], one) for row, one in enumerate(alone)]))
@@ -315,6 +353,7 @@ def test_a_source_that_grows_is_encoded_as_a_whole_one(make: Make, options: dict
     pieces, at = [[2, 1, 0], [0, 2, 3], [5, 0, 2]], [0, 0, 0]
     with torch.inference_mode():
         state, earlier = model.start_source(3, 7), []
+        spoil(state)
         decoder: DecoderState | None = None
         for lengths in pieces:
             piece = torch.full((3, max(lengths)), PAD)

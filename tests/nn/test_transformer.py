@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformer_oracle import OracleTransformer
 
+from cvmk import ops
 from cvmk.config.schema import ModelConfig
 from cvmk.errors import ConfigError
 from cvmk.nn import CVMTransformer, count_parameters
@@ -73,6 +74,27 @@ def test_nothing_extra_unless_asked_for() -> None:
     model = make()
     _, hidden, maps = model(padded(SRC), padded(TGT))
     assert hidden is None and maps is None
+
+
+@pytest.mark.parametrize("options", VARIANTS[:3], ids=str)
+def test_a_loss_may_be_computed_without_logits(options: dict) -> None:
+    """`forward_features` gives what the output layer reads, and all else that forward gives."""
+    model, teacher = make(**options), make(1, **options)
+    src, tgt, target = padded(SRC), padded(TGT), torch.randint(4, VOCAB, (3, 6))
+    logits, hidden, maps = model(src, tgt, return_hidden=True, return_attention=True)
+    features, same, as_well = model.forward_features(src, tgt, return_hidden=True, return_attention=True)
+    assert torch.equal(model.embeddings.logits(features), logits) and len(as_well.cross) == len(maps.cross)
+    assert all(torch.equal(a, b) for a, b in zip(same.encoder + same.decoder, hidden.encoder + hidden.decoder, strict=True))
+    assert model.forward_features(src, tgt)[1:] == (None, None)
+    with torch.no_grad():
+        theirs = teacher.forward_features(src, tgt)[0]
+    matrix, options_ = model.embeddings.output_matrix, {"alpha": 0.4, "temperature": 2.0}
+    fused = ops.linear_kd_loss(features, matrix, theirs, teacher.embeddings.output_matrix.detach(), target, **options_)
+    plain = ops.kd_loss(logits, teacher.embeddings.logits(theirs).detach(), target, **options_)
+    torch.testing.assert_close(fused, plain, atol=1e-12, rtol=0)
+    parameters = list(model.parameters())
+    for a, b in zip(torch.autograd.grad(fused, parameters), torch.autograd.grad(plain, parameters), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("options", VARIANTS, ids=str)
