@@ -5,9 +5,24 @@ from __future__ import annotations
 from typing import Any
 
 from cvmk.deprecation import moved
+from cvmk.inference.engine import Engine, Finished, Partial, Request
+from cvmk.inference.engines import EngineAnswer
+from cvmk.inference.options import Hypothesis, SearchOptions
 from cvmk.inference.translator import TooLongError, Translation, TranslationHypothesis, Translator
 
-__all__ = ["TooLongError", "Translation", "TranslationHypothesis", "Translator"]
+__all__ = [
+    "Engine",
+    "EngineAnswer",
+    "Finished",
+    "Hypothesis",
+    "Partial",
+    "Request",
+    "SearchOptions",
+    "TooLongError",
+    "Translation",
+    "TranslationHypothesis",
+    "Translator",
+]
 
 _moved = moved(__name__, "cvmk.formats")
 

@@ -84,10 +84,6 @@ class Decoding(ABC):
             self._read_prefixes([list(sentence.entry.request.prefix) for sentence in sentences])
 
     # -- what a scheduler asks for -----------------------------------------------------------------------------------------------
-    @property
-    def entries(self) -> list[Entry]:
-        return [sentence.entry for sentence in self.sentences if not sentence.done]
-
     @abstractmethod
     def advance(self) -> list[tuple[Entry, list[Hypothesis]]]: ...
 

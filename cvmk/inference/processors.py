@@ -26,8 +26,8 @@ class History:
 
     def __init__(self, sentences: int, copies: int, device: torch.device) -> None:
         self.pieces = torch.empty((sentences * copies, 0), dtype=torch.long, device=device)
-        self._copies, self._missing = copies, [0] * sentences
-        self._padding: Tensor | None = None  # [N], None where no row has any
+        self._copies = copies
+        self._set_missing([0] * sentences)
 
     def length(self, sentence: int) -> int:
         """Pieces of each hypothesis of a sentence."""
@@ -40,11 +40,11 @@ class History:
 
     @property
     def shortest(self) -> int:
-        return self.pieces.shape[1] - max(self._missing, default=0)
+        return self.pieces.shape[1] - self._most_missing
 
     @property
     def longest(self) -> int:
-        return self.pieces.shape[1] - min(self._missing, default=0)
+        return self.pieces.shape[1] - self._least_missing
 
     def row(self, row: int) -> list[int]:
         """The pieces of a hypothesis."""
@@ -84,8 +84,11 @@ class History:
         self._set_missing(missing)
 
     def _set_missing(self, missing: list[int]) -> None:
-        self._missing = missing
-        self._padding = torch.tensor(missing, device=self.pieces.device).repeat_interleave(self._copies) if any(missing) else None
+        """How much padding each sentence's rows have."""
+        self._missing, self._least_missing, self._most_missing = missing, min(missing, default=0), max(missing, default=0)
+        self._padding: Tensor | None = None  # [N], None where no row has any
+        if self._most_missing:
+            self._padding = torch.tensor(missing, device=self.pieces.device).repeat_interleave(self._copies)
 
 
 class Processor:

@@ -28,10 +28,6 @@ class Entry:
 class Decoding(Protocol):
     """Requests of the same options that are decoded together, in whatever way an engine does that."""
 
-    @property
-    def entries(self) -> Sequence[Entry]:
-        """Those that have not ended."""
-
     def advance(self) -> Iterable[tuple[Entry, list[Hypothesis]]]:
         """One piece further: the entries that ended, with their hypotheses. They are no longer in it."""
 
@@ -48,6 +44,18 @@ class Decoding(Protocol):
 Kind = TypeVar("Kind", bound=Decoding)
 
 
+class _Group(Generic[Kind]):
+    """A decoding, the entries that are in it, and whether any asks for partial translations."""
+
+    def __init__(self, decoding: Kind, entries: Iterable[Entry]) -> None:
+        self.decoding, self.entries, self.tells = decoding, dict[Entry, None](), False
+        self.add(entries)
+
+    def add(self, entries: Iterable[Entry]) -> None:
+        self.entries.update(dict.fromkeys(entries))
+        self.tells = any(entry.request.partial for entry in self.entries)
+
+
 class Scheduler(Generic[Kind]):
     """`submit`, `step` and `cancel` of an engine (see `engine.Engine`) over decodings that `begin` makes of entries with the same options.
 
@@ -56,11 +64,13 @@ class Scheduler(Generic[Kind]):
 
     def __init__(self, begin: Callable[[Sequence[Entry]], Kind], budget: float) -> None:
         self._begin, self._budget = begin, budget
-        self._lock, self._stepping = threading.Lock(), threading.Lock()  # the first guards the fields below
+        self._stepping = threading.Lock()
+        self._running: dict[SearchOptions, _Group[Kind]] = {}
+        self._told: list[tuple[Entry, Event]] = []
+        self._lock = threading.Lock()  # guards what follows, and whether an entry is cancelled
         self._entries: dict[Hashable, Entry] = {}
         self._waiting: dict[Entry, None] = {}
-        self._running: dict[SearchOptions, Kind] = {}
-        self._told: list[tuple[Entry, Event]] = []
+        self._leaving: list[Entry] = []
 
     def submit(self, request: Request) -> None:
         with self._lock:
@@ -75,7 +85,10 @@ class Scheduler(Generic[Kind]):
             if entry is None:
                 return False
             entry.cancelled = True
-            self._waiting.pop(entry, None)
+            if entry in self._waiting:
+                del self._waiting[entry]
+            else:
+                self._leaving.append(entry)
             return True
 
     def step(self) -> list[Event]:
@@ -84,62 +97,75 @@ class Scheduler(Generic[Kind]):
         try:
             self._let_go()
             self._admit()
-            for options, decoding in list(self._running.items()):
-                self._advance(options, decoding)
+            for options, group in list(self._running.items()):
+                self._advance(options, group)
             return self._tell()
         finally:
             self._stepping.release()
 
     def _let_go(self) -> None:
         """Take out of the decodings what was cancelled."""
-        for options, decoding in list(self._running.items()):
-            gone = [entry for entry in decoding.entries if entry.cancelled]
-            if len(gone) == len(decoding.entries):
+        with self._lock:
+            leaving, self._leaving = self._leaving, []
+        for options in {entry.request.options for entry in leaving}:
+            group = self._running.get(options)
+            gone = [entry for entry in leaving if group is not None and entry in group.entries]
+            if group is None or not gone:
+                continue
+            if len(gone) == len(group.entries):
                 del self._running[options]
-            elif gone:
-                with self._failing(options, decoding.entries):
-                    decoding.drop(gone)
+            else:
+                with self._failing(options, group.entries):
+                    group.decoding.drop(gone)
+                for entry in gone:
+                    del group.entries[entry]
 
     def _admit(self) -> None:
         """Begin waiting requests, in order, as far as the budget goes."""
-        groups = self._next_groups()
-        while groups:
-            options = next(iter(groups))
-            entries = groups.pop(options)
-            running = self._running.get(options)
+        waiting = self._next()
+        while waiting:
+            options = next(iter(waiting))
+            entries, group = waiting.pop(options), self._running.get(options)
             try:
-                with self._failing(options, [*entries, *(running.entries if running else ())]):
-                    new = self._begin(entries)
-                    if running is None:
-                        self._running[options] = new
+                with self._failing(options, [*entries, *(group.entries if group else ())]):
+                    decoding = self._begin(entries)
+                    if group is None:
+                        self._running[options] = _Group(decoding, entries)
                     else:
-                        running.join(new)
+                        group.decoding.join(decoding)
+                        group.add(entries)
             except BaseException:
-                self._put_back(groups)
+                self._put_back(waiting)
                 raise
 
-    def _next_groups(self) -> dict[SearchOptions, list[Entry]]:
-        used = sum(entry.cost for decoding in self._running.values() for entry in decoding.entries)
-        groups: dict[SearchOptions, list[Entry]] = {}
+    def _next(self) -> dict[SearchOptions, list[Entry]]:
+        """The waiting entries that there is room for, by their options."""
+        found: dict[SearchOptions, list[Entry]] = {}
         with self._lock:
-            for entry in list(self._waiting):
-                if used and used + entry.cost > self._budget:
-                    break
-                used += entry.cost
-                del self._waiting[entry]
-                groups.setdefault(entry.request.options, []).append(entry)
-        return groups
+            if self._waiting:
+                used = sum(entry.cost for group in self._running.values() for entry in group.entries)
+                for entry in list(self._waiting):
+                    if used and used + entry.cost > self._budget:
+                        break
+                    used += entry.cost
+                    del self._waiting[entry]
+                    found.setdefault(entry.request.options, []).append(entry)
+        return found
 
-    def _put_back(self, groups: dict[SearchOptions, list[Entry]]) -> None:
+    def _put_back(self, waiting: dict[SearchOptions, list[Entry]]) -> None:
         with self._lock:
-            back = {entry: None for entries in groups.values() for entry in entries if not entry.cancelled}
+            back = {entry: None for entries in waiting.values() for entry in entries if not entry.cancelled}
             self._waiting = {**back, **self._waiting}
 
-    def _advance(self, options: SearchOptions, decoding: Kind) -> None:
-        with self._failing(options, decoding.entries):
-            self._told += [(entry, Finished(entry.request.id, hypotheses)) for entry, hypotheses in decoding.advance()]
-            self._told += [(entry, Partial(entry.request.id, decoding.partial(entry))) for entry in decoding.entries if entry.request.partial]
-        if not decoding.entries:
+    def _advance(self, options: SearchOptions, group: _Group[Kind]) -> None:
+        with self._failing(options, group.entries):
+            for entry, hypotheses in group.decoding.advance():
+                del group.entries[entry]
+                self._told.append((entry, Finished(entry.request.id, hypotheses)))
+            if group.tells:
+                asking = [entry for entry in group.entries if entry.request.partial]
+                self._told += [(entry, Partial(entry.request.id, group.decoding.partial(entry))) for entry in asking]
+        if not group.entries:
             del self._running[options]
 
     def _tell(self) -> list[Event]:
@@ -152,17 +178,15 @@ class Scheduler(Generic[Kind]):
         return [event for _, event in told]
 
     @contextlib.contextmanager
-    def _failing(self, options: SearchOptions, entries: Sequence[Entry]) -> Iterator[None]:
-        """Where the block raises, the decoding of these options may be half-way: it and its requests are gone."""
-        entries = list(entries)
+    def _failing(self, options: SearchOptions, entries: Iterable[Entry]) -> Iterator[None]:
+        """Where the block raises, the decoding of these options may be half-way: it and its requests, those in `entries` by then, are gone."""
         try:
             yield
         except BaseException:
             self._running.pop(options, None)
             with self._lock:
-                finished = {entry for entry, event in self._told if isinstance(event, Finished)}
                 for entry in entries:
-                    if not entry.cancelled and entry not in finished:
+                    if not entry.cancelled:
                         entry.cancelled = True
                         del self._entries[entry.request.id]
             raise

@@ -23,20 +23,16 @@ class Counting:
     """Says the source's pieces one by one, then ends; a source that begins with 666 breaks its decoding after two pieces."""
 
     def __init__(self, entries: Sequence[Entry]) -> None:
-        if any(entry.request.source[0] == 13 for entry in entries):
+        if any(entry.request.source[:1] == (13,) for entry in entries):
             raise Boom("begin")
         self.said = dict.fromkeys(entries, 0)
         self.drops = 0
-
-    @property
-    def entries(self) -> list[Entry]:
-        return list(self.said)
 
     def advance(self) -> list[tuple[Entry, list[Hypothesis]]]:
         ended = []
         for entry in list(self.said):
             self.said[entry] += 1
-            if entry.request.source[0] == 666 and self.said[entry] == 2:
+            if entry.request.source[:1] == (666,) and self.said[entry] == 2:
                 raise Boom("advance")
             if self.said[entry] > len(entry.request.source):
                 del self.said[entry]
@@ -167,6 +163,20 @@ def test_what_ended_before_a_step_failed_is_told_in_the_next() -> None:
     assert scheduler.step() == [Finished("ends", [Hypothesis([5])])] and not scheduler._entries
 
 
+def test_nothing_is_told_of_a_request_that_failed_before_it_could_be() -> None:
+    scheduler = Scheduler(Counting, 100)
+    scheduler.submit(request("first", 666, 5, 6, partial=True))
+    scheduler.submit(request("second", 666, 5, 6, beam_size=2))
+    scheduler._admit()
+    scheduler._advance(SearchOptions(2), scheduler._running[SearchOptions(2)])  # one piece ahead of the other
+    with pytest.raises(Boom):
+        scheduler.step()
+    assert [type(event) for _, event in scheduler._told] == [Partial] and set(scheduler._entries) == {"first"}
+    with pytest.raises(Boom):
+        scheduler.step()
+    assert scheduler.step() == [] and not scheduler._entries
+
+
 def test_one_thread_steps_and_another_may_cancel() -> None:
     inside, go_on = threading.Event(), threading.Event()
 
@@ -178,17 +188,20 @@ def test_one_thread_steps_and_another_may_cancel() -> None:
 
     scheduler, told = Scheduler(Slow, 100), []
     scheduler.submit(request("a", 5, partial=True))
+    scheduler.submit(request("ends meanwhile"))
+    scheduler.submit(request("stays", 5, 6, 7))
     thread = threading.Thread(target=lambda: told.extend(scheduler.step()))
     thread.start()
     assert inside.wait(20)
     with pytest.raises(RuntimeError, match="another thread is in step"):
         scheduler.step()
-    assert scheduler.cancel("a")
+    assert scheduler.cancel("a") and scheduler.cancel("ends meanwhile")
     scheduler.submit(request("a", 6))
     go_on.set()
     thread.join()
-    assert told == []  # not the cancelled one's
+    assert told == []  # nothing of the cancelled ones
     assert scheduler.step() == [] and scheduler.step() == [Finished("a", [Hypothesis([6])])]
+    assert scheduler.step() == [Finished("stays", [Hypothesis([5, 6, 7])])] and not scheduler._running
 
 
 class Machine(RuleBasedStateMachine):
@@ -245,7 +258,9 @@ class Machine(RuleBasedStateMachine):
     def nothing_leaks(self) -> None:
         if hasattr(self, "scheduler"):
             assert set(self.scheduler._entries) == set(self.sources)
-            assert not self.scheduler._told and all(decoding.entries for decoding in self.scheduler._running.values())
+            running = {entry: group for group in self.scheduler._running.values() for entry in group.entries}
+            assert not self.scheduler._told and all(group.entries and group.decoding.said.keys() == group.entries.keys() for group in running.values())
+            assert sum(not entry.cancelled for entry in running) + len(self.scheduler._waiting) == len(self.sources)
 
 
 Machine.TestCase.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
