@@ -120,13 +120,13 @@ class QuantizedWeight:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, torch.Tensor]) -> QuantizedWeight:
-        """The weight of canonical tensors, in the canonical layout; bits, shape and group size follow from them.
+        """The weight of canonical tensors, packed for the device that they are on; bits, shape and group size follow from them.
 
         Reads the data to check it, so it waits for the device. Raises ValueError for tensors that do not fit together.
         """
         weight = _from_tensors(tensors)
         _check_data(weight)
-        return weight
+        return weight.pack()
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weight [N, K] in `dtype`, inputs in the layer's own order; products in float32 (float64 for float64)."""
@@ -237,7 +237,10 @@ def quantize_int4(weight: torch.Tensor, group_size: int = 64, *, symmetric: bool
         values = (groups / scales[..., None]).round_().add_(8)
     else:
         low, high = groups.amin(2).clamp_(max=0), groups.amax(2).clamp_(min=0)
-        scales = _nonzero_scale(_divided(high - low, 15))
+        steps = _divided(high - low, 15)
+        if wide.dtype == torch.float32:  # a range past the largest float has a step that is not
+            steps = torch.where(steps.isfinite(), steps, (_divided(high.double() - low.double(), 15)).float())
+        scales = _nonzero_scale(steps)
         zeros = (-low / scales).round_().clamp_(0, 15)
         values = (groups / scales[..., None]).round_().add_(zeros[..., None])
         zeros = zeros.to(torch.uint8)
@@ -302,6 +305,11 @@ def check_linear(name: str, bits: int, x: torch.Tensor, weight: QuantizedWeight,
     """What the quantised linears ask of their arguments. Raises TypeError or ValueError."""
     if not isinstance(weight, QuantizedWeight):
         raise TypeError(f"{name}: weight is a {type(weight).__name__}; make a QuantizedWeight with ops.quantize_int{bits}(weight)")
+    if weight.scales.dtype != torch.float32:
+        raise TypeError(
+            f"{name}: the weight's scales are {weight.scales.dtype} and must be float32: a module that holds them was cast (.half(), .bfloat16(), .double());"
+            " cast its other parameters only, or quantise again"
+        )
     if weight.bits != bits:
         raise ValueError(f"{name}: weight has {weight.bits} bits; use ops.int{weight.bits}_linear")
     if not x.is_floating_point():
