@@ -47,7 +47,7 @@ if(CVMK_WERROR)
   target_compile_options(cvmk_warnings INTERFACE "$<$<COMPILE_LANG_AND_ID:CXX,GNU,Clang,AppleClang>:-Werror>")
 endif()
 
-add_library(cvmk_cpu STATIC csrc/common/blocks.cpp csrc/common/cpu_features.cpp csrc/common/scratch.cpp csrc/common/team.cpp csrc/distill/loss.cpp csrc/sketch/sketch.cpp)
+add_library(cvmk_cpu STATIC csrc/common/blocks.cpp csrc/common/cpu_features.cpp csrc/common/scratch.cpp csrc/common/team.cpp csrc/distill/loss.cpp csrc/gemm/pack.cpp csrc/sketch/sketch.cpp)
 target_include_directories(cvmk_cpu PUBLIC csrc)
 target_link_libraries(cvmk_cpu PRIVATE cvmk_warnings)
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from cvmk.ops import native
 from cvmk.ops.native._memory import LARGE, empty
@@ -50,7 +49,7 @@ def reason() -> str | None:
     library = native.library()
     if library is None:
         return native.reason()
-    return None if hasattr(library, "int8_linear") else "cvmk._native is an older build without the linears: install the package again"
+    return None if hasattr(library, "pack_int8") else "cvmk._native is an older build without the linears: install the package again"
 
 
 def pack_reasons(weight: QuantizedWeight) -> list[str]:
@@ -59,10 +58,3 @@ def pack_reasons(weight: QuantizedWeight) -> list[str]:
     if missing is not None:
         return [missing]
     return [] if weight.device.type == "cpu" else [f"the weight is on {weight.device}"]
-
-
-def panels(tensor: Tensor) -> Tensor:
-    """[N, ...] -> [P, 16, ...], filled up with zeros."""
-    missing = -tensor.shape[0] % PANEL
-    tensor = F.pad(tensor, (*(0, 0) * (tensor.dim() - 1), 0, missing)) if missing else tensor
-    return tensor.reshape(-1, PANEL, *tensor.shape[1:])

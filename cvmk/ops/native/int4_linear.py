@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 from torch import Tensor
-from torch.nn import functional as F
 
 from cvmk.ops._backend import Backend
 from cvmk.ops.int4_linear import Call
 from cvmk.ops.native import library
-from cvmk.ops.native._linear import INPUT_TYPES, PANEL, pack_reasons, panels, reason, result, rows_of, vector
-from cvmk.ops.quantize import ACTIVATION_NUMBERS, PLAIN, Layout, QuantizedWeight, outputs, pack_int4, unpack_int4
+from cvmk.ops.native._linear import INPUT_TYPES, PANEL, pack_reasons, reason, result, rows_of, vector
+from cvmk.ops.quantize import ACTIVATION_NUMBERS, PLAIN, Layout, QuantizedWeight, outputs
 
 BLOCK = 128
 """Inputs that stand together."""
@@ -19,24 +18,24 @@ BLOCK = 128
 
 def pack(weight: QuantizedWeight) -> QuantizedWeight:
     """A canonical weight in the layout "native_int4" (`_linear` describes it)."""
-    codes = panels(F.pad(unpack_int4(weight.values), (0, -weight.in_features % BLOCK)))
-    nibbles = codes.view(-1, PANEL, codes.shape[2] // BLOCK, 4, BLOCK // 4).permute(0, 2, 1, 4, 3)  # panel, block, output, word, nibble
-    values = pack_int4(nibbles.reshape(-1, 4)).flatten()  # the even nibble of a byte is the low one
-    scales, zeros = (None if tensor is None else panels(tensor).transpose(1, 2).contiguous() for tensor in (weight.scales, weight.zeros))
+    rows, inputs, groups = weight.out_features + -weight.out_features % PANEL, weight.in_features, weight.scales.shape[1]
+    values = weight.values.new_empty(rows * (inputs + -inputs % BLOCK) // 2)
+    scales, zeros = (None if like is None else like.new_empty(rows // PANEL, groups, PANEL) for like in (weight.scales, weight.zeros))
     assert scales is not None
+    plain = (weight.values.contiguous(), weight.scales.contiguous(), None if weight.zeros is None else weight.zeros.contiguous())
+    _NATIVE.pack_int4(*plain, values, scales, zeros, *weight.shape, groups)  # type: ignore[union-attr]
     order = None if weight.order is None else weight.order.contiguous()
     return replace(weight, values=values, scales=scales, zeros=zeros, order=order, layout=LAYOUT.name)
 
 
 def unpack(weight: QuantizedWeight) -> QuantizedWeight:
     """The inverse of `pack`."""
-    rows, columns = weight.out_features, weight.in_features
-    blocks = (columns + BLOCK - 1) // BLOCK
-    nibbles = unpack_int4(weight.values.view(-1, 2)).view(-1, blocks, PANEL, BLOCK // 4, 4)
-    values = nibbles.permute(0, 2, 1, 4, 3).reshape(-1, blocks * BLOCK)[:rows, :columns]
-    scales, zeros = (None if t is None else t.transpose(1, 2).reshape(-1, t.shape[1])[:rows].contiguous() for t in (weight.scales, weight.zeros))
+    rows, inputs, groups = weight.out_features, weight.in_features, weight.scales.shape[1]
+    values = weight.values.new_empty(rows, inputs // 2)
+    scales, zeros = (None if like is None else like.new_empty(rows, groups) for like in (weight.scales, weight.zeros))
     assert scales is not None
-    return replace(weight, values=pack_int4(values), scales=scales, zeros=zeros, layout=PLAIN)
+    _NATIVE.unpack_int4(weight.values, weight.scales, weight.zeros, values, scales, zeros, *weight.shape, groups)  # type: ignore[union-attr]
+    return replace(weight, values=values, scales=scales, zeros=zeros, layout=PLAIN)
 
 
 LAYOUT = Layout("native_int4", 4, pack, unpack, pack_reasons)

@@ -4,35 +4,36 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from cvmk.ops._backend import Backend
 from cvmk.ops.int8_linear import Call
 from cvmk.ops.native import library
-from cvmk.ops.native._linear import INPUT_TYPES, OUTPUT_TYPES, PANEL, pack_reasons, panels, reason, result, rows_of, vector
+from cvmk.ops.native._linear import INPUT_TYPES, OUTPUT_TYPES, PANEL, pack_reasons, reason, result, rows_of, vector
 from cvmk.ops.quantize import ACTIVATION_NUMBERS, PLAIN, Layout, QuantizedWeight, outputs
 
 STEP = 64
 """Inputs of a tile."""
 
 
+def _sizes(weight: QuantizedWeight) -> tuple[int, int]:
+    """Elements of the packed values and scales."""
+    rows = weight.out_features + -weight.out_features % PANEL
+    return rows * (weight.in_features + -weight.in_features % STEP) + 4 * rows, rows + PANEL
+
+
 def pack(weight: QuantizedWeight) -> QuantizedWeight:
     """A canonical weight in the layout "native_int8" (`_linear` describes it)."""
-    values = F.pad(weight.values, (0, -weight.in_features % STEP))
-    tiles = panels(values).view(-1, PANEL, values.shape[1] // 4, 4).transpose(1, 2).contiguous()
-    sums = panels(weight.values.sum(1, dtype=torch.int32)[:, None]).flatten() * -128
-    scales = F.pad(weight.scales, (0, -weight.out_features % PANEL + PANEL))
-    return replace(weight, values=torch.cat((tiles.flatten(), sums.view(torch.int8))), scales=scales, layout=LAYOUT.name)
+    values, scales = (like.new_empty(size) for like, size in zip((weight.values, weight.scales), _sizes(weight), strict=True))
+    _NATIVE.pack_int8(weight.values.contiguous(), weight.scales.contiguous(), values, scales, *weight.shape)  # type: ignore[union-attr]
+    return replace(weight, values=values, scales=scales, layout=LAYOUT.name)
 
 
 def unpack(weight: QuantizedWeight) -> QuantizedWeight:
     """The inverse of `pack`."""
-    rows, columns = weight.out_features + -weight.out_features % PANEL, weight.in_features + -weight.in_features % STEP
-    tiles = weight.values[: rows * columns].view(-1, columns // 4, PANEL, 4)
-    values = tiles.transpose(1, 2).reshape(rows, columns)[: weight.out_features, : weight.in_features].contiguous()
-    return replace(weight, values=values, scales=weight.scales[: weight.out_features].clone(), layout=PLAIN)
+    values, scales = weight.values.new_empty(weight.shape), weight.scales.new_empty(weight.out_features)
+    _NATIVE.unpack_int8(weight.values, weight.scales, values, scales, *weight.shape)  # type: ignore[union-attr]
+    return replace(weight, values=values, scales=scales, layout=PLAIN)
 
 
 LAYOUT = Layout("native_int8", 8, pack, unpack, pack_reasons)

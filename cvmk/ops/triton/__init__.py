@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-from collections.abc import Mapping
 from typing import Any
 
 import torch
