@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cvmk.cli._commands import command
 from cvmk.cli._streams import need_open, read_whole
 from cvmk.cli._terminal import as_text, complain, show, show_json
 
@@ -49,6 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from cvmk.hardware import keep_freed_memory
     from cvmk.telemetry import reporter
+    from cvmk.telemetry.commands import command
     from cvmk.training.pipeline import train
     from cvmk.training.trainer import Interrupted
 
@@ -66,6 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _summary(report: dict[str, Any], folder: str) -> str:
+    from cvmk.telemetry.commands import command
     from cvmk.training.report import score_lines
 
     name = "test" if report["test"] else "validation"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-import shlex
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from cvmk.config.resume import changed_keys
 from cvmk.errors import ConfigError, DataError
 from cvmk.files import explained, read_json, write_json, write_text
 from cvmk.telemetry import environment
+from cvmk.telemetry.commands import command
 from cvmk.training.contents import CONTENTS, Content, check_contents, to_json
 
 CONFIG, RESOLVED = "config.toml", "config.resolved.json"
@@ -84,7 +84,7 @@ def _own_command(folder: Path, before: dict[str, Any]) -> str:
     An older cvmk kept the values of `--set` in config.resolved.json alone; and a run that was moved is no longer in its own run.folder.
     """
     path = folder / CONFIG
-    words = ["cvmk", "train", str(path)]
+    words = ["train", str(path)]
     with contextlib.suppress(ConfigError, DataError):
         kept = json.loads(load_train_config(path).model_dump_json())
         for key in changed_keys(TrainConfig, before, kept, by_content=False):
@@ -92,7 +92,7 @@ def _own_command(folder: Path, before: dict[str, Any]) -> str:
                 words += ["--set", f"{key}={toml_value(value)}"]
         if kept["run"]["folder"] != str(folder):
             words += ["--set", f"run.folder={toml_value(str(folder))}"]
-    return shlex.join([*words, "--resume"])
+    return command(*words, "--resume")
 
 
 def _at(values: Any, key: str) -> Any:
