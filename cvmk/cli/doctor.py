@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import os
 import re
 import sys
 from dataclasses import asdict
@@ -76,6 +77,7 @@ def collect() -> dict[str, Any]:
         "libraries": states,
         "ops": backends,
         "error": None if error is None else str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}",
+        "settings": {name: value for name, value in sorted(os.environ.items()) if name.startswith("CVMK_")},
         "wrong_settings": sorted({text for text in settings if text is not None}),
     }
 
@@ -137,6 +139,7 @@ def _rows(report: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
     machine += [(f"gpu {gpu['index']}", _gpu(gpu)) for gpu in report["gpus"]["devices"]]
     if not report["gpus"]["devices"]:
         machine.append(("gpus", f"none: {report['gpus']['reason']}"))
+    machine += [(name, value) for name, value in report["settings"].items()]
     machine.append(("torch devices", ", ".join(report["torch_devices"]) or "none"))
 
     libraries = []

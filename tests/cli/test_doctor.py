@@ -83,6 +83,14 @@ def test_a_wrong_setting_ends_every_verb_with_a_sentence(verb: list[str], settin
     assert ("versions" in done.stdout) == (verb == ["doctor"])
 
 
+def test_settings_are_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setenv("CVMK_BACKEND", "reference")
+    assert main(["doctor", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["settings"]["CVMK_BACKEND"] == "reference"
+    assert main(["doctor"]) == 0
+    assert "  CVMK_BACKEND: reference\n" in capsys.readouterr().out
+
+
 def test_missing_extras_are_told_with_the_command(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(
         importlib.metadata,
