@@ -51,6 +51,12 @@ def test_every_dependency_is_pinned_to_a_version_that_its_range_allows(project: 
         assert not any(s.operator in ("==", "<", "<=", "~=") for s in requirement.specifier), f"{requirement}: keep the range open"
 
 
+def test_checks_before_a_commit_use_the_pinned_linter():
+    text = (ROOT / ".pre-commit-config.yaml").read_text()
+    found = re.findall(r'"(ruff|mypy)==([^"]+)"', text)
+    assert found and all(pins()[name] == Version(version) for name, version in found)
+
+
 def test_torch_is_not_needed_to_build(project: dict[str, Any]):
     assert not any(entry.startswith("torch") for entry in project["build-system"]["requires"])
     for path in (ROOT / "csrc").rglob("*"):

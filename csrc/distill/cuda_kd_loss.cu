@@ -173,7 +173,7 @@ cudaError_t cuda_kd_loss(const CudaKdLoss& p, cudaStream_t stream) {
         const unsigned threads = threads_for(in.vocabulary, kVector<T>);
         constexpr bool kOnce = kDivergence == kNoDivergence;  // the others are seldom run at T = 1 alone
         const bool at_one = kDivergence == kForwardKl && in.terms.temperature == 1.0f;
-        const auto kernel = at_one ? row_losses<T, kDivergence, kOnce || kDivergence == kForwardKl> : row_losses<T, kDivergence, kOnce>;
+        const auto kernel = at_one ? row_losses<T, kDivergence, (kOnce || kDivergence == kForwardKl)> : row_losses<T, kDivergence, kOnce>;
         return launch(kernel, dim3(static_cast<unsigned>(in.rows)), threads, 6 * 32 * sizeof(float), stream, p);
       });
     });
