@@ -53,7 +53,7 @@ target_link_libraries(cvmk_cpu PRIVATE cvmk_warnings)
 
 # Folders of csrc with kernels and the levels that they are compiled for; each has csrc/bindings/<folder>.cpp too.
 include(cpu_isa)
-cvmk_kernels_by_file(cvmk_cpu attention)
+cvmk_kernels(cvmk_cpu attention base avx2 avx512 amx)
 cvmk_kernels(cvmk_cpu distill base avx2 avx512 amx)
 cvmk_kernels(cvmk_cpu gemm base avx2 avx512 amx)
 cvmk_kernels(cvmk_cpu scan base avx2 avx512)  # a scan has no matrix products

@@ -1,25 +1,26 @@
 // Blocks of the backward pass on the tiles. Probabilities and gradients of scores are held as right operands (row pairs interleaved), so
 // dk and dv are gathered transposed: [key / kKeys][width][kKeys].
 #pragma once
-#include "attention/amx_engine.inl"
+#include "attention/amx_products.inl"
 #include "attention/gradient.inl"
 
+namespace cvmk::attention {
 namespace {
 
 struct AmxGradient {
-  typedef AmxEngine Engine;
+  typedef AmxProducts Products;
   // No way of its own for few keys.
-  struct Short {
+  struct Few {
     static constexpr int64_t kKeys = -1;
     void take(Arena*, const Params&) {}
     void item(const Params&, const Segment&, int64_t) const {}
   };
-  static constexpr int kRows = Engine::kGradRows, kKeys = Engine::kGradKeys, kStrip = 32;
+  static constexpr int kRows = Products::kGradRows, kKeys = Products::kGradKeys, kStrip = 32;
   Half *q, *g, *q_t, *g_t;  // left operands, and transposed
   Half *p_b, *ds_b, *ds_a;  // probabilities, gradients of scores as right operands; the latter as left operand
   float *s, *dp_s, *slope;  // scores and products of a strip of rows
 
-  TeacherBlock<Engine> teacher;
+  TeacherBlock<Products> teacher;
   bool capped;  // whether gradients of scores include the derivative of the soft cap
 
   void take(Arena* arena, const Params& p, int64_t pack_keys, int64_t dp, int64_t dvp) {
@@ -45,11 +46,11 @@ struct AmxGradient {
       rows_q[r] = r < block.count ? block.q[r] : nullptr;
       rows_g[r] = r < block.count ? block.g[r] : nullptr;
     }
-    Engine::pack_a(q, rows_q, block.count, p.dtype, p.d, dp);
-    Engine::pack_a(g, rows_g, block.count, p.dtype, p.dv, dvp);
+    Products::pack_a(q, rows_q, block.count, p.dtype, p.d, dp);
+    Products::pack_a(g, rows_g, block.count, p.dtype, p.dv, dvp);
     for (int64_t r = 0; r < block.count; r += 32) {
-      Engine::pack_at(q_t, r, kRows, rows_q + r, p.d, dp);
-      Engine::pack_at(g_t, r, kRows, rows_g + r, p.dv, dvp);
+      Products::pack_at(q_t, r, kRows, rows_q + r, p.d, dp);
+      Products::pack_at(g_t, r, kRows, rows_g + r, p.dv, dvp);
     }
   }
 
@@ -102,8 +103,8 @@ struct AmxGradient {
         any = any || rows[r].a < rows[r].b;
       }
       if (any) {
-        Engine::scores(q + strip * dp, kStrip, keys.k_t, j - keys.base, n, dp, s, kKeys);
-        Engine::scores(g + strip * dvp, kStrip, keys.v_t, j - keys.base, n, dvp, dp_s, kKeys);
+        Products::scores(q + strip * dp, kStrip, keys.k_t, j - keys.base, n, dp, s, kKeys);
+        Products::scores(g + strip * dvp, kStrip, keys.v_t, j - keys.base, n, dvp, dp_s, kKeys);
         if (pulled) teacher.make_target(p, block.rows, strip, least(kStrip, block.count - strip), j, n);
       }
       for (int64_t r = 0; r < kStrip; r += 2) {
@@ -160,3 +161,4 @@ struct AmxGradient {
 };
 
 }  // namespace
+}  // namespace cvmk::attention

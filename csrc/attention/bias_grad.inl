@@ -4,29 +4,21 @@
 #pragma once
 #include "attention/backward.inl"
 
+namespace cvmk::attention {
 namespace {
 
 CVMK_INLINE float score_gradient(const float* ds, int64_t i) { return ds[i]; }
 CVMK_INLINE float score_gradient(const uint16_t* ds, int64_t i) { return simd::bits<float>(static_cast<uint32_t>(ds[i]) << 16); }
 
-inline void write_bias(const Bias& bias, int64_t first, const float* sums, int64_t n) {
-  char* to = static_cast<char*>(bias.grad) + first * width_of(bias.dtype);
-  if (bias.dtype != cvmk::attention::kFloat64) return from_floats(to, bias.dtype, sums, 1.0f, n);
-  for (int64_t j = 0; j < n; ++j) {
-    const double x = sums[j];
-    memcpy(to + j * 8, &x, 8);
-  }
-}
-
 // One head of one segment into the sums [rows of the unit or 1][keys]; the unit's rows are [i0, i1) of the tensor.
 template <class Gradient>
 void bias_head(const Params& p, const Segment& g, int64_t head, int64_t i0, int64_t i1, BackwardScratch<Gradient>& w, float* sums) {
-  typedef typename Gradient::Engine Engine;
-  const int64_t dp = Engine::padded(p.d), dvp = Engine::padded(p.dv), group = p.heads / p.kv_heads, kv_head = head / group;
+  typedef typename Gradient::Products Products;
+  const int64_t dp = Products::padded(p.d), dvp = Products::padded(p.dv), group = p.heads / p.kv_heads, kv_head = head / group;
   const bool all_rows = p.bias.size[2] == 1;
   const int64_t start = head % group * g.rows;
   const int64_t begin = most(0, least(i0 - g.q0, g.rows)), end = most(begin, least(i1 - g.q0, g.rows));
-  KeyPacks<typename Engine::Element> packs = w.packs;
+  KeyPacks<typename Products::Element> packs = w.packs;
   for (int64_t r = begin; r < end; r += Gradient::kRows) {
     load_rows(p, g, kv_head, start + r, least(Gradient::kRows, end - r), w.rows);
     if (w.rows->lo < w.rows->hi) w.gradient.load(p, *w.rows, dp, dvp);
@@ -45,41 +37,84 @@ void bias_head(const Params& p, const Segment& g, int64_t head, int64_t i0, int6
 }
 
 template <class Gradient>
-int bias_grad(const Params& p) {
-  typedef typename Gradient::Engine Engine;
-  const Bias& bias = p.bias;
-  const int64_t dp = Engine::padded(p.d), dvp = Engine::padded(p.dv);
-  const bool all_rows = bias.size[2] == 1;
-  const int64_t keys = p.keys, blocks = all_rows ? 1 : (p.rows + Gradient::kRows - 1) / Gradient::kRows;
-  const int64_t units = bias.size[0] * bias.size[1] * blocks, workers = least(most(units, 1), threads::limit());
-  Arena arena{nullptr, 0};
-  const BackwardScratch<Gradient> sizes(&arena, p, Gradient::kKeys, 0, dp, dvp);
-  const int64_t sum_size = (all_rows ? 1 : Gradient::kRows) * keys;
-  arena.take<float>(sum_size);
-  const int64_t bytes = up(arena.used, 4096);
-  char* memory = allocate(bytes * workers);
-  if (memory == nullptr) return cvmk::attention::kNoMemory;
-  threads::each(units, [&](int64_t unit) {
-    Arena own{memory + bytes * threads::index(), 0};
-    BackwardScratch<Gradient> w(&own, p, Gradient::kKeys, 0, dp, dvp);
-    w.gradient.capped = false;
-    float* sums = own.take<float>(sum_size);
-    memset(sums, 0, static_cast<size_t>(sum_size) * sizeof(float));
+struct BiasGradient {
+  typedef typename Gradient::Products Products;
+  bool all_rows;  // the bias has one row for all
+  int64_t dp, dvp, keys, blocks, units, sum_size, own_bytes;
+  char* own;
+
+  BiasGradient(const Params& p, const Team& team, Arena* arena)
+      : all_rows(p.bias.size[2] == 1), dp(Products::padded(p.d)), dvp(Products::padded(p.dv)), keys(p.keys), blocks(all_rows ? 1 : pieces(p.rows, Gradient::kRows)),
+        units(p.bias.size[0] * p.bias.size[1] * blocks), sum_size((all_rows ? 1 : Gradient::kRows) * p.keys) {
+    Arena one;
+    BackwardScratch<Gradient>(&one, p, Gradient::kKeys, 0, dp, dvp);
+    one.take<float>(sum_size);
+    own_bytes = up(one.used, 4096);
+    own = arena->take<char>(own_bytes * least(most(units, 1), team.size));
+  }
+
+  void run(const Params& p, const Team& team) const {
+    team.each(units, [&](int64_t unit, int thread) {
+      Arena arena{own + own_bytes * thread};
+      BackwardScratch<Gradient> w(&arena, p, Gradient::kKeys, 0, dp, dvp);
+      w.gradient.capped = false;
+      float* sums = arena.take<float>(sum_size);
+      memset(sums, 0, static_cast<size_t>(sum_size) * sizeof(float));
+      one_unit(p, unit, w, sums);
+    });
+  }
+
+  void one_unit(const Params& p, int64_t unit, BackwardScratch<Gradient>& w, float* sums) const {
+    const Bias& bias = p.bias;
     const int64_t b = unit / (bias.size[1] * blocks), h = unit / blocks % bias.size[1];
     const int64_t i0 = all_rows ? 0 : unit % blocks * Gradient::kRows, i1 = all_rows ? p.rows : least(i0 + Gradient::kRows, p.rows);
-    Engine::begin();
+    Products::begin();
     for (int64_t s = 0; s < segments(p); ++s) {
       if (p.sequences < 0 && bias.size[0] != 1 && s != b) continue;
       const Segment g = segment(p, s);
       for (int64_t head = 0; head < p.heads; ++head)
         if (bias.size[1] == 1 || head == h) bias_head<Gradient>(p, g, head, i0, i1, w, sums);
     }
-    Engine::end();
+    Products::end();
     for (int64_t i = 0; i < (all_rows ? 1 : i1 - i0); ++i)
-      write_bias(bias, ((b * bias.size[1] + h) * bias.size[2] + (all_rows ? 0 : i0 + i)) * bias.size[3], sums + i * keys, keys);
-  });
-  free(memory);
-  return cvmk::attention::kDone;
+      elements::from_floats(elements::at(bias.grad, bias.dtype, ((b * bias.size[1] + h) * bias.size[2] + (all_rows ? 0 : i0 + i)) * bias.size[3]), bias.dtype, sums + i * keys, 1.0f, keys);
+  }
+};
+
+// -- the whole backward pass: its parts one after the other, in the same memory --------------------------------------------------------------
+template <class Part>
+int64_t part_scratch(const Params& p, const Team& team) {
+  Arena count;
+  const Part part(p, team, &count);
+  return count.used;
+}
+
+template <class Part>
+void run_part(const Params& p, char* scratch, const Team& team) {
+  Arena arena{scratch};
+  const Part part(p, team, &arena);
+  part.run(p, team);
+}
+
+template <class Gradient, class Few>
+int64_t backward_scratch(const Params& p, const Team& team) {
+  const BackwardPlan<Gradient, Few> plan(p, team);
+  int64_t bytes = 0;
+  if (plan.few) bytes = most(bytes, part_scratch<FewItems<Few>>(p, team));
+  if (plan.whole) bytes = most(bytes, part_scratch<WholeItems<Gradient, Few>>(p, team));
+  if (plan.in_pieces) bytes = most(bytes, part_scratch<ItemPieces<Gradient, Few>>(p, team));
+  if (p.bias.grad != nullptr) bytes = most(bytes, part_scratch<BiasGradient<Gradient>>(p, team));
+  return bytes;
+}
+
+template <class Gradient, class Few>
+void run_backward(const Params& p, char* scratch, const Team& team) {
+  const BackwardPlan<Gradient, Few> plan(p, team);
+  if (plan.few) run_part<FewItems<Few>>(p, scratch, team);
+  if (plan.whole) run_part<WholeItems<Gradient, Few>>(p, scratch, team);
+  if (plan.in_pieces) run_part<ItemPieces<Gradient, Few>>(p, scratch, team);
+  if (p.bias.grad != nullptr) run_part<BiasGradient<Gradient>>(p, scratch, team);
 }
 
 }  // namespace
+}  // namespace cvmk::attention

@@ -1,15 +1,16 @@
 // Blocks of the backward pass in float32. dk and dv are gathered as [key][width].
 #pragma once
-#include "attention/float_engine.inl"
+#include "attention/float_products.inl"
 #include "attention/gradient.inl"
 
+namespace cvmk::attention {
 namespace {
 
 struct FloatGradient {
-  typedef FloatEngine Engine;
-  static constexpr int kRows = Engine::kGradRows, kKeys = Engine::kGradKeys;
+  typedef FloatProducts Products;
+  static constexpr int kRows = Products::kGradRows, kKeys = Products::kGradKeys;
   float *q, *g, *s, *ds, *slope;
-  TeacherBlock<Engine> teacher;
+  TeacherBlock<Products> teacher;
 
   bool capped;  // whether gradients of scores include the derivative of the soft cap
 
@@ -26,9 +27,9 @@ struct FloatGradient {
   const float* score_gradients() const { return ds; }
 
   void load(const Params& p, const GradRows<kRows>& block, int64_t dp, int64_t dvp) const {
-    Engine::pack_a(q, block.q, block.count, p.dtype, p.d, dp);
+    Products::pack_a(q, block.q, block.count, p.dtype, p.d, dp);
     if (p.grad_out.data != nullptr)
-      Engine::pack_a(g, block.g, block.count, p.dtype, p.dv, dvp);
+      Products::pack_a(g, block.g, block.count, p.dtype, p.dv, dvp);
     else
       memset(g, 0, static_cast<size_t>(block.count * dvp) * sizeof(float));
   }
@@ -40,8 +41,8 @@ struct FloatGradient {
     const int64_t padded = up(n, kLanes);
     uint32_t columns[kKeys];
     column_hashes(p, seg.k0 + j, n, columns);
-    Engine::scores(q, block.count, keys.k_t, j - keys.base, n, dp, s, kKeys);
-    Engine::scores(g, block.count, keys.v_t, j - keys.base, n, dvp, ds, kKeys);
+    Products::scores(q, block.count, keys.k_t, j - keys.base, n, dp, s, kKeys);
+    Products::scores(g, block.count, keys.v_t, j - keys.base, n, dvp, ds, kKeys);
     const bool pulled = p.teacher.grad_kl.data != nullptr;
     if (pulled) teacher.make_target(p, block.rows, 0, block.count, j, n);
     for (int64_t r = 0; r < block.count; ++r) {
@@ -79,8 +80,8 @@ struct FloatGradient {
   void block(const Params& p, const Segment& seg, const GradRows<kRows>& rows, int64_t j, int64_t n, const KeyPacks<float>& keys, const GradSums& sums, int64_t dp,
              int64_t dvp, bool first) const {
     scores(p, seg, rows, j, n, keys, dp, dvp);
-    if (sums.dq != nullptr) Engine::weigh(ds, kKeys, rows.count, keys.k_b, j - keys.base, n, dp, sums.dq, !first);
-    constexpr int64_t panel = Engine::kPanel;
+    if (sums.dq != nullptr) Products::weigh(ds, kKeys, rows.count, keys.k_b, j - keys.base, n, dp, sums.dq, !first);
+    constexpr int64_t panel = Products::kPanel;
     if (sums.dv != nullptr) multiply(n, dvp, rows.count, s, 1, kKeys, g, panel, dvp, sums.dv + (j - sums.base) * dvp, dvp, true);
     if (sums.dk != nullptr) multiply(n, dp, rows.count, ds, 1, kKeys, q, panel, dp, sums.dk + (j - sums.base) * dp, dp, true);
   }
@@ -93,9 +94,10 @@ struct FloatGradient {
   // Rows of a gradient from the sum of keys [from, to), which begins at key `base`.
   static void write(const Matrix& m, const Params& p, const Segment& seg, int64_t kv_head, const float* sum, int64_t base, int64_t from, int64_t to, int64_t n,
                     int64_t width, float factor) {
-    const int64_t size = width_of(p.dtype);
-    for (int64_t j = from; j < to; ++j) from_floats(row_of_mutable(m, size, seg.b, kv_head, seg.k0 + j), p.dtype, sum + (j - base) * width, factor, n);
+    const int64_t size = size_of(p.dtype);
+    for (int64_t j = from; j < to; ++j) elements::from_floats(row_of_mutable(m, size, seg.b, kv_head, seg.k0 + j), p.dtype, sum + (j - base) * width, factor, n);
   }
 };
 
 }  // namespace
+}  // namespace cvmk::attention

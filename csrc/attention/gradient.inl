@@ -2,6 +2,7 @@
 #pragma once
 #include "attention/teacher.inl"
 
+namespace cvmk::attention {
 namespace {
 
 // A block of rows: visible keys of the segment, lse times log2(e), <dO, O> less the gradient of lse. Rows that see no key count as zeros,
@@ -14,17 +15,17 @@ struct GradRows {
   const char *q[kRows], *g[kRows];
 };
 
-inline float dot_rows(const char* x, const char* y, int64_t dtype, int64_t n) {
+inline float dot_rows(const char* x, const char* y, Dtype dtype, int64_t n) {
   F sum{};
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) sum += load_any(x, dtype, i) * load_any(y, dtype, i);
-  if (i < n) sum += load_any_n(x, dtype, i, static_cast<int>(n - i)) * load_any_n(y, dtype, i, static_cast<int>(n - i));
+  for (; i + kLanes <= n; i += kLanes) sum += elements::load(x, dtype, i) * elements::load(y, dtype, i);
+  if (i < n) sum += elements::load_n(x, dtype, i, static_cast<int>(n - i)) * elements::load_n(y, dtype, i, static_cast<int>(n - i));
   return sum_lanes(sum);
 }
 
 template <int kRows>
 void load_rows(const Params& p, const Segment& g, int64_t kv_head, int64_t first, int64_t count, GradRows<kRows>* block) {
-  const int64_t width = width_of(p.dtype);
+  const int64_t width = size_of(p.dtype);
   block->count = count;
   block->lo = g.visible;
   block->hi = 0;
@@ -74,3 +75,4 @@ struct GradSums {
 };
 
 }  // namespace
+}  // namespace cvmk::attention

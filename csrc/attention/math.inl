@@ -1,20 +1,16 @@
-// Powers of two, tanh, hashes and row conversions for the attention kernels.
+// Powers of two, tanh, hashes and rows for the attention kernels.
 #pragma once
 #include <stdint.h>
-#include <stdlib.h>
 #include <string.h>
 
 #include "attention/params.h"
 #include "common/amx.h"
+#include "common/elements.h"
 #include "common/simd.h"
-#include "common/threads.h"
 
+namespace cvmk::attention {
 namespace {
 
-using cvmk::attention::Bias;
-using cvmk::attention::Integers;
-using cvmk::attention::Matrix;
-using cvmk::attention::Params;
 using simd::F;
 using simd::H;
 using simd::I;
@@ -23,10 +19,6 @@ constexpr int kLanes = simd::kLanes;
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 constexpr float kInf = __builtin_inff();
-
-CVMK_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-CVMK_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
-CVMK_INLINE int64_t up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
 CVMK_INLINE I lane_index() {
   I v{};
@@ -111,20 +103,7 @@ CVMK_INLINE float max_lanes(F v) {
 #endif
 }
 
-// To the nearest bfloat16; the instruction takes subnormal numbers for 0.
-CVMK_INLINE H round_bf16(F x) {
-#if defined(__AVX512BF16__)
-  return simd::bits<H>(_mm512_cvtneps_pbh(simd::bits<__m512>(x)));
-#else
-  return simd::to_bf16(x);
-#endif
-}
-
-CVMK_INLINE int64_t at(const Integers& x, int64_t i) {
-  return x.wide ? static_cast<const int64_t*>(x.data)[i * x.stride] : static_cast<const int32_t*>(x.data)[i * x.stride];
-}
-
-CVMK_INLINE int width_of(int64_t dtype) { return dtype == cvmk::attention::kFloat32 ? 4 : dtype == cvmk::attention::kFloat64 ? 8 : 2; }
+CVMK_INLINE int64_t at(const Integers& x, int64_t i) { return integer_at(x.data, x.dtype, i * x.stride); }
 
 CVMK_INLINE const char* row_of(const Matrix& m, int64_t width, int64_t b, int64_t h, int64_t t) {
   return static_cast<const char*>(m.data) + (b * m.batch + h * m.head + t * m.row) * width;
@@ -133,47 +112,5 @@ CVMK_INLINE char* row_of_mutable(const Matrix& m, int64_t width, int64_t b, int6
   return static_cast<char*>(m.data) + (b * m.batch + h * m.head + t * m.row) * width;
 }
 
-CVMK_INLINE F load_any(const void* src, int64_t dtype, int64_t i) {
-  const uint16_t* half = static_cast<const uint16_t*>(src) + i;
-  if (dtype == cvmk::attention::kFloat32) return simd::load(static_cast<const float*>(src) + i);
-  return dtype == cvmk::attention::kBFloat16 ? simd::from_bf16(simd::load_h(half)) : simd::from_half(simd::load_h(half));
-}
-CVMK_INLINE F load_any_n(const void* src, int64_t dtype, int64_t i, int n) {
-  const uint16_t* half = static_cast<const uint16_t*>(src) + i;
-  if (dtype == cvmk::attention::kFloat32) return simd::load_n(static_cast<const float*>(src) + i, n);
-  return dtype == cvmk::attention::kBFloat16 ? simd::from_bf16(simd::load_h_n(half, n)) : simd::from_half(simd::load_h_n(half, n));
-}
-
-// n numbers as floats, with zeros up to `padded`.
-inline void to_floats(float* dst, const void* src, int64_t dtype, int64_t n, int64_t padded) {
-  if (src == nullptr) n = 0;
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) simd::store(dst + i, load_any(src, dtype, i));
-  if (i < n) {
-    simd::store(dst + i, load_any_n(src, dtype, i, static_cast<int>(n - i)));
-    i += kLanes;
-  }
-  for (; i < padded; i += kLanes) simd::store(dst + i, F{});
-}
-
-// dst[0, n) = factor * src, rounded to the dtype.
-inline void from_floats(void* dst, int64_t dtype, const float* src, float factor, int64_t n) {
-  float* single = static_cast<float*>(dst);
-  uint16_t* half = static_cast<uint16_t*>(dst);
-  int64_t i = 0;
-  if (dtype == cvmk::attention::kFloat32) {
-    for (; i + kLanes <= n; i += kLanes) simd::store(single + i, simd::load(src + i) * factor);
-    if (i < n) simd::store_n(single + i, simd::load_n(src + i, static_cast<int>(n - i)) * factor, static_cast<int>(n - i));
-    return;
-  }
-  const bool bf16 = dtype == cvmk::attention::kBFloat16;
-  if (bf16)
-    for (; i + kLanes <= n; i += kLanes) simd::store_h(half + i, round_bf16(simd::load(src + i) * factor));
-  else
-    for (; i + kLanes <= n; i += kLanes) simd::store_h(half + i, simd::to_half(simd::load(src + i) * factor));
-  if (i == n) return;
-  const F x = simd::load_n(src + i, static_cast<int>(n - i)) * factor;
-  simd::store_h_n(half + i, bf16 ? round_bf16(x) : simd::to_half(x), static_cast<int>(n - i));
-}
-
 }  // namespace
+}  // namespace cvmk::attention

@@ -3,10 +3,11 @@
 
 #include <stdint.h>
 
+#include "common/dtype.h"
+#include "common/kernel.h"
+
 namespace cvmk {
 namespace attention {
-
-enum Dtype : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
 
 // [batch, heads, rows, n]; packed sequences have a batch stride of 0.
 struct Matrix {
@@ -14,10 +15,11 @@ struct Matrix {
   int64_t batch, head, row;
 };
 
-// A vector of int32 or int64 (wide); data is null where there is none.
+// A vector of kInt32 or kInt64; data is null where there is none.
 struct Integers {
   const void* data;
-  int64_t stride, wide;
+  int64_t stride;
+  Dtype dtype;
 };
 
 // Broadcast to [batch, heads, rows, keys] by strides of 0; data is null where there is none. grad is fresh and contiguous, of the
@@ -25,7 +27,7 @@ struct Integers {
 struct Bias {
   const void* data;
   void* grad;
-  int64_t dtype;
+  Dtype dtype;
   int64_t stride[4], size[4];
 };
 
@@ -39,23 +41,33 @@ struct Teacher {
 };
 
 struct Params {
-  int64_t dtype;               // of q, k, v, out and their gradients
+  Dtype dtype;                 // of q, k, v, out and their gradients: kFloat32, kBFloat16 or kFloat16
   int64_t batch, heads, kv_heads, rows, keys, d, dv;  // packed: batch 1, rows and keys are the totals
-  int64_t sequences;           // packed sequences, or -1
+  int64_t sequences;           // packed sequences, whose offsets rise within the tensors, or -1
   Matrix q, k, v, out, lse;    // lse: float32, row stride 1, [batch, heads, rows]
   Matrix grad_out, grad_lse;   // data null: no gradient
   Matrix dq, dk, dv_;          // data null: not wanted
   Bias bias;
   Integers key_lengths, query_start, cu_q, cu_k;
-  int64_t window_left, window_right;  // -1: no limit
+  int64_t window_left, window_right;  // -1: no limit; else at most kFar
   float softcap, scale;
   float keep_factor;           // 1 / (1 - dropout_p)
   uint32_t dropout_key, dropout_limit;  // an element stays where its hash >= limit; limit 0: no dropout
   Teacher teacher;
 };
 
-// Results of a call.
-enum Status : int { kDone = 0, kNoMemory = 1 };
+// Farther than any key, and small enough that sums of two such numbers and a row's are no overflow.
+constexpr int64_t kFar = int64_t{1} << 61;
+
+// forward: out and lse from q, k and v. backward: the gradients whose matrices are given, from out, lse and the gradients of both; and that of
+// the bias, where bias.grad is given.
+struct Kernels {
+  Kernel<Params> forward, backward;
+};
+const Kernels& kernels(IsaLevel level);
+const Kernels& kernels();
+// For calls of this type: the amx level has kernels of its own for bfloat16 only.
+const Kernels& kernels(Dtype dtype);
 
 }  // namespace attention
 }  // namespace cvmk

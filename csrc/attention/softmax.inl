@@ -1,7 +1,8 @@
 // Scores to probabilities, and products to gradients of scores, row by row.
 #pragma once
-#include "attention/plan.inl"
+#include "attention/segments.inl"
 
+namespace cvmk::attention {
 namespace {
 
 inline bool special_scores(const Params& p) { return p.softcap > 0.0f || p.bias.data != nullptr || p.scale <= 0.0f; }
@@ -14,22 +15,9 @@ CVMK_INLINE I inside(int64_t v, int64_t a, int64_t b) {
 
 // `count` numbers of the bias from column j of its row on; the others 0.
 CVMK_INLINE F load_bias(const Bias& bias, const char* row, int64_t j, int count) {
-  if (bias.stride[3] == 1 && bias.dtype != cvmk::attention::kFloat64) return load_any_n(row, bias.dtype, j, count);
+  if (bias.stride[3] == 1) return elements::load_n(row, bias.dtype, j, count);
   float x[kLanes] = {};
-  for (int i = 0; i < count; ++i) {
-    const char* one = row + (j + i) * bias.stride[3] * width_of(bias.dtype);
-    uint16_t half;
-    memcpy(&half, one, 2);
-    if (bias.dtype == cvmk::attention::kFloat64) {
-      double wide;
-      memcpy(&wide, one, 8);
-      x[i] = static_cast<float>(wide);
-    } else if (bias.dtype == cvmk::attention::kFloat32) {
-      memcpy(&x[i], one, 4);
-    } else {
-      x[i] = bias.dtype == cvmk::attention::kBFloat16 ? simd::bits<float>(static_cast<uint32_t>(half) << 16) : simd::half_to_float(half);
-    }
-  }
+  for (int i = 0; i < count; ++i) x[i] = elements::load_one(row, bias.dtype, (j + i) * bias.stride[3]);
   return simd::load(x);
 }
 
@@ -39,7 +27,7 @@ inline void finish_scores(const Params& p, const Segment& g, const Row& row, int
   const char* bias = nullptr;
   if (p.bias.data != nullptr) {
     const int64_t start = g.b * p.bias.stride[0] + row.head * p.bias.stride[1] + (g.q0 + row.i) * p.bias.stride[2] + (g.k0 + first) * p.bias.stride[3];
-    bias = static_cast<const char*>(p.bias.data) + start * width_of(p.bias.dtype);
+    bias = static_cast<const char*>(p.bias.data) + start * size_of(p.bias.dtype);
   }
   for (int64_t v = a / kLanes * kLanes; v < b; v += kLanes) {
     F x = simd::load(s + v);
@@ -73,8 +61,8 @@ CVMK_INLINE void store_pair(float* s, uint16_t* half, F x, F y) {
   const __m512i both = simd::bits<__m512i>(_mm512_cvtne2ps_pbh(simd::bits<__m512>(y), simd::bits<__m512>(x)));
   memcpy(half, &both, sizeof both);
 #else
-  simd::store_h(half, round_bf16(x));
-  simd::store_h(half + kLanes, round_bf16(y));
+  simd::store_h(half, elements::round_bf16(x));
+  simd::store_h(half + kLanes, elements::round_bf16(y));
 #endif
 }
 
@@ -171,3 +159,4 @@ CVMK_INLINE void grad_vector(const Params& p, const GradRow& row, int64_t v, F s
 }
 
 }  // namespace
+}  // namespace cvmk::attention

@@ -2,6 +2,7 @@
 #pragma once
 #include "attention/softmax.inl"
 
+namespace cvmk::attention {
 namespace {
 
 inline bool distills(const Params& p) { return p.teacher.heads > 0; }
@@ -16,9 +17,9 @@ inline int64_t block_rows(const Params& p, const Segment& g, int64_t r, int64_t 
   return distills(p) ? least(count, g.rows - r % g.rows) : count;
 }
 
-template <class Engine>
+template <class Products>
 struct TeacherBlock {
-  typedef typename Engine::Element Element;
+  typedef typename Products::Element Element;
   Element *keys, *q;         // [heads of the group] packs
   float *scores, *target;    // [kRows][kKeys]
   float* lse;                // [heads of the group][kRows], times log2(e)
@@ -26,10 +27,10 @@ struct TeacherBlock {
   int64_t packed;            // the group whose keys are packed, or -1
 
   void take(Arena* arena, const Params& p, int64_t block_rows, int64_t block_keys, int64_t pack_keys) {
-    const int64_t dp = Engine::padded(p.teacher.d), heads = group_heads(p);
+    const int64_t dp = Products::padded(p.teacher.d), heads = group_heads(p);
     rows = up(block_rows, 32);
     ld = block_keys;
-    pack_size = heads > 0 ? Engine::t_size(pack_keys, dp) : 0;
+    pack_size = heads > 0 ? Products::t_size(pack_keys, dp) : 0;
     packed = -1;
     keys = arena->take<Element>(heads * pack_size);
     q = arena->take<Element>(heads * rows * dp);
@@ -39,23 +40,23 @@ struct TeacherBlock {
   }
 
   void load_keys(const Params& p, const Segment& g, int64_t head, int64_t from, int64_t to) {
-    const int64_t group = group_of(p, head), width = width_of(p.dtype), dp = Engine::padded(p.teacher.d);
+    const int64_t group = group_of(p, head), width = size_of(p.dtype), dp = Products::padded(p.teacher.d);
     if (group == packed) return;
     packed = group;
     base = from;
-    const char* pointers[Engine::kGroup];
+    const char* pointers[Products::kGroup];
     for (int64_t t = 0; t < group_heads(p); ++t) {
       const int64_t kv_head = (group * group_heads(p) + t) / (p.teacher.heads / p.teacher.kv_heads);
-      for (int64_t j = from; j < to; j += Engine::kGroup) {
-        row_pointers(p.teacher.k, width, g.b, kv_head, 0, j, to, Engine::kGroup, pointers);
-        Engine::pack_t(keys + t * pack_size, j - from, pointers, p.dtype, p.teacher.d, dp);
+      for (int64_t j = from; j < to; j += Products::kGroup) {
+        row_pointers(p.teacher.k, width, g.b, kv_head, 0, j, to, Products::kGroup, pointers);
+        Products::pack_t(keys + t * pack_size, j - from, pointers, p.dtype, p.teacher.d, dp);
       }
     }
   }
 
   // The rows, all of one student head.
   void load_rows(const Params& p, const Segment& g, const Row* block, int64_t count) {
-    const int64_t width = width_of(p.dtype), dp = Engine::padded(p.teacher.d), first = packed * group_heads(p);
+    const int64_t width = size_of(p.dtype), dp = Products::padded(p.teacher.d), first = packed * group_heads(p);
     const char* pointers[256];
     for (int64_t t = 0; t < group_heads(p); ++t) {
       for (int64_t r = 0; r < count; ++r) {
@@ -63,17 +64,17 @@ struct TeacherBlock {
         const float x = *reinterpret_cast<const float*>(row_of(p.teacher.lse, 4, g.b, first + t, block[r].i));
         lse[t * rows + r] = x == -kInf ? 0.0f : x * kLog2E;
       }
-      Engine::pack_a(q + t * rows * dp, pointers, count, p.dtype, p.teacher.d, dp);
+      Products::pack_a(q + t * rows * dp, pointers, count, p.dtype, p.teacher.d, dp);
     }
   }
 
   // target[r - first][column] for rows [first, first + count) and the keys [j, j + n) that each sees; logs, where there is one teacher
   // head, becomes log2 of it in `scores`.
   void make_target(const Params& p, const Row* block, int64_t first, int64_t count, int64_t j, int64_t n) const {
-    const int64_t dp = Engine::padded(p.teacher.d), heads = group_heads(p);
+    const int64_t dp = Products::padded(p.teacher.d), heads = group_heads(p);
     const F factor = simd::set(p.teacher.scale * kLog2E), share = simd::set(1.0f / static_cast<float>(heads));
     for (int64_t t = 0; t < heads; ++t) {
-      Engine::scores(q + t * rows * dp + first * dp, count, keys + t * pack_size, j - base, n, dp, scores, ld);
+      Products::scores(q + t * rows * dp + first * dp, count, keys + t * pack_size, j - base, n, dp, scores, ld);
       for (int64_t r = 0; r < count; ++r) {
         const Row& row = block[first + r];
         const int64_t a = most(0, least(row.lo - j, n)), b = most(a, least(row.hi - j, n));
@@ -109,3 +110,4 @@ struct TeacherBlock {
 };
 
 }  // namespace
+}  // namespace cvmk::attention

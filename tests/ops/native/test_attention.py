@@ -155,6 +155,13 @@ def test_rows_that_see_no_key_are_not_read(level: str, name: str, dtype: torch.d
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", attention_cases.FAR)
+def test_far_positions(level: str, name: str, dtype: torch.dtype) -> None:
+    with ops.use("native"):
+        attention_cases.check_far_positions(name, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_infinities(level: str, dtype: torch.dtype) -> None:
     """NaN or inf in a query stays in its row; a bias of -inf hides a key, and a row whose keys are all hidden is empty."""
     leaves, _ = make(CASES["plain"], dtype)
@@ -303,18 +310,24 @@ def test_the_binding_refuses_what_it_cannot_read() -> None:
 
     call(q)
     for wrong, error, words in (
-        (q.to("meta"), (RuntimeError, BufferError), "meta"),
-        (q[0, 0], ValueError, "q or k has 2 dimensions, not 4"),
-        (q.long(), ValueError, "not floating"),
-        ([1.0], AttributeError, "dlpack"),
-        (None, ValueError, "dimensions"),
+        (q.to("meta"), RuntimeError, "flash_attention: q is no dense tensor"),
+        (q[0, 0], ValueError, "q has 2 dimensions, not 4"),
+        (q.long(), ValueError, "q is of a type that the kernels do not read"),
+        ([1.0], TypeError, "q must be a tensor, not a list"),
+        (None, TypeError, "q must be a tensor"),
     ):
         with pytest.raises(error, match=words):
             call(wrong)
+    gone = torch.randn(1, 1, 2, 4)
+    gone.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="q has no memory behind it"):
+        call(gone)
     with pytest.raises(ValueError, match="too few arguments"):
         library.attention_forward((q, q, q))
     with pytest.raises(ValueError, match="too many arguments"):
         call(q, (q, q, lse, None, None, 1.0), 5)
+    with pytest.raises(ValueError, match="k is bfloat16, not float32"):
+        library.attention_forward((q, q.bfloat16(), q, *[None] * 6, -1, -1, 0.0, 1.0, 0.0), torch.empty(1, 1, 2, 4), lse, 1.0, 0, 0)
 
 
 @pytest.mark.parametrize("kind", ["parameter", "subclass", "inference", "negated", "default device", "function mode"])

@@ -5,6 +5,7 @@
 #pragma once
 #include "attention/math.inl"
 
+namespace cvmk::attention {
 namespace {
 
 typedef uint16_t Half;
@@ -61,7 +62,7 @@ CVMK_INLINE __m512i load_half(const char* row, int64_t i, int64_t n) {  // 32 nu
   return _mm512_maskz_loadu_epi16((1u << (n - i)) - 1u, row + i * 2);
 }
 
-struct AmxEngine {
+struct AmxProducts {
   typedef Half Element;
   static constexpr bool kPrecise = false;
   static constexpr bool kTiles = true;
@@ -75,7 +76,7 @@ struct AmxEngine {
   static int64_t t_size(int64_t keys, int64_t width) { return up(keys, 32) * width; }
   static int64_t b_size(int64_t keys, int64_t width) { return up(keys, 32) * width; }
 
-  static void pack_t(Half* pack, int64_t j, const char* const* rows, int64_t, int64_t n, int64_t width) {
+  static void pack_t(Half* pack, int64_t j, const char* const* rows, Dtype, int64_t n, int64_t width) {
     for (int64_t first = 0; first < kGroup; first += 16) {
       Half* dst = pack + (j + first) * width;
       for (int64_t i = 0; i < width; i += 32, dst += kTile) {
@@ -87,7 +88,7 @@ struct AmxEngine {
     }
   }
 
-  static void pack_b(Half* pack, int64_t j, const char* const* rows, int64_t, int64_t n, int64_t width) {
+  static void pack_b(Half* pack, int64_t j, const char* const* rows, Dtype, int64_t n, int64_t width) {
     const __m512i even = interleaved_pairs(0), odd = interleaved_pairs(16);
     for (int r = 0; r < 16; ++r) {
       Half* dst = pack + j * width + r * 32;
@@ -120,7 +121,7 @@ struct AmxEngine {
   }
 
   // `count` rows and zeros up to a multiple of 32.
-  static void pack_a(Half* dst, const char* const* rows, int64_t count, int64_t, int64_t n, int64_t width) {
+  static void pack_a(Half* dst, const char* const* rows, int64_t count, Dtype, int64_t n, int64_t width) {
     for (int64_t r = 0; r < up(count, 32); ++r)
       for (int64_t i = 0; i < width; i += 32) _mm512_storeu_si512(dst + r * width + i, load_half(r < count ? rows[r] : nullptr, i, n));
   }
@@ -148,3 +149,4 @@ struct AmxEngine {
 };
 
 }  // namespace
+}  // namespace cvmk::attention

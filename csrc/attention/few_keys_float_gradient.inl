@@ -2,52 +2,53 @@
 // then, from a block of rows of one head, what keys and values get.
 #pragma once
 #include "attention/float_gradient.inl"
-#include "attention/short_float.inl"
+#include "attention/few_keys_float.inl"
 
+namespace cvmk::attention {
 namespace {
 
-struct ShortFloatGradient {
-  static constexpr int64_t kKeys = FloatEngine::kPanel;
+struct FewFloatGradient {
+  static constexpr int64_t kKeys = FloatProducts::kPanel;
   float *k_t, *v_t, *k_b;          // keys and values as [d][kKeys], keys as [keys][d padded]
   float *q, *g;                    // rows as floats, where they do not lie so
-  float *probs, *ds, *dk, *dv;     // [kShortRows][kKeys]; [keys][padded]
+  float *probs, *ds, *dk, *dv;     // [kFewRows][kKeys]; [keys][padded]
 
   // A block of rows of one head, as floats `stride` apart, and what they need of the forward pass.
   struct Rows {
     int64_t count, i;
     bool same;
-    const float *q[kShortRows], *g[kShortRows];
-    char* dq[kShortRows];
-    float lse[kShortRows], low[kShortRows], delta[kShortRows], factor[kShortRows];
+    const float *q[kFewRows], *g[kFewRows];
+    char* dq[kFewRows];
+    float lse[kFewRows], low[kFewRows], delta[kFewRows], factor[kFewRows];
   };
 
   void take(Arena* arena, const Params& p) {
-    const int64_t dp = up(p.d, kLanes), dvp = up(p.dv, kLanes), keys = up(kKeys, FloatEngine::kGroup);
-    k_t = arena->take<float>(FloatEngine::t_size(keys, dp));
-    v_t = arena->take<float>(FloatEngine::t_size(keys, dvp));
+    const int64_t dp = up(p.d, kLanes), dvp = up(p.dv, kLanes), keys = up(kKeys, FloatProducts::kGroup);
+    k_t = arena->take<float>(FloatProducts::t_size(keys, dp));
+    v_t = arena->take<float>(FloatProducts::t_size(keys, dvp));
     k_b = arena->take<float>(kKeys * dp);
-    q = arena->take<float>(kShortRows * dp);
-    g = arena->take<float>(kShortRows * dvp);
-    probs = arena->take<float>(kShortRows * kKeys);
-    ds = arena->take<float>(kShortRows * kKeys);
+    q = arena->take<float>(kFewRows * dp);
+    g = arena->take<float>(kFewRows * dvp);
+    probs = arena->take<float>(kFewRows * kKeys);
+    ds = arena->take<float>(kFewRows * kKeys);
     dk = arena->take<float>(kKeys * dp);
     dv = arena->take<float>(kKeys * dvp);
   }
 
   void load_keys(const Params& p, const Segment& seg, int64_t kv_head) const {
-    const int64_t width = width_of(p.dtype), dp = up(p.d, kLanes), dvp = up(p.dv, kLanes);
-    const char* rows[FloatEngine::kGroup];
-    for (int64_t j = 0; j < seg.visible; j += FloatEngine::kGroup) {
-      row_pointers(p.k, width, seg.b, kv_head, seg.k0, j, seg.visible, FloatEngine::kGroup, rows);
-      FloatEngine::pack_t(k_t, j, rows, p.dtype, p.d, dp);
-      for (int64_t r = 0; r < least(FloatEngine::kGroup, seg.visible - j); ++r) to_floats(k_b + (j + r) * dp, rows[r], p.dtype, p.d, dp);
-      row_pointers(p.v, width, seg.b, kv_head, seg.k0, j, seg.visible, FloatEngine::kGroup, rows);
-      FloatEngine::pack_t(v_t, j, rows, p.dtype, p.dv, dvp);
+    const int64_t width = size_of(p.dtype), dp = up(p.d, kLanes), dvp = up(p.dv, kLanes);
+    const char* rows[FloatProducts::kGroup];
+    for (int64_t j = 0; j < seg.visible; j += FloatProducts::kGroup) {
+      row_pointers(p.k, width, seg.b, kv_head, seg.k0, j, seg.visible, FloatProducts::kGroup, rows);
+      FloatProducts::pack_t(k_t, j, rows, p.dtype, p.d, dp);
+      for (int64_t r = 0; r < least(FloatProducts::kGroup, seg.visible - j); ++r) elements::to_floats(k_b + (j + r) * dp, rows[r], p.dtype, p.d, dp);
+      row_pointers(p.v, width, seg.b, kv_head, seg.k0, j, seg.visible, FloatProducts::kGroup, rows);
+      FloatProducts::pack_t(v_t, j, rows, p.dtype, p.dv, dvp);
     }
   }
 
   void load_rows(const Params& p, const Segment& seg, int64_t head, int64_t first, int64_t count, Rows* rows) const {
-    const int64_t width = width_of(p.dtype), dp = up(p.d, kLanes), dvp = up(p.dv, kLanes);
+    const int64_t width = size_of(p.dtype), dp = up(p.d, kLanes), dvp = up(p.dv, kLanes);
     rows->count = count;
     rows->i = first;
     rows->same = p.window_left < 0 && p.window_right < 0;
@@ -60,8 +61,8 @@ struct ShortFloatGradient {
       int64_t lo, hi;
       visible_keys(p, seg, first + r, &lo, &hi);
       const bool sees = lo < hi;  // a row that does not counts as zeros, since a NaN in it would reach dk and dv
-      to_floats(to_q, sees ? from_q + r * p.q.row * width : nullptr, p.dtype, p.d, dp);
-      to_floats(to_g, sees ? from_g + r * p.grad_out.row * width : nullptr, p.dtype, p.dv, dvp);
+      elements::to_floats(to_q, sees ? from_q + r * p.q.row * width : nullptr, p.dtype, p.d, dp);
+      elements::to_floats(to_g, sees ? from_g + r * p.grad_out.row * width : nullptr, p.dtype, p.dv, dvp);
       rows->q[r] = to_q;
       rows->g[r] = to_g;
       rows->dq[r] = p.dq.data == nullptr ? nullptr : row_of_mutable(p.dq, width, seg.b, head, seg.q0 + first + r);
@@ -79,8 +80,8 @@ struct ShortFloatGradient {
     I mask[V];
     const F factor = simd::set(p.scale * kLog2E);
     float *to_probs = probs + r0 * kKeys, *to_ds = ds + r0 * kKeys;
-    short_mask<V>(0, seg.visible, mask);
-    short_product<R, V>(rows.q + r0, p.d, k_t, x);
+    few_mask<V>(0, seg.visible, mask);
+    few_product<R, V>(rows.q + r0, p.d, k_t, x);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       if (!rows.same) row_mask<V>(p, seg, rows.i + r0 + r, mask);
@@ -90,7 +91,7 @@ struct ShortFloatGradient {
         simd::store(to_probs + r * kKeys + v * kLanes, simd::select(mask[v], exp2<true>(s - rows.low[r0 + r]), F{}));
       }
     }
-    short_product<R, V>(rows.g + r0, p.dv, v_t, y);
+    few_product<R, V>(rows.g + r0, p.dv, v_t, y);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       if (!rows.same) row_mask<V>(p, seg, rows.i + r0 + r, mask);
@@ -100,14 +101,14 @@ struct ShortFloatGradient {
         simd::store(to_ds + r * kKeys + v * kLanes, simd::select(mask[v], grad, F{}));
       }
     }
-    if (p.dq.data != nullptr) short_results<R, C>(to_ds, seg.visible, k_b, p.d, rows.factor + r0, rows.dq + r0, p.dtype);
+    if (p.dq.data != nullptr) few_results<R, C>(to_ds, seg.visible, k_b, p.d, rows.factor + r0, rows.dq + r0, p.dtype);
   }
 
   template <int V>
   static CVMK_INLINE void row_mask(const Params& p, const Segment& seg, int64_t i, I* mask) {
     int64_t lo, hi;
     visible_keys(p, seg, i, &lo, &hi);
-    short_mask<V>(lo, hi, mask);
+    few_mask<V>(lo, hi, mask);
   }
 
   template <int R, int V, int C>
@@ -129,9 +130,9 @@ struct ShortFloatGradient {
     load_keys(p, seg, kv_head);
     bool add = false;
     for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head)
-      for (int64_t r = 0; r < seg.rows; r += kShortRows, add = true) {
+      for (int64_t r = 0; r < seg.rows; r += kFewRows, add = true) {
         Rows rows;
-        load_rows(p, seg, head, r, least(kShortRows, seg.rows - r), &rows);
+        load_rows(p, seg, head, r, least(kFewRows, seg.rows - r), &rows);
         switch ((keys + kLanes - 1) / kLanes) {
 #if defined(__AVX512F__)
           case 4: all_rows<4>(p, seg, rows); break;
@@ -140,7 +141,7 @@ struct ShortFloatGradient {
           case 2: all_rows<2>(p, seg, rows); break;
           default: all_rows<1>(p, seg, rows); break;
         }
-        constexpr int64_t panel = FloatEngine::kPanel;
+        constexpr int64_t panel = FloatProducts::kPanel;
         if (p.dv_.data != nullptr) multiply(keys, dvp, rows.count, probs, 1, kKeys, g, panel, dvp, dv, dvp, add);
         if (p.dk.data != nullptr) multiply(keys, dp, rows.count, ds, 1, kKeys, q, panel, dp, dk, dp, add);
       }
@@ -150,11 +151,11 @@ struct ShortFloatGradient {
 
   static void write(const Matrix& m, const Params& p, const Segment& seg, int64_t kv_head, bool any, const float* sums, int64_t n, int64_t width, float factor) {
     if (m.data == nullptr) return;
-    const int64_t size = width_of(p.dtype);
+    const int64_t size = size_of(p.dtype);
     for (int64_t j = 0; j < seg.keys; ++j) {
       char* to = row_of_mutable(m, size, seg.b, kv_head, seg.k0 + j);
       if (any && j < seg.visible)
-        from_floats(to, p.dtype, sums + j * width, factor, n);
+        elements::from_floats(to, p.dtype, sums + j * width, factor, n);
       else
         memset(to, 0, static_cast<size_t>(n * size));
     }
@@ -162,3 +163,4 @@ struct ShortFloatGradient {
 };
 
 }  // namespace
+}  // namespace cvmk::attention

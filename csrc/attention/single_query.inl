@@ -4,6 +4,7 @@
 #pragma once
 #include "attention/softmax.inl"
 
+namespace cvmk::attention {
 namespace {
 
 constexpr int64_t kDirectRows = 16;
@@ -11,25 +12,25 @@ constexpr int64_t kPair = 2 * kLanes;
 constexpr int64_t kAhead = 32;  // rows fetched ahead of their use; an address behind the end is no fault
 
 // A matter of the sequence alone, so that its bits do not depend on the batch.
-inline bool directly(const Params& p, const Segment& g) {
+inline bool is_single_query(const Params& p, const Segment& g) {
   return g.rows == 1 && g.visible >= 128 && p.heads / p.kv_heads <= kDirectRows && p.teacher.heads == 0;
 }
 
-template <int64_t kDtype>
+template <Dtype kDtype>
 CVMK_INLINE void load_pair(const char* row, int64_t i, F* x, F* y) {
-  if (kDtype == cvmk::attention::kBFloat16) {
+  if (kDtype == kBFloat16) {
     U both;
     memcpy(&both, row + i * 2, sizeof both);
     *x = simd::bits<F>(both << 16);
     *y = simd::bits<F>(both & 0xFFFF0000u);
   } else {
-    *x = load_any(row, kDtype, i);
-    *y = load_any(row, kDtype, i + kLanes);
+    *x = elements::load(row, kDtype, i);
+    *y = elements::load(row, kDtype, i + kLanes);
   }
 }
 
 // A row of n numbers as floats, whole pairs of vectors in the order of load_pair; zeros behind.
-template <int64_t kDtype>
+template <Dtype kDtype>
 void direct_row(float* dst, const char* row, int64_t n) {
   int64_t i = 0;
   for (; i + kPair <= n; i += kPair) {
@@ -38,19 +39,19 @@ void direct_row(float* dst, const char* row, int64_t n) {
     simd::store(dst + i, x);
     simd::store(dst + i + kLanes, y);
   }
-  to_floats(dst + i, row + i * width_of(kDtype), kDtype, n - i, up(n - i, kLanes));
+  elements::to_floats(dst + i, row + i * size_of(kDtype), kDtype, n - i, up(n - i, kLanes));
 }
 
 // The inverse, times a factor.
-inline void from_direct_row(void* dst, int64_t dtype, const float* src, float factor, int64_t n) {
-  const int64_t whole = dtype == cvmk::attention::kBFloat16 ? n / kPair * kPair : 0;
+inline void from_direct_row(void* dst, Dtype dtype, const float* src, float factor, int64_t n) {
+  const int64_t whole = dtype == kBFloat16 ? n / kPair * kPair : 0;
   char* to = static_cast<char*>(dst);
   for (int64_t i = 0; i < whole; i += kPair) {
-    const U x = __builtin_convertvector(round_bf16(simd::load(src + i) * factor), U), y = __builtin_convertvector(round_bf16(simd::load(src + i + kLanes) * factor), U);
+    const U x = __builtin_convertvector(elements::round_bf16(simd::load(src + i) * factor), U), y = __builtin_convertvector(elements::round_bf16(simd::load(src + i + kLanes) * factor), U);
     const U both = x | (y << 16);
     memcpy(to + i * 2, &both, sizeof both);
   }
-  from_floats(to + whole * width_of(dtype), dtype, src + whole, factor, n - whole);
+  elements::from_floats(to + whole * size_of(dtype), dtype, src + whole, factor, n - whole);
 }
 
 // The sum of every one of kLanes vectors.
@@ -78,7 +79,7 @@ CVMK_INLINE F sums_of_lanes(const F* x) {
 }
 
 // Lanes of q . k; d is kPairs pairs of vectors, or anything where kPairs is 0.
-template <int64_t kDtype, int kPairs>
+template <Dtype kDtype, int kPairs>
 CVMK_INLINE F direct_dot(const char* row, const float* q, int64_t d) {
   F even{}, odd{}, x, y;
   if (kPairs > 0) {
@@ -96,14 +97,14 @@ CVMK_INLINE F direct_dot(const char* row, const float* q, int64_t d) {
     even += x * simd::load(q + i);
     odd += y * simd::load(q + i + kLanes);
   }
-  for (; i < d; i += kLanes) even += load_any_n(row, kDtype, i, static_cast<int>(least(kLanes, d - i))) * simd::load(q + i);
+  for (; i < d; i += kLanes) even += elements::load_n(row, kDtype, i, static_cast<int>(least(kLanes, d - i))) * simd::load(q + i);
   return even + odd;
 }
 
 // Scores of `rows` queries with n keys from `keys` on, `stride` bytes apart; whole vectors of keys are written.
-template <int64_t kDtype, int kPairs>
+template <Dtype kDtype, int kPairs>
 void direct_scores(const char* keys, int64_t stride, int64_t n, int64_t d, int64_t rows, const float* q, float* s, int64_t lds) {
-  const int64_t bytes = d * width_of(kDtype);
+  const int64_t bytes = d * size_of(kDtype);
   for (int64_t k = 0; k < n; k += kLanes) {
     for (int64_t r = 0; r < rows; ++r) {
       F lanes[kLanes];
@@ -120,7 +121,7 @@ void direct_scores(const char* keys, int64_t stride, int64_t n, int64_t d, int64
 }
 
 // out[0, kPairs pairs) += the values [a, b) weighted by w: those of even and of odd keys apart.
-template <int64_t kDtype, int kPairs>
+template <Dtype kDtype, int kPairs>
 CVMK_INLINE void direct_columns(const char* values, int64_t stride, int64_t a, int64_t b, const float* w, float* out) {
   F one[2 * kPairs], two[2 * kPairs], x, y;
 #pragma GCC unroll 8
@@ -134,9 +135,9 @@ CVMK_INLINE void direct_columns(const char* values, int64_t stride, int64_t a, i
     const F w1 = simd::set(w[k]), w2 = simd::set(w[k + 1]);
 #pragma GCC unroll 4
     for (int i = 0; i < kPairs; ++i) {
-      if (i * kPair * width_of(kDtype) % 64 == 0) {
-        __builtin_prefetch(row + kAhead * stride + i * kPair * width_of(kDtype));
-        __builtin_prefetch(row + (kAhead + 1) * stride + i * kPair * width_of(kDtype));
+      if (i * kPair * size_of(kDtype) % 64 == 0) {
+        __builtin_prefetch(row + kAhead * stride + i * kPair * size_of(kDtype));
+        __builtin_prefetch(row + (kAhead + 1) * stride + i * kPair * size_of(kDtype));
       }
       load_pair<kDtype>(row, i * kPair, &x, &y);
       one[2 * i] += x * w1;
@@ -159,21 +160,21 @@ CVMK_INLINE void direct_columns(const char* values, int64_t stride, int64_t a, i
   for (int i = 0; i < 2 * kPairs; ++i) simd::store(out + i * kLanes, one[i] + two[i]);
 }
 
-template <int64_t kDtype>
+template <Dtype kDtype>
 void direct_values(const char* values, int64_t stride, int64_t dv, int64_t a, int64_t b, const float* w, float* out) {
   int64_t i = 0;
-  for (; i + 4 * kPair <= dv; i += 4 * kPair) direct_columns<kDtype, 4>(values + i * width_of(kDtype), stride, a, b, w, out + i);
-  for (; i + 2 * kPair <= dv; i += 2 * kPair) direct_columns<kDtype, 2>(values + i * width_of(kDtype), stride, a, b, w, out + i);
-  for (; i + kPair <= dv; i += kPair) direct_columns<kDtype, 1>(values + i * width_of(kDtype), stride, a, b, w, out + i);
+  for (; i + 4 * kPair <= dv; i += 4 * kPair) direct_columns<kDtype, 4>(values + i * size_of(kDtype), stride, a, b, w, out + i);
+  for (; i + 2 * kPair <= dv; i += 2 * kPair) direct_columns<kDtype, 2>(values + i * size_of(kDtype), stride, a, b, w, out + i);
+  for (; i + kPair <= dv; i += kPair) direct_columns<kDtype, 1>(values + i * size_of(kDtype), stride, a, b, w, out + i);
   for (; i < dv; i += kLanes) {
     const int count = static_cast<int>(least(kLanes, dv - i));
     F sum = simd::load(out + i);
-    for (int64_t k = a; k < b; ++k) sum += load_any_n(values + k * stride, kDtype, i, count) * w[k];
+    for (int64_t k = a; k < b; ++k) sum += elements::load_n(values + k * stride, kDtype, i, count) * w[k];
     simd::store(out + i, sum);
   }
 }
 
-template <int64_t kDtype>
+template <Dtype kDtype>
 void direct_scores(const char* keys, int64_t stride, int64_t n, int64_t d, int64_t rows, const float* q, float* s, int64_t lds) {
   if (d == 4 * kPair) return direct_scores<kDtype, 4>(keys, stride, n, d, rows, q, s, lds);
   if (d == 2 * kPair) return direct_scores<kDtype, 2>(keys, stride, n, d, rows, q, s, lds);
@@ -188,7 +189,7 @@ struct Direct {
   void (*values)(const char* values, int64_t stride, int64_t dv, int64_t a, int64_t b, const float* w, float* out);
 };
 
-inline Direct direct_of(int64_t dtype) {
+inline Direct direct_of(Dtype dtype) {
   using namespace cvmk::attention;
   if (dtype == kFloat32) return Direct{direct_row<kFloat32>, direct_scores<kFloat32>, direct_values<kFloat32>};
   if (dtype == kBFloat16) return Direct{direct_row<kBFloat16>, direct_scores<kBFloat16>, direct_values<kBFloat16>};
@@ -196,3 +197,4 @@ inline Direct direct_of(int64_t dtype) {
 }
 
 }  // namespace
+}  // namespace cvmk::attention

@@ -3,28 +3,29 @@
 #pragma once
 #include "attention/softmax.inl"
 
+namespace cvmk::attention {
 namespace {
 
 // A matter of the sequence alone; the rarer options take the general way.
-inline bool shortly(const Params& p, const Segment& g, int64_t limit) {
+inline bool has_few_keys(const Params& p, const Segment& g, int64_t limit) {
   return g.visible <= limit && !special_scores(p) && p.dropout_limit == 0 && p.teacher.heads == 0;
 }
 
-constexpr int64_t kShortRows = 64;
+constexpr int64_t kFewRows = 64;
 
 // A block of rows: where they are, the keys [lo, hi) that each sees, and its maximum (times log2(e)), sum and 1 / sum.
-struct ShortRows {
+struct FewRows {
   int64_t count;
   bool same;  // all see the same keys
-  const char* q[kShortRows];
-  char* out[kShortRows];
-  float* lse[kShortRows];
-  int64_t lo[kShortRows], hi[kShortRows];
-  float top[kShortRows], total[kShortRows], factor[kShortRows];
+  const char* q[kFewRows];
+  char* out[kFewRows];
+  float* lse[kFewRows];
+  int64_t lo[kFewRows], hi[kFewRows];
+  float top[kFewRows], total[kFewRows], factor[kFewRows];
 };
 
-inline void short_rows(const Params& p, const Segment& g, int64_t kv_head, int64_t first, int64_t count, ShortRows* s) {
-  const int64_t width = width_of(p.dtype);
+inline void few_rows(const Params& p, const Segment& g, int64_t kv_head, int64_t first, int64_t count, FewRows* s) {
+  const int64_t width = size_of(p.dtype);
   int64_t head = kv_head * (p.heads / p.kv_heads) + first / g.rows, i = first % g.rows;
   s->count = count;
   s->same = p.window_left < 0 && p.window_right < 0;
@@ -41,7 +42,7 @@ inline void short_rows(const Params& p, const Segment& g, int64_t kv_head, int64
 }
 
 // The log-sum-exps of a block. The sums' last vector is whole.
-inline void short_statistics(ShortRows* s) {
+inline void few_statistics(FewRows* s) {
   for (int64_t r = 0; r < s->count; r += kLanes) {
     float logs[kLanes];
     simd::store(logs, simd::log(simd::load(s->total + r)));
@@ -53,20 +54,20 @@ inline void short_statistics(ShortRows* s) {
 }
 
 // Rows without a visible key.
-inline void short_empty(const Params& p, const ShortRows& s) {
+inline void few_empty(const Params& p, const FewRows& s) {
   for (int64_t r = 0; r < s.count; ++r)
-    if (s.total[r] == 0.0f) memset(s.out[r], 0, static_cast<size_t>(p.dv * width_of(p.dtype)));
+    if (s.total[r] == 0.0f) memset(s.out[r], 0, static_cast<size_t>(p.dv * size_of(p.dtype)));
 }
 
 template <int V>
-CVMK_INLINE void short_mask(int64_t lo, int64_t hi, I* mask) {
+CVMK_INLINE void few_mask(int64_t lo, int64_t hi, I* mask) {
 #pragma GCC unroll 4
   for (int v = 0; v < V; ++v) mask[v] = inside(v * kLanes, lo, hi);
 }
 
 // The softmax of one row in registers: scores to probabilities, maximum and sum as softmax_row does them.
 template <bool kPrecise, int V>
-CVMK_INLINE void short_softmax(F* s, const I* mask, float c, float* top, float* total) {
+CVMK_INLINE void few_softmax(F* s, const I* mask, float c, float* top, float* total) {
   F high = simd::set(-kInf);
 #pragma GCC unroll 4
   for (int v = 0; v < V; ++v) {
@@ -85,15 +86,17 @@ CVMK_INLINE void short_softmax(F* s, const I* mask, float c, float* top, float* 
   *total = sum_lanes(sum);
 }
 
-// `count` numbers, rounded to the dtype.
-CVMK_INLINE void store_any(char* row, int64_t dtype, int64_t i, F x, int64_t count) {
-  if (dtype == cvmk::attention::kFloat32) {
-    float* to = reinterpret_cast<float*>(row) + i;
-    return count >= kLanes ? simd::store(to, x) : simd::store_n(to, x, static_cast<int>(count));
+// Rows [first, last) of an item with few keys.
+template <class Few>
+void attend_few(const Params& p, const Segment& g, int64_t kv_head, int64_t first, int64_t last, const Few& w) {
+  if (first >= last) return;
+  w.load_keys(p, g, kv_head);
+  for (int64_t r = first; r < last; r += kFewRows) {
+    FewRows rows;
+    few_rows(p, g, kv_head, r, least(kFewRows, last - r), &rows);
+    w.attend(p, g, &rows);
   }
-  uint16_t* to = reinterpret_cast<uint16_t*>(row) + i;
-  const H half = dtype == cvmk::attention::kBFloat16 ? round_bf16(x) : simd::to_half(x);
-  return count >= kLanes ? simd::store_h(to, half) : simd::store_h_n(to, half, static_cast<int>(count));
 }
 
 }  // namespace
+}  // namespace cvmk::attention

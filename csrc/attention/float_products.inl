@@ -5,6 +5,7 @@
 #include "attention/math.inl"
 #include "common/float_product.inl"
 
+namespace cvmk::attention {
 namespace {
 
 // c[m][n] (+)= a b over `depth`, a[r * am + k * ak]; n a multiple of the lanes; column panel p of b starts at b + p * bp.
@@ -13,7 +14,7 @@ inline void multiply(int64_t m, int64_t n, int64_t depth, const float* a, int64_
   product::multiply(m, n, depth, {a, am, ak, depth, 0}, {b, bp, bk}, c, ldc, add);
 }
 
-struct FloatEngine {
+struct FloatProducts {
   typedef float Element;
   static constexpr bool kPrecise = true;
   static constexpr bool kTiles = false;
@@ -30,7 +31,7 @@ struct FloatEngine {
   static int64_t b_size(int64_t keys, int64_t width) { return up(keys, kKeys) * up(width, panel_of(width)); }
 
   // Rows j to j + 31 of the pack from 32 rows of n numbers; a null row is zeros.
-  static void pack_t(float* pack, int64_t j, const char* const* rows, int64_t dtype, int64_t n, int64_t width) {
+  static void pack_t(float* pack, int64_t j, const char* const* rows, Dtype dtype, int64_t n, int64_t width) {
     for (int64_t first = 0; first < kGroup; first += kLanes) {
       float* dst = pack + (j + first) / kPanel * width * kPanel + (j + first) % kPanel;
       for (int64_t i = 0; i < n; i += kLanes) {
@@ -38,7 +39,7 @@ struct FloatEngine {
         float block[kLanes][kLanes] __attribute__((aligned(64)));
         for (int r = 0; r < kLanes; ++r) {
           const char* row = rows[first + r];
-          simd::store(block[r], row == nullptr ? F{} : count == kLanes ? load_any(row, dtype, i) : load_any_n(row, dtype, i, count));
+          simd::store(block[r], row == nullptr ? F{} : count == kLanes ? elements::load(row, dtype, i) : elements::load_n(row, dtype, i, count));
         }
 #if defined(__AVX512F__)
         __m512i x[16];
@@ -53,20 +54,20 @@ struct FloatEngine {
     }
   }
 
-  static void pack_b(float* pack, int64_t j, const char* const* rows, int64_t dtype, int64_t n, int64_t width) {
+  static void pack_b(float* pack, int64_t j, const char* const* rows, Dtype dtype, int64_t n, int64_t width) {
     const int64_t panel = panel_of(width);
     float* block = pack + j / kKeys * kKeys * up(width, panel);
     for (int64_t r = 0; r < kGroup; ++r) {
       for (int64_t i = 0; i < width; i += panel) {
         float* dst = block + i * kKeys + (j % kKeys + r) * panel;
         const int64_t take = rows[r] == nullptr ? 0 : most(0, least(n - i, panel));
-        to_floats(dst, rows[r] == nullptr ? nullptr : rows[r] + i * width_of(dtype), dtype, take, least(width - i, panel));
+        elements::to_floats(dst, rows[r] == nullptr ? nullptr : rows[r] + i * size_of(dtype), dtype, take, least(width - i, panel));
       }
     }
   }
 
-  static void pack_a(float* dst, const char* const* rows, int64_t count, int64_t dtype, int64_t n, int64_t width) {
-    for (int64_t r = 0; r < count; ++r) to_floats(dst + r * width, rows[r], dtype, n, width);
+  static void pack_a(float* dst, const char* const* rows, int64_t count, Dtype dtype, int64_t n, int64_t width) {
+    for (int64_t r = 0; r < count; ++r) elements::to_floats(dst + r * width, rows[r], dtype, n, width);
   }
 
   // s[rows][keys] = a t, for keys from j on.
@@ -82,3 +83,4 @@ struct FloatEngine {
 };
 
 }  // namespace
+}  // namespace cvmk::attention

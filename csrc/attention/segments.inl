@@ -3,6 +3,7 @@
 #pragma once
 #include "attention/math.inl"
 
+namespace cvmk::attention {
 namespace {
 
 // One batch item, or one packed sequence.
@@ -22,7 +23,8 @@ inline Segment segment(const Params& p, int64_t s) {
     return Segment{0, q0, q1 - q0, k0, k1 - k0, k1 - k0, (k1 - k0) - (q1 - q0)};
   }
   const int64_t visible = p.key_lengths.data == nullptr ? p.keys : most(0, least(at(p.key_lengths, s), p.keys));
-  return Segment{s, 0, p.rows, 0, p.keys, visible, p.query_start.data == nullptr ? p.keys - p.rows : at(p.query_start, s)};
+  const int64_t offset = p.query_start.data == nullptr ? p.keys - p.rows : most(-kFar, least(at(p.query_start, s), kFar));
+  return Segment{s, 0, p.rows, 0, p.keys, visible, offset};
 }
 
 // The keys [lo, hi) that row i of a segment sees.
@@ -30,6 +32,16 @@ inline void visible_keys(const Params& p, const Segment& g, int64_t i, int64_t* 
   const int64_t position = i + g.offset;
   *lo = p.window_left >= 0 ? most(0, least(position - p.window_left, g.visible)) : 0;
   *hi = p.window_right >= 0 ? most(*lo, least(position + p.window_right + 1, g.visible)) : most(*lo, g.visible);
+}
+
+// The keys that any row of a segment sees: the bounds rise from row to row.
+inline void seen_keys(const Params& p, const Segment& g, int64_t* lo, int64_t* hi) {
+  int64_t unused;
+  *lo = *hi = 0;
+  if (g.rows == 0) return;
+  visible_keys(p, g, 0, lo, &unused);
+  visible_keys(p, g, g.rows - 1, &unused, hi);
+  *hi = most(*hi, *lo);
 }
 
 struct Row {
@@ -64,23 +76,5 @@ inline void row_pointers(const Matrix& m, int64_t width, int64_t b, int64_t h, i
   for (int64_t r = 0; r < count; ++r) rows[r] = first + r < end ? row_of(m, width, b, h, origin + first + r) : nullptr;
 }
 
-// Memory of one call: pieces of it are taken in turn, the first time to count them.
-struct Arena {
-  char* base;
-  int64_t used;
-
-  template <typename T>
-  T* take(int64_t count) {
-    used = up(used, 64);
-    T* found = base == nullptr ? nullptr : reinterpret_cast<T*>(base + used);
-    used += count * static_cast<int64_t>(sizeof(T));
-    return found;
-  }
-};
-
-inline char* allocate(int64_t bytes) {
-  void* found = nullptr;
-  return posix_memalign(&found, 64, static_cast<size_t>(most(bytes, 64))) == 0 ? static_cast<char*>(found) : nullptr;
-}
-
 }  // namespace
+}  // namespace cvmk::attention
