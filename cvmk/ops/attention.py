@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+import operator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,11 +12,14 @@ from torch import Tensor
 from cvmk.ops._call import number
 from cvmk.ops._dtypes import accumulation_dtype, autocast_lower
 from cvmk.ops._op import Op
+from cvmk.ops._watch import unobserved
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _INTEGERS = (torch.int32, torch.int64)
 UNBOUNDED = -1
-"""A window side without a limit, in the schema's `window_left` and `window_right`."""
+"""A window side without a limit, in `Call.window_left` and `Call.window_right`."""
+FAR = 1 << 30
+"""Farther than any key: a window side as large as this has no limit."""
 
 
 def flash_attention(
@@ -41,18 +45,22 @@ def flash_attention(
         q            [B, H, Tq, D] float64, float32, bfloat16 or float16; any strides whose last dimension is contiguous.
         k, v         [B, Hkv, Tk, D] and [B, Hkv, Tk, Dv], dtype of q. H is a multiple of Hkv; query head h reads head h // (H // Hkv).
         causal       query i sees the keys j <= i + Tk - Tq (aligned bottom-right: the last query sees the last key).
-        window       (left, right): query i sees only the keys from i + Tk - Tq - left to i + Tk - Tq + right; -1 is no limit on that
-                     side; one integer w is (w, w). With `causal`, right is 0.
-        key_lengths  [B] int32 or int64: the keys j >= key_lengths[b] are invisible, and their content in k and v (NaN, say) is not used.
-        query_start  [B] int32 or int64: the position of query 0 among the keys, in place of Tk - Tq, for `causal` and `window`.
+        window       (left, right): query i sees only the keys from i + Tk - Tq - left to i + Tk - Tq + right; -1, or 2^30 and more, is
+                     no limit on that side; one integer w is (w, w). With `causal`, right is 0.
+        key_lengths  [B] int32 or int64, any numbers: the keys j >= key_lengths[b] are invisible, and their content in k and v (NaN, say) is
+                     not used.
+        query_start  [B] int32 or int64, any numbers: the position of query 0 among the keys, in place of Tk - Tq, for `causal` and `window`.
         bias         floating, broadcastable to [B, H, Tq, Tk], added to the scores after scale and soft cap; has a gradient, summed
-                     over the broadcast dimensions. -inf hides a key.
-        softcap      c > 0 turns the scaled scores s into c tanh(s / c); 0 is no cap.
-        scale        factor of q k^T, by default 1 / sqrt(D).
+                     over the broadcast dimensions. -inf hides a key; a finite number, however large, is added as the formula says.
+        softcap      c > 0 turns the scaled scores s into c tanh(s / c); 0 is no cap, and so is inf, the limit of the formula.
+        scale        factor of q k^T, by default 1 / sqrt(D). These numbers have no gradient: a learned scale is multiplied into q.
         dropout_p    probability, in [0, 1), with which a probability is set to 0; the others are divided by 1 - dropout_p.
         cu_seqlens_q, cu_seqlens_k   [n + 1] int32 or int64, both or none: packed sequences. q is [total_q, H, D], k and v are
                      [total_k, Hkv, ...]; sequence s is the rows cu_seqlens[s] to cu_seqlens[s + 1]. Alignment is per sequence, by its own
-                     two lengths. Rows that belong to no sequence give 0 and are not seen. Not with key_lengths and query_start.
+                     two lengths. Rows that belong to no sequence give 0 and are not seen. Not with key_lengths and query_start. They
+                     rise, from 0 or more to total at most; on the CPU, where their values can be read without waiting for a device, others
+                     raise ValueError. On a GPU, offsets outside of the tensors count as the nearest inside, and where they fall, which
+                     sequence a row counts to is not specified.
         return_lse   also return the log-sum-exp of the scores.
 
     Returns out [B, H, Tq, Dv] (packed: [total_q, H, Dv]) in the dtype of q, and, where asked for, lse [B, H, Tq] (packed:
@@ -76,7 +84,7 @@ def flash_attention(
         key = mix(mix(s0) ^ s1),  row = mix(mix(key + b H + h) + i),  column = mix(key ^ mix(j)),
     and probability (b, h, i, j) is kept where mix(row ^ column) >= floor(dropout_p 2^32). Packed: b = 0, and i, j count packed rows.
 
-    Raises TypeError for a wrong dtype, ValueError for a wrong shape or number.
+    Raises TypeError for a wrong dtype and for a number that asks for a gradient, ValueError for a wrong shape or number.
     """
     call = _prepare(q, k, v, causal, window, key_lengths, query_start, bias, softcap, scale, dropout_p, cu_seqlens_q, cu_seqlens_k)
     if call.dropout_p > 0:
@@ -145,14 +153,16 @@ def _prepare(
     cu_seqlens_k: Tensor | None = None,
     return_lse: bool = False,
 ) -> Call:
-    packed = (cu_seqlens_q is not None or cu_seqlens_k is not None) and _check_packing(cu_seqlens_q, cu_seqlens_k, key_lengths, query_start)
+    packed = (cu_seqlens_q is not None or cu_seqlens_k is not None) and _check_packing(q, cu_seqlens_q, cu_seqlens_k, key_lengths, query_start)
     check_qk(q, k, ("q", "k"), packed)
     check_values(k, v)
-    softcap, dropout_p, scale = number("softcap", softcap), number("dropout_p", dropout_p), default_scale(q) if scale is None else number("scale", scale)
+    dropout_p = number("dropout_p", dropout_p)
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1), not {dropout_p}")
-    if not softcap >= 0.0:
-        raise ValueError(f"softcap must be positive, or 0 for none, not {softcap}")
+    scale = default_scale(q) if scale is None else checked_scale("scale", scale, q.dtype)
+    softcap = number("softcap", softcap)
+    if softcap:
+        softcap = _checked_softcap(softcap, scale, q.dtype)
     if key_lengths is not None:
         check_lengths(key_lengths, q, "key_lengths")
     if query_start is not None:
@@ -171,6 +181,30 @@ def _prepare(
 def default_scale(q: Tensor) -> float:
     """1 / sqrt(D)."""
     return 1.0 / math.sqrt(q.shape[-1])
+
+
+def checked_scale(name: str, scale: Any, dtype: torch.dtype) -> float:
+    """A factor of scores in the dtype. Raises TypeError and ValueError."""
+    scale = number(name, scale)
+    if not abs(scale) <= _largest(dtype):
+        raise ValueError(f"{name} must be a finite number{'' if dtype == torch.float64 else ' in float32, in which scores are computed'}, not {scale}")
+    return scale
+
+
+def _checked_softcap(softcap: float, scale: float, dtype: torch.dtype) -> float:
+    """A cap that scores can be divided by and multiplied with in the dtype; 0 for one that no score comes near. Raises ValueError."""
+    if not softcap >= 0.0:
+        raise ValueError(f"softcap must be positive, or 0 for none, not {softcap}")
+    if softcap >= (2.0**900 if dtype == torch.float64 else 2.0**100):
+        return 0.0
+    if abs(scale) > softcap * _largest(dtype) or softcap * _largest(dtype) < 1.0:
+        raise ValueError(f"softcap must be 0, for none, or so large that scale / softcap is finite, not {softcap} (with scale {scale})")
+    return softcap
+
+
+def _largest(dtype: torch.dtype) -> float:
+    """The largest factor: products with it and with log2(e) are finite where scores are of the dtype."""
+    return 2.0**1022 if dtype == torch.float64 else 2.0**126
 
 
 def check_qk(q: Tensor, k: Tensor, names: tuple[str, str], packed: bool = False) -> None:
@@ -224,7 +258,9 @@ def check_lengths(lengths: Tensor, q: Tensor, name: str) -> None:
         raise ValueError(f"{name} must be on {q.device} as the queries are, not on {lengths.device}")
 
 
-def _check_packing(cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, key_lengths: Tensor | None, query_start: Tensor | None) -> bool:
+def _check_packing(
+    q: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, key_lengths: Tensor | None, query_start: Tensor | None
+) -> bool:
     if (cu_seqlens_q is None) != (cu_seqlens_k is None):
         raise ValueError("packed sequences need both cu_seqlens_q and cu_seqlens_k (the same tensor for self-attention)")
     if cu_seqlens_q is None or cu_seqlens_k is None:
@@ -236,6 +272,8 @@ def _check_packing(cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, key
             raise TypeError(f"{name} must be int32 or int64, not {tensor.dtype}")
         if tensor.dim() != 1 or tensor.shape[0] < 1:
             raise ValueError(f"{name} must be [n + 1] for n sequences, not of shape {list(tensor.shape)}")
+        if tensor.device != q.device:
+            raise ValueError(f"{name} must be on {q.device} as q is, not on {tensor.device}")
     if cu_seqlens_q.shape != cu_seqlens_k.shape:
         raise ValueError(f"cu_seqlens_q {list(cu_seqlens_q.shape)} and cu_seqlens_k {list(cu_seqlens_k.shape)} tell different numbers of sequences")
     return True
@@ -252,8 +290,40 @@ def _check_bias(bias: Tensor, q: Tensor, k: Tensor, packed: bool) -> None:
         raise ValueError(f"bias must be broadcastable to [B, H, Tq, Tk] = {list(full)}, not of shape {list(bias.shape)}")
 
 
-def _window(window: int | tuple[int, int]) -> tuple[int, int]:
-    sides = (window, window) if isinstance(window, int) else tuple(window)
-    if len(sides) != 2 or any(side < UNBOUNDED for side in sides):
-        raise ValueError(f"window must be (left, right), each at least 0, or -1 for no limit, not {window}")
-    return sides
+def _window(window: Any) -> tuple[int, int]:
+    """Both sides of a window, UNBOUNDED where there is no limit. Raises TypeError and ValueError."""
+    wrong = f"window must be an integer or two (left, right), each at least 0, or -1 for no limit, not {window!r}"
+    try:
+        sides = [window, window] if isinstance(window, int) else list(window)
+    except TypeError:  # no sequence: an integer of another kind
+        sides = [window, window]
+    try:
+        left, right = [_side(side) for side in sides]
+    except TypeError:
+        raise TypeError(wrong) from None
+    except ValueError:
+        raise ValueError(wrong) from None
+    return left, right
+
+
+def _side(side: Any) -> int:
+    if isinstance(side, bool) or getattr(side, "dtype", None) == torch.bool:
+        raise TypeError("a bool is no number of keys")
+    side = operator.index(side)
+    if side < UNBOUNDED:
+        raise ValueError("less than no limit")
+    return UNBOUNDED if side >= FAR else side
+
+
+def check_offsets(offsets: Tensor, total: int, name: str) -> bool:
+    """Whether the offsets of packed sequences can be read without waiting for a device. Raises ValueError where they can and are none:
+    they rise, from 0 or more to `total`, the tensors' length, at most."""
+    if not offsets.is_cpu or unobserved([offsets]) is None:
+        return False
+    last = 0
+    for i, offset in enumerate(offsets.tolist()):
+        if not last <= offset <= total:
+            why = f"it is less than {last}" if offset < last else f"the tensor has {total} rows"
+            raise ValueError(f"{name} must rise from 0 or more to {total} at most, and {name}[{i}] is {offset}: {why}")
+        last = offset
+    return True

@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from cvmk.ops._call import Needs, number
+from cvmk.ops._call import Needs
 from cvmk.ops._dtypes import accumulation_dtype, autocast_lower
 from cvmk.ops._op import Op
-from cvmk.ops.attention import check_lengths, check_qk, check_values, default_scale
+from cvmk.ops.attention import check_lengths, check_qk, check_values, checked_scale, default_scale
 
 
 def attention_kl(
@@ -33,7 +33,7 @@ def attention_kl(
                                The teacher is a constant: it gets no gradient.
         causal, key_lengths    one mask for both, as in `flash_attention`: bottom-right by the tensors' sizes; int32 or int64 [B], keys
                                from key_lengths[b] on are neither seen nor read.
-        scale, teacher_scale   factors of the products, by default 1 / sqrt(Ds) and 1 / sqrt(Dt).
+        scale, teacher_scale   factors of the products, by default 1 / sqrt(Ds) and 1 / sqrt(Dt); numbers without a gradient.
 
     Heads. The heads of both sides are split, in order, into gcd(Hs, Ht) groups, and each student head is compared with the mean map of
     its group's teacher heads: head by head where Hs == Ht, with the mean of Ht / Hs neighbours where that divides, one teacher head
@@ -48,7 +48,7 @@ def attention_kl(
     `cvmk.ops.reference.attention.BLOCK` scores of both sides together at a time (or one row of queries of one batch item).
 
     A NaN or an infinity in an argument reaches only what depends on it.
-    Raises TypeError for a wrong dtype, ValueError for a wrong shape.
+    Raises TypeError for a wrong dtype and for a scale that asks for a gradient, ValueError for a wrong shape or scale.
     """
     call = _prepare_kl(student_q, student_k, teacher_q, teacher_k, causal=causal, key_lengths=key_lengths, scale=scale, teacher_scale=teacher_scale)
     kl, _, _ = kl_op(call)
@@ -80,7 +80,7 @@ def flash_attention_distill(
     Forward by one more row sum c = sum_j P_t (T - S): KL = c - lse_t + lse_s where one teacher head is compared with.
 
     A NaN or an infinity in an argument reaches only what depends on it.
-    Raises TypeError for a wrong dtype, ValueError for a wrong shape.
+    Raises TypeError for a wrong dtype and for a scale that asks for a gradient, ValueError for a wrong shape or scale.
     """
     call = _prepare_distill(q, k, v, teacher_q, teacher_k, causal=causal, key_lengths=key_lengths, scale=scale, teacher_scale=teacher_scale)
     out, kl, _, _ = distill_op(call)
@@ -182,8 +182,8 @@ def _prepare_kl(
     _check_teacher(student_q, student_k, teacher_q, teacher_k, student="student")
     if key_lengths is not None:
         check_lengths(key_lengths, student_q, "key_lengths")
-    scale = default_scale(student_q) if scale is None else number("scale", scale)
-    teacher_scale = default_scale(teacher_q) if teacher_scale is None else number("teacher_scale", teacher_scale)
+    scale = default_scale(student_q) if scale is None else checked_scale("scale", scale, student_q.dtype)
+    teacher_scale = default_scale(teacher_q) if teacher_scale is None else checked_scale("teacher_scale", teacher_scale, teacher_q.dtype)
     student_q, student_k, teacher_q, teacher_k = autocast_lower(student_q, student_k, teacher_q, teacher_k)  # type: ignore[assignment]
     _check_dtypes(student_q, student_k, "student_q", "student_k")
     _check_dtypes(teacher_q, teacher_k, "teacher_q", "teacher_k")
@@ -208,8 +208,8 @@ def _prepare_distill(
     _check_teacher(q, k, teacher_q, teacher_k, student="q and k")
     if key_lengths is not None:
         check_lengths(key_lengths, q, "key_lengths")
-    scale = default_scale(q) if scale is None else number("scale", scale)
-    teacher_scale = default_scale(teacher_q) if teacher_scale is None else number("teacher_scale", teacher_scale)
+    scale = default_scale(q) if scale is None else checked_scale("scale", scale, q.dtype)
+    teacher_scale = default_scale(teacher_q) if teacher_scale is None else checked_scale("teacher_scale", teacher_scale, teacher_q.dtype)
     q, k, v, teacher_q, teacher_k = autocast_lower(q, k, v, teacher_q, teacher_k)  # type: ignore[assignment]
     _check_dtypes(q, k, "q", "k")
     _check_dtypes(q, v, "q", "v")

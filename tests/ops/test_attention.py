@@ -6,13 +6,15 @@ import math
 from typing import Any
 
 import attention_cases
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
+from transforms import check_transforms
 
-from cvmk.ops import explain, flash_attention, use
+from cvmk.ops import explain, flash_attention, native, use
 from cvmk.ops.attention import _prepare, op
 from cvmk.ops.reference import attention as reference
 
@@ -197,6 +199,68 @@ def test_agrees_with_pytorch() -> None:
     torch.testing.assert_close(flash_attention(q, k, v, causal=True), F.scaled_dot_product_attention(q, k, v, is_causal=True))
 
 
+# -- far and huge numbers ----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", attention_cases.FAR)
+def test_far_positions(name: str) -> None:
+    for dtype in (torch.float64, torch.float32):
+        with use("reference"):
+            attention_cases.check_far_positions(name, dtype)
+
+
+@pytest.mark.parametrize("window", [np.int64(2), np.int8(2), torch.tensor(2), (2, np.int32(2)), np.array([2, 2]), torch.tensor([2, 2]), [2, 2]])
+def test_windows_of_any_integers(window: Any) -> None:
+    q, k, v = inputs()
+    assert torch.equal(flash_attention(q, k, v, window=window), flash_attention(q, k, v, window=(2, 2)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+@pytest.mark.parametrize("name", attention_cases.HUGE)
+def test_huge_bias(name: str, dtype: torch.dtype) -> None:
+    with use("reference"):
+        for broadcast in (False, True):
+            attention_cases.check_huge_bias(name, dtype, 6, 9, causal=not broadcast, broadcast=broadcast)
+
+
+@pytest.mark.parametrize("fill", [torch.finfo(torch.float64).min, torch.finfo(torch.float64).max, -1e20])
+def test_huge_bias_in_float64(fill: float) -> None:
+    """Whatever the score, it rounds away beside such a number: the mean of the values, and its derivatives of every order."""
+    q, k, v = (t.requires_grad_() for t in inputs())
+    bias = torch.full((5, 7), fill, dtype=torch.float64).requires_grad_()
+    out, lse = flash_attention(q, k, v, bias=bias, return_lse=True)
+    torch.testing.assert_close(out, v.mean(2, keepdim=True).repeat_interleave(2, 1).expand_as(out))
+    torch.testing.assert_close(lse, torch.full_like(lse, fill))
+    want = torch.autograd.grad((torch.softmax(q @ k.repeat_interleave(2, 1).transpose(2, 3) / 2 + fill, -1) @ v.repeat_interleave(2, 1)).sin().sum(), (q, k, v))
+    found = torch.autograd.grad(out.sin().sum(), (q, k, v, bias), create_graph=True)
+    for got, expected in zip(found, want, strict=False):
+        torch.testing.assert_close(got, expected)
+    assert all(x.isfinite().all() for x in torch.autograd.grad(sum(x.square().sum() for x in found), (q, k, v)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("softcap", [INF, 1e39, 1e308])
+def test_a_cap_that_no_score_comes_near_is_none(softcap: float, dtype: torch.dtype) -> None:
+    q, k, v = inputs(dtype=dtype)
+    torch.testing.assert_close(flash_attention(q, k, v, softcap=softcap), flash_attention(q, k, v))
+
+
+def test_a_scale_that_float32_cannot_hold() -> None:
+    q, k, v = inputs(dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"scale must be a finite number in float32, in which scores are computed, not 1e\+39"):
+        flash_attention(q, k, v, scale=1e39)
+    assert flash_attention(*inputs(), scale=1e39).isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["scale", "softcap", "dropout_p"])
+def test_numbers_have_no_gradient(name: str) -> None:
+    q, k, v = inputs()
+    with pytest.raises(TypeError, match=f"{name} is a tensor that asks for a gradient.*multiply it into an argument"):
+        flash_attention(q, k, v, **{name: torch.tensor(0.5, requires_grad=True)})
+    torch.manual_seed(0)
+    found = flash_attention(q, k, v, **{name: torch.tensor(0.5)})
+    torch.manual_seed(0)
+    assert torch.equal(found, flash_attention(q, k, v, **{name: 0.5}))
+
+
 # -- alignment -------------------------------------------------------------------------------------------------------------------
 def test_padded_batch_is_masked_as_its_sentences_alone() -> None:
     """Causal alignment goes by the tensors' sizes: right-padded self-attention gives each sentence its own result."""
@@ -260,6 +324,42 @@ def test_packed_sequences(options: dict[str, Any]) -> None:
     for got, expected in zip(mine, theirs, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
     assert (mine[0][0] == 0).all() and (mine[1][9] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("cu_q", "cu_k", "words"),
+    [
+        ([0, 5, 3, 9], [0, 4, 6, 9], r"cu_seqlens_q\[2\] is 3: it is less than 5"),
+        ([0, 3, 9], [2, 1, 9], r"cu_seqlens_k\[1\] is 1: it is less than 2"),
+        ([0, 3, 10], [0, 4, 10], r"cu_seqlens_q\[2\] is 10: the tensor has 9 rows"),
+        ([-1, 3, 9], [0, 4, 9], r"cu_seqlens_q\[0\] is -1: it is less than 0"),
+        ([0, 2**32 + 3, 9], [0, 4, 9], r"cu_seqlens_q\[1\] is 4294967299"),
+    ],
+)
+@pytest.mark.parametrize("backend", ["reference", "native"])
+def test_offsets_that_are_none(backend: str, cu_q: list[int], cu_k: list[int], words: str) -> None:
+    """Said by every backend that can see it, also from compiled code."""
+    if backend == "native" and native.library() is None:
+        pytest.skip("the native library is not there")
+    tensors, offsets = packed_inputs(torch.float32), [torch.tensor(cu_q), torch.tensor(cu_k)]
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor) -> Tensor:
+        return flash_attention(q, k, v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k)
+
+    with use(backend):
+        for function in (attend, torch.compile(attend, backend="aot_eager", fullgraph=True)):
+            with pytest.raises(ValueError, match="must rise from 0 or more to .* at most.*" + words):
+                function(*tensors, *offsets)
+
+
+def test_offsets_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a device: they count as the nearest inside, running up."""
+    q, k, v = packed_inputs()
+    monkeypatch.setattr(reference, "check_offsets", lambda *_: False)
+    wrong, right = torch.tensor([-3, 5, 3, 99]), torch.tensor([0, 5, 5, 9])
+    with use("reference"):
+        found = flash_attention(q, k[:9], v[:9], cu_seqlens_q=wrong, cu_seqlens_k=wrong)
+    torch.testing.assert_close(found, flash_attention(q, k[:9], v[:9], cu_seqlens_q=right, cu_seqlens_k=right))
 
 
 def test_packed_equals_padded() -> None:
@@ -538,6 +638,32 @@ def test_compile() -> None:
             torch.testing.assert_close(eager, traced)
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("options", [*OPTIONS, "bias", "dropout", "packed"])
+@pytest.mark.parametrize("backend", ["reference", "native"])
+def test_transforms(backend: str, options: str) -> None:
+    """Results, and derivatives of the first and second order, of every option."""
+    if backend == "native" and native.library() is None:
+        pytest.skip("the native library is not there")
+    dtype = torch.float32 if backend == "native" else torch.float64
+    leaves, extra = list(inputs(dtype=dtype)), dict(OPTIONS.get(options, {}))
+    if options == "packed":
+        leaves, extra = list(packed_inputs(dtype)), {"cu_seqlens_q": CU_Q, "cu_seqlens_k": CU_K, "causal": True}
+    elif options in ("bias", "all"):
+        leaves.append(normal(4, 1, 7, dtype=dtype, seed=4))
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return finite_lse(flash_attention(q, k, v, bias=bias, return_lse=True, **extra))
+
+    def dropping(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        found = op(_prepare(q, k, v, dropout_p=0.3)._replace(dropout_seed=torch.tensor([3, 4])))
+        return found[0]
+
+    tolerance = {"rtol": 1e-3, "atol": 1e-4} if backend == "native" else {}
+    with use(backend):
+        check_transforms(dropping if options == "dropout" else attend, leaves, **tolerance)
+
+
 class Layer(torch.nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
         return flash_attention(q, k, v, causal=True, key_lengths=lengths)
@@ -598,8 +724,16 @@ def test_explain_and_use() -> None:
         ({"dropout_p": 1.0}, ValueError, r"dropout_p must be in \[0, 1\), not 1.0"),
         ({"softcap": -1.0}, ValueError, "softcap"),
         ({"softcap": NAN}, ValueError, "softcap"),
-        ({"window": (1, 2, 3)}, ValueError, "window"),
+        ({"softcap": 1e-310}, ValueError, "scale / softcap is finite"),
+        ({"scale": NAN}, ValueError, "scale must be a finite number, not nan"),
+        ({"scale": -INF}, ValueError, "scale must be a finite number"),
+        ({"window": (1, 2, 3)}, ValueError, r"two \(left, right\)"),
         ({"window": -2}, ValueError, "window"),
+        ({"window": (3, np.int64(-2))}, ValueError, "window"),
+        ({"window": 3.0}, TypeError, "window must be an integer or two .* not 3.0"),
+        ({"window": True}, TypeError, "window must be an integer"),
+        ({"window": (2, np.bool_(True))}, TypeError, "window must be an integer"),
+        ({"window": "34"}, TypeError, "window must be an integer"),
         ({"key_lengths": torch.ones(3, dtype=torch.int64)}, ValueError, r"key_lengths must be \[B\] = \[2\]"),
         ({"key_lengths": torch.ones(2)}, TypeError, "key_lengths must be int32 or int64"),
         ({"query_start": torch.ones(2, 1, dtype=torch.int64)}, ValueError, "query_start"),
@@ -609,6 +743,7 @@ def test_explain_and_use() -> None:
         ({"cu_seqlens_q": CU_Q, "cu_seqlens_k": CU_K}, ValueError, r"\[total, H, D\]"),
         ({"cu_seqlens_q": CU_Q, "cu_seqlens_k": CU_K[:2]}, ValueError, "numbers of sequences"),
         ({"cu_seqlens_q": CU_Q.float(), "cu_seqlens_k": CU_K}, TypeError, "cu_seqlens_q"),
+        ({"cu_seqlens_q": CU_Q, "cu_seqlens_k": CU_K.to("meta")}, ValueError, "cu_seqlens_k must be on cpu as q is, not on meta"),
         ({"cu_seqlens_q": CU_Q, "cu_seqlens_k": CU_K, "key_lengths": torch.ones(2, dtype=torch.int64)}, ValueError, "padded batches"),
     ],
 )

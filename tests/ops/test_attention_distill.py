@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
+from transforms import check_transforms
 
-from cvmk.ops import attention_kl, explain, flash_attention, flash_attention_distill, use
+from cvmk.ops import attention_kl, explain, flash_attention, flash_attention_distill, native, use
 from cvmk.ops.attention_distill import Out, _prepare_distill, _prepare_kl, distill_op
 from cvmk.ops.reference import attention as reference
 from cvmk.ops.reference.attention_distill import distill_backward, distill_forward
@@ -316,6 +318,35 @@ def test_compile() -> None:
         torch.testing.assert_close(eager, traced)
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("backend", ["reference", "native"])
+def test_transforms(backend: str, options: str) -> None:
+    if backend == "native" and native.library() is None:
+        pytest.skip("the native library is not there")
+    tensors = inputs("mixed", dtype=torch.float32 if backend == "native" else torch.float64)
+
+    def both(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return flash_attention_distill(q, k, v, *tensors[3:], **OPTIONS[options])
+
+    def alone(q: Tensor, k: Tensor) -> Tensor:
+        return attention_kl(q, k, *tensors[3:], **OPTIONS[options])
+
+    tolerance = {"rtol": 1e-3, "atol": 1e-4} if backend == "native" else {}
+    with use(backend):
+        check_transforms(both, tensors[:3], **tolerance)
+        check_transforms(alone, tensors[:2], **tolerance)
+
+
+@pytest.mark.parametrize("backend", ["reference", "native"])
+def test_lengths_are_any_numbers(backend: str) -> None:
+    tensors = inputs("mixed", dtype=torch.float32)
+    most, least = torch.iinfo(torch.int64).max, torch.iinfo(torch.int64).min
+    with use(backend) if backend == "reference" or native.library() is not None else nullcontext():
+        found, want = (flash_attention_distill(*tensors, key_lengths=torch.tensor(lengths)) for lengths in ([most, least], [5, 0]))
+    assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+
+
 class Loss(torch.nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, tq: Tensor, tk: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         out, kl = flash_attention_distill(q, k, v, tq, tk, key_lengths=lengths)
@@ -364,9 +395,17 @@ def test_explain_use_and_repeat() -> None:
         ({"teacher_q": torch.ones(2, 2, 4, 3, dtype=torch.int64)}, TypeError, "teacher_q must be float64"),
         ({"key_lengths": torch.ones(3, dtype=torch.int64)}, ValueError, r"key_lengths must be \[B\] = \[2\]"),
         ({"key_lengths": torch.ones(2)}, TypeError, "key_lengths must be int32"),
+        ({"scale": NAN}, ValueError, "scale must be a finite number, not nan"),
+        ({"teacher_scale": INF}, ValueError, "teacher_scale must be a finite number, not inf"),
+        ({"scale": torch.tensor(0.5, requires_grad=True)}, TypeError, "scale is a tensor that asks for a gradient.*multiply it into an argument"),
+        ({"teacher_scale": torch.tensor(0.5, requires_grad=True)}, TypeError, "teacher_scale is a tensor that asks for a gradient"),
     ],
 )
 def test_wrong_arguments(changes: dict[str, Any], error: type[Exception], words: str) -> None:
     arguments: dict[str, Any] = dict(zip(("q", "k", "v", "teacher_q", "teacher_k"), inputs(), strict=True))
     with pytest.raises(error, match=words):
         flash_attention_distill(**{**arguments, **changes})
+    if "q" not in changes and "k" not in changes and "v" not in changes:
+        names = {"q": "student_q", "k": "student_k"}
+        with pytest.raises(error):
+            attention_kl(**{names.get(name, name): value for name, value in {**arguments, **changes}.items() if name != "v"})

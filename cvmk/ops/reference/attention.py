@@ -1,7 +1,9 @@
 """Reference of `flash_attention`: dense scores, a block of them at a time, so that the temporaries stay small.
 
-Scores are held times log2(e), and probabilities are powers of two: on the CPU, torch.exp takes a path a hundred times slower where
-it underflows, and exp2 does not.
+Probabilities are powers of two: on the CPU, torch.exp takes a path a hundred times slower where it underflows, and exp2 does not. Scores are
+held times log2(e), but where a bias is added, whose numbers may be too large for that (masks of the lowest finite number): these are in
+units of 1 until the row's maximum is subtracted, and their probabilities are summed anew in the backward pass, since the log-sum-exp of such
+a row keeps nothing of its sum.
 """
 
 from __future__ import annotations
@@ -16,11 +18,13 @@ from torch import Tensor
 from cvmk.ops._backend import Backend
 from cvmk.ops._call import Needs
 from cvmk.ops._dtypes import accumulation_dtype, not_needed
-from cvmk.ops.attention import Call, Out
+from cvmk.ops.attention import Call, Out, check_offsets
 
 LOG2E, LN2 = math.log2(math.e), math.log(2)
 BLOCK = 1 << 24
 """Scores held at once: 64 MiB of float32 (or one row of queries of one batch item, where that is more)."""
+_FAR = 1 << 62
+"""A position so far from all keys that a window's side does not bring it back, and that sums with both are no overflow."""
 _BITS = {torch.float64: torch.int64, torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 
 
@@ -33,12 +37,12 @@ def forward(c: Call) -> Out:
     rows = []
     for part in blocks(q.shape[0], q.shape[2], q.shape[1] * k.shape[2]):
         e, _ = _scores(part, part.of(q), k, c.bias, mask, c.softcap, c.scale)
-        e, total, part_lse = exponentials(e)
+        e, total, part_lse = exponentials(e, _unit(c.bias))
         keep = _kept(c, part, q, k)
         if keep is not None:
             e = e * keep / (1 - c.dropout_p)
         out = product(e.to(v.dtype), part.keys(v)).div_(total)
-        rows.append((part, out, part_lse))
+        rows.append((part, out, _narrowed(part_lse, accumulation_dtype(c.q.dtype))))
     out, lse = join([(part, out) for part, out, _ in rows]), join([(part, lse) for part, _, lse in rows])
     return Out(out[0].transpose(0, 1), lse[0]) if packed else Out(out, lse)
 
@@ -53,13 +57,17 @@ def backward(grads: Out, c: Call, saved: Out, needs: Needs) -> tuple[Tensor, Ten
     q, k, v = mask.without_blind(q), mask.without_unread(k).contiguous(), mask.without_unread(v).contiguous()
     grad_out = None if grad_out is None else mask.without_blind(grad_out)
     grad_lse = None if grad_lse is None else mask.without_blind(grad_lse[..., None])[..., 0]
-    lse2 = finite(LOG2E * lse)[..., None]
+    lse2 = finite(LOG2E * lse)[..., None] if bias is None else None
     want_bias = bias is not None and needs.bias
     sums = Sums()
     for part in blocks(q.shape[0], q.shape[2], q.shape[1] * k.shape[2]):
         q_part = part.of(q).contiguous()
         p, tanh = _scores(part, q_part, k, bias, mask, c.softcap, c.scale)
-        p = p.sub_(part.of(lse2)).exp2_()
+        if lse2 is None:
+            p, total, _ = exponentials(p, _unit(bias))
+            p = p.div_(total)
+        else:
+            p = p.sub_(part.of(lse2)).exp2_()
         keep = _kept(c, part, q, k)
         g = None if grad_out is None else part.of(grad_out).contiguous()
         if needs.v and g is not None:
@@ -203,31 +211,46 @@ def _as_batch(x: Tensor) -> Tensor:
 
 
 # -- scores and masks ---------------------------------------------------------------------------------------------------------------
+def _unit(bias: Tensor | None) -> float:
+    """What scores are held times."""
+    return LOG2E if bias is None else 1.0
+
+
 def _scores(part: Part, q: Tensor, k: Tensor, bias: Tensor | None, mask: Mask, softcap: float, scale: float) -> tuple[Tensor, Tensor | None]:
-    """The block's masked scores times log2(e) in the dtype of accumulation, in fresh memory; and the tanh of the cap, where there is one.
+    """The block's masked scores times `_unit` in the dtype of accumulation (or of the bias, where that is wider), in fresh memory; and the
+    tanh of the cap, where there is one.
 
     q is the block's queries, the rest is whole.
     """
-    tanh = None
+    tanh, unit, wide = None, _unit(bias), accumulation_dtype(q.dtype)
     if softcap > 0:
-        tanh = torch.tanh(dot(q, part.keys(k), scale / softcap).to(accumulation_dtype(q.dtype)))
-        s = tanh * (softcap * LOG2E)
+        tanh = torch.tanh(dot(q, part.keys(k), scale / softcap).to(wide))
+        s = tanh * (softcap * unit)
     else:
-        s = dot(q, part.keys(k), scale * LOG2E).to(accumulation_dtype(q.dtype))
+        s = dot(q, part.keys(k), scale * unit).to(wide)
     if bias is not None:
-        wide = bias.view((1,) * (4 - bias.dim()) + tuple(bias.shape))
-        s = s.add_(wide[part.batch if wide.shape[0] > 1 else slice(None), :, part.rows if wide.shape[2] > 1 else slice(None)], alpha=LOG2E)
+        four = bias.view((1,) * (4 - bias.dim()) + tuple(bias.shape))
+        s = s.to(torch.promote_types(wide, bias.dtype))
+        s = s.add_(four[part.batch if four.shape[0] > 1 else slice(None), :, part.rows if four.shape[2] > 1 else slice(None)])
     hiding = mask.hiding(part, s)
     return s if hiding is None else s.add_(hiding), tanh
 
 
-def exponentials(s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """From scores times log2(e), in place: 2^(s - row maximum), its sum (1 for an empty row) [..., 1], and the log-sum-exp [...]."""
+def exponentials(s: Tensor, unit: float = LOG2E) -> tuple[Tensor, Tensor, Tensor]:
+    """From scores times `unit`, in place: exp(score - row maximum), its sum (1 for an empty row) [..., 1], and the log-sum-exp [...]."""
     top = s.detach().amax(-1, keepdim=True) if s.shape[-1] else s.new_full((*s.shape[:-1], 1), -torch.inf)
-    e = s.sub_(finite(top)).exp2_()
+    e = s.sub_(finite(top))
+    e = (e if unit == LOG2E else e.mul_(LOG2E / unit)).exp2_()
     # The largest score adds 2^0 = 1, so that a sum under 1 is that of an empty row.
     total = e.sum(-1, keepdim=True).clamp(min=1)
-    return e, total, (total.log() + LN2 * top).squeeze(-1)
+    return e, total, (total.log() + top / unit).squeeze(-1)
+
+
+def _narrowed(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in the dtype; finite numbers stay finite."""
+    if x.dtype == dtype:
+        return x
+    return torch.where(x.isinf(), x, x.clamp(torch.finfo(dtype).min, torch.finfo(dtype).max)).to(dtype)
 
 
 def finite(x: Tensor) -> Tensor:
@@ -274,6 +297,7 @@ class Mask:
             return NO_MASK
         row, key = torch.arange(rows, device=q.device), torch.arange(keys, device=q.device)
         if cu_seqlens_q is not None and cu_seqlens_k is not None:
+            cu_seqlens_q, cu_seqlens_k = _offsets(cu_seqlens_q, rows, "cu_seqlens_q"), _offsets(cu_seqlens_k, keys, "cu_seqlens_k")
             sequence_q, sequence_k = (torch.searchsorted(cu, at, right=True) - 1 for cu, at in ((cu_seqlens_q, row), (cu_seqlens_k, key)))
             last = cu_seqlens_q.shape[0] - 1
             outside = (sequence_k < 0) | (sequence_k >= last)
@@ -285,7 +309,7 @@ class Mask:
             blind = _blind(cu_seqlens_k[mine][None], cu_seqlens_k[(mine + 1).clamp(max=last)][None], position, left, right) | (sequence_q < 0)
             return Mask(position if left >= 0 or right >= 0 else None, key, left, right, outside[None], (sequence_q, sequence_k), blind)
         binding = right >= 0 and (query_start is not None or rows - 1 > right) or left >= 0 and (query_start is not None or keys - 1 > left)
-        first: Tensor | int = keys - rows if query_start is None else query_start[:, None]
+        first: Tensor | int = keys - rows if query_start is None else query_start[:, None].long().clamp(-_FAR, _FAR)
         places = row[None] + first if binding else None
         unseeing = None
         if key_lengths is not None or query_start is not None or rows > keys:
@@ -326,6 +350,11 @@ class Mask:
 
 
 NO_MASK = Mask()
+
+
+def _offsets(offsets: Tensor, total: int, name: str) -> Tensor:
+    """Rising offsets within the tensor. Raises ValueError where these can be seen not to be so."""
+    return offsets if check_offsets(offsets, total, name) else offsets.clamp(0, total).cummax(0).values
 
 
 def _blind(first: Tensor, last: Tensor, position: Tensor | None, left: int, right: int) -> Tensor:
