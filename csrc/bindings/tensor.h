@@ -101,7 +101,6 @@ inline bool has_no_memory(PyObject* object, const Tensor& x) {
 class Arguments {
  public:
   Arguments(const char* op, PyObject* const* values, Py_ssize_t count, Device device = kCpu) : op_(op), values_(values), size_(count), device_(device) {}
-  explicit Arguments(PyObject* tuple) : Arguments("this op", &PyTuple_GET_ITEM(tuple, 0), PyTuple_GET_SIZE(tuple)) {}
 
   Tensor tensor(const char* name) {
     PyObject* object = next();
@@ -124,7 +123,6 @@ class Arguments {
     }
     return tensor(name);
   }
-  Tensor tensor() { return optional("a tensor"); }
 
   // Its data where the type is the one that the kernel reads; null for None.
   template <typename T>
@@ -233,13 +231,6 @@ void add(pybind11::module_& module, const char* name, const char* op, const char
   PyObject* const function = PyCFunction_NewEx(&Self::method, nullptr, home.ptr());
   if (function == nullptr) throw pybind11::error_already_set();
   module.attr(name) = pybind11::reinterpret_steal<pybind11::object>(function);
-}
-
-// float32, bfloat16, float16 and float64 as `first`, `first + 1`, ...
-inline std::int64_t float_code(const Tensor& x, std::int64_t first) {
-  const Dtype found = x.dtype();
-  if (found < 0 || found > kFloat64) throw std::invalid_argument("a tensor is not floating");
-  return first + found;
 }
 
 }  // namespace cvmk::bindings
