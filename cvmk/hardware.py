@@ -90,7 +90,7 @@ def gpus() -> Gpus:
         return Gpus(reason="nvidia-smi was not found")
     query = [command, "--query-gpu=index,name,compute_cap,memory.total", "--format=csv,noheader,nounits"]
     try:
-        answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
+        answer = subprocess.run(query, capture_output=True, encoding="utf-8", errors="replace", timeout=20, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         return Gpus(reason=f"nvidia-smi does not answer: {error}")
     if answer.returncode != 0:

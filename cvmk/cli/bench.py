@@ -12,6 +12,7 @@ from cvmk.cli._streams import need_open
 from cvmk.cli._terminal import show_json
 from cvmk.errors import ConfigError
 
+MAX_SECONDS = 3600
 HELP = "time every backend of every op on this machine, or tune the GPU kernels for it"
 
 
@@ -34,8 +35,8 @@ def run(arguments: argparse.Namespace) -> int:
     need_open(sys.stdout, "output")
     if hardware.cpu().emulated:
         raise ConfigError("the native library is a build for tests that emulates AMX (CVMK_EMULATE_AMX=ON), whose times mean nothing: install one without")
-    if not arguments.seconds > 0:
-        raise ConfigError(f"--seconds is {arguments.seconds}: give a positive number of seconds")
+    if not 0 < arguments.seconds <= MAX_SECONDS:
+        raise ConfigError(f"--seconds is {arguments.seconds}: give a positive number of seconds, at most {MAX_SECONDS}")
     if arguments.tune:
         return _tune(arguments)
     unknown = set(arguments.op or ()) - set(bench.CASES)

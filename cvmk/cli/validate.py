@@ -274,9 +274,11 @@ def _positive(text: str) -> int:
 
 
 def _samples(text: str) -> int:
+    from cvmk.config.training import MAX_RESAMPLES
+
     number = int(text)
-    if number < 50:
-        raise argparse.ArgumentTypeError(f"{text} is too small: give 50 or more")
+    if not 50 <= number <= MAX_RESAMPLES:
+        raise argparse.ArgumentTypeError(f"{text} is too {'small' if number < 50 else 'large'}: give 50 to {MAX_RESAMPLES}")
     return number
 
 

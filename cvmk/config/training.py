@@ -9,6 +9,7 @@ from pydantic import Field
 from cvmk.config.section import MAY_CHANGE, Section
 
 Metric = Literal["bleu", "chrf", "ter", "rouge", "bertscore"]
+MAX_RESAMPLES = 1_000_000
 BleuTokenizer = Literal["auto", "13a", "intl", "zh", "ja-mecab", "ko-mecab", "flores101", "flores200", "char", "none"]
 
 
@@ -41,7 +42,7 @@ class ValidationConfig(Section):
     max_sentences: int = Field(1000, ge=1, description="Validate on the first so many pairs.")
     patience: Annotated[int, MAY_CHANGE] = Field(10, ge=0, description="Stop after so many validations without a better metric; 0 = never.")
     min_delta: Annotated[float, MAY_CHANGE] = Field(0.0, ge=0, description="Improvement of the metric that counts as better.")
-    bootstrap: Annotated[int, MAY_CHANGE] = Field(500, ge=50, description="Resamples of the paired bootstrap.")
+    bootstrap: Annotated[int, MAY_CHANGE] = Field(500, ge=50, le=MAX_RESAMPLES, description="Resamples of the paired bootstrap.")
     confidence: Annotated[float, MAY_CHANGE] = Field(
         0.95, gt=0.5, lt=1,
         description="Confidence of the bootstrap intervals and of the paired test that finds regressions.",

@@ -191,7 +191,7 @@ def forbidding(options: SearchOptions, limits: Sequence[int], device: torch.devi
     if options.suppressed:
         found.append(Suppressed(options.suppressed, device))
     if options.min_length:
-        found.append(MinLength(options.min_length))
+        found.append(MinLength(min(options.min_length, max(limits, default=0))))  # it exceeds a limit only where the model has no room
     if options.no_repeat_ngram:
         found.append(NoRepeatNgram(options.no_repeat_ngram))
     return [*found, MaxLength(limits, options.beam_size, device)]

@@ -36,6 +36,7 @@ def test_table(capsys: pytest.CaptureFixture[str]) -> None:
         (["--op", "x"], "x"),
         (["--seconds", "0"], "--seconds"),
         (["--seconds", "nan"], "--seconds"),
+        (["--seconds", "inf"], "--seconds"),
         (["--device", "tpu!"], "tpu!"),
         (["--device", "meta"], "meta"),
     ],

@@ -214,3 +214,10 @@ def test_a_hyphen_is_a_standard_stream(model: Path, tmp_path: Path) -> None:
     done = subprocess.run(command, input=gzip.compress(b"a man\n"), capture_output=True, cwd=tmp_path)
     assert (done.returncode, done.stdout.decode()) == (0, expected(model, ["a man"])[0] + "\n")
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("beam_size", ["1", "2"])
+def test_a_least_length_beyond_what_the_model_can_say(call, model: Path, beam_size: str) -> None:
+    """It ended in a ValueError about the room of the state."""
+    code, out, error = call(b"a man\ntwo dogs\n", "--min-length", "99999", "--beam-size", beam_size, "--json")
+    assert (code, error) == (0, "") and out.count(b"\n") == 2

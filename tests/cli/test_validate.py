@@ -311,6 +311,7 @@ def test_wrong_options_are_configuration_errors(place, capsys, options, message)
         ["--beam-size", "two"],
         ["--batch-tokens", "-5"],
         ["--bootstrap", "3"],
+        ["--bootstrap", "1000000000000"],
         ["--confidence", "95"],
         ["--baseline", "bad", "--max-drop", "-1"],
         ["--no-such-option"],
