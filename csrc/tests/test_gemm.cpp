@@ -11,6 +11,7 @@
 
 namespace {
 
+using namespace cvmk;
 using namespace cvmk::gemm;
 
 struct Random {

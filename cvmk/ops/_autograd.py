@@ -89,7 +89,7 @@ def forward_function(op: Op) -> type[torch.autograd.Function]:
                 results = _forward_directly(ctx, op, tuple.__new__(op.call, arguments))
             else:
                 results = below(op._forward, keyset, arguments)
-            several = (results,) if isinstance(results, Tensor) else results
+            several = results if isinstance(results, tuple) else (results,)
             ctx.save_for_backward(*arguments[: op.tensors], *[several[i] for i in op.saved])
             ctx.direct, ctx.rest, ctx.allowed = keyset is None, arguments[op.tensors :], allowed()
             return results
@@ -105,7 +105,7 @@ def forward_function(op: Op) -> type[torch.autograd.Function]:
             else:
                 with allowing(ctx.allowed):
                     found = _gradients(ctx, op, grads, given)
-            for i, value in zip(op.differentiable, (found,) if isinstance(found, Tensor) else found, strict=True):
+            for i, value in zip(op.differentiable, found if isinstance(found, tuple) else (found,), strict=True):
                 if ctx.needs_input_grad[i + 1]:
                     result[i + 1] = value
             return tuple(result)
@@ -121,8 +121,7 @@ def _forward_directly(ctx: Any, op: Op, call: Any) -> Any:
         if found is not None:
             results, ctx.hand_on = found
             return tuple(results)
-    results = op.run(backend, "forward", backend.forward, call, call)
-    return results if isinstance(results, Tensor) else tuple(results)
+    return op.run(backend, "forward", backend.forward, call, call)
 
 
 def _gradients(ctx: Any, op: Op, grads: tuple[Any, ...], given: list[Tensor]) -> Any:
@@ -138,7 +137,7 @@ def _gradients(ctx: Any, op: Op, grads: tuple[Any, ...], given: list[Tensor]) ->
     tensors, kept = saved[: op.tensors], saved[op.tensors :]
     if directly:
         call: Any = tuple.__new__(op.call, (*tensors, *ctx.rest))
-        return op.run_backward(tuple.__new__(op.out, grads), call, op.saved_out(kept), op.needs._make(needs))
+        return op.run_backward(tuple.__new__(op.out, grads), call, op.saved_out(kept), tuple.__new__(op.needs, needs))
     return op._backward(*grads, *tensors, *kept, *ctx.rest, needs)
 
 

@@ -64,6 +64,8 @@ def number(name: str, value: Any) -> float:
     """An option as a float. Raises TypeError for a tensor that asks for a gradient, which an option cannot give."""
     if type(value) is float:
         return value
+    if type(value) is float:
+        return value
     if isinstance(value, Tensor) and value.requires_grad:
         raise TypeError(f"{name} is a tensor that asks for a gradient, and it is an option without one: multiply it into an argument, or give {name}.item()")
     return float(value)

@@ -152,7 +152,7 @@ class Op:
         first, kept = self.outputs + self.tensors, self.outputs + self.tensors + len(self.saved)
         grads: Any = _make(self.out, arguments[: self.outputs])
         call: Any = _make(self.call, (*arguments[self.outputs : first], *arguments[kept:-1]))
-        return grads, call, self.saved_out(arguments[first:kept]), self.needs._make(arguments[-1])
+        return grads, call, self.saved_out(arguments[first:kept]), _make(self.needs, arguments[-1])
 
     def saved_out(self, tensors: Sequence[torch.Tensor]) -> Any:
         """The saved results in their places of an `Out`; None in the others."""
@@ -231,7 +231,7 @@ class Op:
                 results = function(*arguments)
         else:
             results = function(*arguments)
-        if isinstance(results, torch.Tensor):
+        if not isinstance(results, tuple):
             return results.contiguous()
         for result in results:
             if not result.is_contiguous():
