@@ -51,7 +51,8 @@ def flash_attention(
                      not used.
         query_start  [B] int32 or int64, any numbers: the position of query 0 among the keys, in place of Tk - Tq, for `causal` and `window`.
         bias         floating, broadcastable to [B, H, Tq, Tk], added to the scores after scale and soft cap; has a gradient, summed
-                     over the broadcast dimensions. -inf hides a key; a finite number, however large, is added as the formula says.
+                     over the broadcast dimensions. -inf hides a key. The reference adds a finite number, however large, as
+                     the formula says; kernels take one below -2.3e38 for -inf.
         softcap      c > 0 turns the scaled scores s into c tanh(s / c); 0 is no cap, and so is inf, the limit of the formula.
         scale        factor of q k^T, by default 1 / sqrt(D). These numbers have no gradient: a learned scale is multiplied into q.
         dropout_p    probability, in [0, 1), with which a probability is set to 0; the others are divided by 1 - dropout_p.
@@ -59,8 +60,7 @@ def flash_attention(
                      [total_k, Hkv, ...]; sequence s is the rows cu_seqlens[s] to cu_seqlens[s + 1]. Alignment is per sequence, by its own
                      two lengths. Rows that belong to no sequence give 0 and are not seen. Not with key_lengths and query_start. They
                      rise, from 0 or more to total at most; on the CPU, where their values can be read without waiting for a device, others
-                     raise ValueError. On a GPU, offsets outside of the tensors count as the nearest inside, and where they fall, which
-                     sequence a row counts to is not specified.
+                     raise ValueError. On a GPU they must hold this; nothing looks at them there.
         return_lse   also return the log-sum-exp of the scores.
 
     Returns out [B, H, Tq, Dv] (packed: [total_q, H, Dv]) in the dtype of q, and, where asked for, lse [B, H, Tq] (packed:
