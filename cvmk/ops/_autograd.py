@@ -18,6 +18,7 @@ from torch._functorch.autograd_function import enable_single_level_autograd_func
 from torch.autograd import forward_ad
 
 from cvmk.ops._backend import allowed, allowing
+from cvmk.ops._call import make, picked
 from cvmk.ops._watch import grad_enabled, transforms, unobserved
 
 if TYPE_CHECKING:
@@ -75,23 +76,24 @@ def below(packet: Any, keyset: Any, arguments: Any, record: bool = True) -> Any:
 
 def forward_function(op: Op) -> type[torch.autograd.Function]:
     """The forward pass with its first derivative."""
-    nothing = [None] * (len(op.fields) + 1)
+    tensors, kept = op.tensors, picked(op.saved)
+    places = [i + 1 for i in op.differentiable]
+    nothing, needed = [None] * (len(op.fields) + 1), picked(places)
 
     class Forward(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, keyset: Any, *arguments: Any) -> Any:
             """keyset: what is left of the dispatcher's keys; None where nobody observes the call."""
             ctx.set_materialize_grads(False)
-            ctx.hand_on = None
+            hand_on = None
             if op.keeps is not None:
                 arguments = (*arguments[: op.keeps], True, *arguments[op.keeps + 1 :])
             if keyset is None:
-                results = _forward_directly(ctx, op, tuple.__new__(op.call, arguments))
+                results, hand_on = _forward_directly(op, make(op.call, arguments))
             else:
                 results = below(op._forward, keyset, arguments)
-            several = results if isinstance(results, tuple) else (results,)
-            ctx.save_for_backward(*arguments[: op.tensors], *[several[i] for i in op.saved])
-            ctx.direct, ctx.rest, ctx.allowed = keyset is None, arguments[op.tensors :], allowed()
+            ctx.save_for_backward(*arguments[:tensors], *kept(results if isinstance(results, tuple) else (results,)))
+            ctx.of_forward = _OfForward(keyset is None, arguments[tensors:], allowed(), hand_on)
             return results
 
         @staticmethod
@@ -100,45 +102,54 @@ def forward_function(op: Op) -> type[torch.autograd.Function]:
             given = [grad for grad in grads if grad is not None]
             if not given:
                 return tuple(result)
-            if ctx.allowed == allowed():
-                found = _gradients(ctx, op, grads, given)
+            needs, names = needed(ctx.needs_input_grad), ctx.of_forward.allowed
+            if names == allowed():
+                found = _gradients(ctx, op, grads, given, needs)
             else:
-                with allowing(ctx.allowed):
-                    found = _gradients(ctx, op, grads, given)
-            for i, value in zip(op.differentiable, found if isinstance(found, tuple) else (found,), strict=True):
-                if ctx.needs_input_grad[i + 1]:
-                    result[i + 1] = value
+                with allowing(names):
+                    found = _gradients(ctx, op, grads, given, needs)
+            for at, need, value in zip(places, needs, found if isinstance(found, tuple) else (found,), strict=True):
+                if need:
+                    result[at] = value
             return tuple(result)
 
     return Forward
 
 
-def _forward_directly(ctx: Any, op: Op, call: Any) -> Any:
-    """The forward pass; where the backend makes the gradient along with it, what hands that on is kept."""
+class _OfForward:
+    """What a forward pass leaves for its backward pass, but for tensors."""
+
+    __slots__ = ("allowed", "direct", "hand_on", "rest")
+
+    def __init__(self, direct: bool, rest: tuple[Any, ...], names: tuple[str, ...], hand_on: Any) -> None:
+        self.direct, self.rest, self.allowed, self.hand_on = direct, rest, names, hand_on
+
+
+def _forward_directly(op: Op, call: Any) -> tuple[Any, Any]:
+    """The forward pass and, where the backend makes the gradient along with it, what hands that on."""
     backend = op.choose("forward", call)
     if backend.forward_with_gradient is not None:
         found = backend.forward_with_gradient(call)
         if found is not None:
-            results, ctx.hand_on = found
-            return tuple(results)
-    return op.run(backend, "forward", backend.forward, call, call)
+            return found
+    return op.run_by(backend, call), None
 
 
-def _gradients(ctx: Any, op: Op, grads: tuple[Any, ...], given: list[Tensor]) -> Any:
+def _gradients(ctx: Any, op: Op, grads: tuple[Any, ...], given: list[Tensor], needs: tuple[bool, ...]) -> Any:
     """What the backward pass returns."""
-    hand_on, ctx.hand_on = ctx.hand_on, None  # what is handed on is its taker's then
+    left = ctx.of_forward
+    hand_on, left.hand_on = left.hand_on, None  # what is handed on is its taker's then
     # With gradients on they will be differentiated; a batch of them (is_grads_batched) is no tensor that a kernel can read.
-    directly = ctx.direct and not grad_enabled() and unobserved(given) is not None and not any(map(is_legacy_batchedtensor, given))
+    directly = left.direct and not grad_enabled() and unobserved(given) is not None and not any(map(is_legacy_batchedtensor, given))
     if hand_on is not None and directly and len(given) == 1 and grads[0] is not None:
         found = hand_on(grads[0])
         if found is not None:
             return found
-    saved, needs = ctx.saved_tensors, [ctx.needs_input_grad[i + 1] for i in op.differentiable]
+    saved = ctx.saved_tensors
     tensors, kept = saved[: op.tensors], saved[op.tensors :]
     if directly:
-        call: Any = tuple.__new__(op.call, (*tensors, *ctx.rest))
-        return op.run_backward(tuple.__new__(op.out, grads), call, op.saved_out(kept), tuple.__new__(op.needs, needs))
-    return op._backward(*grads, *tensors, *kept, *ctx.rest, needs)
+        return op.run_backward(make(op.out, grads), make(op.call, (*tensors, *left.rest)), op.saved_out(kept), make(op.needs, needs))
+    return op._backward(*grads, *tensors, *kept, *left.rest, list(needs))
 
 
 def _backward_function(op: Op) -> type[torch.autograd.Function]:
@@ -164,6 +175,9 @@ def _backward_function(op: Op) -> type[torch.autograd.Function]:
                         f"the derivative of {op.name}'s gradient is asked for after the transform that took the gradient has ended (a Jacobian by"
                         " torch.func.jacrev of a gradient): take it by nested torch.func.grad or by torch.autograd"
                     )
+                for i in op.constants:
+                    constant = leaves[outputs + i]
+                    leaves[outputs + i] = None if constant is None else constant.detach()
                 found = _second_derivative(op, leaves, ctx.rest, ctx.needs, grads_of_grads)
             return None, *found, *(None,) * (ctx.count - len(leaves))
 
@@ -174,7 +188,7 @@ def _second_derivative(op: Op, leaves: list[Any], rest: Any, needs: Any, grads_o
     """What the gradients of the first derivative add to the leaves (the results' gradients, the call's tensors)."""
     nothing: list[Any] = [None] * len(leaves)
     grads, inputs = leaves[: op.outputs], leaves[op.outputs :]
-    again = op.reference.forward(tuple.__new__(op.call, (*inputs, *rest)))
+    again = op.reference.forward(make(op.call, (*inputs, *rest)))
     again = (again,) if isinstance(again, Tensor) else again
     pairs = [(out, grad) for out, grad in zip(again, grads, strict=True) if grad is not None and out.requires_grad]
     wanted = [(i, gg) for i, gg, need in zip(op.differentiable, grads_of_grads, needs, strict=True) if gg is not None and need]

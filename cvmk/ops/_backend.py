@@ -23,8 +23,8 @@ class Backend:
 
     forward    takes the op's `Call` and returns its `Out`.
     backward   takes the gradients of the results (an `Out`, None where there is none), the call, the saved results (an `Out`, None for
-               those that are not saved) and `Needs`, and returns one gradient a differentiable argument, `not_needed` where it is not
-               wanted. None where the backend has no backward pass.
+               those that are not saved) and `Needs`, and returns one gradient a differentiable argument, None (or `not_needed`) where it
+               is not wanted. None where the backend has no backward pass.
     forward_with_gradient   where making the gradient is cheapest in the forward pass: takes the call and returns (Out, hand_on), or None to decline.
                hand_on turns the gradient of the first result into what `backward` returns, at most once; None where it cannot (`backward`
                then runs). For calls that nobody traces.

@@ -6,8 +6,10 @@ list of the op's arguments: schemas are derived from their annotations, backends
 
 from __future__ import annotations
 
+import operator
 import typing
-from typing import Annotated, Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Annotated, Any, NamedTuple, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -17,6 +19,16 @@ Written = Annotated[Tensor, "a!"]
 
 Needs = Any
 """A NamedTuple of bools, one a differentiable argument of the op, under its name: whether its gradient is wanted."""
+
+_Fields = TypeVar("_Fields")
+
+
+class _Make(Protocol):
+    def __call__(self, kind: type[_Fields], fields: Iterable[Any], /) -> _Fields: ...
+
+
+make = cast(_Make, tuple.__new__)
+"""A `Call`, `Out` or `Needs` of a tuple of all its fields: a third of the time that the NamedTuple's own constructor takes."""
 
 _SCALARS = {float: "float", int: "int", bool: "bool", str: "str", torch.dtype: "ScalarType", list[bool]: "bool[]", Tensor: "Tensor"}
 
@@ -52,6 +64,16 @@ def _declared(call: type, name: str, hint: Any) -> str:
     return _SCALARS[base] + ("?" if base is not hint else "")
 
 
+def picked(places: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+    """A function that makes a tuple of what stands at these places of a sequence."""
+    if len(places) > 1:
+        return operator.itemgetter(*places)
+    if not places:
+        return lambda values: ()
+    (at,) = places
+    return lambda values: (values[at],)
+
+
 def written(call: type, name: str, field: str) -> Any:
     """The type `call` under another name, whose tensor `field` is written to."""
     hints = typing.get_type_hints(call, include_extras=True)
@@ -62,8 +84,6 @@ def written(call: type, name: str, field: str) -> Any:
 
 def number(name: str, value: Any) -> float:
     """An option as a float. Raises TypeError for a tensor that asks for a gradient, which an option cannot give."""
-    if type(value) is float:
-        return value
     if type(value) is float:
         return value
     if isinstance(value, Tensor) and value.requires_grad:

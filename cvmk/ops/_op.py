@@ -15,6 +15,7 @@ import importlib
 import importlib.util
 from collections import namedtuple
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -25,16 +26,15 @@ from torch.autograd.graph import increment_version
 from cvmk import nvtx
 from cvmk.ops._autograd import autograd_kernels, forward_function, refuse_tangents
 from cvmk.ops._backend import PREFERENCE, Backend, allowed, no_backend
-from cvmk.ops._call import fields_of
+from cvmk.ops._call import fields_of, make, picked
 from cvmk.ops._dtypes import not_needed
 from cvmk.ops._measured import warn_where_unmeasured
-from cvmk.ops._watch import autocast_enabled, grad_enabled, unobserved
+from cvmk.ops._watch import autocast_enabled, unobserved
 
 library = torch.library.Library("cvmk", "DEF")
 OPS: dict[str, Op] = {}
 _IMPLEMENTED_KEYS = ("CPU", "CUDA")
 _CACHE_LIMIT = 4096
-_make = tuple.__new__
 
 
 class Op:
@@ -74,9 +74,13 @@ class Op:
         self.fields, self.tensors, self.written, self.outputs = fields.names, fields.tensors, fields.written, len(results.names)
         self.differentiable = tuple([fields.names.index(field) for field in differentiable])
         self.saved = tuple([results.names.index(field) for field in saved])
+        self._saved_places = picked([self.saved.index(i) if i in self.saved else -1 for i in range(self.outputs)])
         self.principal = principal or fields.names[0]
         self._principal_at = fields.names.index(self.principal)
         self.keeps = None if keeps is None else fields.names.index(keeps)
+        self.constants = tuple([i for i in range(fields.tensors) if i not in self.differentiable])
+        self._lists = frozenset([i for i, kind in enumerate(fields.declared) if "[]" in kind])
+        self._run_directly = self.run_written if fields.written else self.run_forward
         self.module = module or call.__module__.rpartition(".")[2]
         self.needs = _needs(tuple(differentiable))
         self.prepare: Callable[..., Any] | None = None
@@ -96,10 +100,10 @@ class Op:
     # -- schemas ---------------------------------------------------------------------------------------------------------------
     def _define_forward(self, declared: Sequence[str], results: Sequence[str]) -> Any:
         def implementation(*arguments: Any) -> Any:
-            return self._as_returned(self.run_forward(_make(self.call, arguments)))
+            return self._as_returned(self.run_forward(make(self.call, arguments)))
 
         def fake(*arguments: Any) -> Any:
-            return self._as_returned(self._fake_forward(_make(self.call, arguments)))
+            return self._as_returned(self._fake_forward(make(self.call, arguments)))
 
         returns = f"({', '.join(results)})" if len(results) > 1 else results[0]
         packet = self._define("forward", f"({', '.join(declared)}) -> {returns}", implementation, fake)
@@ -119,8 +123,10 @@ class Op:
         schema = ", ".join([*grads, *declared[: self.tensors], *saved, *declared[self.tensors :], "bool[] needs"])
 
         def implementation(*arguments: Any) -> Any:
-            found = self.run_backward(*self.parts(arguments))
-            return found if isinstance(found, torch.Tensor) else tuple(found)
+            grads, call, saved, needs = self.parts(arguments)
+            found = self.run_backward(grads, call, saved, needs)
+            several = [not_needed(call[self._principal_at]) if x is None else x for x in (found if isinstance(found, tuple) else (found,))]
+            return several[0] if len(several) == 1 else tuple(several)
 
         def fake(*arguments: Any) -> Any:
             _, call, _, needs = self.parts(arguments)
@@ -150,16 +156,13 @@ class Op:
     def parts(self, arguments: Sequence[Any]) -> tuple[Any, Any, Any, Any]:
         """(gradients, call, saved, needs) of the backward schema's arguments."""
         first, kept = self.outputs + self.tensors, self.outputs + self.tensors + len(self.saved)
-        grads: Any = _make(self.out, arguments[: self.outputs])
-        call: Any = _make(self.call, (*arguments[self.outputs : first], *arguments[kept:-1]))
-        return grads, call, self.saved_out(arguments[first:kept]), _make(self.needs, arguments[-1])
+        grads: Any = make(self.out, arguments[: self.outputs])
+        call: Any = make(self.call, (*arguments[self.outputs : first], *arguments[kept:-1]))
+        return grads, call, self.saved_out(arguments[first:kept]), make(self.needs, arguments[-1])
 
     def saved_out(self, tensors: Sequence[torch.Tensor]) -> Any:
         """The saved results in their places of an `Out`; None in the others."""
-        results: list[Any] = [None] * self.outputs
-        for i, tensor in zip(self.saved, tensors, strict=True):
-            results[i] = tensor
-        return _make(self.out, results)
+        return make(self.out, self._saved_places((*tensors, None)))
 
     def prepared_by(self, prepare: Callable[..., Any]) -> Callable[..., Any]:
         """Decorator: the function that checks the public arguments and makes a `Call` of them; `explain` calls it too."""
@@ -172,12 +175,12 @@ class Op:
         if forward_ad._current_level >= 0:
             refuse_tangents(self, self.fields, call)
         asks = unobserved(call[: self.tensors])
+        if asks is False:
+            return self._run_directly(call)
         if asks is None:
             return self._forward(*call)
-        if asks and self._apply is not None and grad_enabled() and self.asks(call):
+        if self._apply is not None and self.asks(call):
             return self._apply(None, *call)
-        if not asks or not grad_enabled():
-            return self._run_directly(call)
         with torch.no_grad():  # a constant argument (a teacher's logits) may ask for a gradient: the result has none to give
             return self._run_directly(call)
 
@@ -189,12 +192,9 @@ class Op:
                 return True
         return False
 
-    def _run_directly(self, call: Any) -> Any:
-        return self.run_written(call) if self.written else self.run_forward(call)
-
     def run_written(self, arguments: Sequence[Any]) -> Any:
         """The forward pass of an op that writes to an argument: whoever saved that for a backward pass is told that it has changed."""
-        results = self.run_forward(_make(self.call, arguments))
+        results = self.run_forward(make(self.call, arguments))
         increment_version([arguments[i] for i in self.written if not arguments[i].is_inference()])
         return results
 
@@ -212,31 +212,37 @@ class Op:
         """The forward pass behind the schema: choose, call, and hand back contiguous tensors."""
         if self.written:
             self._check_written(call)
-        backend = self.choose("forward", call)
-        return self.run(backend, "forward", backend.forward, call, call)
+        return self.run_by(self.choose("forward", call), call)
+
+    def run_by(self, backend: Backend, call: Any) -> Any:
+        """The forward pass of a backend, its results contiguous."""
+        function = backend.forward
+        if nvtx.LISTENING or autocast_enabled():
+            function = self._set_apart(backend, "forward", function, call)
+        return contiguous(function(call))
 
     def run_backward(self, grads: Any, call: Any, saved: Any, needs: Any) -> Any:
         """The backward pass behind the schema."""
         backend = self.choose("backward", call)
-        assert backend.backward is not None
-        return self.run(backend, "backward", backend.backward, call, grads, call, saved, needs)
+        function = backend.backward
+        assert function is not None
+        if nvtx.LISTENING or autocast_enabled():
+            function = self._set_apart(backend, "backward", function, call)
+        return contiguous(function(grads, call, saved, needs))
 
-    def run(self, backend: Backend, which: str, function: Callable[..., Any], call: Any, *arguments: Any) -> Any:
-        """A pass of a backend, as profilers name it, without autocast (casts are decided by the public function), its results contiguous."""
+    def _set_apart(self, backend: Backend, which: str, function: Callable[..., Any], call: Any) -> Callable[..., Any]:
+        """A pass of a backend as profilers name it, and without autocast: casts are decided by the public function."""
         principal = call[self._principal_at]
         if nvtx.LISTENING and principal.is_cuda:
             function = nvtx.spanned(f"{self.name}_{which} {backend.name}", function)
-        if autocast_enabled():
+        if not autocast_enabled():
+            return function
+
+        def run(*arguments: Any) -> Any:
             with torch.autocast(principal.device.type, enabled=False):
-                results = function(*arguments)
-        else:
-            results = function(*arguments)
-        if not isinstance(results, tuple):
-            return results.contiguous()
-        for result in results:
-            if not result.is_contiguous():
-                return tuple([result.contiguous() for result in results])
-        return results
+                return function(*arguments)
+
+        return run
 
     # -- the choice ------------------------------------------------------------------------------------------------------------
     @property
@@ -269,19 +275,19 @@ class Op:
         make it.
         """
         principal = call[self._principal_at]
-        key = (which, allowed(), principal.dtype, principal.device)
+        key = (which, allowed(), principal.dtype, principal.is_cpu or principal.device)
         choices = self._chosen.get(key)
         if choices is not None:
-            chosen = choices.backends.get(choices.key(call) if choices.at else None)
+            chosen = choices.backends.get(choices.key(call) if choices.read else None)
             if chosen is not None:
                 return chosen
         recorded = _Recorded(call)
         chosen = self._find(which, call, recorded)
         if choices is not None:
-            recorded.read.update(self.fields[at] for at in choices.at)
-        at = tuple([at for at, name in enumerate(self.fields) if name in recorded.read])
-        if choices is None or choices.at != at or len(choices.backends) >= _CACHE_LIMIT:
-            choices = self._chosen[key] = _Choices(at)
+            for name, whole in choices.read.items():
+                recorded.note(name, whole)
+        if choices is None or choices.read != recorded.read or len(choices.backends) >= _CACHE_LIMIT:
+            choices = self._chosen[key] = _Choices(self, recorded.read)
         choices.backends[choices.key(call)] = chosen
         warn_where_unmeasured(self.name, chosen.name, principal.device)
         return chosen
@@ -317,43 +323,88 @@ def forget_choices() -> None:
         op.forget_choices()
 
 
+def contiguous(results: Any) -> Any:
+    """The results of a pass, a tuple or the only one, without gaps; None stays."""
+    if not isinstance(results, tuple):
+        return results if results is None else results.contiguous()
+    for result in results:
+        if result is not None and not result.is_contiguous():
+            return tuple([result if result is None else result.contiguous() for result in results])
+    return results
+
+
 class _Recorded:
-    """A call, and which of its fields were read."""
+    """A call, and which of its fields were read; of a tensor, whether more than its dtype."""
 
     def __init__(self, call: Any) -> None:
-        self._call, self.read = call, set[str]()
+        self._call, self.read = call, dict[str, bool]()
+
+    def note(self, name: str, whole: bool) -> None:
+        self.read[name] = whole or self.read.get(name, False)
+
+    def _note_all(self) -> None:
+        for name in self._call._fields:
+            self.note(name, True)
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._call, name)
-        self.read.update([name] if name in self._call._fields else self._call._fields)
-        return value
+        if name not in self._call._fields:
+            self._note_all()
+            return value
+        self.note(name, False)
+        return _RecordedTensor(self, name, value) if isinstance(value, torch.Tensor) else value
 
     def __iter__(self) -> Iterator[Any]:
-        self.read.update(self._call._fields)
+        self._note_all()
         return iter(self._call)
 
     def __getitem__(self, at: Any) -> Any:
-        self.read.update(self._call._fields)
+        self._note_all()
         return self._call[at]
 
     def __len__(self) -> int:
         return len(self._call)
 
 
-class _Choices:
-    """The backends chosen for calls of one pass, dtype and device, by what else was read to choose: the fields at `at`."""
+class _RecordedTensor:
+    """A tensor of a recorded call, for those who ask for its attributes."""
 
-    def __init__(self, at: tuple[int, ...]) -> None:
-        self.at, self.backends = at, dict[Any, Backend]()
+    def __init__(self, recorded: _Recorded, name: str, tensor: torch.Tensor) -> None:
+        self._recorded, self._name, self._tensor = recorded, name, tensor
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        """That of the tensor, for isinstance."""
+        return type(self._tensor)
+
+    def __getattr__(self, name: str) -> Any:
+        self._recorded.note(self._name, name != "dtype")
+        return getattr(self._tensor, name)
+
+
+class _Choices:
+    """The backends chosen for calls of one pass, dtype and device, by what else was read to choose: `read` is that of `_Recorded`."""
+
+    def __init__(self, op: Op, read: dict[str, bool]) -> None:
+        self.read, self.backends = read, dict[Any, Backend]()
+        at = [(op.fields.index(name), whole) for name, whole in read.items()]
+        values = [i for i, _ in at if i >= op.tensors and i not in op._lists]
+        self._values = itemgetter(*values) if values else None
+        self._dtypes = [i for i, whole in at if i < op.tensors and not whole]
+        self._others = [i for i, whole in at if i not in values and i not in self._dtypes]
 
     def key(self, call: Sequence[Any]) -> Any:
         """What the choice hangs on; None where that is nothing."""
-        return tuple([_signature(call[i]) for i in self.at]) if len(self.at) > 1 else _signature(call[self.at[0]]) if self.at else None
+        key = self._values(call) if self._values is not None else None
+        for i in self._dtypes:
+            tensor = call[i]
+            key = key, None if tensor is None else tensor.dtype
+        if self._others:
+            key = key, *[_signature(call[i]) for i in self._others]
+        return key
 
 
 def _signature(value: Any) -> Any:
-    if type(value) is str:
-        return value
     if isinstance(value, torch.Tensor):
         return value.dtype, value.device, value.shape, value.stride()
     return tuple(value) if isinstance(value, list) else value

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cvmk.ops._call import number
+from cvmk.ops._call import make, number
 from cvmk.ops._dtypes import accumulation_dtype, autocast_lower
 from cvmk.ops._op import Op
-from cvmk.ops._watch import unobserved
+from cvmk.ops._watch import autocast_enabled, unobserved
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _INTEGERS = (torch.int32, torch.int64)
@@ -172,10 +172,11 @@ def _prepare(
     left, right = (UNBOUNDED, UNBOUNDED) if window is None else _window(window)
     if causal:
         right = 0
-    q, k, v = autocast_lower(q, k, v)  # type: ignore[assignment]
+    if autocast_enabled():
+        q, k, v = autocast_lower(q, k, v)  # type: ignore[assignment]
     if q.dtype != k.dtype or q.dtype != v.dtype:
         raise TypeError(f"q, k and v must have one dtype, not {q.dtype}, {k.dtype} and {v.dtype}")
-    return Call(q, k, v, bias, key_lengths, query_start, cu_seqlens_q, cu_seqlens_k, None, left, right, softcap, scale, dropout_p)
+    return make(Call, (q, k, v, bias, key_lengths, query_start, cu_seqlens_q, cu_seqlens_k, None, left, right, softcap, scale, dropout_p))
 
 
 def default_scale(q: Tensor) -> float:

@@ -7,9 +7,10 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from cvmk.ops._call import Needs
+from cvmk.ops._call import Needs, make
 from cvmk.ops._dtypes import accumulation_dtype, autocast_lower
 from cvmk.ops._op import Op
+from cvmk.ops._watch import autocast_enabled
 from cvmk.ops.attention import check_lengths, check_qk, check_values, checked_scale, default_scale
 
 
@@ -148,19 +149,18 @@ distill_op = Op(
 
 
 def maps_alone(
-    forward: Callable[[Call], Out], backward: Callable[[Out, Call, Out, Needs], tuple[Tensor, Tensor, Tensor]]
-) -> tuple[Callable[[KlCall], KlOut], Callable[[KlOut, KlCall, KlOut, Needs], tuple[Tensor, Tensor]]]:
+    forward: Callable[[Call], Out], backward: Callable[[Out, Call, Out, Needs], tuple[Tensor | None, ...]]
+) -> tuple[Callable[[KlCall], KlOut], Callable[[KlOut, KlCall, KlOut, Needs], tuple[Tensor | None, ...]]]:
     """A backend's passes of `attention_kl` from its passes of `flash_attention_distill`, which compare maps without attending where v is None."""
 
     def call_of(c: KlCall) -> Call:
-        return Call(c.student_q, c.student_k, None, *c[2:])  # type: ignore[arg-type]
+        return make(Call, (c.student_q, c.student_k, None, *c[2:]))
 
     def kl_forward(c: KlCall) -> KlOut:
-        return KlOut(*forward(call_of(c))[1:])
+        return make(KlOut, forward(call_of(c))[1:])
 
-    def kl_backward(grads: KlOut, c: KlCall, saved: KlOut, needs: Needs) -> tuple[Tensor, Tensor]:
-        wanted = distill_op.needs(needs.student_q, needs.student_k, False)
-        return backward(Out(None, *grads), call_of(c), Out(None, *saved), wanted)[:2]  # type: ignore[arg-type]
+    def kl_backward(grads: KlOut, c: KlCall, saved: KlOut, needs: Needs) -> tuple[Tensor | None, ...]:
+        return backward(make(Out, (None, *grads)), call_of(c), make(Out, (None, *saved)), make(distill_op.needs, (*needs, False)))[:2]
 
     return kl_forward, kl_backward
 
@@ -184,10 +184,11 @@ def _prepare_kl(
         check_lengths(key_lengths, student_q, "key_lengths")
     scale = default_scale(student_q) if scale is None else checked_scale("scale", scale, student_q.dtype)
     teacher_scale = default_scale(teacher_q) if teacher_scale is None else checked_scale("teacher_scale", teacher_scale, teacher_q.dtype)
-    student_q, student_k, teacher_q, teacher_k = autocast_lower(student_q, student_k, teacher_q, teacher_k)  # type: ignore[assignment]
+    if autocast_enabled():
+        student_q, student_k, teacher_q, teacher_k = autocast_lower(student_q, student_k, teacher_q, teacher_k)  # type: ignore[assignment]
     _check_dtypes(student_q, student_k, "student_q", "student_k")
     _check_dtypes(teacher_q, teacher_k, "teacher_q", "teacher_k")
-    return KlCall(student_q, student_k, teacher_q, teacher_k, key_lengths, bool(causal), scale, teacher_scale)
+    return make(KlCall, (student_q, student_k, teacher_q, teacher_k, key_lengths, bool(causal), scale, teacher_scale))
 
 
 @distill_op.prepared_by
@@ -210,11 +211,12 @@ def _prepare_distill(
         check_lengths(key_lengths, q, "key_lengths")
     scale = default_scale(q) if scale is None else checked_scale("scale", scale, q.dtype)
     teacher_scale = default_scale(teacher_q) if teacher_scale is None else checked_scale("teacher_scale", teacher_scale, teacher_q.dtype)
-    q, k, v, teacher_q, teacher_k = autocast_lower(q, k, v, teacher_q, teacher_k)  # type: ignore[assignment]
+    if autocast_enabled():
+        q, k, v, teacher_q, teacher_k = autocast_lower(q, k, v, teacher_q, teacher_k)  # type: ignore[assignment]
     _check_dtypes(q, k, "q", "k")
     _check_dtypes(q, v, "q", "v")
     _check_dtypes(teacher_q, teacher_k, "teacher_q", "teacher_k")
-    return Call(q, k, v, teacher_q, teacher_k, key_lengths, bool(causal), scale, teacher_scale)
+    return make(Call, (q, k, v, teacher_q, teacher_k, key_lengths, bool(causal), scale, teacher_scale))
 
 
 def _check_teacher(q: Tensor, k: Tensor, teacher_q: Tensor, teacher_k: Tensor, *, student: str) -> None:

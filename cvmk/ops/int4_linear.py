@@ -17,8 +17,10 @@ from typing import NamedTuple
 
 import torch
 
+from cvmk.ops._call import make
 from cvmk.ops._dtypes import autocast_lower
 from cvmk.ops._op import Op
+from cvmk.ops._watch import autocast_enabled
 from cvmk.ops.quantize import QuantizedWeight, check_linear, outputs
 
 
@@ -51,9 +53,10 @@ op = Op(
 @op.prepared_by
 def prepare(x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None = None, *, activation: str | None = None) -> Call:
     check_linear("int4_linear", 4, x, weight, bias, activation)
-    x, bias = autocast_lower(x, bias)  # type: ignore[assignment]
-    flat = x if x.dim() == 2 else x.reshape(-1, weight.in_features)
-    return Call(flat, weight.values, weight.scales, weight.zeros, weight.order, bias, weight.layout, weight.out_features, weight.group_size, activation)
+    if autocast_enabled():
+        x, bias = autocast_lower(x, bias)  # type: ignore[assignment]
+    flat, w = x if x.dim() == 2 else x.reshape(-1, weight.in_features), weight
+    return make(Call, (flat, w.values, w.scales, w.zeros, w.order, bias, w.layout, w.out_features, w.group_size, activation))
 
 
 def int4_linear(x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None = None, *, activation: str | None = None) -> torch.Tensor:

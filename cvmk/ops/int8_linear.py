@@ -30,8 +30,10 @@ from typing import NamedTuple
 
 import torch
 
+from cvmk.ops._call import make
 from cvmk.ops._dtypes import autocast_lower
 from cvmk.ops._op import Op
+from cvmk.ops._watch import autocast_enabled
 from cvmk.ops.quantize import QuantizedWeight, check_linear, check_vector, outputs
 
 SMALLEST_MAXIMUM = 2.0**-100
@@ -74,14 +76,16 @@ def prepare(
     out_dtype: torch.dtype | None = None,
 ) -> Call:
     check_linear("int8_linear", 8, x, weight, bias, activation)
-    check_vector("int8_linear", "smooth_scale", smooth_scale, weight.in_features, x)
+    if smooth_scale is not None:
+        check_vector("int8_linear", "smooth_scale", smooth_scale, weight.in_features, x)
+        smooth_scale = smooth_scale.detach()
     if out_dtype is not None and not out_dtype.is_floating_point:
         raise TypeError(f"int8_linear: out_dtype is {out_dtype}; it must be floating")
-    (lowered,) = autocast_lower(x)
-    assert lowered is not None
-    flat = lowered if lowered.dim() == 2 else lowered.reshape(-1, weight.in_features)
-    smooth_scale = None if smooth_scale is None else smooth_scale.detach()
-    return Call(flat, weight.values, weight.scales, bias, smooth_scale, weight.layout, weight.out_features, activation, out_dtype or flat.dtype)
+    if autocast_enabled():
+        (x,) = autocast_lower(x)  # type: ignore[assignment]
+    flat = x if x.dim() == 2 else x.reshape(-1, weight.in_features)
+    fields = (flat, weight.values, weight.scales, bias, smooth_scale, weight.layout, weight.out_features, activation, out_dtype or flat.dtype)
+    return make(Call, fields)
 
 
 def int8_linear(

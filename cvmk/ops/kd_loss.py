@@ -38,7 +38,7 @@ from torch import Tensor
 
 from cvmk.ops._autograd import below
 from cvmk.ops._backend import allowed, allowing
-from cvmk.ops._call import Written, number, written
+from cvmk.ops._call import Written, make, number, written
 from cvmk.ops._dtypes import accumulation_dtype, not_needed
 from cvmk.ops._op import Op
 
@@ -242,14 +242,17 @@ def check_target(target: Tensor, shape: torch.Size, device: torch.device, what: 
         raise ValueError(f"target is on {target.device}, but {what} is on {device}")
 
 
-def normalizer_tensor(normalizer: Tensor | float | None, like: Tensor) -> Tensor | None:
+def normalizer_tensor(normalizer: Tensor | float, like: Tensor) -> Tensor:
     """The normaliser as a constant without dimension in the accumulation dtype, on the device of `like`."""
-    if normalizer is None:
-        return None
     dtype = accumulation_dtype(like.dtype)
     if isinstance(normalizer, Tensor):
         return normalizer.detach().reshape(()).to(device=like.device, dtype=dtype)
     return like.new_full((), float(normalizer), dtype=dtype)
+
+
+def constant(tensor: Tensor) -> Tensor:
+    """The tensor without its graph, which no gradient is to run through."""
+    return tensor.detach() if tensor.requires_grad else tensor
 
 
 def overwrites(student: Tensor) -> bool:
@@ -293,25 +296,27 @@ def prepare(
 ) -> Call:
     temperature, alpha, label_smoothing = number("temperature", temperature), number("alpha", alpha), number("label_smoothing", label_smoothing)
     weight = check_options(temperature, alpha, divergence, mixture, label_smoothing, normalizer, teacher_logits is not None)
+    shape, device = student_logits.shape, student_logits.device
     if not student_logits.is_floating_point():
         raise TypeError(f"student_logits must be floating-point, got {student_logits.dtype}")
-    if student_logits.dim() < 1 or student_logits.shape[-1] < 1:
-        raise ValueError(f"student_logits must be [..., V] with V of at least 1, got shape {tuple(student_logits.shape)}")
-    check_target(target, student_logits.shape[:-1], student_logits.device, "student_logits")
+    if len(shape) < 1 or shape[-1] < 1:
+        raise ValueError(f"student_logits must be [..., V] with V of at least 1, got shape {tuple(shape)}")
+    check_target(target, shape[:-1], device, "student_logits")
     if teacher_logits is not None:
         if not teacher_logits.is_floating_point():
             raise TypeError(f"teacher_logits must be floating-point, got {teacher_logits.dtype}")
-        if teacher_logits.dim() and teacher_logits.shape[-1] != student_logits.shape[-1]:
-            raise ValueError(f"the teacher's vocabulary has {teacher_logits.shape[-1]} entries and the student's {student_logits.shape[-1]}; they must be one")
-        if teacher_logits.shape != student_logits.shape:
-            raise ValueError(f"teacher_logits have shape {tuple(teacher_logits.shape)}, but student_logits {tuple(student_logits.shape)}")
-        if teacher_logits.device != student_logits.device:
-            raise ValueError(f"teacher_logits are on {teacher_logits.device}, but student_logits on {student_logits.device}")
-        teacher_logits = teacher_logits.detach() if alpha != 0 or return_parts else None
+        if teacher_logits.shape != shape:
+            if teacher_logits.dim() and teacher_logits.shape[-1] != shape[-1]:
+                raise ValueError(f"the teacher's vocabulary has {teacher_logits.shape[-1]} entries and the student's {shape[-1]}; they must be one")
+            raise ValueError(f"teacher_logits have shape {tuple(teacher_logits.shape)}, but student_logits {tuple(shape)}")
+        if teacher_logits.device != device:
+            raise ValueError(f"teacher_logits are on {teacher_logits.device}, but student_logits on {device}")
+        teacher_logits = constant(teacher_logits) if alpha != 0 or return_parts else None
     if in_place and overwrites(student_logits):
         check_in_place(student_logits)
-    constant = normalizer_tensor(normalizer, student_logits)
-    return Call(student_logits, teacher_logits, target, constant, temperature, alpha, divergence, weight, label_smoothing, ignore_index)
+    divisor = None if normalizer is None else normalizer_tensor(normalizer, student_logits)
+    fields = (student_logits, teacher_logits, target, divisor, temperature, alpha, divergence, weight, label_smoothing, ignore_index)
+    return make(Call, fields)
 
 
 @overload

@@ -16,7 +16,7 @@ from torch import Tensor
 from cvmk.ops._call import Needs, number
 from cvmk.ops._dtypes import accumulation_dtype, autocast_dtype, autocast_lower
 from cvmk.ops._op import Op
-from cvmk.ops.kd_loss import LossOptions, check_options, check_target, normalizer_tensor, row_dtype
+from cvmk.ops.kd_loss import LossOptions, check_options, check_target, constant, normalizer_tensor, row_dtype
 
 
 class LinearLossOptions(LossOptions, total=False):
@@ -160,11 +160,11 @@ def prepare(
         if t_hidden.device != hidden.device:
             raise ValueError(f"teacher_hidden is on {t_hidden.device}, but student_hidden on {hidden.device}")
     keep = alpha != 0 or return_parts
-    t_hidden, t_weight, t_bias = (x.detach() if x is not None and keep else None for x in (t_hidden, t_weight, t_bias))
+    t_hidden, t_weight, t_bias = (constant(x) if x is not None and keep else None for x in (t_hidden, t_weight, t_bias))
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
-    constant = normalizer_tensor(normalizer, hidden)
+    divisor = None if normalizer is None else normalizer_tensor(normalizer, hidden)
     options = (temperature, alpha, divergence, mixing, label_smoothing, ignore_index)
-    return Call(hidden, weight, bias, t_hidden, t_weight, t_bias, target, constant, *options, wanted, lower)
+    return Call(hidden, weight, bias, t_hidden, t_weight, t_bias, target, divisor, *options, wanted, lower)
 
 
 @overload

@@ -316,22 +316,21 @@ def check_linear(name: str, bits: int, x: torch.Tensor, weight: QuantizedWeight,
         raise TypeError(f"{name}: x is {x.dtype}; it must be floating")
     if x.dim() == 0 or x.shape[-1] != weight.in_features:
         raise ValueError(f"{name}: x is {list(x.shape)}; its last dimension must be the weight's {weight.in_features} inputs")
-    if x.device != weight.device:
+    if x.device != weight.values.device:
         raise ValueError(f"{name}: x is on {x.device} and weight on {weight.device}; move the weight with weight.to({str(x.device)!r})")
-    check_vector(name, "bias", bias, weight.out_features, x)
+    if bias is not None:
+        check_vector(name, "bias", bias, weight.out_features, x)
     if activation is not None and activation not in ACTIVATIONS:
         raise ValueError(f"{name}: activation is {activation!r}, not None or one of {', '.join(ACTIVATIONS)}")
     if activation == "swiglu" and weight.out_features % 2:
         raise ValueError(f"{name}: swiglu needs an even number of outputs [gate, up]; the weight has {weight.out_features}")
 
 
-def check_vector(name: str, argument: str, vector: torch.Tensor | None, length: int, x: torch.Tensor) -> None:
-    """An optional floating vector of `length` on x's device."""
-    if vector is None:
-        return
+def check_vector(name: str, argument: str, vector: torch.Tensor, length: int, x: torch.Tensor) -> None:
+    """A floating vector of `length` on x's device. Raises TypeError or ValueError."""
     if not vector.is_floating_point():
         raise TypeError(f"{name}: {argument} is {vector.dtype}; it must be floating")
-    if vector.dim() != 1 or vector.shape[0] != length:
+    if vector.shape != (length,):
         raise ValueError(f"{name}: {argument} is {list(vector.shape)}; it must be [{length}]")
     if vector.device != x.device:
         raise ValueError(f"{name}: {argument} is on {vector.device} and x on {x.device}; they must be on one device")

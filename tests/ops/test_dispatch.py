@@ -158,6 +158,26 @@ def test_however_an_argument_is_read_it_counts(look: Any) -> None:
     assert log == ["fast", "reference"] * 2
 
 
+def test_of_a_tensor_only_what_was_read_counts() -> None:
+    """A choice by a tensor's dtype holds for all its shapes, and tells None from a tensor; any other attribute counts with the dtype."""
+    asked: list[Any] = []
+
+    def limits(which: str, call: Call) -> list[str]:
+        asked.append(call.weight)
+        return ["weight is wide"] if isinstance(call.weight, Tensor) and call.weight.dtype == torch.float64 else []
+
+    op.backends = [Backend(NAME, "native", fast, limits=limits), REFERENCE]
+    x = torch.ones(2, 3)
+    for weight in (None, torch.ones(3), torch.ones(2, 1), torch.ones(()).double(), torch.ones(3).double(), torch.ones(2, 3), None):
+        probe(x, weight)
+    assert len(asked) == 3 and log == ["fast", "fast", "fast", "reference", "reference", "fast", "fast"]
+    op.backends = [Backend(NAME, "native", fast, limits=lambda which, call: [] if call.constant.dim() == 0 else ["no number"]), REFERENCE]
+    log.clear()
+    for constant in (torch.ones(()), torch.ones(3), torch.ones(()), torch.ones(2, 1)):
+        probe(x, None, constant)
+    assert log == ["fast", "reference", "fast", "reference"]
+
+
 def test_a_choice_that_dtype_and_device_decide_is_kept_once() -> None:
     op.backends = [BROKEN, Backend(NAME, "native", fast, dtypes=(torch.float32,), devices=("cpu",)), FAST, REFERENCE]
     for n in range(1, 9):
@@ -679,6 +699,19 @@ def test_compiled_writes_are_seen_by_those_who_saved() -> None:
 
     with pytest.raises(Exception, match="modified by an inplace operation"):
         torch.compile(run, backend="aot_eager", fullgraph=True)(leaf(2)).backward()
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_a_backend_gives_none_for_a_gradient_that_nobody_wants(traced: bool) -> None:
+    def backward(grads: Out, c: Call, saved: Out, needs: Any) -> tuple[Tensor | None, ...]:
+        return (2 * c.x * grads.y if needs.x else None), (c.x**2 * grads.y if needs.weight else None)
+
+    op.backends = [Backend(NAME, "native", fast, backward)]
+    for wanted in ("x", "weight"):
+        x, weight = torch.ones(2, requires_grad=wanted == "x"), torch.ones(2, requires_grad=wanted == "weight")
+        run = torch.compile(probe, backend="aot_eager", fullgraph=True) if traced else probe
+        run(x, weight)[0].sum().backward()
+        assert (x.grad is None) == (wanted != "x") and (weight.grad is None) == (wanted != "weight")
 
 
 def test_forgotten_choices() -> None:

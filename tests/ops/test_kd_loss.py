@@ -343,11 +343,18 @@ def test_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.equal(grads[0], grads[1]) and torch.equal(grads[0], grads[2])
 
 
-def test_teacher_gets_no_gradient() -> None:
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("batched", [False, True])
+def test_teacher_gets_no_gradient(batched: bool) -> None:
+    """Not of the gradient either; within vmap a tensor does not tell that it asks for one."""
     student, teacher, target = make(4)
     student.requires_grad_()
     teacher.requires_grad_()
-    (grad,) = torch.autograd.grad(ops.kd_loss(student, teacher, target), student, create_graph=True)
+    if batched:
+        loss = torch.vmap(ops.kd_loss)(student, teacher, target).sum()
+    else:
+        loss = ops.kd_loss(student, teacher, target)
+    (grad,) = torch.autograd.grad(loss, student, create_graph=True)
     grad.square().sum().backward()
     assert student.grad is not None and teacher.grad is None
 

@@ -37,7 +37,7 @@ def scan_forward(c: ScanCall) -> ScanOut:
     return found
 
 
-def scan_backward(g: ScanOut, c: ScanCall, saved: ScanOut, needs: Any) -> tuple[Tensor, ...]:
+def scan_backward(g: ScanOut, c: ScanCall, saved: ScanOut, needs: Any) -> tuple[Tensor | None, ...]:
     grads = gradients_of(c, needs)
     grad_out, grad_last = readable_grads(g)
     grad_out = None if grad_out is None else _along_time(grad_out)

@@ -20,7 +20,10 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     Up to CVMK_KEPT_MIB MiB (an environment variable, 512 by default, 0 for none) wait there for their next use; the system may take the
     pages of all but the last 32 MiB meanwhile. The storage cannot be resized. Where deterministic algorithms are asked for, `torch.empty` makes it all.
     """
-    library, count = native.library(), math.prod(shape)
-    if library is None or count * dtype.itemsize < LARGE or torch.are_deterministic_algorithms_enabled():
+    count = math.prod(shape)
+    if count * dtype.itemsize < LARGE:
+        return torch.empty(shape, dtype=dtype)
+    library = native.library()
+    if library is None or torch.are_deterministic_algorithms_enabled():
         return torch.empty(shape, dtype=dtype)
     return torch.frombuffer(library.Buffer(count * dtype.itemsize), dtype=dtype).view(shape)

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from cvmk.ops._backend import Backend
-from cvmk.ops._call import Needs
-from cvmk.ops._dtypes import not_needed
+from cvmk.ops._call import Needs, make
 from cvmk.ops.attention import Call, Out, row_bias_gradient
 from cvmk.ops.native import library, reason
 
@@ -29,29 +28,25 @@ def forward(c: Call) -> Out:
         out, lse = q.new_empty(rows, heads, v.shape[2]), q.new_empty(heads, rows, dtype=torch.float32)
     factor, key, limit = NO_DROPOUT if c.dropout_seed is None else _dropout(c.dropout_seed, c.dropout_p)
     _NATIVE.attention_forward(c, out, lse, factor, key, limit)  # type: ignore[union-attr]
-    return Out(out, lse)
+    return make(Out, (out, lse))
 
 
-def backward(grads: Out, c: Call, saved: Out, needs: Needs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def backward(grads: Out, c: Call, saved: Out, needs: Needs) -> tuple[Tensor | None, ...]:
     """The gradients of q, k, v and bias."""
     c = with_contiguous_rows(c)
     q, k, v, bias, out, lse = c.q, c.k, c.v, c.bias, saved.out.contiguous(), saved.lse.contiguous()
     grad_out = None if grads.out is None else rows_contiguous(grads.out)
     grad_lse = None if grads.lse is None else grads.lse.contiguous()
     fresh = _like if c.cu_seqlens_q is None else _zeros  # rows that belong to no packed sequence are in no item of work
-    dq = fresh(q) if needs.q else not_needed(q)
-    dk = fresh(k) if needs.k else not_needed(q)
-    dv = fresh(v) if needs.v else not_needed(q)
-    want_bias = bias is not None and needs.bias
-    by_row = want_bias and (bias.dim() == 0 or bias.shape[-1] == 1)  # type: ignore[union-attr]
-    dbias = torch.empty(bias.shape, dtype=bias.dtype) if want_bias else not_needed(q)  # type: ignore[union-attr]
+    dq, dk, dv = fresh(q) if needs.q else None, fresh(k) if needs.k else None, fresh(v) if needs.v else None
+    by_row, dbias = False, None
+    if bias is not None and needs.bias:
+        by_row = bias.dim() == 0 or bias.shape[-1] == 1
+        dbias = row_bias_gradient(bias, lse, grad_lse) if by_row else torch.empty(bias.shape, dtype=bias.dtype)
     factor, key, limit = NO_DROPOUT if c.dropout_seed is None else _dropout(c.dropout_seed, c.dropout_p)
     _NATIVE.attention_backward(  # type: ignore[union-attr]
-        c, out, lse, factor, key, limit, grad_out, grad_lse,
-        dq if needs.q else None, dk if needs.k else None, dv if needs.v else None, dbias if want_bias and not by_row else None,
+        c, out, lse, factor, key, limit, grad_out, grad_lse, dq, dk, dv, None if by_row else dbias
     )  # fmt: skip
-    if by_row:
-        dbias = row_bias_gradient(bias, lse, grad_lse)  # type: ignore[arg-type]
     return dq, dk, dv, dbias
 
 

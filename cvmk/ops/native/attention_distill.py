@@ -13,8 +13,7 @@ from torch import Tensor
 
 from cvmk.ops import attention
 from cvmk.ops._backend import Backend
-from cvmk.ops._call import Needs
-from cvmk.ops._dtypes import not_needed
+from cvmk.ops._call import Needs, make
 from cvmk.ops.attention_distill import Call, Out, maps_alone
 from cvmk.ops.native import library
 from cvmk.ops.native.attention import NO_DROPOUT, rows_contiguous, unavailable, with_contiguous_rows
@@ -24,19 +23,19 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def distill_forward(c: Call) -> Out:
-    """(out, kl, lse, teacher_lse) of `cvmk.ops.flash_attention_distill`; out has no elements where v is None."""
+    """(out, kl, lse, teacher_lse) of `cvmk.ops.flash_attention_distill`; out is None where v is."""
     student, teacher = _sides(c)
     q, v = student.q, student.v
     batch, heads, rows, _ = q.shape
     teacher_lse = q.new_empty(batch, teacher.q.shape[1], rows, dtype=torch.float32)
     _NATIVE.attention_forward(teacher, None, teacher_lse, *NO_DROPOUT)  # type: ignore[union-attr]
     kl, lse = q.new_empty(batch, heads, rows, dtype=torch.float32), q.new_empty(batch, heads, rows, dtype=torch.float32)
-    out = q.new_empty(batch, heads, rows, 0 if v is None else v.shape[3])
+    out = None if v is None else q.new_empty(batch, heads, rows, v.shape[3])
     _NATIVE.attention_forward(student, out, lse, *NO_DROPOUT, (teacher.q, teacher.k, teacher_lse, kl, None, c.teacher_scale))  # type: ignore[union-attr]
-    return Out(out if out.dtype == c.q.dtype else out.to(c.q.dtype), kl, lse, teacher_lse)
+    return make(Out, (out if out is None or out.dtype == c.q.dtype else out.to(c.q.dtype), kl, lse, teacher_lse))
 
 
-def distill_backward(grads: Out, c: Call, saved: Out, needs: Needs) -> tuple[Tensor, Tensor, Tensor]:
+def distill_backward(grads: Out, c: Call, saved: Out, needs: Needs) -> tuple[Tensor | None, ...]:
     """The gradients of q, k and v."""
     student, teacher = _sides(c)
     lse, teacher_lse = saved.lse.contiguous(), saved.teacher_lse.contiguous()
@@ -48,8 +47,7 @@ def distill_backward(grads: Out, c: Call, saved: Out, needs: Needs) -> tuple[Ten
     _NATIVE.attention_backward(  # type: ignore[union-attr]
         student, out, lse, *NO_DROPOUT, grad_out, grad_lse, *results, None, (teacher.q, teacher.k, teacher_lse, None, grad_kl, c.teacher_scale)
     )
-    dq, dk, dv = (not_needed(c.q) if grad is None else grad.to(c.q.dtype) for grad in results)
-    return dq, dk, dv
+    return tuple([None if grad is None else grad.to(c.q.dtype) for grad in results])
 
 
 # -- arguments of the library -----------------------------------------------------------------------------------------------------
@@ -64,7 +62,7 @@ def _sides(c: Call) -> tuple[attention.Call, attention.Call]:
 
 def _call(q: Tensor, k: Tensor, v: Tensor | None, lengths: Tensor | None, causal: bool, scale: float) -> attention.Call:
     right = 0 if causal else attention.UNBOUNDED
-    return with_contiguous_rows(attention.Call(q, k, v, None, lengths, None, None, None, None, attention.UNBOUNDED, right, 0.0, scale, 0.0))  # type: ignore[arg-type]
+    return with_contiguous_rows(make(attention.Call, (q, k, v, None, lengths, None, None, None, None, attention.UNBOUNDED, right, 0.0, scale, 0.0)))
 
 
 def _limits(which: str, c: Call) -> list[str]:

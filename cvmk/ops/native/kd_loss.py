@@ -15,14 +15,14 @@ from torch import Tensor
 
 from cvmk.ops import native
 from cvmk.ops._backend import Backend
-from cvmk.ops._call import Needs
-from cvmk.ops._dtypes import not_needed
+from cvmk.ops._call import Needs, make
 from cvmk.ops.kd_loss import Call, Loss, Losses, Out, heat, kernel_options, matrix, vector
 from cvmk.ops.native._memory import empty
 from cvmk.ops.reference.kd_loss import scale
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Types of logits that the library reads."""
+_NATIVE: Any = native.library()
 _NUMBER = torch.empty((), dtype=torch.float32)  # what results of one number are made like: half the time of torch.empty with a shape
 
 
@@ -30,11 +30,9 @@ def _losses(c: Call, gradient: Tensor | None) -> Out:
     """The forward pass; the gradient of the loss by itself goes to `gradient`, rows [..., V] at one distance, where it is given."""
     y = vector(c.target)
     loss, kd, ce, divisor = torch.empty_like(_NUMBER), torch.empty_like(_NUMBER), torch.empty_like(_NUMBER), torch.empty_like(_NUMBER)
-    stats = torch.empty((5, y.shape[0]), dtype=torch.float32)
-    library = native.library()
-    assert library is not None
-    library.kd_loss(matrix(c.student), matrix(c.teacher), y, *kernel_options(c), stats, c.normalizer, loss, kd, ce, divisor, matrix(gradient))
-    return Out(loss, kd, ce, divisor, stats)
+    stats = _NUMBER.new_empty(5, y.shape[0])
+    _NATIVE.kd_loss(matrix(c.student), matrix(c.teacher), y, *kernel_options(c), stats, c.normalizer, loss, kd, ce, divisor, matrix(gradient))
+    return make(Out, (loss, kd, ce, divisor, stats))
 
 
 def forward(c: Call) -> Out:
@@ -63,14 +61,12 @@ def in_place(c: Call) -> Losses:
     return Losses(*_losses(c, c.student)[:3])
 
 
-def backward(grads: Out, c: Call, saved: Out, needs: Needs) -> Tensor:
+def backward(grads: Out, c: Call, saved: Out, needs: Needs) -> Tensor | None:
     if not needs.student:
-        return not_needed(c.student)
+        return None
     gradient = empty(c.student.shape, c.student.dtype)
-    library = native.library()
-    assert library is not None
     student, teacher, stats = matrix(c.student), matrix(c.teacher), saved.stats.contiguous()
-    library.kd_loss_gradient(student, teacher, vector(c.target), *kernel_options(c), stats, grads.loss, grads.kd, grads.ce, saved.divisor, gradient)
+    _NATIVE.kd_loss_gradient(student, teacher, vector(c.target), *kernel_options(c), stats, grads.loss, grads.kd, grads.ce, saved.divisor, gradient)
     return gradient
 
 

@@ -60,16 +60,16 @@ def forward(c: Call) -> Out:
     return Out(*scalars, stats, *(not_needed(stats) if x is None else x for x in found))  # type: ignore[call-arg]
 
 
-def forward_with_gradient(c: Call) -> tuple[Out, Callable[[Tensor], tuple[Tensor, ...]]] | None:
+def forward_with_gradient(c: Call) -> tuple[Out, Callable[[Tensor], tuple[Tensor | None, ...]]] | None:
     """The forward pass, whose gradients in float32 are those of float32 operands but for a factor: they are handed on without a copy."""
     if c.student_hidden.dtype != torch.float32:
         return None
     scalars, stats, found = _losses(c)
     nothing = not_needed(stats)
 
-    def hand_on(g_loss: Tensor) -> tuple[Tensor, ...]:
+    def hand_on(g_loss: Tensor) -> tuple[Tensor | None, ...]:
         scale = g_loss / scalars[3]
-        return tuple([nothing if x is None else x.mul_(scale) for x in found])
+        return tuple([None if x is None else x.mul_(scale) for x in found])
 
     return Out(*scalars, stats, nothing, nothing, nothing), hand_on  # type: ignore[call-arg]
 
@@ -83,8 +83,8 @@ def _scaled(total: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def backward(grads: Out, c: Call, saved: Out, needs: Needs) -> tuple[Tensor, ...]:
-    needed, nothing = needed_of(c, needs), not_needed(c.student_hidden)
+def backward(grads: Out, c: Call, saved: Out, needs: Needs) -> tuple[Tensor | None, ...]:
+    needed = needed_of(c, needs)
     sums: tuple[Tensor | None, ...] = saved[5:]
     scale = loss_scale(grads, saved)
     if scale is None:
@@ -93,7 +93,7 @@ def backward(grads: Out, c: Call, saved: Out, needs: Needs) -> tuple[Tensor, ...
         sums = _run(c, (_ONE, None, None), _ONE, needed, _NOTHING)[1]
     found = []
     for need, x, total in zip(needed, c[:3], sums, strict=True):
-        found.append(_scaled(total, scale, x.dtype) if need and x is not None and total is not None else nothing)
+        found.append(_scaled(total, scale, x.dtype) if need and x is not None and total is not None else None)
     return tuple(found)
 
 

@@ -13,14 +13,13 @@ import torch
 from torch import Tensor
 
 from cvmk.ops._backend import Backend
-from cvmk.ops._dtypes import not_needed
+from cvmk.ops._call import make
 from cvmk.ops.native import library, reason
 from cvmk.ops.selective_scan import SCAN_CHUNK, ScanCall, ScanOut, UpdateCall, sequences_of, with_heads
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _FLOAT32 = torch.float32
 _NOTHING = torch.empty(0)
-_make: Any = tuple.__new__  # half the time of the NamedTuple's own
 
 
 def _readable(tensor: Tensor) -> Tensor:
@@ -46,7 +45,7 @@ def results_of(c: ScanCall) -> ScanOut:
     batch, dim, length = c.u.shape
     states, numbers = c.A.shape[1], c.A if c.A.dtype is _FLOAT32 else torch.empty((), dtype=_FLOAT32, device=c.A.device)
     kept = numbers.new_empty(batch, -(-length // SCAN_CHUNK) * dim, states) if c.keep_states else _NOTHING if c.u.is_cpu else numbers.new_empty(0)
-    return _make(ScanOut, (c.u.new_empty(batch, dim, length), numbers.new_empty(sequences_of(c), dim, states), kept))
+    return make(ScanOut, (c.u.new_empty(batch, dim, length), numbers.new_empty(sequences_of(c), dim, states), kept))
 
 
 def gradients_of(c: ScanCall, needs: Any) -> list[Tensor | None]:
@@ -60,9 +59,9 @@ def gradients_of(c: ScanCall, needs: Any) -> list[Tensor | None]:
     ]
 
 
-def as_inputs(c: ScanCall, grads: list[Tensor | None]) -> tuple[Tensor, ...]:
+def as_inputs(c: ScanCall, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
     """Gradients in the dtypes of what they are gradients of."""
-    return tuple(not_needed(c.u) if grad is None else grad.to(tensor.dtype) for tensor, grad in zip(c[:9], grads, strict=True))  # type: ignore[union-attr]
+    return tuple([None if grad is None or tensor is None else grad.to(tensor.dtype) for tensor, grad in zip(c[:9], grads, strict=True)])
 
 
 def readable_grads(g: ScanOut) -> tuple[Tensor | None, Tensor | None]:
@@ -83,7 +82,7 @@ def scan_forward(c: ScanCall) -> ScanOut:
     return found
 
 
-def scan_backward(g: ScanOut, c: ScanCall, saved: ScanOut, needs: Any) -> tuple[Tensor, ...]:
+def scan_backward(g: ScanOut, c: ScanCall, saved: ScanOut, needs: Any) -> tuple[Tensor | None, ...]:
     grads = gradients_of(c, needs)
     if not _native.scan_backward(*c, g.out, g.last_state, saved.states, *grads):
         _must(_native.scan_backward(*readable_scan(c), *readable_grads(g), saved.states.contiguous(), *grads))
