@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import pickle
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -14,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from new_process import python
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
@@ -367,15 +365,10 @@ def test_every_op_has_a_reference_with_all_its_passes() -> None:
 
 
 # -- the environment -----------------------------------------------------------------------------------------------------------------
-def python(code: str, backend: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "CVMK_BACKEND": backend}
-    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=100)
-
-
 def test_environment_variable() -> None:
     code = "import torch, cvmk.ops as o; q = torch.ones(1, 1, 2, 4); print([r.backend for r in o.explain('flash_attention', q, q, q) if r.chosen])"
-    assert python(code, " reference , ").stdout.strip() == "['reference']"
-    wrong = python(code, "reference,fastest")
+    assert python(code, CVMK_BACKEND=" reference , ").stdout.strip() == "['reference']"
+    wrong = python(code, CVMK_BACKEND="reference,fastest")
     assert wrong.returncode != 0 and "CVMK_BACKEND names the backend 'fastest'" in wrong.stderr
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
+from new_process import said
 
 from cvmk.ops import native
 
@@ -50,30 +49,19 @@ def check(got: torch.Tensor, peer: torch.Tensor, exact: np.ndarray, largest: flo
 
 
 _GROWTH = """
-from pathlib import Path
 import torch
 from cvmk import ops
-
-def highest():
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM"))
-
+from resident_memory import growth
 weight, x = {weight}, torch.ones(4096, 64, dtype=torch.bfloat16)
 ops.{op}(x[:1], weight)
-for call in (lambda: ops.{op}(x, weight), lambda: ops.{op}(x, weight).float()):
-    Path("/proc/self/clear_refs").write_text("5")  # the highest mark starts again from what is resident now
-    before = highest()
-    kept = call()
-    print(highest() - before)
-    del kept
+print(growth(lambda: ops.{op}(x, weight)), growth(lambda: ops.{op}(x, weight).float()))
 """
 
 
 def memory_growth(op: str, weight: str) -> tuple[int, int]:
     """By how many bytes the resident memory of a new process rises at its highest during a call whose output has 64 MiB, and during the same with a
     temporary of that size; `weight` is the expression of a weight [8192, 64]. Linux only."""
-    done = subprocess.run([sys.executable, "-c", _GROWTH.format(op=op, weight=weight)], capture_output=True, text=True, check=True)
-    plain, with_temporary = map(int, done.stdout.split())
+    plain, with_temporary = map(int, said(_GROWTH.format(op=op, weight=weight)).split())
     return plain, with_temporary
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from typing import Any
 
 import attention_cases
 import pytest
 import torch
+from new_process import said
 from processor import AMD
 from torch import Tensor, tensor
 
@@ -203,12 +201,6 @@ def test_large_scores(level: str, dtype: torch.dtype) -> None:
     torch.testing.assert_close(out[0, 0], v[0, 0, best[0, 0]], rtol=1e-2, atol=1e-2)
 
 
-def in_new_process(script: str, *arguments: str) -> str:
-    """What the script prints."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    return subprocess.run([sys.executable, "-c", script, *arguments], check=True, capture_output=True, text=True, env=environment).stdout
-
-
 SCRIPT = """
 import sys, torch
 from cvmk import ops
@@ -232,7 +224,7 @@ print(digest.hexdigest())
 
 
 def test_threads_and_runs_give_the_same_bits(level: str) -> None:
-    assert len({in_new_process(SCRIPT, threads) for threads in ("1", "2", "5")}) == 1
+    assert len({said(SCRIPT, threads) for threads in ("1", "2", "5")}) == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -288,16 +280,15 @@ def test_dropout_keeps_what_the_reference_keeps(level: str) -> None:
 def test_memory() -> None:
     """Nothing of the size of the scores: 8192 rows and keys, 256 MiB of float32 a head, stay under 48 MiB."""
     script = """
-import resource, torch
+import torch
 from cvmk import ops
+from resident_memory import growth
 q, k, v = (torch.randn(1, 2, 8192, 16).requires_grad_() for _ in range(3))
 ops.flash_attention(q[:, :, :9], k[:, :, :9], v[:, :, :9]).sum().backward()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 with ops.use("native"):
-    ops.flash_attention(q, k, v, causal=True, window=(100, 0)).sum().backward()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    print(growth(lambda: ops.flash_attention(q, k, v, causal=True, window=(100, 0)).sum().backward()))
 """
-    assert int(in_new_process(script)) < 48 * 1024
+    assert int(said(script)) < 48 << 20
 
 
 def test_choice() -> None:

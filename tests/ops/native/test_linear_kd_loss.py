@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 import torch
+from new_process import said
 from torch import Tensor
 
 from cvmk import ops
@@ -226,25 +225,22 @@ def test_what_is_declined() -> None:
 
 
 _MEMORY = """
-import resource, sys, torch
+import sys, torch
 from cvmk import ops
+from resident_memory import growth
 n, v, d, dtype = 2048, 16000, 128, getattr(torch, sys.argv[1])
 h, w = torch.randn(n, d).to(dtype).requires_grad_(), torch.randn(v, d).to(dtype).requires_grad_()
 th, tw, y = h.detach().clone(), w.detach().clone(), torch.randint(v, (n,))
 ops.linear_kd_loss(h[:64], w, th[:64], tw, y[:64]).backward()
 h.grad = w.grad = None
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-ops.linear_kd_loss(h, w, th, tw, y, temperature=2.0).backward()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+print(growth(lambda: ops.linear_kd_loss(h, w, th, tw, y, temperature=2.0).backward()))
 """
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_memory(dtype: str) -> None:
     """The logits would be 2 x 131 MB; all that grows is under 40 MiB."""
-    done = subprocess.run([sys.executable, "-c", _MEMORY, dtype], capture_output=True, text=True, check=True)
-    unit = 1 if sys.platform == "darwin" else 1024
-    assert int(done.stdout) * unit < 40 * 2**20
+    assert int(said(_MEMORY, dtype)) < 40 << 20
 
 
 # -- autocast ------------------------------------------------------------------------------------------------------------------------

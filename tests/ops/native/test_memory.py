@@ -6,12 +6,11 @@ import copy
 import io
 import os
 import pickle
-import subprocess
-import sys
 import threading
 
 import pytest
 import torch
+from new_process import python
 from torch import Tensor
 
 from cvmk.ops import native
@@ -30,7 +29,7 @@ def large(mib: int = 3) -> Tensor:
 
 def run(code: str, **environment: str) -> str:
     head = "import torch\nfrom cvmk import _native\nfrom cvmk.ops.native._memory import empty\n"
-    done = subprocess.run([sys.executable, "-c", head + code], env={**os.environ, **environment}, capture_output=True, text=True, timeout=60)
+    done = python(head + code, **environment)
     assert done.returncode == 0 and not done.stderr, done.stderr
     return done.stdout
 
@@ -106,7 +105,7 @@ def test_no_more_is_kept_than_the_limit() -> None:
 
 @pytest.mark.parametrize("value", ["much", "-1", "1.5", "²"])
 def test_a_limit_that_is_no_number(value: str) -> None:
-    done = subprocess.run([sys.executable, "-m", "cvmk", "doctor"], env={**os.environ, "CVMK_KEPT_MIB": value}, capture_output=True, text=True, timeout=60)
+    done = python("from cvmk.cli import main; raise SystemExit(main(['doctor']))", CVMK_KEPT_MIB=value)
     assert done.returncode == 2 and done.stderr == f"cvmk: CVMK_KEPT_MIB is {value!r}: set it to a number of MiB, or unset it\n"
 
 

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +16,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from new_process import said
 from torch import Tensor
 
 from cvmk import ops
@@ -310,8 +309,9 @@ def test_nan_and_infinities_reach_what_depends_on_them_and_nothing_else(op: str,
 
 
 GROWTH = """
-import resource, torch
+import torch
 from cvmk import ops
+from resident_memory import growth
 small, large = torch.zeros(2, 2, 8, 16), torch.randn(1, 2, 2048, 16)
 student, teacher, target = torch.randn(512, 16000).requires_grad_(), torch.randn(512, 16000), torch.arange(512)
 
@@ -328,15 +328,11 @@ def loss(rows):
 few = [student[:2].detach().requires_grad_(), teacher[:2], target[:2]]
 for call, warm, argument in ((attention, small, large), (loss, few, (student, teacher, target))):
     call(warm)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    call(argument)
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+    print(growth(lambda: call(argument)) >> 20)
 """
 
 
 def test_ceilings_on_memory() -> None:
     """In MiB: nothing of the size of a map of attention (16 a head), and of the logits' 31 only the gradient. (The other ops: in their own files.)"""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", GROWTH], check=True, capture_output=True, text=True, env=environment)
-    attention, loss = map(int, done.stdout.split())
+    attention, loss = map(int, said(GROWTH).split())
     assert attention < 12 and loss < 31 + 8, (attention, loss)
