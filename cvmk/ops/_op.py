@@ -29,6 +29,7 @@ from cvmk.ops._backend import PREFERENCE, Backend, allowed, no_backend
 from cvmk.ops._call import fields_of, make, picked
 from cvmk.ops._dtypes import not_needed
 from cvmk.ops._measured import warn_where_unmeasured
+from cvmk.ops._storage import CHECKING_MEMORY, guarded
 from cvmk.ops._watch import autocast_enabled, unobserved
 
 library = torch.library.Library("cvmk", "DEF")
@@ -249,12 +250,13 @@ class Op:
     def backends(self) -> list[Backend]:
         """The op's backends, the preferred one first."""
         if self._backends is None:
-            found = []
+            found: list[Backend] = []
             for folder in PREFERENCE:
                 name = f"cvmk.ops.{folder}.{self.module}"
                 if importlib.util.find_spec(f"cvmk.ops.{folder}") is None or importlib.util.find_spec(name) is None:
                     continue
-                found += [backend for backend in importlib.import_module(name).BACKENDS if backend.op == self.name]
+                mine = [backend for backend in importlib.import_module(name).BACKENDS if backend.op == self.name]
+                found += mine if folder in CHECKING_MEMORY else map(guarded, mine)
             self._backends = found
         return self._backends
 

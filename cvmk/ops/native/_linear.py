@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from cvmk.ops import native
+from cvmk.ops._storage import refuse_without_memory
 from cvmk.ops.native._memory import LARGE, empty
 from cvmk.ops.quantize import QuantizedWeight
 
@@ -40,6 +41,7 @@ def result(x: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
 def vector(tensor: Tensor) -> Tensor:
     """A vector as the kernels read it."""
     if tensor.dtype not in INPUT_TYPES:
+        refuse_without_memory("the quantised linears", "bias or smooth_scale", tensor)
         tensor = tensor.float()
     return tensor.contiguous()
 
