@@ -6,6 +6,7 @@ from cvmk.nn.memory import Memory
 from cvmk.nn.mixers import MIXERS
 from cvmk.nn.outputs import AttentionMap, AttentionMaps, HiddenStates
 from cvmk.nn.parameters import count_parameters, decays
+from cvmk.nn.quantized_linear import QuantizedLinear
 from cvmk.nn.transformer import CVMTransformer
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "HiddenStates",
     "Linear",
     "Memory",
+    "QuantizedLinear",
     "count_parameters",
     "decays",
 ]

@@ -21,6 +21,7 @@ layout travels with every call, so a backend can decline what it does not read, 
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib
 import importlib.util
@@ -32,6 +33,7 @@ import torch
 from torch.utils import _pytree
 
 from cvmk.ops import _backend, _dtypes
+from cvmk.ops._storage import refuse_without_memory
 
 PLAIN = "plain"
 GROUP_SIZES = (32, 64, 128)
@@ -41,7 +43,7 @@ ACTIVATION_NUMBERS = {name: number for number, name in enumerate((None, *ACTIVAT
 INT8_MAX_INPUTS = (2**31 - 1) // (127 * 127)
 """The longest row whose int32 sum of products of values of at most 127 cannot overflow: 133144."""
 _SMALLEST_SCALE = torch.finfo(torch.float32).tiny
-_TENSORS = ("values", "scales", "zeros", "order")
+WEIGHT_TENSORS = ("values", "scales", "zeros", "order")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -51,6 +53,10 @@ class QuantizedWeight:
     In the layout "plain" the tensors are those of the module's docstring; in any other they are the backend's own affair. The
     constructor checks nothing, so that compiled code may build one from a module's buffers; `from_tensors` checks everything.
     `group_size` is K where a whole row shares a scale.
+
+    It is no `torch.nn.Module` and no tensor, since compiled code makes such weights: a module that keeps one as an attribute neither saves, nor
+    loads, nor moves it. `cvmk.nn.QuantizedLinear` is the module that does. A pickle holds the canonical tensors and is packed again for the
+    machine that reads it.
     """
 
     values: torch.Tensor
@@ -79,6 +85,15 @@ class QuantizedWeight:
 
     def __repr__(self) -> str:
         return f"QuantizedWeight(shape={self.shape}, bits={self.bits}, group_size={self.group_size}, layout={self.layout!r}, device={str(self.device)!r})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restored, (self.tensors(),)
+
+    def __copy__(self) -> QuantizedWeight:
+        return _unflatten(_children(self).values(), _context(self))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedWeight:
+        return _unflatten([copy.deepcopy(tensor, memo) for tensor in _children(self).values()], _context(self))
 
     # -- packing -------------------------------------------------------------------------------------------------------------
     def plain(self) -> QuantizedWeight:
@@ -165,7 +180,7 @@ def layouts() -> dict[tuple[str, str], Layout]:
 
 
 def _children(weight: QuantizedWeight) -> dict[str, torch.Tensor | None]:
-    return {name: getattr(weight, name) for name in _TENSORS}
+    return {name: getattr(weight, name) for name in WEIGHT_TENSORS}
 
 
 def _context(weight: QuantizedWeight) -> list[Any]:
@@ -176,6 +191,11 @@ def _unflatten(leaves: Any, context: Any) -> QuantizedWeight:
     return QuantizedWeight(*leaves, *context)
 
 
+def _restored(tensors: Mapping[str, torch.Tensor]) -> QuantizedWeight:
+    """The weight of a pickle, which may come from anywhere."""
+    return QuantizedWeight.from_tensors(tensors)
+
+
 _pytree.register_pytree_node(
     QuantizedWeight,
     lambda weight: (list(_children(weight).values()), _context(weight)),
@@ -183,6 +203,7 @@ _pytree.register_pytree_node(
     serialized_type_name="cvmk.ops.QuantizedWeight",
     flatten_with_keys_fn=lambda weight: ([(_pytree.GetAttrKey(name), leaf) for name, leaf in _children(weight).items()], _context(weight)),
 )
+torch.serialization.add_safe_globals([_restored])  # so that `torch.load` reads weights: canonical tensors, which are checked
 
 
 # -- quantising ------------------------------------------------------------------------------------------------------------------
@@ -346,7 +367,10 @@ def _check_weight(name: str, weight: torch.Tensor) -> None:
         raise TypeError(f"{name}: weight is {weight.dtype}; it must be floating")
     if weight.dim() != 2 or 0 in weight.shape:
         raise ValueError(f"{name}: weight is {list(weight.shape)}; it must be [N, K] with N and K at least 1")
-    if not torch.compiler.is_compiling() and not torch.isfinite(weight.float()).all():
+    if torch.compiler.is_compiling():
+        return
+    refuse_without_memory(name, "weight", weight)
+    if not torch.isfinite(weight.float()).all():
         row = int((~torch.isfinite(weight.float())).any(1).nonzero()[0])
         raise ValueError(f"{name}: weight row {row} is not finite in float32; only finite weights can be quantised")
 
@@ -359,7 +383,7 @@ def _check_order(order: torch.Tensor, columns: int) -> None:
 
 
 def _from_tensors(tensors: Mapping[str, torch.Tensor]) -> QuantizedWeight:
-    unknown = sorted(set(tensors) - set(_TENSORS))
+    unknown = sorted(set(tensors) - set(WEIGHT_TENSORS))
     if unknown or "values" not in tensors or "scales" not in tensors:
         raise ValueError(f"a quantised weight needs the tensors values and scales, and may have zeros and order; got {', '.join(sorted(tensors)) or 'none'}")
     if len({tensor.device for tensor in tensors.values()}) > 1:
@@ -386,6 +410,8 @@ def _from_tensors(tensors: Mapping[str, torch.Tensor]) -> QuantizedWeight:
 
 
 def _check_data(weight: QuantizedWeight) -> None:
+    if weight.device.type == "meta":
+        return
     if weight.bits == 8 and bool((weight.values == -128).any()):
         raise ValueError("values holds -128; 8-bit values lie within -127 ... 127")
     if weight.bits == 8 and weight.in_features > INT8_MAX_INPUTS:
