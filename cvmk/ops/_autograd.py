@@ -93,7 +93,7 @@ def forward_function(op: Op) -> type[torch.autograd.Function]:
             else:
                 results = below(op._forward, keyset, arguments)
             ctx.save_for_backward(*arguments[:tensors], *kept(results if isinstance(results, tuple) else (results,)))
-            ctx.of_forward = _OfForward(keyset is None, arguments[tensors:], allowed(), hand_on)
+            ctx.left = keyset is None, arguments[tensors:], allowed(), hand_on
             return results
 
         @staticmethod
@@ -102,7 +102,7 @@ def forward_function(op: Op) -> type[torch.autograd.Function]:
             given = [grad for grad in grads if grad is not None]
             if not given:
                 return tuple(result)
-            needs, names = needed(ctx.needs_input_grad), ctx.of_forward.allowed
+            needs, names = needed(ctx.needs_input_grad), ctx.left[2]
             if names == allowed():
                 found = _gradients(ctx, op, grads, given, needs)
             else:
@@ -114,15 +114,6 @@ def forward_function(op: Op) -> type[torch.autograd.Function]:
             return tuple(result)
 
     return Forward
-
-
-class _OfForward:
-    """What a forward pass leaves for its backward pass, but for tensors."""
-
-    __slots__ = ("allowed", "direct", "hand_on", "rest")
-
-    def __init__(self, direct: bool, rest: tuple[Any, ...], names: tuple[str, ...], hand_on: Any) -> None:
-        self.direct, self.rest, self.allowed, self.hand_on = direct, rest, names, hand_on
 
 
 def _forward_directly(op: Op, call: Any) -> tuple[Any, Any]:
@@ -137,10 +128,11 @@ def _forward_directly(op: Op, call: Any) -> tuple[Any, Any]:
 
 def _gradients(ctx: Any, op: Op, grads: tuple[Any, ...], given: list[Tensor], needs: tuple[bool, ...]) -> Any:
     """What the backward pass returns."""
-    left = ctx.of_forward
-    hand_on, left.hand_on = left.hand_on, None  # what is handed on is its taker's then
+    direct, rest, names, hand_on = ctx.left
+    if hand_on is not None:
+        ctx.left = direct, rest, names, None  # what is handed on is its taker's then
     # With gradients on they will be differentiated; a batch of them (is_grads_batched) is no tensor that a kernel can read.
-    directly = left.direct and not grad_enabled() and unobserved(given) is not None and not any(map(is_legacy_batchedtensor, given))
+    directly = direct and not grad_enabled() and unobserved(given) is not None and not any(map(is_legacy_batchedtensor, given))
     if hand_on is not None and directly and len(given) == 1 and grads[0] is not None:
         found = hand_on(grads[0])
         if found is not None:
@@ -148,8 +140,8 @@ def _gradients(ctx: Any, op: Op, grads: tuple[Any, ...], given: list[Tensor], ne
     saved = ctx.saved_tensors
     tensors, kept = saved[: op.tensors], saved[op.tensors :]
     if directly:
-        return op.run_backward(make(op.out, grads), make(op.call, (*tensors, *left.rest)), op.saved_out(kept), make(op.needs, needs))
-    return op._backward(*grads, *tensors, *kept, *left.rest, list(needs))
+        return op.run_backward(make(op.out, grads), make(op.call, (*tensors, *rest)), op.saved_out(kept), make(op.needs, needs))
+    return op._backward(*grads, *tensors, *kept, *rest, list(needs))
 
 
 def _backward_function(op: Op) -> type[torch.autograd.Function]:

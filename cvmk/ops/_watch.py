@@ -8,14 +8,14 @@ import torch
 from torch import _C
 
 _compiling, _modes, _function_modes, transforms, _profiled, _traced = (
-    torch.compiler.is_compiling,
+    torch.compiler.is_dynamo_compiling,  # whatever else traces has a mode, or tensors that are not plain
     _C._len_torch_dispatch_stack,
     _C._len_torch_function_stack,
     _C._functorch.peek_interpreter_stack,
     torch.autograd._profiler_enabled,
     _C._get_tracing_state,
 )
-_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
+_Tensor, _Parameter = torch.Tensor, torch.nn.Parameter
 grad_enabled, autocast_enabled = torch.is_grad_enabled, _C._is_any_autocast_enabled
 
 
@@ -31,7 +31,8 @@ def unobserved(tensors: Sequence[torch.Tensor | None]) -> bool | None:
     asks, recorded = False, grad_enabled()
     for tensor in tensors:
         if tensor is not None:
-            if type(tensor) not in _PLAIN or not tensor.is_cpu or tensor.is_neg():
+            kind = type(tensor)
+            if (kind is not _Tensor and kind is not _Parameter) or not tensor.is_cpu or tensor.is_neg():
                 return None
             if recorded and tensor.requires_grad:
                 asks = True

@@ -154,12 +154,12 @@ def _prepare(
     return_lse: bool = False,
 ) -> Call:
     packed = (cu_seqlens_q is not None or cu_seqlens_k is not None) and _check_packing(q, cu_seqlens_q, cu_seqlens_k, key_lengths, query_start)
-    check_qk(q, k, ("q", "k"), packed)
+    width = check_qk(q, k, ("q", "k"), packed)
     check_values(k, v)
     dropout_p = number("dropout_p", dropout_p)
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1), not {dropout_p}")
-    scale = default_scale(q) if scale is None else checked_scale("scale", scale, q.dtype)
+    scale = default_scale(width) if scale is None else checked_scale("scale", scale, q.dtype)
     softcap = number("softcap", softcap)
     if softcap:
         softcap = _checked_softcap(softcap, scale, q.dtype)
@@ -174,14 +174,15 @@ def _prepare(
         right = 0
     if autocast_enabled():
         q, k, v = autocast_lower(q, k, v)  # type: ignore[assignment]
-    if q.dtype != k.dtype or q.dtype != v.dtype:
+    dtype = q.dtype
+    if k.dtype != dtype or v.dtype != dtype:
         raise TypeError(f"q, k and v must have one dtype, not {q.dtype}, {k.dtype} and {v.dtype}")
     return make(Call, (q, k, v, bias, key_lengths, query_start, cu_seqlens_q, cu_seqlens_k, None, left, right, softcap, scale, dropout_p))
 
 
-def default_scale(q: Tensor) -> float:
+def default_scale(width: int) -> float:
     """1 / sqrt(D)."""
-    return 1.0 / math.sqrt(q.shape[-1])
+    return 1.0 / math.sqrt(width)
 
 
 def checked_scale(name: str, scale: Any, dtype: torch.dtype) -> float:
@@ -208,23 +209,24 @@ def _largest(dtype: torch.dtype) -> float:
     return 2.0**1022 if dtype == torch.float64 else 2.0**126
 
 
-def check_qk(q: Tensor, k: Tensor, names: tuple[str, str], packed: bool = False) -> None:
-    """Queries and keys that fit each other. Raises TypeError and ValueError."""
+def check_qk(q: Tensor, k: Tensor, names: tuple[str, str], packed: bool = False) -> int:
+    """Queries and keys that fit each other; returns their last dimension. Raises TypeError and ValueError."""
     sizes_q, sizes_k, dims = q.shape, k.shape, 3 if packed else 4
     if q.dtype not in _FLOATS or k.dtype not in _FLOATS or len(sizes_q) != dims or len(sizes_k) != dims or sizes_q[-1] == 0 or sizes_k[-1] == 0:
         for tensor, name in ((q, names[0]), (k, names[1])):
             _check_layout(tensor, name, packed)
-    if q.device != k.device:
+    if not (q.is_cpu and k.is_cpu) and q.device != k.device:
         raise ValueError(f"{names[0]} and {names[1]} must be on one device, not on {q.device} and {k.device}")
-    wrong = ""
-    if sizes_q[-1] != sizes_k[-1]:
+    wrong, width, heads, kv_heads = "", sizes_q[-1], sizes_q[1], sizes_k[1]
+    if width != sizes_k[-1]:
         wrong = "they differ in the last dimension"
     elif not packed and sizes_q[0] != sizes_k[0]:
         wrong = "they differ in the batch dimension"
-    elif sizes_k[1] == 0 or sizes_q[1] % sizes_k[1] != 0:
+    elif kv_heads == 0 or heads % kv_heads != 0:
         wrong = f"the heads of {names[0]} must be a multiple of those of {names[1]}"
     if wrong:
         raise ValueError(f"{names[0]} {list(sizes_q)} and {names[1]} {list(sizes_k)}: {wrong}")
+    return width
 
 
 def _check_layout(tensor: Tensor, name: str, packed: bool) -> None:
@@ -242,10 +244,9 @@ def check_values(k: Tensor, v: Tensor) -> None:
     if v.dtype not in _FLOATS:
         raise TypeError(f"v must be float64, float32, bfloat16 or float16, not {v.dtype}")
     sizes_k, sizes_v = k.shape, v.shape
-    dims = len(sizes_k)
-    if len(sizes_v) != dims or sizes_v[0] != sizes_k[0] or sizes_v[1] != sizes_k[1] or sizes_v[dims - 2] != sizes_k[dims - 2]:
+    if len(sizes_v) != len(sizes_k) or sizes_v[0] != sizes_k[0] or sizes_v[1] != sizes_k[1] or sizes_v[-2] != sizes_k[-2]:
         raise ValueError(f"k {list(sizes_k)} and v {list(sizes_v)} must agree in all but the last dimension")
-    if v.device != k.device:
+    if not (v.is_cpu and k.is_cpu) and v.device != k.device:
         raise ValueError(f"k and v must be on one device, not on {k.device} and {v.device}")
 
 

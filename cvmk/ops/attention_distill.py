@@ -178,12 +178,12 @@ def _prepare_kl(
     scale: float | None = None,
     teacher_scale: float | None = None,
 ) -> KlCall:
-    check_qk(student_q, student_k, names=("student_q", "student_k"))
-    _check_teacher(student_q, student_k, teacher_q, teacher_k, student="student")
+    width = check_qk(student_q, student_k, ("student_q", "student_k"))
+    teacher_width = _check_teacher(student_q, student_k, teacher_q, teacher_k, student="student")
     if key_lengths is not None:
         check_lengths(key_lengths, student_q, "key_lengths")
-    scale = default_scale(student_q) if scale is None else checked_scale("scale", scale, student_q.dtype)
-    teacher_scale = default_scale(teacher_q) if teacher_scale is None else checked_scale("teacher_scale", teacher_scale, teacher_q.dtype)
+    scale = default_scale(width) if scale is None else checked_scale("scale", scale, student_q.dtype)
+    teacher_scale = default_scale(teacher_width) if teacher_scale is None else checked_scale("teacher_scale", teacher_scale, teacher_q.dtype)
     if autocast_enabled():
         student_q, student_k, teacher_q, teacher_k = autocast_lower(student_q, student_k, teacher_q, teacher_k)  # type: ignore[assignment]
     _check_dtypes(student_q, student_k, "student_q", "student_k")
@@ -204,13 +204,13 @@ def _prepare_distill(
     scale: float | None = None,
     teacher_scale: float | None = None,
 ) -> Call:
-    check_qk(q, k, names=("q", "k"))
+    width = check_qk(q, k, ("q", "k"))
     check_values(k, v)
-    _check_teacher(q, k, teacher_q, teacher_k, student="q and k")
+    teacher_width = _check_teacher(q, k, teacher_q, teacher_k, student="q and k")
     if key_lengths is not None:
         check_lengths(key_lengths, q, "key_lengths")
-    scale = default_scale(q) if scale is None else checked_scale("scale", scale, q.dtype)
-    teacher_scale = default_scale(teacher_q) if teacher_scale is None else checked_scale("teacher_scale", teacher_scale, teacher_q.dtype)
+    scale = default_scale(width) if scale is None else checked_scale("scale", scale, q.dtype)
+    teacher_scale = default_scale(teacher_width) if teacher_scale is None else checked_scale("teacher_scale", teacher_scale, teacher_q.dtype)
     if autocast_enabled():
         q, k, v, teacher_q, teacher_k = autocast_lower(q, k, v, teacher_q, teacher_k)  # type: ignore[assignment]
     _check_dtypes(q, k, "q", "k")
@@ -219,15 +219,18 @@ def _prepare_distill(
     return make(Call, (q, k, v, teacher_q, teacher_k, key_lengths, bool(causal), scale, teacher_scale))
 
 
-def _check_teacher(q: Tensor, k: Tensor, teacher_q: Tensor, teacher_k: Tensor, *, student: str) -> None:
-    check_qk(teacher_q, teacher_k, names=("teacher_q", "teacher_k"))
-    if teacher_q.shape[0] != q.shape[0] or teacher_q.shape[2] != q.shape[2] or teacher_k.shape[2] != k.shape[2]:
-        mine, theirs = f"[{q.shape[0]}, {q.shape[2]}, {k.shape[2]}]", f"[{teacher_q.shape[0]}, {teacher_q.shape[2]}, {teacher_k.shape[2]}]"
+def _check_teacher(q: Tensor, k: Tensor, teacher_q: Tensor, teacher_k: Tensor, *, student: str) -> int:
+    """A teacher that fits the student; returns the last dimension of its queries and keys."""
+    width = check_qk(teacher_q, teacher_k, ("teacher_q", "teacher_k"))
+    (batch, heads, rows, _), (teacher_batch, teacher_heads, teacher_rows, _), keys, teacher_keys = q.shape, teacher_q.shape, k.shape[2], teacher_k.shape[2]
+    if teacher_batch != batch or teacher_rows != rows or teacher_keys != keys:
+        mine, theirs = f"[{batch}, {rows}, {keys}]", f"[{teacher_batch}, {teacher_rows}, {teacher_keys}]"
         raise ValueError(f"teacher_q and teacher_k have the sizes [B, Tq, Tk] = {theirs}, {student} {mine}; they must be equal")
-    if teacher_q.device != q.device:
+    if not (teacher_q.is_cpu and q.is_cpu) and teacher_q.device != q.device:
         raise ValueError(f"teacher_q must be on {q.device} as {student} is, not on {teacher_q.device}")
-    if q.shape[1] == 0 or teacher_q.shape[1] == 0:
-        raise ValueError(f"student and teacher need at least one head each, not {q.shape[1]} and {teacher_q.shape[1]}")
+    if heads == 0 or teacher_heads == 0:
+        raise ValueError(f"student and teacher need at least one head each, not {heads} and {teacher_heads}")
+    return width
 
 
 def _check_dtypes(a: Tensor, b: Tensor, name_a: str, name_b: str) -> None:

@@ -49,6 +49,7 @@ HOT = 32.0
 reference computes in float64 and keeps its statistics so, and the fused kernels decline."""
 NUMBERS = {name: number for number, name in enumerate(DIVERGENCES)}
 """The divergences as the kernels number them."""
+_INTEGERS = (torch.int64, torch.int32)
 
 
 class LossOptions(TypedDict, total=False):
@@ -234,7 +235,7 @@ def check_options(
 
 def check_target(target: Tensor, shape: torch.Size, device: torch.device, what: str) -> None:
     """ValueError or TypeError unless target holds integers, one a row of `shape`, on the device."""
-    if target.dtype not in (torch.int64, torch.int32):
+    if target.dtype not in _INTEGERS:
         raise TypeError(f"target must be int64 or int32, got {target.dtype}")
     if target.shape != shape:
         raise ValueError(f"target has shape {tuple(target.shape)}, but {what} has the rows {tuple(shape)}")

@@ -335,9 +335,10 @@ def check_linear(name: str, bits: int, x: torch.Tensor, weight: QuantizedWeight,
         raise ValueError(f"{name}: weight has {weight.bits} bits; use ops.int{weight.bits}_linear")
     if not x.is_floating_point():
         raise TypeError(f"{name}: x is {x.dtype}; it must be floating")
-    if x.dim() == 0 or x.shape[-1] != weight.in_features:
-        raise ValueError(f"{name}: x is {list(x.shape)}; its last dimension must be the weight's {weight.in_features} inputs")
-    if x.device != weight.values.device:
+    sizes = x.shape
+    if not sizes or sizes[-1] != weight.in_features:
+        raise ValueError(f"{name}: x is {list(sizes)}; its last dimension must be the weight's {weight.in_features} inputs")
+    if not (x.is_cpu and weight.values.is_cpu) and x.device != weight.device:
         raise ValueError(f"{name}: x is on {x.device} and weight on {weight.device}; move the weight with weight.to({str(x.device)!r})")
     if bias is not None:
         check_vector(name, "bias", bias, weight.out_features, x)
@@ -353,7 +354,7 @@ def check_vector(name: str, argument: str, vector: torch.Tensor, length: int, x:
         raise TypeError(f"{name}: {argument} is {vector.dtype}; it must be floating")
     if vector.shape != (length,):
         raise ValueError(f"{name}: {argument} is {list(vector.shape)}; it must be [{length}]")
-    if vector.device != x.device:
+    if not (vector.is_cpu and x.is_cpu) and vector.device != x.device:
         raise ValueError(f"{name}: {argument} is on {vector.device} and x on {x.device}; they must be on one device")
 
 

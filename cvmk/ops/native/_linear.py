@@ -27,7 +27,7 @@ PANEL = 16
 
 def rows_of(x: Tensor) -> Tensor:
     """x with contiguous inputs."""
-    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+    return x if x.is_contiguous() or x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 
 def result(x: Tensor, columns: int, dtype: torch.dtype) -> Tensor:

@@ -47,7 +47,7 @@ def distill_backward(grads: Out, c: Call, saved: Out, needs: Needs) -> tuple[Ten
     _NATIVE.attention_backward(  # type: ignore[union-attr]
         student, out, lse, *NO_DROPOUT, grad_out, grad_lse, *results, None, (teacher.q, teacher.k, teacher_lse, None, grad_kl, c.teacher_scale)
     )
-    return tuple([None if grad is None else grad.to(c.q.dtype) for grad in results])
+    return tuple(results) if student.q.dtype == c.q.dtype else tuple([None if grad is None else grad.to(c.q.dtype) for grad in results])
 
 
 # -- arguments of the library -----------------------------------------------------------------------------------------------------
