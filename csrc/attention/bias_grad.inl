@@ -3,6 +3,7 @@
 // broadcast over the keys does not come here: it shifts the scores of a row, and its gradient is that of the log-sum-exp.
 #pragma once
 #include "attention/backward.inl"
+#include "attention/coarse_gradient.inl"
 
 namespace cvmk::attention {
 namespace {
@@ -10,17 +11,15 @@ namespace {
 CVMK_INLINE float score_gradient(const float* ds, int64_t i) { return ds[i]; }
 CVMK_INLINE float score_gradient(const uint16_t* ds, int64_t i) { return simd::bits<float>(static_cast<uint32_t>(ds[i]) << 16); }
 
-// One head of one segment into the sums [rows of the unit or 1][keys]; the unit's rows are [i0, i1) of the tensor.
+// Rows [first, last) of one head of one segment into the sums [rows or 1][stride], those of row `first` and of key 0 of the segment first.
 template <class Gradient>
-void bias_head(const Params& p, const Segment& g, int64_t head, int64_t i0, int64_t i1, BackwardScratch<Gradient>& w, float* sums) {
+void bias_head(const Params& p, const Segment& g, int64_t head, int64_t first, int64_t last, BackwardScratch<Gradient>& w, float* sums, int64_t stride) {
   typedef typename Gradient::Products Products;
   const int64_t dp = Products::padded(p.d), dvp = Products::padded(p.dv), group = p.heads / p.kv_heads, kv_head = head / group;
-  const bool all_rows = p.bias.size[2] == 1;
   const int64_t start = head % group * g.rows;
-  const int64_t begin = most(0, least(i0 - g.q0, g.rows)), end = most(begin, least(i1 - g.q0, g.rows));
   KeyPacks<typename Products::Element> packs = w.packs;
-  for (int64_t r = begin; r < end; r += Gradient::kRows) {
-    load_rows(p, g, kv_head, start + r, least(Gradient::kRows, end - r), w.rows);
+  for (int64_t r = first; r < last; r += Gradient::kRows) {
+    load_rows(p, g, kv_head, start + r, least(Gradient::kRows, last - r), w.rows);
     if (w.rows->lo < w.rows->hi) w.gradient.load(p, *w.rows, dp, dvp);
     for (int64_t j = w.rows->lo / Gradient::kKeys * Gradient::kKeys; j < w.rows->hi; j += Gradient::kKeys) {
       const int64_t n = least(Gradient::kKeys, w.rows->hi - j);
@@ -28,7 +27,7 @@ void bias_head(const Params& p, const Segment& g, int64_t head, int64_t i0, int6
       pack_grad_keys<Gradient>(p, g, kv_head, j, j + n, packs);
       w.gradient.scores(p, g, *w.rows, j, n, packs, dp, dvp);
       for (int64_t i = 0; i < w.rows->count; ++i) {
-        float* row = sums + (all_rows ? 0 : g.q0 + r + i - i0) * p.keys + g.k0 + j;
+        float* row = sums + (r + i - first) * stride + j;
         const auto* ds = w.gradient.score_gradients() + i * Gradient::kKeys;
         for (int64_t k = 0; k < n; ++k) row[k] += score_gradient(ds, k);
       }
@@ -42,6 +41,7 @@ struct BiasGradient {
   bool all_rows;  // the bias has one row for all
   int64_t dp, dvp, keys, blocks, units, sum_size, own_bytes;
   char* own;
+  const CoarseRow* coarse = nullptr;  // statistics of coarse rows, where there are some
 
   BiasGradient(const Params& p, const Team& team, Arena* arena)
       : all_rows(p.bias.size[2] == 1), dp(Products::padded(p.d)), dvp(Products::padded(p.dv)), keys(p.keys), blocks(all_rows ? 1 : pieces(p.rows, Gradient::kRows)),
@@ -49,6 +49,7 @@ struct BiasGradient {
     Arena one;
     BackwardScratch<Gradient>(&one, p, Gradient::kKeys, 0, dp, dvp);
     one.take<float>(sum_size);
+    CoarseScratch(&one, p);
     own_bytes = up(one.used, 4096);
     own = arena->take<char>(own_bytes * least(most(units, 1), team.size));
   }
@@ -60,11 +61,11 @@ struct BiasGradient {
       w.gradient.capped = false;
       float* sums = arena.take<float>(sum_size);
       memset(sums, 0, static_cast<size_t>(sum_size) * sizeof(float));
-      one_unit(p, unit, w, sums);
+      one_unit(p, unit, w, sums, CoarseScratch(&arena, p));
     });
   }
 
-  void one_unit(const Params& p, int64_t unit, BackwardScratch<Gradient>& w, float* sums) const {
+  void one_unit(const Params& p, int64_t unit, BackwardScratch<Gradient>& w, float* sums, const CoarseScratch& wide) const {
     const Bias& bias = p.bias;
     const int64_t b = unit / (bias.size[1] * blocks), h = unit / blocks % bias.size[1];
     const int64_t i0 = all_rows ? 0 : unit % blocks * Gradient::kRows, i1 = all_rows ? p.rows : least(i0 + Gradient::kRows, p.rows);
@@ -72,8 +73,13 @@ struct BiasGradient {
     for (int64_t s = 0; s < segments(p); ++s) {
       if (p.sequences < 0 && bias.size[0] != 1 && s != b) continue;
       const Segment g = segment(p, s);
-      for (int64_t head = 0; head < p.heads; ++head)
-        if (bias.size[1] == 1 || head == h) bias_head<Gradient>(p, g, head, i0, i1, w, sums);
+      const int64_t first = most(0, least(i0 - g.q0, g.rows)), last = most(first, least(i1 - g.q0, g.rows));
+      for (int64_t head = 0; head < p.heads; ++head) {
+        if (bias.size[1] != 1 && head != h) continue;
+        float* to = sums + (all_rows ? 0 : g.q0 + first - i0) * keys + g.k0;
+        bias_head<Gradient>(p, g, head, first, last, w, to, all_rows ? 0 : keys);
+        if (coarse != nullptr) CoarseGradient::add_bias(p, g, head, first, last, coarse, wide, to, all_rows ? 0 : keys);
+      }
     }
     Products::end();
     for (int64_t i = 0; i < (all_rows ? 1 : i1 - i0); ++i)
@@ -96,6 +102,9 @@ void run_part(const Params& p, char* scratch, const Team& team) {
   part.run(p, team);
 }
 
+// Statistics of coarse rows come first in the scratch memory, for all parts after them.
+inline CoarseRow* take_statistics(Arena* arena, const Params& p) { return arena->take<CoarseRow>(p.bias.data == nullptr ? 0 : p.batch * p.heads * p.rows); }
+
 template <class Gradient, class Few>
 int64_t backward_scratch(const Params& p, const Team& team) {
   const BackwardPlan<Gradient, Few> plan(p, team);
@@ -103,17 +112,33 @@ int64_t backward_scratch(const Params& p, const Team& team) {
   if (plan.few) bytes = most(bytes, part_scratch<FewItems<Few>>(p, team));
   if (plan.whole) bytes = most(bytes, part_scratch<WholeItems<Gradient, Few>>(p, team));
   if (plan.in_pieces) bytes = most(bytes, part_scratch<ItemPieces<Gradient, Few>>(p, team));
+  if (p.bias.data == nullptr) return bytes;
   if (p.bias.grad != nullptr) bytes = most(bytes, part_scratch<BiasGradient<Gradient>>(p, team));
-  return bytes;
+  Arena statistics, coarse;
+  CoarseGradient(p, team, take_statistics(&statistics, p), &coarse);
+  return statistics.used + most(bytes, coarse.used);
 }
 
 template <class Gradient, class Few>
 void run_backward(const Params& p, char* scratch, const Team& team) {
   const BackwardPlan<Gradient, Few> plan(p, team);
-  if (plan.few) run_part<FewItems<Few>>(p, scratch, team);
-  if (plan.whole) run_part<WholeItems<Gradient, Few>>(p, scratch, team);
-  if (plan.in_pieces) run_part<ItemPieces<Gradient, Few>>(p, scratch, team);
-  if (p.bias.grad != nullptr) run_part<BiasGradient<Gradient>>(p, scratch, team);
+  Arena first{scratch};
+  CoarseRow* statistics = take_statistics(&first, p);
+  char* rest = scratch + first.used;
+  if (plan.few) run_part<FewItems<Few>>(p, rest, team);
+  if (plan.whole) run_part<WholeItems<Gradient, Few>>(p, rest, team);
+  if (plan.in_pieces) run_part<ItemPieces<Gradient, Few>>(p, rest, team);
+  const bool coarse = any_coarse(p, false);
+  if (coarse) {
+    Arena arena{rest};
+    CoarseGradient(p, team, statistics, &arena).run(p, team);
+  }
+  if (p.bias.grad != nullptr) {
+    Arena arena{rest};
+    BiasGradient<Gradient> part(p, team, &arena);
+    part.coarse = coarse ? statistics : nullptr;
+    part.run(p, team);
+  }
 }
 
 }  // namespace

@@ -1,6 +1,7 @@
 // The forward pass: how a call is cut into units of work, their run, and the combination of units that share rows.
 #pragma once
 #include "attention/attend.inl"
+#include "attention/coarse_forward.inl"
 
 namespace cvmk::attention {
 namespace {
@@ -152,17 +153,7 @@ void combine(const ForwardPlan<Products, Few>& plan, const Params& p, int64_t it
 }
 
 template <class Products, class Few>
-int64_t forward_scratch(const Params& p, const Team& team) {
-  Arena count;
-  const ForwardPlan<Products, Few> plan(p, team, &count);
-  return count.used;
-}
-
-template <class Products, class Few>
-void run_forward(const Params& p, char* scratch, const Team& team) {
-  write_outside(p);
-  Arena arena{scratch};
-  const ForwardPlan<Products, Few> plan(p, team, &arena);
+void run_plan(const ForwardPlan<Products, Few>& plan, const Params& p, const Team& team) {
   if (plan.units == 0) return;
   if (plan.rows_apart) {
     const int64_t chunks = plan.longest / Products::kKeys;
@@ -174,6 +165,23 @@ void run_forward(const Params& p, char* scratch, const Team& team) {
   const Team one;
   const Team& helpers = plan.units * plan.group * plan.dvp <= 16384 ? one : team;
   helpers.each(plan.items, [&](int64_t item, int) { combine(plan, p, item); });
+}
+
+template <class Products, class Few>
+int64_t forward_scratch(const Params& p, const Team& team) {
+  Arena count, coarse;
+  const ForwardPlan<Products, Few> plan(p, team, &count);
+  if (p.bias.data != nullptr) CoarseForward(p, team, &coarse);
+  return most(count.used, coarse.used);
+}
+
+template <class Products, class Few>
+void run_forward(const Params& p, char* scratch, const Team& team) {
+  write_outside(p);
+  Arena arena{scratch}, coarse{scratch};
+  const ForwardPlan<Products, Few> plan(p, team, &arena);
+  run_plan(plan, p, team);
+  if (any_coarse(p, true)) CoarseForward(p, team, &coarse).run(p, team);
 }
 
 }  // namespace

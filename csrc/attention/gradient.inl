@@ -1,12 +1,13 @@
 // What both engines' backward passes share: the rows of a block, their statistics, and where gradients are gathered.
 #pragma once
+#include "attention/coarse.inl"
 #include "attention/teacher.inl"
 
 namespace cvmk::attention {
 namespace {
 
 // A block of rows: visible keys of the segment, lse times log2(e), <dO, O> less the gradient of lse. Rows that see no key count as zeros,
-// since a NaN in them would reach dk and dv (q and g are null).
+// since a NaN in them would reach dk and dv (q and g are null); coarse ones see none here, and are added by coarse_gradient.inl.
 template <int kRows>
 struct GradRows {
   int64_t count, lo, hi;
@@ -31,8 +32,10 @@ void load_rows(const Params& p, const Segment& g, int64_t kv_head, int64_t first
   block->hi = 0;
   rows_at(p, g, kv_head, first, count, block->rows);
   for (int64_t r = 0; r < count; ++r) {
-    const Row& row = block->rows[r];
+    Row& row = block->rows[r];
     const int64_t i = g.q0 + row.i;
+    const float lse = lse_of(p, g, row);
+    if (is_coarse(p, lse)) row.hi = row.lo;
     if (row.lo >= row.hi) {
       block->q[r] = block->g[r] = nullptr;
       block->lse[r] = block->low[r] = block->delta[r] = block->weight[r] = 0.0f;
@@ -40,7 +43,6 @@ void load_rows(const Params& p, const Segment& g, int64_t kv_head, int64_t first
     }
     block->q[r] = row_of(p.q, width, g.b, row.head, i);
     block->g[r] = p.grad_out.data == nullptr ? nullptr : row_of(p.grad_out, width, g.b, row.head, i);
-    const float lse = *reinterpret_cast<const float*>(row_of(p.lse, 4, g.b, row.head, i));
     const double wide = lse == -kInf ? 0.0 : lse * 1.4426950408889634;
     block->lse[r] = static_cast<float>(wide);
     block->low[r] = static_cast<float>(wide - block->lse[r]);

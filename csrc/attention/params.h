@@ -32,7 +32,7 @@ struct Bias {
 };
 
 // The teacher of a distillation, in the dtype of the student: its maps are compared with those of the student's heads, group by group
-// (gcd of the head counts), each student head with the mean of its group's teacher heads. heads 0: no teacher.
+// (gcd of the head counts), each student head with the mean of its group's teacher heads. heads 0: no teacher. There is no bias with one.
 struct Teacher {
   int64_t heads, kv_heads, d, groups;
   Matrix q, k, lse;      // lse: float32 [batch, heads, rows]

@@ -21,14 +21,16 @@ CVMK_INLINE F load_bias(const Bias& bias, const char* row, int64_t j, int count)
   return simd::load(x);
 }
 
+// The bias of a row's scores from column j of the segment on.
+CVMK_INLINE const char* bias_row(const Params& p, const Segment& g, const Row& row, int64_t j) {
+  const int64_t start = g.b * p.bias.stride[0] + row.head * p.bias.stride[1] + (g.q0 + row.i) * p.bias.stride[2] + (g.k0 + j) * p.bias.stride[3];
+  return static_cast<const char*>(p.bias.data) + start * size_of(p.bias.dtype);
+}
+
 // Scores of columns [a, b) made complete: scale, soft cap, bias, times log2(e). slope (may be null) gets the derivative of the cap.
 // first is the column's number in the segment.
 inline void finish_scores(const Params& p, const Segment& g, const Row& row, int64_t first, int64_t a, int64_t b, float* s, float* slope) {
-  const char* bias = nullptr;
-  if (p.bias.data != nullptr) {
-    const int64_t start = g.b * p.bias.stride[0] + row.head * p.bias.stride[1] + (g.q0 + row.i) * p.bias.stride[2] + (g.k0 + first) * p.bias.stride[3];
-    bias = static_cast<const char*>(p.bias.data) + start * size_of(p.bias.dtype);
-  }
+  const char* bias = p.bias.data == nullptr ? nullptr : bias_row(p, g, row, first);
   for (int64_t v = a / kLanes * kLanes; v < b; v += kLanes) {
     F x = simd::load(s + v);
     if (p.softcap > 0.0f) {

@@ -127,6 +127,18 @@ HUGE: dict[str, tuple[torch.dtype, Any]] = {  # the dtype of the bias, and the n
 }
 
 
+COARSE: dict[str, tuple[torch.dtype, Any]] = {  # the same, of which float32 has no digits left for the scores: kernels have
+    "-1e4": (torch.float32, lambda j: -1e4),
+    "-1e9": (torch.float32, lambda j: -1e9),
+    "1e6 and others near it": (torch.float32, lambda j: 1e6 + 0.5 * (j % 5)),
+    "-2.5e38 at single keys": (torch.float32, lambda j: -2.5e38 if j % 4 == 1 else 0.1 * (j % 3)),
+    "hidden but for one of -3e38": (torch.float32, lambda j: -3e38 if j == 2 else -INF),
+    "-1e9 of which one key is less": (torch.float32, lambda j: -1e9 - 64.0 * (j == 2)),
+    "-1e5 of float64": (torch.float64, lambda j: -1e5 + 1e-3 * (j % 7)),
+    "-1e4 of bfloat16": (torch.bfloat16, lambda j: -1e4),
+}
+
+
 def _law(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
     """The formula in float64; rows without a key give 0 and -inf. (The derivative of torch.logsumexp is exp(s - lse), which is 1 here.)"""
     s = q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).transpose(-1, -2) / math.sqrt(q.shape[-1]) + bias
@@ -145,7 +157,7 @@ def check_huge_bias(name: str, dtype: torch.dtype, rows: int, keys: int, device:
 
     Where the sum of a score and the bias rounds in float32 to something between, that rounding is allowed for.
     """
-    kind, number = HUGE[name]
+    kind, number = {**HUGE, **COARSE}[name]
     make = torch.Generator().manual_seed(6)
     q, k, v, g = (torch.randn(2, n, t, 16, generator=make).to(device, dtype) for n, t in ((4, rows), (2, keys), (2, keys), (4, rows)))
     bias = torch.randn(2, 1, 1 if broadcast else rows, keys, generator=make).to(kind)

@@ -167,6 +167,108 @@ def test_far_positions(level: str, name: str, dtype: torch.dtype) -> None:
         attention_cases.check_far_positions(name, dtype)
 
 
+HUGE_SIZES: dict[str, tuple[int, int, dict[str, bool]]] = {  # rows, keys, options
+    "tiny": (6, 9, {"causal": True}),
+    "splits": (5, 1300, {}),
+    "one query": (1, 300, {}),
+    "blocks": (70, 150, {"causal": True}),
+    "bias of keys": (70, 40, {"broadcast": True}),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sizes", HUGE_SIZES)
+@pytest.mark.parametrize("name", [*attention_cases.HUGE, *attention_cases.COARSE])
+def test_huge_bias(level: str, name: str, sizes: str, dtype: torch.dtype) -> None:
+    rows, keys, options = HUGE_SIZES[sizes]
+    with ops.use("native"):
+        attention_cases.check_huge_bias(name, dtype, rows, keys, **options)
+
+
+COARSE: dict[str, dict[str, Any]] = {  # as CASES
+    "plain": {"q": (2, 4, 70, 24), "k": (2, 2, 150, 24), "dv": 40, "bias": (2, 4, 70, 150)},
+    "bias of items": {"q": (2, 2, 130, 16), "k": (2, 1, 150, 16), "bias": (2, 1, 130, 150), "causal": True},
+    "bias of heads": {"q": (3, 2, 70, 16), "k": (3, 1, 150, 16), "bias": (2, 70, 150), "causal": True},
+    "bias of all": {"q": (2, 2, 40, 16), "k": (2, 2, 90, 16), "bias": (40, 90), "window": (60, -1)},
+    "bias of keys, soft cap": {"q": (2, 2, 70, 16), "k": (2, 1, 150, 16), "bias": (2, 1, 1, 150), "softcap": 3.0},
+    "bias of rows": {"q": (2, 2, 70, 16), "k": (2, 1, 50, 16), "bias": (2, 1, 70, 1)},
+    "bias of rows alone": {"q": (2, 2, 70, 16), "k": (2, 1, 50, 16), "bias": (1, 2, 70, 1)},
+    "dropout": {"q": (2, 2, 64, 24), "k": (2, 2, 96, 24), "dropout_p": 0.3, "bias": (64, 96)},
+    "everything": {
+        "q": (2, 4, 40, 24), "k": (2, 2, 196, 24), "dropout_p": 0.3, "softcap": 2.0, "bias": (40, 196), "causal": True, "window": (60, -1),
+        "key_lengths": tensor([100, 196]), "query_start": tensor([36, 150]),
+    },
+    "packed": {
+        "q": (150, 4, 32), "k": (140, 2, 32), "causal": True, "cu_seqlens_q": tensor([0, 50, 50, 148]), "cu_seqlens_k": tensor([5, 40, 60, 140]),
+        "bias": (1, 4, 150, 140),
+    },
+    "packed, bias of keys": {"q": (90, 2, 32), "k": (80, 2, 32), "bias": (2, 1, 80), "cu_seqlens_q": tensor([0, 30, 90]), "cu_seqlens_k": tensor([0, 50, 80])},
+    "one query, splits": {"q": (2, 4, 1, 64), "k": (2, 2, 2500, 64), "bias": (2, 1, 1, 2500)},
+    "one head of 200": {"q": (1, 1, 200, 200), "k": (1, 1, 300, 200), "dv": 8, "bias": (200, 300), "causal": True},
+    "negative scale": {"q": (1, 1, 30, 24), "k": (1, 1, 30, 24), "scale": -0.3, "bias": (30, 30)},
+}  # fmt: skip
+
+
+def coarse(name: str, dtype: torch.dtype, fill: float) -> tuple[list[Tensor], dict[str, Any]]:
+    """A case with `fill` as the bias of most rows: of whole items or heads too; some keys are hidden."""
+    leaves, options = make(COARSE[name], dtype)
+    bias = leaves[3]
+    rows = bias.view(-1, bias.shape[-1])
+    rows[torch.arange(rows.shape[0]) % 5 != 2] = fill
+    if bias.shape[-1] > 1:
+        rows[::3, 4] = -INF
+    return leaves, options
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("fill", [torch.finfo(torch.float32).min, -1e4, 3e38])
+@pytest.mark.parametrize("name", COARSE)
+def test_coarse_rows(level: str, name: str, fill: float, dtype: torch.dtype) -> None:
+    """Rows that float32 has no digits for, with every option: two baselines, and where those are far off, the formula's in float64."""
+    leaves, options = coarse(name, dtype, fill)
+    assert_two_baselines(leaves, options)
+    exact, ours = run("reference", [leaf.double() for leaf in leaves], options), run("native", leaves, options)
+    tolerance = 4e-6 if dtype == torch.float32 else 8 * torch.finfo(dtype).eps
+    for what, want, got in zip(("out", "lse", "dq", "dk", "dv", "dbias"), exact, ours, strict=True):
+        largest = 1.0 if what == "lse" else want.abs().max().item()
+        same = torch.isclose(got.double(), want, rtol=tolerance, atol=tolerance * max(1.0, largest))
+        assert same.all(), f"{what}: {(got.double() - want).abs().max()}"
+
+
+@pytest.mark.parametrize("fill", [-1e9, 3e38])
+def test_coarse_rows_are_the_same_bits_for_any_threads(level: str, fill: float) -> None:
+    """And whatever else is in the batch."""
+    before = torch.get_num_threads()
+    try:
+        for dtype in (torch.float32, torch.bfloat16):
+            leaves, options = coarse("bias of items", dtype, fill)
+            found = []
+            for threads in (1, 2, 5):
+                torch.set_num_threads(threads)
+                found.append(run("native", leaves, options, lse_too=False))
+            assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+            alone = [x[:1].contiguous() for x in leaves]
+            with ops.use("native"):
+                out, lse = ops.flash_attention(*alone[:3], bias=alone[3], return_lse=True, **options)
+            assert torch.equal(out, found[0][0][:1]) and torch.equal(lse, found[0][1][:1])
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_coarse_rows_keep_nan_to_themselves(level: str) -> None:
+    """NaN in the query of a row with a bias stays in its row; a row whose keys are all hidden is empty, whatever its query."""
+    leaves, options = coarse("plain", torch.float32, -1e9)
+    leaves[3][0, 1, 9] = -INF
+    clean = run("native", leaves, options)
+    leaves[0][0, 1, 5, 0] = NAN
+    found = run("native", leaves, options)
+    assert found[0][0, 1, 5].isnan().all() and found[2][0, 1, 5].isnan().all()
+    for x, y in ((found[0], clean[0]), (found[2], clean[2])):
+        x[0, 1, 5] = y[0, 1, 5]
+        assert torch.equal(x, y)
+    assert not clean[0][0, 1, 9].any() and not clean[2][0, 1, 9].any() and not clean[5][0, 1, 9].any()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_infinities(level: str, dtype: torch.dtype) -> None:
     """NaN or inf in a query stays in its row; a bias of -inf hides a key, and a row whose keys are all hidden is empty."""
