@@ -86,7 +86,7 @@ def everything() -> Resources:
         return {name: numbers for file in pool.map(compiled, SOURCES) for name, numbers in file.items()}
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.timeout(600)
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
 def test_compiles_as_committed() -> None:

@@ -90,7 +90,7 @@ def test_lengths_with_everything(length: int, dtype: torch.dtype) -> None:
     check(case(length, True, True, 1, "D z delta_bias", dtype), softplus=True, last=True)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_longest() -> None:
     check(case(4096, True, True, 2, "D z delta_bias", torch.float32), softplus=True, last=True)
 

@@ -59,7 +59,7 @@ def compiling() -> Iterator[dict[str, Future[dict[str, dict[str, Any]]]]]:
         yield {module: pool.submit(compile_all, module) for module in MODULES}
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("module", MODULES)
 def test_compiles_as_committed(module: str, compiling: dict[str, Future[dict[str, dict[str, Any]]]]) -> None:
