@@ -25,7 +25,7 @@ class DistillationConfig(Section):
     alpha: float = Field(0.5, ge=0, le=1, description="Logits: alpha * T^2 * divergence + (1 - alpha) * cross-entropy with the references.")
     beta: float = Field(0.0, ge=0, description="Weight of the hidden-state loss: mean squared error after a learned projection.")
     gamma: float = Field(0.0, ge=0, description="Weight of the attention-map loss: KL(teacher || student) a row.")
-    temperature: float = Field(1.0, gt=0, description="Temperature T of both distributions.")
+    temperature: float = Field(1.0, gt=0, le=2**20, description="Temperature T of both distributions.")
     divergence: Divergence = Field("forward_kl", description="Divergence between the teacher's and the student's distributions.")
     mixture: float | None = Field(None, gt=0, lt=1, description="Mixing weight of js (default 0.5) and of the skew divergences (default 0.1).")
     layer_map: LayerMap = Field(

@@ -89,3 +89,15 @@ def number(name: str, value: Any) -> float:
     if isinstance(value, Tensor) and value.requires_grad:
         raise TypeError(f"{name} is a tensor that asks for a gradient, and it is an option without one: multiply it into an argument, or give {name}.item()")
     return float(value)
+
+
+def integer(name: str, value: Any) -> int:
+    """An option as an integer of 64 bits. Raises TypeError for what is none, ValueError for one that needs more."""
+    if value.__class__ is not int:
+        try:
+            value = operator.index(value)
+        except TypeError:
+            raise TypeError(f"{name} must be an integer, got {value!r}") from None
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name} must be an integer of 64 bits, got {value}")
+    return value

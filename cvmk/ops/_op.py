@@ -29,7 +29,7 @@ from cvmk.ops._backend import PREFERENCE, Backend, allowed, no_backend
 from cvmk.ops._call import fields_of, make, picked
 from cvmk.ops._dtypes import not_needed
 from cvmk.ops._measured import warn_where_unmeasured
-from cvmk.ops._storage import CHECKING_MEMORY, guarded
+from cvmk.ops._storage import CHECKING_MEMORY, guarded, shares_memory_with_itself
 from cvmk.ops._watch import autocast_enabled, unobserved
 
 library = torch.library.Library("cvmk", "DEF")
@@ -206,8 +206,8 @@ class Op:
             tensor = call[i]
             if tensor.is_inference() and not torch.is_inference_mode_enabled():
                 raise RuntimeError(f"{self.name} writes to {self.fields[i]}, an inference tensor, outside of inference mode: clone() it first")
-            if not tensor.is_contiguous() and torch._debug_has_internal_overlap(tensor) == 1:
-                raise RuntimeError(f"{self.name} writes to {self.fields[i]}, whose elements share memory (an expanded tensor): clone() it first")
+            if not tensor.is_contiguous() and shares_memory_with_itself(tensor):
+                raise RuntimeError(f"{self.name} writes to {self.fields[i]}, whose elements share memory (expanded, or windows that overlap): clone() it")
 
     def run_forward(self, call: Any) -> Any:
         """The forward pass behind the schema: choose, call, and hand back contiguous tensors."""

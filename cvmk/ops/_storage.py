@@ -1,4 +1,4 @@
-"""Tensors that have elements and no memory behind them: refused before PyTorch's operations or a Triton kernel read what is not there."""
+"""What stands behind a tensor: memory at all, or PyTorch's operations and Triton's kernels would read what is not there; and for each element its own."""
 
 from __future__ import annotations
 
@@ -50,3 +50,23 @@ def has_no_memory(tensor: torch.Tensor) -> bool:
     except RuntimeError:  # no tensor with memory of its own, such as a transform's
         return False
     return address >> 40 == 0 and tensor.numel() != 0 and (address == 0 or address == tensor.storage_offset() * tensor.itemsize)
+
+
+def shares_memory_with_itself(tensor: torch.Tensor) -> bool:
+    """Whether two elements of a tensor lie at one place, as those of an expanded one do. PyTorch's own answer where it has one; for strides that are
+    too hard for it (windows of `unfold` or `as_strided`), by the places themselves."""
+    known = torch._debug_has_internal_overlap(tensor)
+    if known != 2:
+        return bool(known)
+    reach = 0  # of the dimensions with smaller strides
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                break
+            reach += stride * (size - 1)
+    else:
+        return False
+    places = torch.zeros(1, dtype=torch.int64, device="cpu")
+    for stride, size in zip(tensor.stride(), tensor.shape, strict=True):
+        places = (places[:, None] + torch.arange(size, device="cpu") * stride).flatten()
+    return places.unique().numel() < places.numel()

@@ -38,12 +38,15 @@ from torch import Tensor
 
 from cvmk.ops._autograd import below
 from cvmk.ops._backend import allowed, allowing
-from cvmk.ops._call import Written, make, number, written
+from cvmk.ops._call import Written, integer, make, number, written
 from cvmk.ops._dtypes import accumulation_dtype, not_needed
 from cvmk.ops._op import Op
 
 DIVERGENCES = {"forward_kl": 0.0, "reverse_kl": 0.0, "js": 0.5, "skew_kl": 0.1, "skew_reverse_kl": 0.1}
 """The divergences and the default of their mixing weight; 0 where they have none."""
+COLDEST, COLD, HOTTEST = 2.0**-1000, 2.0**-64, 2.0**20
+"""Below COLD, logits divided by the temperature may be past float32, and all is computed in float64. Below COLDEST they are past that too, and above
+HOTTEST float64 keeps less than four digits of the divergence: such temperatures are refused."""
 HOT = 32.0
 """Above this temperature the two distributions are so near that float32 sums lose the divergence's digits (2^-24 T^2 / variance of the logits): the
 reference computes in float64 and keeps its statistics so, and the fused kernels decline."""
@@ -115,12 +118,16 @@ def _fake_forward(c: Call) -> Out:
 
 def row_dtype(c: Loss, dtype: torch.dtype) -> torch.dtype:
     """The dtype of what is computed of a row of logits, and of its statistics."""
-    return torch.float64 if c.temperature > HOT else accumulation_dtype(dtype)
+    return accumulation_dtype(dtype) if COLD <= c.temperature <= HOT else torch.float64
 
 
 def heat(c: Loss) -> list[str]:
     """Why a kernel with sums in float32 does not take a call."""
-    return [f"at the temperature {c.temperature:g}, above {HOT:g}, sums in float32 lose the divergence's digits"] if c.temperature > HOT else []
+    if c.temperature > HOT:
+        return [f"at the temperature {c.temperature:g}, above {HOT:g}, sums in float32 lose the divergence's digits"]
+    if c.temperature < COLD:
+        return [f"at the temperature {c.temperature:g}, below {COLD:.0e}, logits divided by it may be past float32"]
+    return []
 
 
 op = Op("kd_loss", Call, Out, fake_forward=_fake_forward, differentiable=("student",), saved=("divisor", "stats"))
@@ -210,8 +217,8 @@ def check_options(
     """The options that both losses share: ValueError where one is out of its range; returns the mixing weight."""
     if divergence not in DIVERGENCES:
         raise ValueError(f"divergence must be one of {', '.join(DIVERGENCES)}, got {divergence!r}")
-    if not temperature > 0 or temperature == float("inf"):
-        raise ValueError(f"temperature must be positive and finite, got {temperature}")
+    if not COLDEST <= temperature <= HOTTEST:
+        raise ValueError(f"temperature must be positive and finite, from {COLDEST:.0e} to {HOTTEST:.0e} (float64 holds no more), got {temperature}")
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must lie in 0..1, got {alpha}")
     if not 0 <= label_smoothing < 1:
@@ -316,6 +323,7 @@ def prepare(
     if in_place and overwrites(student_logits):
         check_in_place(student_logits)
     divisor = None if normalizer is None else normalizer_tensor(normalizer, student_logits)
+    ignore_index = integer("ignore_index", ignore_index)
     fields = (student_logits, teacher_logits, target, divisor, temperature, alpha, divergence, weight, label_smoothing, ignore_index)
     return make(Call, fields)
 
@@ -352,7 +360,8 @@ def kd_loss(
     student_logits   [..., V], float64, float32, bfloat16 or float16; everything is computed in float32 (float64 for float64).
     teacher_logits   [..., V], any floating dtype, or None where alpha is 0. A constant: the teacher gets no gradient.
     target           [...], int64 or int32. Rows with `ignore_index` count nothing and are not read: they may hold NaN.
-    temperature      T > 0 of both distributions; cross-entropy is always at 1. Above 32 only the reference is exact enough: it runs, in float64.
+    temperature      T > 0 of both distributions, at most 2^20; cross-entropy is always at 1. Above 32 only the reference is exact enough: it runs, in
+                     float64.
     divergence       "forward_kl", "reverse_kl", "js", "skew_kl" or "skew_reverse_kl" (formulas: the module's docstring).
     mixture          mixing weight of js (0.5) and of the skew divergences (0.1).
     label_smoothing  e: the target distribution is (1 - e) of the reference and e shared by the entries that are not -inf in the student

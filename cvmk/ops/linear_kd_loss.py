@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple, Unpack, overload
 import torch
 from torch import Tensor
 
-from cvmk.ops._call import Needs, number
+from cvmk.ops._call import Needs, integer, number
 from cvmk.ops._dtypes import accumulation_dtype, autocast_dtype, autocast_lower
 from cvmk.ops._op import Op
 from cvmk.ops.kd_loss import LossOptions, check_options, check_target, constant, normalizer_tensor, row_dtype
@@ -163,7 +163,7 @@ def prepare(
     t_hidden, t_weight, t_bias = (constant(x) if x is not None and keep else None for x in (t_hidden, t_weight, t_bias))
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
     divisor = None if normalizer is None else normalizer_tensor(normalizer, hidden)
-    options = (temperature, alpha, divergence, mixing, label_smoothing, ignore_index)
+    options = (temperature, alpha, divergence, mixing, label_smoothing, integer("ignore_index", ignore_index))
     return Call(hidden, weight, bias, t_hidden, t_weight, t_bias, target, divisor, *options, wanted, lower)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cvmk.ops import explain, native, selective_scan, selective_state_update, use
+from cvmk.ops._storage import shares_memory_with_itself
 from cvmk.ops.reference.selective_scan import scan_backward, scan_forward
 from cvmk.ops.selective_scan import SCAN_CHUNK, ScanCall, _prepare_scan, _prepare_update, scan_op
 
@@ -522,13 +523,15 @@ def test_half_precision_state_is_rounded_only_when_stored() -> None:
 
 @pytest.mark.parametrize("backend", ON_CPU)
 def test_states_that_no_operation_of_pytorch_writes_to(backend: str) -> None:
-    """An expanded state, and an inference tensor outside of inference mode: the kernels wrote to both."""
+    """An expanded state, windows that overlap, and an inference tensor outside of inference mode: the kernels wrote to all."""
     a = step_inputs(batch=3)
     shared = a["state"][:1].expand(3, -1, -1)
+    windows = a["state"].flatten().as_strided(a["state"].shape, (2, *a["state"].stride()[1:]))
     with torch.inference_mode():
         inference = a["state"].clone()
     with use(backend):
-        for state, message in ((shared, "state, whose elements share memory .*clone"), (inference, "state, an inference tensor, outside of inference mode")):
+        overlaps = "state, whose elements share memory .*clone"
+        for state, message in ((shared, overlaps), (windows, overlaps), (inference, "state, an inference tensor, outside of inference mode")):
             before = state.clone()
             with pytest.raises(RuntimeError, match=f"selective_state_update writes to {message}"):
                 selective_state_update(**{**a, "state": state})
@@ -537,6 +540,23 @@ def test_states_that_no_operation_of_pytorch_writes_to(backend: str) -> None:
         with torch.inference_mode():
             assert torch.equal(selective_state_update(**{**a, "state": inference}), want)
         assert torch.equal(selective_state_update(**{**a, "state": shared.clone()}), selective_state_update(**{**a, "state": shared.contiguous()}))
+
+
+def test_whether_elements_share_memory() -> None:
+    x = torch.zeros(60)
+    for size, stride, shared in (
+        ((3, 4, 5), (20, 5, 1), False),
+        ((3, 4, 5), (1, 3, 12), False),
+        ((2, 4, 5), (3, 5, 1), True),
+        ((1, 4, 5), (0, 5, 1), False),
+        ((2, 1, 5), (5, 0, 1), False),
+        ((2, 4, 5), (0, 5, 1), True),
+        ((2, 3), (4, 3), False),  # the rows lie between each other
+        ((4, 4), (3, 3), True),
+        ((0, 4), (0, 0), False),
+        ((2, 2), (3, 2), False),
+    ):
+        assert shares_memory_with_itself(x.as_strided(size, stride)) == shared, (size, stride)
 
 
 @pytest.mark.parametrize("heads", [None, 2])
