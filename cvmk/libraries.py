@@ -86,9 +86,10 @@ def build_record() -> dict[str, Any]:
         path = Path(folder) / "_native_build.json"
         if path.is_file():
             try:
-                return json.loads(path.read_text(encoding="utf-8"))
+                record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             except ValueError:
                 return {}
+            return record
     return {}
 
 

@@ -102,4 +102,5 @@ class Hypothesis:
 
 def final_score(total: float, pieces: int, length_penalty: float) -> float:
     """The score of a hypothesis of so many pieces whose log probabilities, EOS included, sum to `total`."""
-    return total / (pieces + 1) ** length_penalty
+    length: float = (pieces + 1) ** length_penalty
+    return total / length

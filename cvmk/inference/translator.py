@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -67,7 +67,7 @@ class Translator:
         folder, manifest, self.info = read_model_manifest(path)
         self.tokenizer = load_model_tokenizer(folder, manifest)
         name, self.engine = engines.build(folder, manifest, device, compute_type, engine)
-        self._explain = lambda: engines.explain(manifest, device, compute_type, name)
+        self._explain: Callable[[], list[EngineAnswer]] = lambda: engines.explain(manifest, device, compute_type, name)
 
     @classmethod
     def from_model(cls, model: CVMTransformer, tokenizer: Tokenizer, device: str | None = None, compute_type: str | None = None) -> Translator:

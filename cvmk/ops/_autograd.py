@@ -120,7 +120,7 @@ def _forward_directly(op: Op, call: Any) -> tuple[Any, Any]:
     """The forward pass and, where the backend makes the gradient along with it, what hands that on."""
     backend = op.choose("forward", call)
     if backend.forward_with_gradient is not None:
-        found = backend.forward_with_gradient(call)
+        found: tuple[Any, Any] | None = backend.forward_with_gradient(call)
         if found is not None:
             return found
     return op.run_by(backend, call), None

@@ -93,11 +93,12 @@ def number(name: str, value: Any) -> float:
 
 def integer(name: str, value: Any) -> int:
     """An option as an integer of 64 bits. Raises TypeError for what is none, ValueError for one that needs more."""
+    whole: int = value
     if value.__class__ is not int:
         try:
-            value = operator.index(value)
+            whole = operator.index(value)
         except TypeError:
             raise TypeError(f"{name} must be an integer, got {value!r}") from None
-    if not -(2**63) <= value < 2**63:
-        raise ValueError(f"{name} must be an integer of 64 bits, got {value}")
-    return value
+    if not -(2**63) <= whole < 2**63:
+        raise ValueError(f"{name} must be an integer of 64 bits, got {whole}")
+    return whole

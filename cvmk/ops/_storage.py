@@ -69,4 +69,5 @@ def shares_memory_with_itself(tensor: torch.Tensor) -> bool:
     places = torch.zeros(1, dtype=torch.int64, device="cpu")
     for stride, size in zip(tensor.stride(), tensor.shape, strict=True):
         places = (places[:, None] + torch.arange(size, device="cpu") * stride).flatten()
-    return places.unique().numel() < places.numel()
+    distinct: int = places.unique().numel()
+    return distinct < places.numel()

@@ -187,10 +187,10 @@ def default_scale(width: int) -> float:
 
 def checked_scale(name: str, scale: Any, dtype: torch.dtype) -> float:
     """A factor of scores in the dtype. Raises TypeError and ValueError."""
-    scale = number(name, scale)
-    if not abs(scale) <= _largest(dtype):
-        raise ValueError(f"{name} must be a finite number{'' if dtype == torch.float64 else ' in float32, in which scores are computed'}, not {scale}")
-    return scale
+    factor = number(name, scale)
+    if not abs(factor) <= _largest(dtype):
+        raise ValueError(f"{name} must be a finite number{'' if dtype == torch.float64 else ' in float32, in which scores are computed'}, not {factor}")
+    return factor
 
 
 def _checked_softcap(softcap: float, scale: float, dtype: torch.dtype) -> float:

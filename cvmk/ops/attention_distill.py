@@ -52,7 +52,7 @@ def attention_kl(
     Raises TypeError for a wrong dtype and for a scale that asks for a gradient, ValueError for a wrong shape or scale.
     """
     call = _prepare_kl(student_q, student_k, teacher_q, teacher_k, causal=causal, key_lengths=key_lengths, scale=scale, teacher_scale=teacher_scale)
-    kl, _, _ = kl_op(call)
+    kl: Tensor = kl_op(call)[0]
     return kl
 
 

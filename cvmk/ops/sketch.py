@@ -110,12 +110,14 @@ class CVMSketch:
     @property
     def seen(self) -> int:
         """How many occurrences came."""
-        return self._sketch.seen()
+        seen: int = self._sketch.seen()
+        return seen
 
     @property
     def threshold(self) -> float:
         """p, the probability of a distinct element to be in the sample: 1 while nothing was left out."""
-        return (self._sketch.limit() + 1) / 2**64
+        limit: int = self._sketch.limit()
+        return (limit + 1) / 2**64
 
     def estimate(self) -> float:
         """The estimated number of distinct elements, len / p; unbiased."""
@@ -124,7 +126,8 @@ class CVMSketch:
     def sample(self) -> np.ndarray | list[bytes]:
         """The sampled elements by rising priority: uint64 [len], or a list of bytes where byte strings were fed."""
         state = self._sketch.state()
-        return state["ids"] if state["items"] is None else state["items"]
+        sample: np.ndarray | list[bytes] = state["ids"] if state["items"] is None else state["items"]
+        return sample
 
     def counts(self) -> np.ndarray:
         """How often each element of `sample()` occurred, exactly; uint64 [len]. Raises ValueError for random priorities."""
@@ -132,7 +135,8 @@ class CVMSketch:
             raise ValueError(
                 "a sketch with random priorities knows no counts, because an element may have left the sample and come back: use priority='hash'"
             )
-        return self._sketch.state()["counts"]
+        counts: np.ndarray = self._sketch.state()["counts"]
+        return counts
 
     def merge(self, other: CVMSketch) -> None:
         """Make this the sketch of both streams, as if it had been fed one after the other.

@@ -102,7 +102,8 @@ class TrainingStep:
             if self._teacher is not None:
                 with torch.no_grad():
                     taught = self._teacher(batch.src, batch.tgt_in, **self._wants)
-            return self._objective(self._model(batch.src, batch.tgt_in, **self._wants), taught, batch, normalizer=tokens)
+            losses: Losses = self._objective(self._model(batch.src, batch.tgt_in, **self._wants), taught, batch, normalizer=tokens)
+            return losses
 
 
 def _gradient(parameter: Tensor) -> Tensor:

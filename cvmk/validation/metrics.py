@@ -84,7 +84,8 @@ class Measurement:
 
     def combine(self, sums: np.ndarray) -> np.ndarray:
         """Corpus scores [...] of summed statistics [..., K]."""
-        return _BUILT_IN[self.score.metric].value(sums)
+        scores: np.ndarray = _BUILT_IN[self.score.metric].value(sums)
+        return scores
 
 
 def check_metric(metric: str) -> None:
@@ -218,11 +219,12 @@ def _statistics(metric: str, hypotheses: list[str], sets: list[list[str]], token
 def _rouge_score(hypotheses: list[str], sets: list[list[str]]) -> tuple[np.ndarray, str] | None:
     try:
         from rouge_score.rouge_scorer import RougeScorer
-        from rouge_score.tokenizers import Tokenizer
     except ImportError:
         return None
 
-    class Words(Tokenizer):
+    class Words:
+        """What RougeScorer takes for a tokenizer."""
+
         def tokenize(self, text: str) -> list[str]:
             return rouge.TOKENIZERS[name](text)
 

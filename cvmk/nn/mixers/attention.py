@@ -28,7 +28,8 @@ class _Heads:
 
     def split(self, x: Tensor) -> Tensor:
         """[B, T, heads * D] -> [B, heads, T, D], a view."""
-        return x.unflatten(-1, (-1, self.size)).transpose(1, 2)
+        apart: Tensor = x.unflatten(-1, (-1, self.size))
+        return apart.transpose(1, 2)
 
     def layout(self, dtype: torch.dtype) -> StateLayout:
         """A row's keys and values, each [Hkv, positions, D]."""

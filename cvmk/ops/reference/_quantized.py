@@ -31,14 +31,17 @@ def activate(pre: torch.Tensor, activation: str | None) -> torch.Tensor:
 def activate_backward(grad: torch.Tensor, pre: torch.Tensor, activation: str) -> torch.Tensor:
     """The gradient w.r.t. `pre` of `activate`, in the dtype of `pre`."""
     aten = torch.ops.aten
+    found: torch.Tensor
     if activation == "relu":
-        return aten.threshold_backward(grad, pre, 0)
-    if activation == "gelu":
-        return aten.gelu_backward(grad, pre)
-    if activation == "silu":
-        return aten.silu_backward(grad, pre)
-    gate, up = pre.chunk(2, dim=1)
-    return torch.cat((aten.silu_backward(grad * up, gate), grad * F.silu(gate)), dim=1)
+        found = aten.threshold_backward(grad, pre, 0)
+    elif activation == "gelu":
+        found = aten.gelu_backward(grad, pre)
+    elif activation == "silu":
+        found = aten.silu_backward(grad, pre)
+    else:
+        gate, up = pre.chunk(2, dim=1)
+        found = torch.cat((aten.silu_backward(grad * up, gate), grad * F.silu(gate)), dim=1)
+    return found
 
 
 def _chunks(weight: QuantizedWeight) -> Iterator[tuple[int, int]]:

@@ -98,7 +98,8 @@ def _scores(part: Part, q: Tensor, k: Tensor, mask: Mask, scale: float, dtype: t
 
 def _by_group(x: Tensor, groups: int) -> Tensor:
     """[b, H, rows, n] -> [b, groups, H / groups, rows, n]."""
-    return x.unflatten(1, (groups, -1))
+    apart: Tensor = x.unflatten(1, (groups, -1))
+    return apart
 
 
 def _mean_map(p: Tensor, groups: int) -> Tensor:

@@ -12,6 +12,7 @@ P channels of a group, S packed sequences.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,7 +92,8 @@ class _Scan:
 
     def inner(self, tensor: Tensor) -> Tensor:
         """[..., dim, state] as [..., G, N, P]."""
-        return tensor.to(self.dtype).unflatten(-2, (self.groups, self.width)).transpose(-1, -2).contiguous()
+        apart: Tensor = tensor.to(self.dtype).unflatten(-2, (self.groups, self.width))
+        return apart.transpose(-1, -2).contiguous()
 
     def outer(self, tensor: Tensor) -> Tensor:
         """[..., G, N, P] as [..., dim, state], in fresh memory."""
@@ -116,7 +118,8 @@ class _Scan:
         return tensor[rows, ..., span].movedim(-1, 0).to(self.dtype, memory_format=torch.contiguous_format).contiguous()
 
     def channels(self, tensor_BDL: Tensor, rows: slice, span: slice) -> Tensor:
-        return self.time_first(tensor_BDL, rows, span).unflatten(-1, (self.groups, self.width))
+        apart: Tensor = self.time_first(tensor_BDL, rows, span).unflatten(-1, (self.groups, self.width))
+        return apart
 
     def start(self, rows: slice) -> Tensor:
         """The state before the first step [B, G, N, P]; packed sequences bring theirs in where they begin."""
@@ -242,7 +245,7 @@ def scan_backward(g: ScanOut, c: ScanCall, saved: ScanOut, needs: Any) -> tuple[
         for name, found in pieces.items():
             if found or not scan.length:
                 timed[name].append(_over_time(scan, found[::-1], (rows.stop - rows.start, *shapes[name][1:])))
-    results = (
+    results: tuple[Callable[[], Tensor], ...] = (
         lambda: _joined(timed["u"]),
         lambda: _joined(timed["delta"]),
         lambda: scan.outer(sums.A),

@@ -67,11 +67,12 @@ def user_table(capability: tuple[int, int]) -> Path:
 @functools.cache
 def _table(path: Path) -> dict[str, dict[str, Config]]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        table: dict[str, dict[str, Config]] = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     except ValueError as error:
         raise ValueError(f"{path} is no table of kernel configurations ({error}): delete it or write it again with cvmk bench --tune") from None
+    return table
 
 
 def merged(table: dict[str, dict[str, Config]], newer: dict[str, dict[str, Config]]) -> dict[str, dict[str, Config]]:

@@ -54,7 +54,8 @@ class SentencePieceTokenizer(Tokenizer):
         text = self.normalized(text)
         if SPACE_MARK in text:
             return self._encode_space_marks(text)
-        return self._processor.encode(text)
+        ids: list[int] = self._processor.encode(text)
+        return ids
 
     def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
         texts = [self.normalized(text) for text in texts]
@@ -85,7 +86,8 @@ class SentencePieceTokenizer(Tokenizer):
         return result
 
     def decode(self, ids: Iterable[int]) -> str:
-        return self._processor.decode(self._text_ids(ids))
+        text: str = self._processor.decode(self._text_ids(ids))
+        return text
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         write_bytes(Path(folder) / MODEL, self._model)

@@ -60,7 +60,8 @@ def statistics(hypotheses: Sequence[str], reference_sets: Sequence[Sequence[str]
 def value(sums: np.ndarray) -> np.ndarray:
     """Mean of the sentences' scores x 100."""
     sums = np.asarray(sums, dtype=np.float64)
-    return 100.0 * sums[..., 0] / np.maximum(sums[..., 1], 1)
+    means: np.ndarray = 100.0 * sums[..., 0] / np.maximum(sums[..., 1], 1)
+    return means
 
 
 def signature(references: int, tokenizer: str = "default") -> str:
