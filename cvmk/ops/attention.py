@@ -173,7 +173,7 @@ def _prepare(
     if causal:
         right = 0
     if autocast_enabled():
-        q, k, v = autocast_lower(q, k, v)  # type: ignore[assignment]
+        q, k, v = autocast_lower(q, k, v)
     dtype = q.dtype
     if k.dtype != dtype or v.dtype != dtype:
         raise TypeError(f"q, k and v must have one dtype, not {q.dtype}, {k.dtype} and {v.dtype}")

@@ -185,7 +185,7 @@ def _prepare_kl(
     scale = default_scale(width) if scale is None else checked_scale("scale", scale, student_q.dtype)
     teacher_scale = default_scale(teacher_width) if teacher_scale is None else checked_scale("teacher_scale", teacher_scale, teacher_q.dtype)
     if autocast_enabled():
-        student_q, student_k, teacher_q, teacher_k = autocast_lower(student_q, student_k, teacher_q, teacher_k)  # type: ignore[assignment]
+        student_q, student_k, teacher_q, teacher_k = autocast_lower(student_q, student_k, teacher_q, teacher_k)
     _check_dtypes(student_q, student_k, "student_q", "student_k")
     _check_dtypes(teacher_q, teacher_k, "teacher_q", "teacher_k")
     return make(KlCall, (student_q, student_k, teacher_q, teacher_k, key_lengths, bool(causal), scale, teacher_scale))
@@ -212,7 +212,7 @@ def _prepare_distill(
     scale = default_scale(width) if scale is None else checked_scale("scale", scale, q.dtype)
     teacher_scale = default_scale(teacher_width) if teacher_scale is None else checked_scale("teacher_scale", teacher_scale, teacher_q.dtype)
     if autocast_enabled():
-        q, k, v, teacher_q, teacher_k = autocast_lower(q, k, v, teacher_q, teacher_k)  # type: ignore[assignment]
+        q, k, v, teacher_q, teacher_k = autocast_lower(q, k, v, teacher_q, teacher_k)
     _check_dtypes(q, k, "q", "k")
     _check_dtypes(q, v, "q", "v")
     _check_dtypes(teacher_q, teacher_k, "teacher_q", "teacher_k")

@@ -54,7 +54,7 @@ op = Op(
 def prepare(x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None = None, *, activation: str | None = None) -> Call:
     check_linear("int4_linear", 4, x, weight, bias, activation)
     if autocast_enabled():
-        x, bias = autocast_lower(x, bias)  # type: ignore[assignment]
+        x, bias = autocast_lower(x, bias)
     flat, w = x if x.dim() == 2 else x.reshape(-1, weight.in_features), weight
     return make(Call, (flat, w.values, w.scales, w.zeros, w.order, bias, w.layout, w.out_features, w.group_size, activation))
 

@@ -82,7 +82,7 @@ def prepare(
     if out_dtype is not None and not out_dtype.is_floating_point:
         raise TypeError(f"int8_linear: out_dtype is {out_dtype}; it must be floating")
     if autocast_enabled():
-        (x,) = autocast_lower(x)  # type: ignore[assignment]
+        (x,) = autocast_lower(x)
     flat = x if x.dim() == 2 else x.reshape(-1, weight.in_features)
     fields = (flat, weight.values, weight.scales, bias, smooth_scale, weight.layout, weight.out_features, activation, out_dtype or flat.dtype)
     return make(Call, fields)

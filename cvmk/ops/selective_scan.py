@@ -255,7 +255,7 @@ def _prepare_scan(
     if initial_state is not None and initial_state.shape != (sequences, dim, state):
         _check_shape("initial_state", initial_state, "[batch (packed: sequences), dim, state]", (sequences, dim, state))
     if autocast_enabled():
-        u, B, C, z = autocast_lower(u, B, C, z)  # type: ignore[assignment]
+        u, B, C, z = autocast_lower(u, B, C, z)
     return make(ScanCall, (u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus, reverse, False))
 
 
@@ -343,7 +343,7 @@ def _prepare_update(
             if len(have) == 3:
                 _check_groups(name, have[1], sizes[1], "heads" if len(sizes) == 4 else "dim")
     if autocast_enabled():
-        x, B, C, z = autocast_lower(x, B, C, z)  # type: ignore[assignment]
+        x, B, C, z = autocast_lower(x, B, C, z)
     return make(UpdateCall, (state, x, dt, A, B, C, D, z, dt_bias, dt_softplus))
 
 

@@ -53,8 +53,9 @@ class CVMSketch:
             raise ValueError(f"seed is {self.seed}: it must be from 0 to 2^64 - 1")
         self.priority = priority
         self.backend = _choose()
-        make: Any = ReferenceSketch if self.backend == "reference" else library().Sketch  # type: ignore[union-attr]
-        self._sketch: Any = make(self.capacity, priority == "hash", self.seed)
+        native: Any = library()
+        kind = ReferenceSketch if self.backend == "reference" else native.Sketch
+        self._sketch: Any = kind(self.capacity, priority == "hash", self.seed)
         self._feed: str | None = None
 
     # -- feeding ---------------------------------------------------------------------------------------------------------------

@@ -50,11 +50,11 @@ def check_contents(folder: Path, before: Any, now: Mapping[str, Content]) -> Non
     changes = []
     for key in {**then, **now}:
         old, new = then.get(key), now.get(key)
-        if old is None or new is None:
-            where = (old or new).name  # type: ignore[union-attr]
-            changes.append(f"{where} ({key.removesuffix('.source').removesuffix('.target')}) {'was not' if old is None else 'was'} part of it")
-        elif old.sha256 != new.sha256 and old.settled:
-            changes.append(f"{new.name} has another content{_count(old, new)}")
+        if old is not None and new is not None:
+            if old.sha256 != new.sha256 and old.settled:
+                changes.append(f"{new.name} has another content{_count(old, new)}")
+        elif (alone := old or new) is not None:
+            changes.append(f"{alone.name} ({key.removesuffix('.source').removesuffix('.target')}) {'was not' if old is None else 'was'} part of it")
     if changes:
         raise DataError(
             f"the run in {folder} was made of other things: {'; '.join(dict.fromkeys(changes))}; restore what has changed, or --restart to begin anew"

@@ -58,8 +58,10 @@ def _in_place(c: Call) -> Losses:
 
 
 def _limits(which: str, c: Call) -> list[str]:
-    mixed = c.teacher is not None and c.teacher.dtype != c.student.dtype
-    return heat(c) + ([f"teacher is {c.teacher.dtype}, not {c.student.dtype} as the student"] if mixed else [])  # type: ignore[union-attr]
+    found = heat(c)
+    if c.teacher is not None and c.teacher.dtype != c.student.dtype:
+        found.append(f"teacher is {c.teacher.dtype}, not {c.student.dtype} as the student")
+    return found
 
 
 def _limits_in_place(which: str, c: Call) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -10,7 +12,7 @@ from cvmk.ops._call import Needs, make
 from cvmk.ops.attention import Call, Out, row_bias_gradient
 from cvmk.ops.native import library, reason
 
-_NATIVE = library()
+_NATIVE: Any = library()
 NO_DROPOUT = (1.0, 0, 0)
 """The factor of what stays, and the key and limit of the generator, where nothing is dropped."""
 
@@ -27,7 +29,7 @@ def forward(c: Call) -> Out:
         rows, heads, _ = q.shape
         out, lse = q.new_empty(rows, heads, v.shape[2]), q.new_empty(heads, rows, dtype=torch.float32)
     factor, key, limit = NO_DROPOUT if c.dropout_seed is None else _dropout(c.dropout_seed, c.dropout_p)
-    _NATIVE.attention_forward(c, out, lse, factor, key, limit)  # type: ignore[union-attr]
+    _NATIVE.attention_forward(c, out, lse, factor, key, limit)
     return make(Out, (out, lse))
 
 
@@ -44,7 +46,7 @@ def backward(grads: Out, c: Call, saved: Out, needs: Needs) -> tuple[Tensor | No
         by_row = bias.dim() == 0 or bias.shape[-1] == 1
         dbias = row_bias_gradient(bias, lse, grad_lse) if by_row else torch.empty(bias.shape, dtype=bias.dtype)
     factor, key, limit = NO_DROPOUT if c.dropout_seed is None else _dropout(c.dropout_seed, c.dropout_p)
-    _NATIVE.attention_backward(  # type: ignore[union-attr]
+    _NATIVE.attention_backward(
         c, out, lse, factor, key, limit, grad_out, grad_lse, dq, dk, dv, None if by_row else dbias
     )  # fmt: skip
     return dq, dk, dv, dbias

@@ -18,7 +18,7 @@ from cvmk.ops.attention_distill import Call, Out, maps_alone
 from cvmk.ops.native import library
 from cvmk.ops.native.attention import NO_DROPOUT, rows_contiguous, unavailable, with_contiguous_rows
 
-_NATIVE = library()
+_NATIVE: Any = library()
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -28,10 +28,10 @@ def distill_forward(c: Call) -> Out:
     q, v = student.q, student.v
     batch, heads, rows, _ = q.shape
     teacher_lse = q.new_empty(batch, teacher.q.shape[1], rows, dtype=torch.float32)
-    _NATIVE.attention_forward(teacher, None, teacher_lse, *NO_DROPOUT)  # type: ignore[union-attr]
+    _NATIVE.attention_forward(teacher, None, teacher_lse, *NO_DROPOUT)
     kl, lse = q.new_empty(batch, heads, rows, dtype=torch.float32), q.new_empty(batch, heads, rows, dtype=torch.float32)
     out = None if v is None else q.new_empty(batch, heads, rows, v.shape[3])
-    _NATIVE.attention_forward(student, out, lse, *NO_DROPOUT, (teacher.q, teacher.k, teacher_lse, kl, None, c.teacher_scale))  # type: ignore[union-attr]
+    _NATIVE.attention_forward(student, out, lse, *NO_DROPOUT, (teacher.q, teacher.k, teacher_lse, kl, None, c.teacher_scale))
     return make(Out, (out if out is None or out.dtype == c.q.dtype else out.to(c.q.dtype), kl, lse, teacher_lse))
 
 
@@ -44,7 +44,7 @@ def distill_backward(grads: Out, c: Call, saved: Out, needs: Needs) -> tuple[Ten
     grad_kl = None if grads.kl is None else grads.kl.contiguous()
     grad_lse = None if grads.lse is None else grads.lse.contiguous()
     results = [torch.empty(t.shape, dtype=t.dtype) if t is not None and needed else None for t, needed in zip(student[:3], needs, strict=True)]
-    _NATIVE.attention_backward(  # type: ignore[union-attr]
+    _NATIVE.attention_backward(
         student, out, lse, *NO_DROPOUT, grad_out, grad_lse, *results, None, (teacher.q, teacher.k, teacher_lse, None, grad_kl, c.teacher_scale)
     )
     return tuple(results) if student.q.dtype == c.q.dtype else tuple([None if grad is None else grad.to(c.q.dtype) for grad in results])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
@@ -23,7 +24,7 @@ def pack(weight: QuantizedWeight) -> QuantizedWeight:
     scales, zeros = (None if like is None else like.new_empty(rows // PANEL, groups, PANEL) for like in (weight.scales, weight.zeros))
     assert scales is not None
     plain = (weight.values.contiguous(), weight.scales.contiguous(), None if weight.zeros is None else weight.zeros.contiguous())
-    _NATIVE.pack_int4(*plain, values, scales, zeros, *weight.shape, groups)  # type: ignore[union-attr]
+    _NATIVE.pack_int4(*plain, values, scales, zeros, *weight.shape, groups)
     order = None if weight.order is None else weight.order.contiguous()
     return replace(weight, values=values, scales=scales, zeros=zeros, order=order, layout=LAYOUT.name)
 
@@ -34,13 +35,13 @@ def unpack(weight: QuantizedWeight) -> QuantizedWeight:
     values = weight.values.new_empty(rows, inputs // 2)
     scales, zeros = (None if like is None else like.new_empty(rows, groups) for like in (weight.scales, weight.zeros))
     assert scales is not None
-    _NATIVE.unpack_int4(weight.values, weight.scales, weight.zeros, values, scales, zeros, *weight.shape, groups)  # type: ignore[union-attr]
+    _NATIVE.unpack_int4(weight.values, weight.scales, weight.zeros, values, scales, zeros, *weight.shape, groups)
     return replace(weight, values=values, scales=scales, zeros=zeros, layout=PLAIN)
 
 
 LAYOUT = Layout("native_int4", 4, pack, unpack, pack_reasons)
 LAYOUTS = (LAYOUT,)
-_NATIVE = library()
+_NATIVE: Any = library()
 
 
 def forward(c: Call) -> Tensor:
@@ -49,7 +50,7 @@ def forward(c: Call) -> Tensor:
     bias = c.bias
     if bias is not None:
         bias = vector(bias)
-    _NATIVE.int4_linear(x, out, c.scales, bias, ACTIVATION_NUMBERS[c.activation], c.values, c.zeros, c.order, c.group_size)  # type: ignore[union-attr]
+    _NATIVE.int4_linear(x, out, c.scales, bias, ACTIVATION_NUMBERS[c.activation], c.values, c.zeros, c.order, c.group_size)
     return out
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
@@ -25,20 +26,20 @@ def _sizes(weight: QuantizedWeight) -> tuple[int, int]:
 def pack(weight: QuantizedWeight) -> QuantizedWeight:
     """A canonical weight in the layout "native_int8" (`_linear` describes it)."""
     values, scales = (like.new_empty(size) for like, size in zip((weight.values, weight.scales), _sizes(weight), strict=True))
-    _NATIVE.pack_int8(weight.values.contiguous(), weight.scales.contiguous(), values, scales, *weight.shape)  # type: ignore[union-attr]
+    _NATIVE.pack_int8(weight.values.contiguous(), weight.scales.contiguous(), values, scales, *weight.shape)
     return replace(weight, values=values, scales=scales, layout=LAYOUT.name)
 
 
 def unpack(weight: QuantizedWeight) -> QuantizedWeight:
     """The inverse of `pack`."""
     values, scales = weight.values.new_empty(weight.shape), weight.scales.new_empty(weight.out_features)
-    _NATIVE.unpack_int8(weight.values, weight.scales, values, scales, *weight.shape)  # type: ignore[union-attr]
+    _NATIVE.unpack_int8(weight.values, weight.scales, values, scales, *weight.shape)
     return replace(weight, values=values, scales=scales, layout=PLAIN)
 
 
 LAYOUT = Layout("native_int8", 8, pack, unpack, pack_reasons)
 LAYOUTS = (LAYOUT,)
-_NATIVE = library()
+_NATIVE: Any = library()
 
 
 def forward(c: Call) -> Tensor:
@@ -49,7 +50,7 @@ def forward(c: Call) -> Tensor:
         bias = vector(bias)
     if smooth_scale is not None:
         smooth_scale = vector(smooth_scale)
-    _NATIVE.int8_linear(x, out, c.scales, bias, ACTIVATION_NUMBERS[c.activation], c.values, smooth_scale)  # type: ignore[union-attr]
+    _NATIVE.int8_linear(x, out, c.scales, bias, ACTIVATION_NUMBERS[c.activation], c.values, smooth_scale)
     return out
 
 

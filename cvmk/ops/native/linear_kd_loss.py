@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cvmk.ops import native
 from cvmk.ops._backend import Backend
-from cvmk.ops._call import Needs
+from cvmk.ops._call import Needs, make
 from cvmk.ops._dtypes import not_needed
 from cvmk.ops.kd_loss import kernel_options, matrix, vector
 from cvmk.ops.linear_kd_loss import Call, Out, kept, loss_scale, needed_of
@@ -57,7 +57,7 @@ def _losses(c: Call) -> tuple[tuple[Tensor, ...], Tensor, tuple[Tensor | None, .
 
 def forward(c: Call) -> Out:
     scalars, stats, found = _losses(c)
-    return Out(*scalars, stats, *(not_needed(stats) if x is None else x for x in found))  # type: ignore[call-arg]
+    return make(Out, (*scalars, stats, *[not_needed(stats) if x is None else x for x in found]))
 
 
 def forward_with_gradient(c: Call) -> tuple[Out, Callable[[Tensor], tuple[Tensor | None, ...]]] | None:
@@ -71,7 +71,7 @@ def forward_with_gradient(c: Call) -> tuple[Out, Callable[[Tensor], tuple[Tensor
         scale = g_loss / scalars[3]
         return tuple([None if x is None else x.mul_(scale) for x in found])
 
-    return Out(*scalars, stats, nothing, nothing, nothing), hand_on  # type: ignore[call-arg]
+    return make(Out, (*scalars, stats, nothing, nothing, nothing)), hand_on
 
 
 def _scaled(total: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

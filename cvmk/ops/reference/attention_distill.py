@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cvmk.ops._backend import Backend
-from cvmk.ops._call import Needs
+from cvmk.ops._call import Needs, make
 from cvmk.ops._dtypes import accumulation_dtype, not_needed
 from cvmk.ops.attention_distill import Call, Out, maps_alone
 from cvmk.ops.reference.attention import LN2, LOG2E, Mask, Part, Sums, blocks, dot, exponentials, finite, grad_scores, join, product, product_t
@@ -37,7 +37,7 @@ def distill_forward(c: Call) -> Out:
         found.append((part, results))
     dtypes = [accumulation_dtype(q.dtype)] * 2 + [accumulation_dtype(teacher_q.dtype)] + [q.dtype] * (v is not None)
     kl, lse, teacher_lse, *out = (join([(part, results[i]) for part, results in found]).to(dtype) for i, dtype in enumerate(dtypes))
-    return Out(out[0] if out else None, kl, lse, teacher_lse)  # type: ignore[arg-type]
+    return make(Out, (out[0] if out else None, kl, lse, teacher_lse))
 
 
 def distill_backward(grads: Out, c: Call, saved: Out, needs: Needs) -> tuple[Tensor, Tensor, Tensor]:

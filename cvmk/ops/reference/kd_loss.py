@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cvmk.ops._backend import Backend
-from cvmk.ops._call import Needs
+from cvmk.ops._call import Needs, make
 from cvmk.ops._dtypes import accumulation_dtype, not_needed
 from cvmk.ops.kd_loss import Call, Loss, Losses, Out, ScaleCall, row_dtype
 
@@ -308,7 +308,7 @@ def gradient(grads: Any, c: Call, saved: Out) -> Tensor:
 
 def in_place(c: Call) -> Losses:
     out = forward(c)
-    c.student.copy_(gradient(Out(torch.ones_like(out.loss), None, None, None, None), c, out))  # type: ignore[arg-type]
+    c.student.copy_(gradient(make(Out, (torch.ones_like(out.loss), None, None, None, None)), c, out))
     return Losses(*out[:3])
 
 

@@ -93,8 +93,9 @@ def _chunk_size(valid: Tensor, vocabulary: int, recorded: bool) -> int:
 
 def _sides(c: Call) -> tuple[_Side, _Side | None]:
     student = _Side.of(c.student_hidden, c.student_weight, c.student_bias)
-    there = c.teacher_hidden is not None and c.teacher_weight is not None
-    return student, _Side.of(c.teacher_hidden, c.teacher_weight, c.teacher_bias) if there else None  # type: ignore[arg-type]
+    if c.teacher_hidden is None or c.teacher_weight is None:
+        return student, None
+    return student, _Side.of(c.teacher_hidden, c.teacher_weight, c.teacher_bias)
 
 
 def forward(c: Call) -> Out:
