@@ -16,6 +16,7 @@ using namespace py::literals;
 
 void bind_attention(py::module_& m);
 void bind_distill(py::module_& m);
+void bind_engine(py::module_& m);
 void bind_gemm(py::module_& m);
 void bind_memory(py::module_& m);
 void bind_scan(py::module_& m);
@@ -149,6 +150,7 @@ PYBIND11_MODULE(_native, m) {
   bind_sketch(m);
   bind_attention(m);
   bind_distill(m);
+  bind_engine(m);
   bind_gemm(m);
   bind_memory(m);
   bind_scan(m);

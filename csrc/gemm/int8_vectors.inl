@@ -87,7 +87,7 @@ inline int vector_rows(int64_t rows, const uint8_t* a, int64_t padded, const int
 template <bool kVnni>
 inline void vector_product(const Int8Linear& p, const Item& item, const uint8_t* a, int64_t padded, int64_t rows, int32_t* sums, int64_t stride) {
   const int64_t panels = up(p.linear.outputs, kPanel) / kPanel;
-  const int32_t* starts = reinterpret_cast<const int32_t*>(p.weight + panels * kPanel * padded);
+  const int32_t* starts = p.sums != nullptr ? p.sums : reinterpret_cast<const int32_t*>(p.weight + panels * kPanel * padded);
   int done = 0;
   while (done < item.count) {
     const int left = item.count - done;

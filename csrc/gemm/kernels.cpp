@@ -1,5 +1,6 @@
-// The quantised linears for one instruction-set level.
+// The linear layers for one instruction-set level.
+#include "gemm/float_linear.inl"
 #include "gemm/int4.inl"
 #include "gemm/int8.inl"
 
-CVMK_KERNELS(gemm) = {{int8_scratch, run_int8}, {int4_scratch, run_int4}};
+CVMK_KERNELS(gemm) = {{int8_scratch, run_int8}, {int4_scratch, run_int4}, {float_scratch, run_float}};

@@ -28,6 +28,7 @@ struct Linear {
 struct Int8Linear {
   Linear linear;
   const int8_t* weight;     // [panels][steps][16 quads of inputs][16 outputs][4 inputs], then int32 [panels * 16]: -128 * the row sums
+  const int32_t* sums;       // the latter, where `weight` is a part of a weight that begins at a panel; null: behind the values
   const void* smooth_scale;  // [inputs] or null
   Dtype smooth_dtype;
   bool vnni;  // whether vpdpbusd may be used; kernels_for sets it
@@ -42,9 +43,19 @@ struct Int4Linear {
   int64_t group;
 };
 
+constexpr int64_t kFloatPanel = 64;  // weight rows (outputs) of a panel of float_linear
+
+// x is float32. Weight: [panels][inputs][kFloatPanel outputs], zeros behind the last output; for kSwiglu the gates fill panels of their own.
+struct FloatLinear {
+  Linear linear;  // no scales
+  const void* weight;
+  Dtype weight_dtype;  // kFloat32, kBFloat16 or kFloat16
+};
+
 struct Kernels {
   Kernel<Int8Linear> int8;
   Kernel<Int4Linear> int4;
+  Kernel<FloatLinear> floats;
 };
 const Kernels& kernels(IsaLevel level);
 const Kernels& kernels();

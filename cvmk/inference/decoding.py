@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from cvmk.inference import processors
-from cvmk.inference.options import Hypothesis, SearchOptions, final_score
+from cvmk.inference.options import BROKEN, Hypothesis, SearchOptions, final_score
 from cvmk.inference.processors import History
 from cvmk.inference.scheduler import Entry
 from cvmk.nn import CVMTransformer, DecoderState
@@ -26,8 +26,6 @@ from cvmk.text.tokenizers import Tokenizer
 
 BOS, EOS = Tokenizer.BOS, Tokenizer.EOS
 NEVER = (Tokenizer.PAD, Tokenizer.UNK, Tokenizer.BOS)
-BROKEN = Hypothesis([], float("-inf"))
-"""What is found where the model's numbers are not finite."""
 _LEAVE = 0.25
 """Finished sentences leave the batch when they are at least this share of it; moving the others' states costs too."""
 _PREFIX_SCORES = 1 << 24
@@ -247,7 +245,7 @@ class _Beam(Decoding):
     def _is_done(self, sentence: _Sentence, best: float, length: int) -> bool:
         """`best` is the total of the best hypothesis that lives, `length` the pieces of those that ended just now."""
         options, found = self.options, sentence.found
-        if len(found) >= options.beam_size or length >= sentence.limit or best == float("-inf"):
+        if len(found) >= options.beam_size * options.patience or length >= sentence.limit or best == float("-inf"):
             return True
         if len(found) < options.n_best:
             return False

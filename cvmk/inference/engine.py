@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
 from cvmk.errors import ConfigError
 from cvmk.inference.options import FIRST_PIECE, Hypothesis, SearchOptions
@@ -19,6 +19,7 @@ class Request:
     options  how to search.
     prefix   pieces that every hypothesis begins with. They count as its pieces, in its score too, whatever the options forbid.
     partial  whether to tell after each step what the translation is so far.
+    timeout  seconds from its submission, after which it ends with what it has then; None: no limit.
     """
 
     id: Hashable
@@ -26,6 +27,7 @@ class Request:
     options: SearchOptions = field(default_factory=SearchOptions)
     prefix: Sequence[int] = ()
     partial: bool = False
+    timeout: float | None = None
 
 
 @dataclass(frozen=True)
@@ -38,10 +40,14 @@ class Partial:
 
 @dataclass(frozen=True)
 class Finished:
-    """A request has ended; its hypotheses, the best first. Nothing more comes of it, and its id is free."""
+    """A request has ended; its hypotheses, the best first. Nothing more comes of it, and its id is free.
+
+    reason is "finished", "expired" where its time was over (the hypotheses are what there was by then), or "failed" where there was no memory for it.
+    """
 
     id: Hashable
     hypotheses: list[Hypothesis]
+    reason: Literal["finished", "expired", "failed"] = "finished"
 
 
 Event = Partial | Finished

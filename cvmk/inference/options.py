@@ -34,6 +34,15 @@ class SearchOptions:
     repetition_penalty  logits of pieces that the translation has already are divided by it where they are positive and multiplied where
                      negative, before they become probabilities (Keskar et al. 2019); scores are of these probabilities. 1 = none.
     suppressed       ids of pieces that no translation contains. Scores stay the model's own.
+    patience         a beam search ends when patience * beam_size hypotheses are finished (Kasai et al. 2022).
+    temperature      0: search for the most probable. Above: draw each piece at random, from probabilities sharpened (< 1) or flattened (> 1) by it;
+                     the beam_size hypotheses are draws of their own, and scores are the model's probabilities at temperature 1.
+    top_k, top_p     draw from the top_k most probable pieces (0: all), and of those from the fewest that have top_p of the probability together
+                     (Holtzman et al. 2020).
+    seed             of the draws: the same sentence, options and seed give the same draws.
+    prefix_bias      0: a request's prefix is what its hypotheses begin with. Above: as long as a hypothesis says what the prefix says, its next piece
+                     has (1 - prefix_bias) of its probability, plus prefix_bias for the prefix's next piece (Arivazhagan et al. 2020).
+    alignments       whether to tell how much of the last cross-attention each piece gave to each piece of the source.
     """
 
     beam_size: int = _option(1, 1, MAX_BEAM_SIZE, "hypotheses a sentence; 1 is greedy search")
@@ -45,6 +54,13 @@ class SearchOptions:
     min_length: int = _option(1, 0, None, "pieces that a translation has at least")
     repetition_penalty: float = _option(1.0, 0.001, 1000, "logits of pieces that were said already are divided by X, or multiplied where negative; 1: none")
     suppressed: Sequence[int] = field(default=(), metadata={"help": "ids of pieces that no translation contains"})
+    patience: float = _option(1.0, 0.001, 1000, "a beam search ends when X * beam size hypotheses are finished")
+    temperature: float = _option(0.0, 0, 1000, "0: the most probable; above: draw pieces at random, from probabilities flattened by X")
+    top_k: int = _option(0, 0, None, "draw from the K most probable pieces; 0: all")
+    top_p: float = _option(1.0, 1e-6, 1, "draw from the fewest pieces that have P of the probability together")
+    seed: int = _option(0, 0, 2**63 - 1, "of the draws")
+    prefix_bias: float = _option(0.0, 0, 0.999999, "0: a prefix is kept; above: how much a prefix adds to the probability of its pieces")
+    alignments: bool = field(default=False, metadata={"help": "tell the cross-attention of each piece"})
 
     def __post_init__(self) -> None:
         for option in scalar_options():
@@ -94,10 +110,20 @@ def option_help(name: str) -> str:
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """Pieces without special ids, and the score: sum(log p) / length ** length_penalty with EOS counted."""
+    """Pieces without special ids, and the score: sum(log p) / length ** length_penalty with EOS counted.
+
+    scores     log p of each piece and, where the hypothesis ended, of EOS.
+    alignment  where asked for, a row a piece: the weights of the last cross-attention, their mean over the heads, for each piece of the source and EOS.
+    """
 
     tokens: list[int] = field(default_factory=list)
     score: float = 0.0
+    scores: Sequence[float] = field(default=(), compare=False)
+    alignment: Sequence[Sequence[float]] = field(default=(), compare=False)
+
+
+BROKEN = Hypothesis([], float("-inf"))
+"""What is found where the model's numbers are not finite."""
 
 
 def final_score(total: float, pieces: int, length_penalty: float) -> float:

@@ -1,0 +1,158 @@
+// Binds the engine: a model made of named arrays, requests in, events out. Python decides nothing here; cvmk/inference/native_engine.py does.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "engine/engine.h"
+
+namespace py = pybind11;
+using namespace py::literals;
+
+namespace {
+
+using namespace cvmk;
+using namespace cvmk::engine;
+
+Dtype dtype_named(const std::string& name) {
+  for (const Dtype dtype : {kFloat32, kBFloat16, kFloat16, kFloat64})
+    if (name == name_of(dtype)) return dtype;
+  throw BadModel("a weight is stored in " + name + ", which is no floating type");
+}
+
+template <typename T>
+T pick(const std::string& name, const char* key, const std::vector<std::pair<const char*, T>>& known) {
+  for (const auto& one : known)
+    if (name == one.first) return one.second;
+  throw BadModel(std::string(key) + " is " + name + ", which the native engine does not have");
+}
+
+Config read_config(const py::dict& from) {
+  const auto whole = [&](const char* key) { return from[key].cast<std::int64_t>(); };
+  Config c{};
+  c.d_model = whole("d_model");
+  c.ffn = whole("ffn");
+  c.heads = whole("heads");
+  c.kv_heads = whole("kv_heads");
+  c.encoder_layers = whole("encoder_layers");
+  c.decoder_layers = whole("decoder_layers");
+  c.max_length = whole("max_length");
+  c.vocabulary = whole("vocab_size");
+  c.rms = from["norm"].cast<std::string>() == "rmsnorm";
+  c.bias = from["bias"].cast<bool>();
+  c.tied = from["tie_embeddings"].cast<bool>();
+  c.causal_encoder = from["encoder_direction"].cast<std::string>() == "causal";
+  c.norm_epsilon = from["norm_eps"].cast<float>();
+  c.rotary_base = from["rotary_base"].cast<double>();
+  c.positions = pick<Positions>(from["positions"].cast<std::string>(), "positions",
+                                {{"sinusoidal", Positions::kSinusoidal}, {"rotary", Positions::kRotary}, {"none", Positions::kNone}});
+  c.activation = pick<gemm::Activation>(from["activation"].cast<std::string>(), "activation",
+                                        {{"relu", gemm::kRelu}, {"gelu", gemm::kGelu}, {"silu", gemm::kSilu}, {"swiglu", gemm::kSwiglu}});
+  return c;
+}
+
+// The arrays stay alive with the engine.
+struct PythonEngine {
+  py::dict weights;
+  std::unique_ptr<Engine> engine;
+};
+
+PythonEngine make(const py::dict& config, const py::dict& weights, const std::string& compute, int threads, std::int64_t budget) {
+  RawTensors tensors;
+  for (const auto& [name, value] : weights) {
+    const auto pair = value.cast<std::pair<std::string, py::array>>();
+    const py::array& array = pair.second;
+    if (!(array.flags() & py::array::c_style)) throw BadModel("the weight " + name.cast<std::string>() + " is not contiguous");
+    RawTensor tensor{array.data(), dtype_named(pair.first), {}};
+    if (array.itemsize() != size_of(tensor.dtype)) throw BadModel("the weight " + name.cast<std::string>() + " is not an array of " + pair.first);
+    for (py::ssize_t i = 0; i < array.ndim(); ++i) tensor.shape.push_back(array.shape(i));
+    tensors.emplace(name.cast<std::string>(), std::move(tensor));
+  }
+  const Config read = read_config(config);
+  const Compute type = pick<Compute>(compute, "compute_type", {{"float32", Compute::kFloat32}, {"bfloat16", Compute::kBFloat16}, {"int8", Compute::kInt8}, {"int4", Compute::kInt4}});
+  PythonEngine made{weights, nullptr};
+  {
+    const py::gil_scoped_release release;
+    made.engine = std::make_unique<Engine>(read, tensors, type, threads, Budget{budget, 512});
+  }
+  return made;
+}
+
+Request read_request(const py::tuple& from) {
+  Request r;
+  r.source = from[0].cast<std::vector<std::int32_t>>();
+  r.prefix = from[1].cast<std::vector<std::int32_t>>();
+  r.limit = from[2].cast<std::int64_t>();
+  const py::dict options = from[3].cast<py::dict>();
+  Options& o = r.options;
+  o.beam_size = options["beam_size"].cast<std::int64_t>();
+  o.n_best = options["n_best"].cast<std::int64_t>();
+  o.no_repeat_ngram = options["no_repeat_ngram"].cast<std::int64_t>();
+  o.min_length = options["min_length"].cast<std::int64_t>();
+  o.length_penalty = options["length_penalty"].cast<double>();
+  o.repetition_penalty = options["repetition_penalty"].cast<float>();
+  o.patience = options["patience"].cast<double>();
+  o.temperature = options["temperature"].cast<double>();
+  o.top_k = options["top_k"].cast<std::int64_t>();
+  o.top_p = options["top_p"].cast<double>();
+  o.seed = options["seed"].cast<std::uint64_t>();
+  o.prefix_bias = options["prefix_bias"].cast<double>();
+  o.suppressed = options["suppressed"].cast<std::vector<std::int32_t>>();
+  o.alignments = options["alignments"].cast<bool>();
+  return r;
+}
+
+py::list to_python(const std::vector<Hypothesis>& hypotheses) {
+  py::list found;
+  for (const Hypothesis& h : hypotheses) found.append(py::make_tuple(h.pieces, h.score, h.scores, h.alignment));
+  return found;
+}
+
+py::list to_python(const std::vector<Event>& events) {
+  py::list found;
+  for (const Event& e : events) found.append(py::make_tuple(e.id, static_cast<int>(e.kind), to_python(e.hypotheses)));
+  return found;
+}
+
+}  // namespace
+
+void bind_engine(py::module_& m) {
+  py::register_exception<BadModel>(m, "BadModel", PyExc_ValueError);
+  py::class_<PythonEngine>(m, "Engine", "An encoder-decoder that translates piece ids; see cvmk/inference/native_engine.py")
+      .def(py::init(&make), "config"_a, "weights"_a, "compute_type"_a, "threads"_a, "budget"_a)
+      .def("submit",
+           [](PythonEngine& e, std::int64_t id, const py::tuple& request, bool partial, double timeout) {
+             e.engine->submit(id, read_request(request), partial, timeout);
+           })
+      .def("cancel", [](PythonEngine& e, std::int64_t id) { return e.engine->cancel(id); }, py::call_guard<py::gil_scoped_release>())
+      .def("step",
+           [](PythonEngine& e) {
+             std::vector<Event> events;
+             {
+               const py::gil_scoped_release release;
+               events = e.engine->step();
+             }
+             return to_python(events);
+           })
+      .def("search",
+           [](PythonEngine& e, const py::list& requests) {
+             std::vector<Request> read;
+             for (const py::handle one : requests) read.push_back(read_request(one.cast<py::tuple>()));
+             std::vector<std::vector<Hypothesis>> found;
+             {
+               const py::gil_scoped_release release;
+               found = e.engine->search(std::move(read));
+             }
+             py::list all;
+             for (const auto& one : found) all.append(to_python(one));
+             return all;
+           })
+      .def_property_readonly("threads", [](const PythonEngine& e) { return e.engine->threads(); })
+      .def_property_readonly("weight_bytes", [](const PythonEngine& e) { return e.engine->model().weight_bytes(); })
+      .def("held_bytes", [](PythonEngine& e) { return e.engine->held_bytes(); })
+      .def("request_bytes", [](const PythonEngine& e, const py::tuple& request) { return Sequence::bytes(e.engine->model(), read_request(request)); });
+}

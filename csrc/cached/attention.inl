@@ -1,0 +1,107 @@
+// Scores and sums are float32 products on vector registers; a row's arithmetic is the same however many rows share its keys.
+#pragma once
+#include "cached/params.h"
+#include "common/float_product.inl"
+
+namespace cvmk::cached {
+namespace {
+
+using simd::F;
+using simd::kLanes;
+
+constexpr int64_t kRows = 24;     // of a block
+constexpr int64_t kGrain = 1 << 15;  // multiplications below which the calling thread does the work
+
+CVMK_INLINE int64_t score_width(int64_t longest) { return up(longest, kColumns); }
+
+CVMK_INLINE int64_t thread_bytes(const Attention& p) { return up(kRows * (score_width(p.longest) + up(p.d, kColumns)) * 4, 64); }
+
+// Scores to weights that sum to the result, whose inverse is returned; zeros up to a whole vector.
+inline float weigh_row(float* s, int64_t length, float scale) {
+  F high = simd::set(-__builtin_inff());
+  int64_t i = 0;
+  for (; i + kLanes <= length; i += kLanes) {
+    const F v = simd::load(s + i);
+    high = v > high ? v : high;
+  }
+  float maximum = simd::max_lane(high);
+  for (; i < length; ++i) maximum = s[i] > maximum ? s[i] : maximum;
+  F sum{};
+  for (i = 0; i < length; i += kLanes) {
+    F v = simd::exp((simd::load(s + i) - maximum) * scale);
+    if (length - i < kLanes) {
+      float lanes[kLanes];
+      simd::store(lanes, v);
+      for (int64_t j = length - i; j < kLanes; ++j) lanes[j] = 0.0f;
+      v = simd::load(lanes);
+    }
+    sum += v;
+    simd::store(s + i, v);
+  }
+  return 1.0f / simd::sum(sum);
+}
+
+inline void attend_block(const Attention& p, const Item& item, int64_t head, int64_t first, int64_t rows, float* scores, float* sums) {
+  const int64_t kv = head / (p.heads / p.kv_heads), width = up(p.d, kColumns), length = item.length, lds = score_width(length);
+  const product::Left q{item.q + first * item.q_stride + head * p.d, item.q_stride, 1, p.d, 0};
+  const product::Right keys{item.cache.keys + kv * p.d * item.cache.capacity, product::kPanel, item.cache.capacity};
+  product::multiply(rows, up(length, kLanes), p.d, q, keys, scores, lds, false);
+  float inverse[kRows];
+  for (int64_t r = 0; r < rows; ++r) inverse[r] = weigh_row(scores + r * lds, length, p.scale);
+  if (item.map != nullptr)
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t i = 0; i < length; ++i) item.map[(first + r) * length + i] += scores[r * lds + i] * inverse[r] / static_cast<float>(p.heads);
+  const product::Left weights{scores, lds, 1, length, 0};
+  const product::Right values{item.cache.values + kv * width * item.cache.capacity, product::kPanel, width};
+  product::multiply(rows, width, length, weights, values, sums, width, false);
+  for (int64_t r = 0; r < rows; ++r) {
+    float* out = item.out + (first + r) * item.out_stride + head * p.d;
+    for (int64_t i = 0; i < p.d; i += kLanes) {
+      const int left = static_cast<int>(least(kLanes, p.d - i));
+      simd::store_n(out + i, simd::load(sums + r * width + i) * inverse[r], left);
+    }
+  }
+}
+
+inline void attend_item(const Attention& p, const Item& item, float* scores, float* sums) {
+  if (item.length == 0) {
+    for (int64_t r = 0; r < item.rows; ++r) memset(item.out + r * item.out_stride, 0, static_cast<size_t>(p.heads * p.d) * sizeof(float));
+    return;
+  }
+  if (item.map != nullptr) memset(item.map, 0, static_cast<size_t>(item.rows * item.length) * sizeof(float));
+  for (int64_t first = 0; first < item.rows; first += kRows)
+    for (int64_t head = 0; head < p.heads; ++head) attend_block(p, item, head, first, least(kRows, item.rows - first), scores, sums);
+}
+
+int64_t attention_scratch(const Attention& p, const Team& team) { return thread_bytes(p) * team.size; }
+
+void run_attention(const Attention& p, char* scratch, const Team& team) {
+  const auto one = [&](int64_t index, int thread) {
+    float* scores = reinterpret_cast<float*>(scratch + thread * thread_bytes(p));
+    attend_item(p, p.items[index], scores, scores + kRows * score_width(p.longest));
+  };
+  if (p.count * p.longest * p.heads * p.d < kGrain) {
+    for (int64_t i = 0; i < p.count; ++i) one(i, 0);
+    return;
+  }
+  team.each(p.count, one);
+}
+
+int64_t append_scratch(const Append&, const Team&) { return 0; }
+
+void run_append(const Append& p, char*, const Team&) {
+  const int64_t width = up(p.d, kColumns);
+  for (int64_t h = 0; h < p.kv_heads; ++h) {
+    float* keys = p.cache.keys + h * p.d * p.cache.capacity + p.first;
+    for (int64_t r = 0; r < p.rows; ++r) {
+      const float* from = p.keys + r * p.stride + h * p.d;
+      for (int64_t i = 0; i < p.d; ++i) keys[i * p.cache.capacity + r] = from[i];
+      float* to = p.cache.values + (h * p.cache.capacity + p.first + r) * width;
+      memcpy(to, p.values + r * p.stride + h * p.d, static_cast<size_t>(p.d) * sizeof(float));
+      for (int64_t i = p.d; i < width; ++i) to[i] = 0.0f;
+    }
+  }
+}
+
+}  // namespace
+}  // namespace cvmk::cached

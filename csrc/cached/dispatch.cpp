@@ -1,0 +1,4 @@
+#include "cached/params.h"
+#include "common/levels.h"
+
+CVMK_LEVELS(cached)

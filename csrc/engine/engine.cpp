@@ -1,0 +1,58 @@
+#include "engine/engine.h"
+
+#include <new>
+
+namespace cvmk::engine {
+namespace {
+
+constexpr std::int64_t kTeamBytes = 4 << 20;  // weights beyond a core's own cache: two threads read them faster than one, even for one row
+
+}  // namespace
+
+Engine::Engine(const Config& config, const RawTensors& tensors, Compute compute, int threads, Budget budget)
+    : model_(config, tensors, compute), budget_(budget), pool_(threads), submitted_(model_, threads, budget) {}
+
+void Engine::submit(std::int64_t id, Request request, bool partial, double timeout) {
+  submitted_.submit(id, std::move(request), partial, timeout > 0.0 ? Scheduler::now() + timeout : 0.0);
+}
+
+void Engine::run(Scheduler& scheduler, bool to_the_end) {
+  // The pool serves one call at a time; another caller works alone meanwhile.
+  const std::unique_lock<std::mutex> lock(pool_mutex_, std::try_to_lock);
+  const int shards = scheduler.wanted_shards();
+  const auto steps = [&](int shard, const Team& team) {
+    while (scheduler.step(shard, team) && to_the_end) {
+    }
+  };
+  if (!lock.owns_lock() || shards <= 1) {
+    const bool helped = lock.owns_lock() && pool_.size() > 1 && model_.weight_bytes() >= kTeamBytes;
+    for (int shard = 0; shard < shards; ++shard) steps(shard, helped ? pool_.team() : Team{});
+    return;
+  }
+  pool_.run(shards, [&](int shard, int) { steps(shard, Team{}); });
+}
+
+std::vector<Event> Engine::step() {
+  const std::unique_lock<std::mutex> lock(step_mutex_, std::try_to_lock);
+  if (!lock.owns_lock()) throw std::runtime_error("another thread is in step(): let one thread at a time step an engine");
+  run(submitted_, false);
+  return submitted_.take_events();
+}
+
+std::vector<std::vector<Hypothesis>> Engine::search(std::vector<Request> requests) {
+  Scheduler scheduler(model_, pool_.size(), budget_);
+  std::vector<std::vector<Hypothesis>> found(requests.size());
+  for (std::size_t i = 0; i < requests.size(); ++i) scheduler.submit(static_cast<std::int64_t>(i), std::move(requests[i]), false, 0.0);
+  std::size_t ended = 0;
+  while (ended < found.size()) {
+    run(scheduler, true);
+    for (Event& event : scheduler.take_events()) {
+      if (event.kind == Event::kFailed) throw std::bad_alloc();
+      found[static_cast<std::size_t>(event.id)] = std::move(event.hypotheses);
+      ++ended;
+    }
+  }
+  return found;
+}
+
+}  // namespace cvmk::engine

@@ -1,0 +1,38 @@
+// A model, its threads, and the requests that it works on.
+#pragma once
+
+#include <mutex>
+
+#include "engine/scheduler.h"
+
+namespace cvmk::engine {
+
+class Engine {
+ public:
+  // threads: at least 1, the caller's among them.
+  Engine(const Config& config, const RawTensors& tensors, Compute compute, int threads, Budget budget);
+
+  const Model& model() const { return model_; }
+  int threads() const { return pool_.size(); }
+  std::int64_t held_bytes() { return submitted_.held_bytes(); }
+
+  // `timeout` in seconds, 0 for none.
+  void submit(std::int64_t id, Request request, bool partial, double timeout);
+  bool cancel(std::int64_t id) { return submitted_.cancel(id); }
+  // Brings what was submitted one piece further. Throws std::runtime_error where another thread is in it.
+  std::vector<Event> step();
+  // The hypotheses of each request, whatever else was submitted. Throws std::bad_alloc.
+  std::vector<std::vector<Hypothesis>> search(std::vector<Request> requests);
+
+ private:
+  // One step of every shard that has work, or steps until there is none.
+  void run(Scheduler& scheduler, bool to_the_end);
+
+  Model model_;
+  const Budget budget_;
+  Pool pool_;
+  std::mutex pool_mutex_, step_mutex_;
+  Scheduler submitted_;
+};
+
+}  // namespace cvmk::engine

@@ -1,0 +1,337 @@
+#include "engine/model.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "common/scratch.h"
+#include "norm/params.h"
+
+namespace cvmk::engine {
+namespace {
+
+constexpr std::int32_t kLastNever = 2;  // padding, unknown, beginning: never said (cvmk/text/tokenizers/base.py)
+constexpr std::int64_t kLogits = 1 << 15;  // numbers of a piece of logits: what a first-level cache and a half hold
+
+const RawTensor& find(const RawTensors& tensors, const std::string& name, const std::vector<std::int64_t>& shape) {
+  const auto found = tensors.find(name);
+  if (found == tensors.end()) throw BadModel("the weight " + name + " is missing");
+  const auto text = [](const std::vector<std::int64_t>& sizes) {
+    std::string s = "[";
+    for (std::size_t i = 0; i < sizes.size(); ++i) s += (i == 0 ? "" : ", ") + std::to_string(sizes[i]);
+    return s + "]";
+  };
+  if (found->second.shape != shape) throw BadModel("the weight " + name + " has the shape " + text(found->second.shape) + " and the model needs " + text(shape));
+  return found->second;
+}
+
+}  // namespace
+
+char* Workspace::get(std::int64_t bytes) {
+  if (static_cast<std::size_t>(bytes) > block_.bytes) {
+    give_block(block_);
+    block_ = Block{};
+    block_ = take_block(static_cast<std::size_t>(bytes + bytes / 4));
+  }
+  return static_cast<char*>(block_.data);
+}
+
+// -- weights ------------------------------------------------------------------------------------------------------------------------
+Model::Model(const Config& config, const RawTensors& tensors, Compute compute) : config_(config) {
+  const std::int64_t d = config.d_model;
+  source_table_ = find(tensors, "embeddings.source", {config.vocabulary, d});
+  target_table_ = config.tied ? source_table_ : find(tensors, "embeddings.target", {config.vocabulary, d});
+  output_ = Linear(config.tied ? source_table_ : find(tensors, "embeddings.output", {config.vocabulary, d}), nullptr, compute, gemm::kNone);
+  weight_bytes_ += output_.bytes();
+  for (std::int64_t i = 0; i < config.encoder_layers; ++i) encoder_.push_back(block(tensors, "encoder.blocks." + std::to_string(i), false, compute));
+  for (std::int64_t i = 0; i < config.decoder_layers; ++i) decoder_.push_back(block(tensors, "decoder.blocks." + std::to_string(i), true, compute));
+  const auto norm = [&](const std::string& name) {
+    Norm found{read_vector(find(tensors, name + ".weight", {d})), {}};
+    if (!config.rms) found.bias = read_vector(find(tensors, name + ".bias", {d}));
+    return found;
+  };
+  encoder_norm_ = norm("encoder.norm");
+  decoder_norm_ = norm("decoder.norm");
+  const std::int64_t width = config.positions == Positions::kRotary ? head_size() / 2 : d, length = config.max_length;
+  if (config.positions == Positions::kSinusoidal) {
+    table_.resize(static_cast<std::size_t>(length * d));
+    for (std::int64_t p = 0; p < length; ++p)
+      for (std::int64_t i = 0; i < d; ++i) {
+        const double angle = static_cast<double>(p) * std::exp(static_cast<double>(i / 2 * 2) * (-std::log(10000.0) / static_cast<double>(d)));
+        table_[static_cast<std::size_t>(p * d + i)] = static_cast<float>(i % 2 == 0 ? std::sin(angle) : std::cos(angle));
+      }
+  } else if (config.positions == Positions::kRotary) {
+    table_.resize(static_cast<std::size_t>(2 * length * width));
+    for (std::int64_t p = 0; p < length; ++p)
+      for (std::int64_t i = 0; i < width; ++i) {
+        const double frequency = std::exp(static_cast<double>(2 * i) * (-std::log(config.rotary_base) / static_cast<double>(head_size())));
+        table_[static_cast<std::size_t>(p * width + i)] = static_cast<float>(std::cos(static_cast<double>(p) * frequency));
+        table_[static_cast<std::size_t>((length + p) * width + i)] = static_cast<float>(std::sin(static_cast<double>(p) * frequency));
+      }
+  }
+}
+
+Linear Model::linear(const RawTensors& tensors, const std::string& name, std::int64_t outputs, std::int64_t inputs, Compute compute, gemm::Activation activation) {
+  const RawTensor* bias = config_.bias ? &find(tensors, name + ".bias", {outputs}) : nullptr;
+  const Linear found(find(tensors, name + ".weight", {outputs, inputs}), bias, compute, activation);
+  weight_bytes_ += found.bytes();
+  return found;
+}
+
+Model::Block Model::block(const RawTensors& tensors, const std::string& name, bool decoder, Compute compute) {
+  const std::int64_t d = config_.d_model, kv = config_.kv_heads * head_size();
+  const auto norm = [&](const std::string& part) {
+    Norm found{read_vector(find(tensors, name + part + ".weight", {d})), {}};
+    if (!config_.rms) found.bias = read_vector(find(tensors, name + part + ".bias", {d}));
+    return found;
+  };
+  const auto layer = [&](const std::string& part, std::int64_t outputs, std::int64_t inputs, gemm::Activation activation = gemm::kNone) {
+    return linear(tensors, name + part, outputs, inputs, compute, activation);
+  };
+  Block b;
+  b.mixer_norm = norm(".mixer_norm");
+  b.ffn_norm = norm(".ffn_norm");
+  b.qkv = layer(".mixer.qkv", d + 2 * kv, d);
+  b.out = layer(".mixer.out", d, d);
+  if (decoder) {
+    b.cross_norm = norm(".cross_norm");
+    b.cross_query = layer(".cross.query", d, d);
+    b.cross_key_value = layer(".cross.key_value", 2 * kv, d);
+    b.cross_out = layer(".cross.out", d, d);
+  }
+  b.inner = layer(".ffn.inner", config_.activation == gemm::kSwiglu ? 2 * config_.ffn : config_.ffn, d, config_.activation);
+  b.outer = layer(".ffn.outer", d, config_.ffn);
+  return b;
+}
+
+// -- caches -------------------------------------------------------------------------------------------------------------------------
+// Not a multiple of many cache lines: rows of turned keys would fall on each other in the first cache.
+std::int64_t Model::capacity_of(std::int64_t length) {
+  const std::int64_t capacity = up(std::max<std::int64_t>(length, 1), cached::kColumns);
+  return capacity % 128 == 0 ? capacity + cached::kColumns : capacity;
+}
+
+std::int64_t Model::cache_size(std::int64_t capacity) const {
+  return config_.decoder_layers * (cached::keys_size(config_.kv_heads, head_size(), capacity) + cached::values_size(config_.kv_heads, head_size(), capacity));
+}
+
+Caches Model::caches(float* memory, std::int64_t capacity) const {
+  Caches found;
+  for (std::int64_t i = 0; i < config_.decoder_layers; ++i) {
+    float* values = memory + cached::keys_size(config_.kv_heads, head_size(), capacity);
+    found.layers.push_back({memory, values, capacity});
+    memory = values + cached::values_size(config_.kv_heads, head_size(), capacity);
+  }
+  return found;
+}
+
+// -- parts of a layer ---------------------------------------------------------------------------------------------------------------
+void Model::embed(const RawTensor& table, std::int32_t id, std::int64_t position, float* x) const {
+  const std::int64_t d = config_.d_model;
+  const float scale = static_cast<float>(std::sqrt(static_cast<double>(d)));
+  read_row(table, id, x);
+  const float* added = config_.positions == Positions::kSinusoidal ? table_.data() + position * d : nullptr;
+  for (std::int64_t i = 0; i < d; ++i) x[i] = x[i] * scale + (added == nullptr ? 0.0f : added[i]);
+}
+
+void Model::residual(float* x, const float* branch, const Norm& norm, std::int64_t rows, float* out, const Team& team) const {
+  const norm::Residual p{x, branch, out, norm.weight.data(), norm.bias.empty() ? nullptr : norm.bias.data(), rows, config_.d_model, config_.norm_epsilon, config_.rms};
+  norm::kernels().residual.run(p, nullptr, team);
+}
+
+// Heads side by side: the pairs (x_i, x_{i + D/2}) of each turned by the angle of their position (Su et al. 2021).
+void Model::rotate(float* x, std::int64_t heads, std::int64_t position) const {
+  const std::int64_t half = head_size() / 2;
+  const float *cosines = table_.data() + position * half, *sines = cosines + config_.max_length * half;
+  for (std::int64_t h = 0; h < heads; ++h, x += 2 * half)
+    for (std::int64_t i = 0; i < half; ++i) {
+      const float a = x[i], b = x[half + i];
+      x[i] = a * cosines[i] - b * sines[i];
+      x[half + i] = b * cosines[i] + a * sines[i];
+    }
+}
+
+void Model::attend(const std::vector<cached::Item>& items, std::int64_t longest, const Team& team) const {
+  const cached::Attention p{items.data(), static_cast<std::int64_t>(items.size()), config_.heads, config_.kv_heads, head_size(), longest,
+                            static_cast<float>(1.0 / std::sqrt(static_cast<double>(head_size())))};
+  cvmk::run(cached::kernels().attention, p, team);
+}
+
+// What a stack of layers works in: rows of the residual stream, its norm, a branch, and the widest thing between.
+struct Model::Buffers {
+  std::int64_t rows;
+  float *x, *normed, *branch, *wide;
+
+  Buffers(Arena& arena, const Config& c, std::int64_t count) : rows(count) {
+    const std::int64_t qkv = c.d_model + 2 * c.kv_heads * (c.d_model / c.heads);
+    x = arena.take<float>(rows * c.d_model);
+    normed = arena.take<float>(rows * c.d_model);
+    branch = arena.take<float>(rows * c.d_model);
+    wide = arena.take<float>(rows * std::max(std::max(qkv, 2 * qkv - 2 * c.d_model), c.ffn));
+  }
+};
+
+void Model::feed_forward(const Block& block, Buffers& b, const Norm& following, const Team& team) const {
+  block.inner(b.normed, b.rows, b.wide, team);
+  block.outer(b.wide, b.rows, b.branch, team);
+  residual(b.x, b.branch, following, b.rows, b.normed, team);
+}
+
+// -- encoder ------------------------------------------------------------------------------------------------------------------------
+void Model::encode(const std::vector<Source>& sources, Workspace& workspace, const Team& team) const {
+  const std::int64_t d = config_.d_model, kv = config_.kv_heads * head_size(), width = d + 2 * kv;
+  std::int64_t rows = 0, longest = 0, keys = 0;
+  for (const Source& s : sources) {
+    rows += s.length;
+    longest = std::max(longest, s.length);
+    keys += cached::keys_size(config_.kv_heads, head_size(), capacity_of(s.length)) + cached::values_size(config_.kv_heads, head_size(), capacity_of(s.length));
+  }
+  if (rows == 0) return;
+  Arena count;
+  Buffers(count, config_, rows);
+  count.take<float>(keys);
+  Arena arena{workspace.get(count.used)};
+  Buffers b(arena, config_, rows);
+  float* memory = arena.take<float>(keys);
+  std::vector<cached::Cache> own;
+  for (const Source& s : sources) {
+    const std::int64_t capacity = capacity_of(s.length);
+    float* values = memory + cached::keys_size(config_.kv_heads, head_size(), capacity);
+    own.push_back({memory, values, capacity});
+    memory = values + cached::values_size(config_.kv_heads, head_size(), capacity);
+  }
+  float* x = b.x;
+  for (const Source& s : sources)
+    for (std::int64_t i = 0; i < s.length; ++i, x += d) embed(source_table_, s.ids[i], i, x);
+  residual(b.x, nullptr, encoder_.empty() ? encoder_norm_ : encoder_[0].mixer_norm, rows, b.normed, team);
+  std::vector<cached::Item> items;
+  for (std::size_t layer = 0; layer < encoder_.size(); ++layer) {
+    const Block& block = encoder_[layer];
+    block.qkv(b.normed, rows, b.wide, team);
+    items.clear();
+    std::int64_t first = 0;
+    for (std::size_t i = 0; i < sources.size(); ++i) {
+      const std::int64_t length = sources[i].length;
+      float* qkv = b.wide + first * width;
+      for (std::int64_t t = 0; config_.positions == Positions::kRotary && t < length; ++t) rotate(qkv + t * width, config_.heads + config_.kv_heads, t);
+      cached::kernels().append.run({qkv + d, qkv + d + kv, width, length, 0, config_.kv_heads, head_size(), own[i]}, nullptr, team);
+      if (config_.causal_encoder)
+        for (std::int64_t t = 0; t < length; ++t) items.push_back({qkv + t * width, b.normed + (first + t) * d, 1, width, d, own[i], t + 1, nullptr});
+      else
+        items.push_back({qkv, b.normed + first * d, length, width, d, own[i], length, nullptr});
+      first += length;
+    }
+    attend(items, longest, team);
+    block.out(b.normed, rows, b.branch, team);
+    residual(b.x, b.branch, block.ffn_norm, rows, b.normed, team);
+    feed_forward(block, b, layer + 1 < encoder_.size() ? encoder_[layer + 1].mixer_norm : encoder_norm_, team);
+  }
+  for (std::size_t layer = 0; layer < decoder_.size(); ++layer) {
+    decoder_[layer].cross_key_value(b.normed, rows, b.wide, team);
+    std::int64_t first = 0;
+    for (const Source& s : sources) {
+      const float* from = b.wide + first * 2 * kv;
+      cached::kernels().append.run({from, from + kv, 2 * kv, s.length, 0, config_.kv_heads, head_size(), s.caches->layers[layer]}, nullptr, team);
+      first += s.length;
+    }
+  }
+}
+
+// -- decoder ------------------------------------------------------------------------------------------------------------------------
+void Model::step(const std::vector<StepRow>& rows, std::vector<StepResult>& results, Workspace& workspace, const Team& team) const {
+  const std::int64_t d = config_.d_model, kv = config_.kv_heads * head_size(), width = d + 2 * kv, count = static_cast<std::int64_t>(rows.size());
+  results.resize(rows.size());
+  if (count == 0) return;
+  const std::int64_t columns = std::min(up(config_.vocabulary, Linear::kRange), std::max<std::int64_t>(8 * Linear::kRange, kLogits / count / Linear::kRange * Linear::kRange));
+  Arena needed;
+  Buffers(needed, config_, count);
+  needed.take<float>(count * columns);
+  Arena arena{workspace.get(needed.used)};
+  Buffers b(arena, config_, count);
+  float* logits = arena.take<float>(count * columns);
+  std::int64_t longest = 0, longest_source = 0;
+  for (std::int64_t r = 0; r < count; ++r) {
+    const StepRow& row = rows[static_cast<std::size_t>(r)];
+    embed(target_table_, row.token, row.position, b.x + r * d);
+    longest = std::max(longest, row.position + 1);
+    longest_source = std::max(longest_source, row.source_length);
+  }
+  residual(b.x, nullptr, decoder_.empty() ? decoder_norm_ : decoder_[0].mixer_norm, count, b.normed, team);
+  std::vector<cached::Item> items;
+  items.reserve(rows.size());
+  for (std::size_t layer = 0; layer < decoder_.size(); ++layer) {
+    const Block& block = decoder_[layer];
+    const bool last = layer + 1 == decoder_.size();
+    block.qkv(b.normed, count, b.wide, team);
+    items.clear();
+    for (std::int64_t r = 0; r < count; ++r) {
+      const StepRow& row = rows[static_cast<std::size_t>(r)];
+      float* qkv = b.wide + r * width;
+      if (config_.positions == Positions::kRotary) rotate(qkv, config_.heads + config_.kv_heads, row.position);
+      const cached::Cache& cache = row.own->layers[layer];
+      cached::kernels().append.run({qkv + d, qkv + d + kv, width, 1, row.position, config_.kv_heads, head_size(), cache}, nullptr, team);
+      items.push_back({qkv, b.normed + r * d, 1, width, d, cache, row.position + 1, nullptr});
+    }
+    attend(items, longest, team);
+    block.out(b.normed, count, b.branch, team);
+    residual(b.x, b.branch, block.cross_norm, count, b.normed, team);
+    block.cross_query(b.normed, count, b.wide, team);
+    items.clear();
+    for (std::int64_t r = 0; r < count; ++r) {
+      const StepRow& row = rows[static_cast<std::size_t>(r)];
+      // Neighbours of one sentence read its keys together.
+      if (!items.empty() && row.map == nullptr && items.back().map == nullptr && items.back().cache.keys == row.source->layers[layer].keys) ++items.back().rows;
+      else items.push_back({b.wide + r * d, b.normed + r * d, 1, d, d, row.source->layers[layer], row.source_length, last ? row.map : nullptr});
+    }
+    attend(items, longest_source, team);
+    block.cross_out(b.normed, count, b.branch, team);
+    residual(b.x, b.branch, block.ffn_norm, count, b.normed, team);
+    feed_forward(block, b, last ? decoder_norm_ : decoder_[layer + 1].mixer_norm, team);
+  }
+  project(rows, b.normed, results, logits, columns, team);
+}
+
+// Logits, `width` columns at a time, into what is asked of each row.
+void Model::project(const std::vector<StepRow>& rows, const float* features, std::vector<StepResult>& results, float* logits, std::int64_t width, const Team& team) const {
+  const std::int64_t count = static_cast<std::int64_t>(rows.size());
+  std::vector<vocabulary::Row> states(rows.size());
+  std::vector<std::int64_t> said(rows.size(), 0), offsets(rows.size() + 1, 0);
+  std::vector<std::int32_t> forbidden;
+  std::int64_t k = 1;
+  for (std::size_t r = 0; r < rows.size(); ++r) {
+    k = std::max(k, rows[r].k);
+    forbidden.insert(forbidden.end(), rows[r].forbidden, rows[r].forbidden + rows[r].forbidden_count);
+    offsets[r + 1] = static_cast<std::int64_t>(forbidden.size());
+  }
+  for (std::size_t r = 0; r < rows.size(); ++r) {
+    results[r].wanted = 0.0f;
+    results[r].values.resize(static_cast<std::size_t>(k));
+    results[r].ids.resize(static_cast<std::size_t>(k));
+    states[r] = {-__builtin_inff(), 0.0, 0, results[r].values.data(), results[r].ids.data()};
+  }
+  for (std::int64_t first = 0; first < config_.vocabulary; first += width) {
+    const std::int64_t n = std::min(width, config_.vocabulary - first);
+    output_.range(features, count, first, n, logits, team);
+    for (std::size_t r = 0; r < rows.size(); ++r) {
+      const StepRow& row = rows[r];
+      float* own = logits + static_cast<std::int64_t>(r) * n;
+      for (std::int64_t id = first; id <= std::min<std::int64_t>(kLastNever, first + n - 1); ++id) own[id - first] = -__builtin_inff();
+      for (std::int64_t& s = said[r]; s < row.said_count && row.said[s] < first + n; ++s) {
+        float& logit = own[row.said[s] - first];
+        logit = logit > 0.0f ? logit / row.penalty : logit * row.penalty;
+      }
+      if (row.logits != nullptr) std::memcpy(row.logits + first, own, static_cast<std::size_t>(n) * sizeof(float));
+      if (row.wanted >= first && row.wanted < first + n) results[r].wanted = own[row.wanted - first];
+    }
+    const vocabulary::Piece piece{logits, count, n, n, first, k, states.data(), forbidden.empty() ? nullptr : forbidden.data(), offsets.data()};
+    vocabulary::kernels().top_k.run(piece, nullptr, team);
+  }
+  for (std::size_t r = 0; r < rows.size(); ++r) {
+    const double shift = std::isfinite(states[r].maximum) ? static_cast<double>(states[r].maximum) : 0.0;
+    results[r].normaliser = shift + std::log(states[r].sum);
+    results[r].values.resize(static_cast<std::size_t>(states[r].count));
+    results[r].ids.resize(static_cast<std::size_t>(states[r].count));
+  }
+}
+
+}  // namespace cvmk::engine

@@ -1,0 +1,124 @@
+// An encoder-decoder: sources to caches of keys and values, and steps of rows of the decoder.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "cached/params.h"
+#include "engine/weights.h"
+#include "vocabulary/params.h"
+
+namespace cvmk::engine {
+
+enum class Positions { kSinusoidal, kRotary, kNone };
+
+struct Config {
+  std::int64_t d_model, ffn, heads, kv_heads, encoder_layers, decoder_layers, max_length, vocabulary;
+  bool rms, bias, tied, causal_encoder;
+  float norm_epsilon;
+  double rotary_base;
+  Positions positions;
+  gemm::Activation activation;
+};
+
+// Memory of a thread that grows to what its largest call needed.
+class Workspace {
+ public:
+  ~Workspace() { give_block(block_); }
+  // `bytes` that begin on a cache line; what was there before is gone.
+  char* get(std::int64_t bytes);
+  std::int64_t bytes() const { return static_cast<std::int64_t>(block_.bytes); }
+
+ private:
+  Block block_;
+};
+
+// Caches of one sequence: a layer's after the other's.
+struct Caches {
+  std::vector<cached::Cache> layers;
+};
+
+// One token of a hypothesis in a step. Rows of one hypothesis that come together stand together, in rising positions.
+struct StepRow {
+  std::int32_t token;
+  std::int64_t position;
+  const Caches* own;        // keys and values of the positions before; this position's are written by the step
+  const Caches* source;     // of cross-attention
+  std::int64_t source_length;
+  std::int32_t wanted;      // an id whose logit is asked for; -1: none
+  std::int64_t k;           // how many of the best ids; 0: none
+  // What happens to the row's logits first.
+  const std::int32_t* said;  // rising ids whose logits the repetition penalty changes
+  std::int64_t said_count;
+  float penalty;
+  const std::int32_t* forbidden;  // rising ids that count in the sum and may not be chosen
+  std::int64_t forbidden_count;
+  float* logits;  // null, or [vocabulary]: the row itself, after the penalty
+  float* map;     // null, or [source_length]: the weights of the last cross-attention, their mean over the heads
+};
+
+// What a step says of a row.
+struct StepResult {
+  float wanted;       // the logit; 0 where none was asked for
+  double normaliser;  // log of the sum of the exponentials
+  std::vector<float> values;
+  std::vector<std::int32_t> ids;
+};
+
+class Model {
+ public:
+  // Raises BadModel where a tensor is missing or of another shape.
+  Model(const Config& config, const RawTensors& tensors, Compute compute);
+
+  const Config& config() const { return config_; }
+  std::int64_t weight_bytes() const { return weight_bytes_; }
+  std::int64_t head_size() const { return config_.d_model / config_.heads; }
+
+  // Numbers (floats) of the caches of a sequence of `capacity` positions: all decoder layers. capacity_of rounds a length up.
+  static std::int64_t capacity_of(std::int64_t length);
+  std::int64_t cache_size(std::int64_t capacity) const;
+  // Caches in `memory`, cache_size(capacity) floats.
+  Caches caches(float* memory, std::int64_t capacity) const;
+
+  // Sources (ids with the end sign), each to the caches of the decoder's cross-attention.
+  struct Source {
+    const std::int32_t* ids;
+    std::int64_t length;
+    const Caches* caches;
+  };
+  void encode(const std::vector<Source>& sources, Workspace& workspace, const Team& team) const;
+
+  // `results` gets one entry a row.
+  void step(const std::vector<StepRow>& rows, std::vector<StepResult>& results, Workspace& workspace, const Team& team) const;
+
+ private:
+  struct Norm {
+    std::vector<float> weight, bias;
+  };
+  struct Block {
+    Norm mixer_norm, cross_norm, ffn_norm;
+    Linear qkv, out, cross_query, cross_key_value, cross_out, inner, outer;
+  };
+  struct Buffers;
+
+  Block block(const RawTensors& tensors, const std::string& name, bool decoder, Compute compute);
+  Linear linear(const RawTensors& tensors, const std::string& name, std::int64_t outputs, std::int64_t inputs, Compute compute, gemm::Activation activation);
+  void embed(const RawTensor& table, std::int32_t id, std::int64_t position, float* x) const;
+  void residual(float* x, const float* branch, const Norm& norm, std::int64_t rows, float* out, const Team& team) const;
+  void rotate(float* x, std::int64_t heads, std::int64_t position) const;
+  void feed_forward(const Block& block, Buffers& b, const Norm& following, const Team& team) const;
+  void attend(const std::vector<cached::Item>& items, std::int64_t longest, const Team& team) const;
+  void project(const std::vector<StepRow>& rows, const float* features, std::vector<StepResult>& results, float* logits, std::int64_t width, const Team& team) const;
+
+  Config config_;
+  RawTensor source_table_, target_table_;
+  std::vector<Block> encoder_, decoder_;
+  Norm encoder_norm_, decoder_norm_;
+  Linear output_;
+  std::vector<float> table_;  // positions: [max_length, d_model], or cosines and sines [2, max_length, head_size / 2]
+  std::int64_t weight_bytes_ = 0;
+};
+
+}  // namespace cvmk::engine

@@ -1,0 +1,103 @@
+#include "engine/pool.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace cvmk::engine {
+namespace {
+
+constexpr int kSpins = 4000;  // some 50 microseconds
+constexpr unsigned long long kPart = 0xFFFFFFFFull;
+
+inline void pause() {
+#if defined(__x86_64__)
+  _mm_pause();
+#else
+  std::this_thread::yield();
+#endif
+}
+
+}  // namespace
+
+Pool::Pool(int threads) {
+  for (int i = 1; i < threads; ++i) workers_.emplace_back([this, i] { work(i); });
+}
+
+Pool::~Pool() {
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    stopping_ = true;
+  }
+  wake_.notify_all();
+  for (std::thread& worker : workers_) worker.join();
+}
+
+void Pool::run(int parts, Team::Body body, void* context) {
+  if (parts <= 1 || workers_.empty()) {
+    for (int part = 0; part < parts; ++part) body(context, part, parts);
+    return;
+  }
+  const unsigned long long epoch = (claims_.load(std::memory_order_relaxed) >> 32) + 1;
+  body_.store(body, std::memory_order_relaxed);
+  context_.store(context, std::memory_order_relaxed);
+  parts_.store(parts, std::memory_order_relaxed);
+  left_.store(parts, std::memory_order_relaxed);
+  claims_.store(epoch << 32, std::memory_order_seq_cst);
+  if (sleeping_.load(std::memory_order_seq_cst) > 0) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    wake_.notify_all();
+  }
+  parts_of(epoch);
+  for (int spins = 0; left_.load(std::memory_order_acquire) > 0; ++spins) {
+    if (spins < kSpins) pause();
+    else std::this_thread::yield();
+  }
+}
+
+// Parts of the call of this number, as long as there are any that nobody has taken.
+void Pool::parts_of(unsigned long long epoch) {
+  for (;;) {
+    unsigned long long claim = claims_.load(std::memory_order_acquire);
+    const Team::Body body = body_.load(std::memory_order_relaxed);
+    void* const context = context_.load(std::memory_order_relaxed);
+    const int parts = parts_.load(std::memory_order_relaxed);
+    if (claim >> 32 != epoch || static_cast<int>(claim & kPart) >= parts) return;
+    // What was read belongs to this call: it cannot end before the part that is claimed here is done.
+    if (!claims_.compare_exchange_weak(claim, claim + 1, std::memory_order_acq_rel)) continue;
+    body(context, static_cast<int>(claim & kPart), parts);
+    left_.fetch_sub(1, std::memory_order_release);
+  }
+}
+
+void Pool::work(int) {
+  unsigned long long seen = 0;
+  for (;;) {
+    int spins = 0;
+    while (claims_.load(std::memory_order_acquire) >> 32 == seen && !stopping_.load(std::memory_order_relaxed)) {
+      if (++spins < kSpins) {
+        pause();
+        continue;
+      }
+      std::unique_lock<std::mutex> lock(mutex_);
+      sleeping_.fetch_add(1, std::memory_order_seq_cst);
+      wake_.wait(lock, [&] { return claims_.load(std::memory_order_seq_cst) >> 32 != seen || stopping_.load(); });
+      sleeping_.fetch_sub(1, std::memory_order_relaxed);
+      break;
+    }
+    if (stopping_.load()) return;
+    seen = claims_.load(std::memory_order_acquire) >> 32;
+    parts_of(seen);
+  }
+}
+
+Team Pool::team() {
+  Team team;
+  team.size = size();
+  team.fork = [](void* pool, int width, Team::Body body, void* context) { static_cast<Pool*>(pool)->run(width, body, context); };
+  team.barrier = nullptr;
+  team.pool = this;
+  return team;
+}
+
+}  // namespace cvmk::engine

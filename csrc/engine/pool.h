@@ -1,0 +1,49 @@
+// The engine's own threads. A step takes microseconds, so they wait in a loop for a while before they sleep, and nobody waits for a thread that has
+// not begun: on a busy machine the caller does its part.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include "common/team.h"
+
+namespace cvmk::engine {
+
+class Pool {
+ public:
+  // `threads` with the caller's.
+  explicit Pool(int threads);
+  ~Pool();
+  Pool(const Pool&) = delete;
+  Pool& operator=(const Pool&) = delete;
+
+  int size() const { return static_cast<int>(workers_.size()) + 1; }
+  // body(context, part, parts) once for each of `parts`, in any of the threads, several in one where others are late. Returns when all are done.
+  void run(int parts, Team::Body body, void* context);
+  template <typename F>
+  void run(int parts, const F& body) {
+    run(parts, [](void* context, int part, int all) { (*static_cast<const F*>(context))(part, all); }, const_cast<F*>(&body));
+  }
+  // For kernels that work within one step; they must not wait for each other (Team::barrier). Threads stay awake between two calls only for a while.
+  Team team();
+
+ private:
+  void work(int number);
+  void parts_of(unsigned long long epoch);
+
+  // The call in progress: `claims_` holds its number in the high half and the next part in the low one, so that a late thread takes no part of another call.
+  alignas(64) std::atomic<unsigned long long> claims_{0};
+  alignas(64) std::atomic<int> left_{0};
+  std::atomic<int> parts_{0}, sleeping_{0};
+  std::atomic<Team::Body> body_{nullptr};
+  std::atomic<void*> context_{nullptr};
+  std::atomic<bool> stopping_{false};
+  std::mutex mutex_;
+  std::condition_variable wake_;
+  std::vector<std::thread> workers_;
+};
+
+}  // namespace cvmk::engine

@@ -1,0 +1,181 @@
+#include "engine/scheduler.h"
+
+#include <algorithm>
+#include <chrono>
+#include <new>
+
+namespace cvmk::engine {
+namespace {
+
+constexpr std::int64_t kShardRows = 4;  // fewer rows are faster in one thread: they share the weights that it reads
+
+}  // namespace
+
+Scheduler::Scheduler(const Model& model, int shards, Budget budget) : model_(model), budget_(budget) {
+  for (int i = 0; i < shards; ++i) shards_.push_back(std::make_unique<Shard>());
+}
+
+double Scheduler::now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+
+void Scheduler::submit(std::int64_t id, Request request, bool partial, double deadline) {
+  auto entry = std::make_shared<Entry>();
+  entry->id = id;
+  entry->cost = (static_cast<std::int64_t>(request.source.size()) + 1) * request.options.beam_size;
+  entry->request = std::move(request);
+  entry->partial = partial;
+  entry->deadline = deadline;
+  const std::lock_guard<std::mutex> lock(mutex_);
+  entries_[id] = entry;
+  waiting_.push_back(std::move(entry));
+}
+
+bool Scheduler::cancel(std::int64_t id) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const auto found = entries_.find(id);
+  if (found == entries_.end()) {
+    // It may have ended in a step whose events nobody has taken: then they are taken back.
+    const auto told = std::remove_if(events_.begin(), events_.end(), [id](const Event& event) { return event.id == id; });
+    const bool there = told != events_.end();
+    events_.erase(told, events_.end());
+    return there;
+  }
+  found->second->cancelled = true;
+  const auto at = std::find(waiting_.begin(), waiting_.end(), found->second);
+  if (at != waiting_.end()) waiting_.erase(at);
+  entries_.erase(found);
+  events_.erase(std::remove_if(events_.begin(), events_.end(), [id](const Event& event) { return event.id == id; }), events_.end());
+  return true;
+}
+
+int Scheduler::wanted_shards() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  std::int64_t rows = running_;
+  for (const EntryPointer& entry : waiting_) rows += entry->request.options.beam_size;
+  const std::int64_t most = static_cast<std::int64_t>(shards_.size());
+  int running = 0;
+  for (std::size_t i = 0; i < shards_.size(); ++i)
+    if (!shards_[i]->running.empty()) running = static_cast<int>(i) + 1;
+  return std::max(running, static_cast<int>(std::min(most, pieces(rows, kShardRows))));
+}
+
+std::int64_t Scheduler::held_bytes() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  std::int64_t found = bytes_;
+  for (const auto& shard : shards_) found += shard->workspace.bytes();
+  return found;
+}
+
+void Scheduler::tell(const EntryPointer& entry, Event::Kind kind, std::vector<Hypothesis> hypotheses) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (entry->cancelled) return;
+  if (kind != Event::kPartial) entries_.erase(entry->id);
+  events_.push_back({entry->id, kind, std::move(hypotheses)});
+}
+
+std::vector<Event> Scheduler::take_events() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  std::vector<Event> found;
+  found.swap(events_);
+  return found;
+}
+
+// A fair part of those who wait, as far as the budgets go; at least one where nothing runs.
+std::vector<Scheduler::EntryPointer> Scheduler::newcomers(Shard& shard) {
+  std::vector<EntryPointer> found;
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (waiting_.empty()) return found;
+  std::int64_t rows = running_, encoded = 0, own = 0;
+  for (const EntryPointer& entry : waiting_) rows += entry->request.options.beam_size;
+  for (const EntryPointer& entry : shard.running) own += entry->request.options.beam_size;
+  const std::int64_t shards = std::max<std::int64_t>(1, std::min(static_cast<std::int64_t>(shards_.size()), pieces(rows, kShardRows)));
+  const std::int64_t fair = pieces(rows, shards), budget = budget_.running / static_cast<std::int64_t>(shards_.size());
+  while (!waiting_.empty()) {
+    const EntryPointer& next = waiting_.front();
+    const std::int64_t length = static_cast<std::int64_t>(next->request.source.size()) + 1;
+    const bool first = found.empty() && shard.running.empty();
+    if (!first && (shard.cost + next->cost > budget || own + next->request.options.beam_size > fair)) break;
+    if (!found.empty() && encoded + length > budget_.encoded) break;
+    encoded += length;
+    own += next->request.options.beam_size;
+    shard.cost += next->cost;
+    running_ += next->request.options.beam_size;
+    found.push_back(next);
+    waiting_.pop_front();
+  }
+  return found;
+}
+
+void Scheduler::begin(Shard& shard, const Team& team) {
+  const std::vector<EntryPointer> newcomers = this->newcomers(shard);
+  if (newcomers.empty()) return;
+  std::vector<Model::Source> sources;
+  std::vector<EntryPointer> begun;
+  shard.running.reserve(shard.running.size() + newcomers.size());
+  for (const EntryPointer& entry : newcomers) {
+    try {
+      entry->sequence = std::make_unique<Sequence>(model_, entry->request);
+      const std::lock_guard<std::mutex> lock(mutex_);
+      bytes_ += Sequence::bytes(model_, entry->request);
+    } catch (const std::bad_alloc&) {
+      drop(shard, entry, Event::kFailed);
+      continue;
+    }
+    shard.running.push_back(entry);
+    sources.push_back(entry->sequence->source());
+  }
+  model_.encode(sources, shard.workspace, team);
+}
+
+void Scheduler::drop(Shard& shard, const EntryPointer& entry, Event::Kind kind) {
+  std::vector<Hypothesis> found;
+  if (entry->sequence != nullptr && kind != Event::kFailed) found = entry->sequence->hypotheses();
+  shard.cost -= entry->cost;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    running_ -= entry->request.options.beam_size;
+    if (entry->sequence != nullptr) bytes_ -= Sequence::bytes(model_, entry->request);
+  }
+  entry->sequence.reset();
+  tell(entry, kind, std::move(found));
+}
+
+// Those that were cancelled, are too late, or are done.
+void Scheduler::leave(Shard& shard) {
+  const auto gone = [&](const EntryPointer& entry) {
+    if (entry->sequence->done() || entry->cancelled) return drop(shard, entry, Event::kFinished), true;
+    if (entry->deadline > 0.0 && now() >= entry->deadline) return drop(shard, entry, Event::kExpired), true;
+    return false;
+  };
+  shard.running.erase(std::remove_if(shard.running.begin(), shard.running.end(), gone), shard.running.end());
+}
+
+bool Scheduler::step(int number, const Team& team) {
+  Shard& shard = *shards_[static_cast<std::size_t>(number)];
+  leave(shard);
+  try {
+    begin(shard, team);
+    if (shard.running.empty()) return false;
+    shard.rows.clear();
+    shard.first.clear();
+    for (const EntryPointer& entry : shard.running) {
+      shard.first.push_back(shard.rows.size());
+      entry->sequence->ask(shard.rows);
+    }
+    model_.step(shard.rows, shard.results, shard.workspace, team);
+    for (std::size_t i = 0; i < shard.running.size(); ++i) shard.running[i]->sequence->advance(shard.results.data() + shard.first[i]);
+  } catch (const std::bad_alloc&) {
+    for (const EntryPointer& entry : shard.running) drop(shard, entry, Event::kFailed);
+    shard.running.clear();
+    return true;
+  }
+  for (const EntryPointer& entry : shard.running)
+    if (entry->partial && !entry->sequence->done()) {
+      Hypothesis partial;
+      partial.pieces = entry->sequence->partial();
+      tell(entry, Event::kPartial, {std::move(partial)});
+    }
+  leave(shard);
+  return true;
+}
+
+}  // namespace cvmk::engine

@@ -1,0 +1,209 @@
+#include "engine/weights.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "common/scratch.h"
+#include "common/sizes.h"
+#include "gemm/pack.h"
+
+namespace cvmk::engine {
+namespace {
+
+constexpr float kSmallestScale = 1.17549435e-38f;  // as cvmk/ops/quantize.py has it
+
+float half_as_float(std::uint16_t h) {
+  const std::uint32_t sign = static_cast<std::uint32_t>(h & 0x8000u) << 16, exponent = (h >> 10) & 31u, mantissa = h & 0x3FFu;
+  if (exponent == 0) return std::copysign(static_cast<float>(mantissa) * 5.9604644775390625e-8f, sign ? -1.0f : 1.0f);
+  const std::uint32_t bits = sign | (exponent == 31 ? 0x7F800000u : (exponent + 112u) << 23) | (mantissa << 13);
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+void as_floats(const void* from, Dtype dtype, std::int64_t first, std::int64_t count, float* to) {
+  const char* p = static_cast<const char*>(from) + first * size_of(dtype);
+  if (dtype == kFloat32) {
+    std::memcpy(to, p, static_cast<std::size_t>(count) * sizeof(float));
+    return;
+  }
+  for (std::int64_t i = 0; i < count; ++i) {
+    if (dtype == kFloat64) {
+      double x;
+      std::memcpy(&x, p + i * 8, sizeof x);
+      to[i] = static_cast<float>(x);
+      continue;
+    }
+    std::uint16_t h;
+    std::memcpy(&h, p + i * 2, sizeof h);
+    const std::uint32_t wide = static_cast<std::uint32_t>(h) << 16;
+    if (dtype == kBFloat16) std::memcpy(to + i, &wide, sizeof wide);
+    else to[i] = half_as_float(h);
+  }
+}
+
+std::uint16_t to_bfloat16(float x) {
+  std::uint32_t u;
+  std::memcpy(&u, &x, sizeof u);
+  if (x != x) return static_cast<std::uint16_t>((u >> 16) | 0x40u);
+  return static_cast<std::uint16_t>((u + 0x7FFFu + ((u >> 16) & 1u)) >> 16);
+}
+
+// The largest group of 4-bit weights that divides the inputs; 0: none does.
+std::int64_t group_of(std::int64_t inputs) {
+  for (const std::int64_t group : {128, 64, 32, 16})
+    if (inputs % group == 0) return group;
+  return 0;
+}
+
+// The largest magnitude; NaN where there is one.
+float largest(const float* x, std::int64_t n) {
+  float found = 0.0f;
+  for (std::int64_t i = 0; i < n; ++i) {
+    if (x[i] != x[i]) return x[i];
+    found = std::max(found, std::fabs(x[i]));
+  }
+  return found;
+}
+
+}  // namespace
+
+void read_row(const RawTensor& matrix, std::int64_t row, float* to) { as_floats(matrix.data, matrix.dtype, row * matrix.shape[1], matrix.shape[1], to); }
+
+std::vector<float> read_vector(const RawTensor& tensor) {
+  std::vector<float> found(static_cast<std::size_t>(tensor.shape[0]));
+  as_floats(tensor.data, tensor.dtype, 0, tensor.shape[0], found.data());
+  return found;
+}
+
+Linear::Linear(const RawTensor& weight, const RawTensor* bias, Compute compute, gemm::Activation activation)
+    : compute_(compute), activation_(activation), outputs_(weight.shape[0]), inputs_(weight.shape[1]) {
+  if (bias != nullptr) bias_ = read_vector(*bias);
+  if (compute_ == Compute::kInt4 && (group_ = group_of(inputs_)) == 0) compute_ = Compute::kInt8;
+  switch (compute_) {
+    case Compute::kFloat32: pack_floats(weight, kFloat32); break;
+    case Compute::kBFloat16: pack_floats(weight, kBFloat16); break;
+    case Compute::kInt8: pack_int8(weight); break;
+    case Compute::kInt4: pack_int4(weight); break;
+  }
+}
+
+void Linear::pack_floats(const RawTensor& weight, Dtype dtype) {
+  const std::int64_t parts = activation_ == gemm::kSwiglu ? 2 : 1, rows = outputs_ / parts, panels = pieces(rows, gemm::kFloatPanel);
+  const std::int64_t count = parts * panels * inputs_ * gemm::kFloatPanel;
+  bytes_ = count * size_of(dtype);
+  values_ = std::make_shared<Storage>(static_cast<std::size_t>(bytes_));
+  std::memset(values_->as<char>(), 0, static_cast<std::size_t>(bytes_));
+  std::vector<float> row(static_cast<std::size_t>(inputs_));
+  for (std::int64_t n = 0; n < outputs_; ++n) {
+    read_row(weight, n, row.data());
+    const std::int64_t own = n % rows, panel = n / rows * panels + own / gemm::kFloatPanel;
+    const std::int64_t at = panel * inputs_ * gemm::kFloatPanel + own % gemm::kFloatPanel;
+    for (std::int64_t k = 0; k < inputs_; ++k) {
+      const float x = row[static_cast<std::size_t>(k)];
+      if (dtype == kFloat32) values_->as<float>()[at + k * gemm::kFloatPanel] = x;
+      else values_->as<std::uint16_t>()[at + k * gemm::kFloatPanel] = to_bfloat16(x);
+    }
+  }
+}
+
+// As ops.quantize_int8: scale = largest / 127, value = round_half_even(w / scale).
+void Linear::pack_int8(const RawTensor& weight) {
+  std::vector<std::int8_t> values(static_cast<std::size_t>(outputs_ * inputs_));
+  std::vector<float> scales(static_cast<std::size_t>(outputs_)), row(static_cast<std::size_t>(inputs_));
+  for (std::int64_t n = 0; n < outputs_; ++n) {
+    read_row(weight, n, row.data());
+    const float top = largest(row.data(), inputs_), scale = top != top ? top : std::max(top / 127.0f, kSmallestScale);
+    scales[static_cast<std::size_t>(n)] = scale;
+    for (std::int64_t k = 0; k < inputs_; ++k) {
+      const float q = std::nearbyint(row[static_cast<std::size_t>(k)] / scale);
+      values[static_cast<std::size_t>(n * inputs_ + k)] = q != q ? std::int8_t{0} : static_cast<std::int8_t>(std::min(127.0f, std::max(-127.0f, q)));
+    }
+  }
+  const gemm::PackedSizes sizes = gemm::packed_int8_sizes(outputs_, inputs_);
+  bytes_ = sizes.values + sizes.scales * 4;
+  values_ = std::make_shared<Storage>(static_cast<std::size_t>(sizes.values));
+  scales_ = std::make_shared<Storage>(static_cast<std::size_t>(sizes.scales) * sizeof(float));
+  gemm::pack_int8(values.data(), scales.data(), outputs_, inputs_, values_->as<std::int8_t>(), scales_->as<float>());
+}
+
+// As ops.quantize_int4 (symmetric): scale = largest / 7.5 of a group, value = round_half_even(w / scale) + 8.
+void Linear::pack_int4(const RawTensor& weight) {
+  const std::int64_t groups = inputs_ / group_;
+  std::vector<std::uint8_t> values(static_cast<std::size_t>(outputs_ * inputs_ / 2));
+  std::vector<float> scales(static_cast<std::size_t>(outputs_ * groups)), row(static_cast<std::size_t>(inputs_));
+  for (std::int64_t n = 0; n < outputs_; ++n) {
+    read_row(weight, n, row.data());
+    for (std::int64_t g = 0; g < groups; ++g) {
+      const float top = largest(row.data() + g * group_, group_), scale = top == 0.0f ? 1.0f : top != top ? top : std::max(top / 7.5f, kSmallestScale);
+      scales[static_cast<std::size_t>(n * groups + g)] = scale;
+      for (std::int64_t k = g * group_; k < (g + 1) * group_; ++k) {
+        const float q = std::nearbyint(row[static_cast<std::size_t>(k)] / scale) + 8.0f;
+        const unsigned code = q != q ? 8u : static_cast<unsigned>(std::min(15.0f, std::max(0.0f, q)));
+        values[static_cast<std::size_t>((n * inputs_ + k) / 2)] |= static_cast<std::uint8_t>(code << (k % 2 * 4));
+      }
+    }
+  }
+  const gemm::PackedSizes sizes = gemm::packed_int4_sizes(outputs_, inputs_, groups);
+  bytes_ = sizes.values + sizes.scales * 4;
+  values_ = std::make_shared<Storage>(static_cast<std::size_t>(sizes.values));
+  scales_ = std::make_shared<Storage>(static_cast<std::size_t>(sizes.scales) * sizeof(float));
+  gemm::pack_int4(values.data(), scales.data(), nullptr, outputs_, inputs_, groups, values_->as<std::uint8_t>(), scales_->as<float>(), nullptr);
+}
+
+gemm::Linear Linear::call(const float* x, std::int64_t rows, float* out) const {
+  gemm::Linear l{};
+  l.x = x;
+  l.x_stride = inputs_;
+  l.out = out;
+  l.bias = bias_.empty() ? nullptr : bias_.data();
+  l.rows = rows;
+  l.inputs = inputs_;
+  l.outputs = outputs_;
+  l.x_dtype = l.out_dtype = l.bias_dtype = kFloat32;
+  l.activation = activation_;
+  return l;
+}
+
+void Linear::operator()(const float* x, std::int64_t rows, float* out, const Team& team) const { run(call(x, rows, out), 0, team); }
+
+void Linear::range(const float* x, std::int64_t rows, std::int64_t first, std::int64_t count, float* out, const Team& team) const {
+  gemm::Linear l = call(x, rows, out);
+  l.outputs = count;
+  l.activation = gemm::kNone;
+  if (l.bias != nullptr) l.bias = static_cast<const float*>(l.bias) + first;
+  run(l, first, team);
+}
+
+void Linear::run(const gemm::Linear& linear, std::int64_t first, const Team& team) const {
+  switch (compute_) {
+    case Compute::kFloat32:
+    case Compute::kBFloat16: {
+      const Dtype dtype = compute_ == Compute::kFloat32 ? kFloat32 : kBFloat16;
+      const gemm::FloatLinear p{linear, values_->as<char>() + first * inputs_ * size_of(dtype), dtype};
+      return cvmk::run(gemm::kernels().floats, p, team);
+    }
+    case Compute::kInt8: {
+      gemm::Int8Linear p{};
+      const std::int64_t padded = up(inputs_, gemm::kStep);
+      p.linear = linear;
+      p.linear.scales = scales_->as<float>() + first;
+      p.weight = values_->as<std::int8_t>() + first * padded;
+      p.sums = reinterpret_cast<const std::int32_t*>(values_->as<std::int8_t>() + up(outputs_, gemm::kPanel) * padded) + first;
+      const auto& kernel = gemm::kernels_for(p).int8;
+      return cvmk::run(kernel, p, team);
+    }
+    case Compute::kInt4: {
+      gemm::Int4Linear p{};
+      const std::int64_t blocks = pieces(inputs_, 128);
+      p.linear = linear;
+      p.linear.scales = scales_->as<float>() + first * (inputs_ / group_);
+      p.weight = values_->as<std::uint16_t>() + first * blocks * 32;
+      p.group = group_;
+      return cvmk::run(gemm::kernels().int4, p, team);
+    }
+  }
+}
+
+}  // namespace cvmk::engine

@@ -1,0 +1,4 @@
+#include "common/levels.h"
+#include "norm/params.h"
+
+CVMK_LEVELS(norm)

@@ -1,0 +1,4 @@
+#include "common/levels.h"
+#include "vocabulary/params.h"
+
+CVMK_LEVELS(vocabulary)

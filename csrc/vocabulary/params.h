@@ -1,0 +1,35 @@
+// Rows of logits that come piece by piece: their largest and the logarithm of the sum of their exponentials, without a row as wide as the vocabulary.
+#pragma once
+
+#include <stdint.h>
+
+#include "common/kernel.h"
+
+namespace cvmk::vocabulary {
+
+// What is known of a row. Before the first piece: maximum -inf, sum 0, count 0.
+struct Row {
+  float maximum;     // of all logits so far
+  double sum;        // of exp(logit - maximum)
+  int64_t count;     // of `values` and `ids` that are filled, at most k
+  float* values;     // [k] the largest logits that may be chosen, falling; equal ones by id
+  int32_t* ids;      // [k]
+};
+
+// One piece: logits [rows, n] of the ids first ... first + n - 1, which follow those of the piece before; row r begins at logits + r * stride.
+struct Piece {
+  const float* logits;
+  int64_t rows, n, stride, first, k;
+  Row* state;  // [rows]
+  // Ids of row r that count in the sum and may not be chosen: forbidden[offsets[r]] ... forbidden[offsets[r + 1] - 1], rising. Both may be null.
+  const int32_t* forbidden;
+  const int64_t* offsets;
+};
+
+struct Kernels {
+  Kernel<Piece> top_k;
+};
+const Kernels& kernels(IsaLevel level);
+const Kernels& kernels();
+
+}  // namespace cvmk::vocabulary

@@ -1,0 +1,171 @@
+"""The engine in C++ on the CPU kernels (csrc/engine/): encoder-decoders of attention, without torch in the process."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+import threading
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from cvmk import libraries
+from cvmk.errors import ConfigError, DataError
+from cvmk.formats import Manifest
+from cvmk.formats.folder import WEIGHTS, read_model_weights
+from cvmk.formats.tensors import RawTensor
+from cvmk.inference.engine import Event, Finished, Partial, Request, check_request
+from cvmk.inference.options import BROKEN, Hypothesis, SearchOptions
+
+ComputeType = Literal["float32", "bfloat16", "int8", "int4"]
+MAX_BATCH_TOKENS = 4096
+"""Source positions times hypotheses of submitted requests that run at once, where nobody says another number."""
+_MIXERS = ("attention",)
+_PARTIAL, _FINISHED, _EXPIRED, _FAILED = range(4)  # csrc/engine/scheduler.h
+
+
+def refusals(manifest: Manifest, device: str, compute_type: str) -> list[str]:
+    """Why this engine cannot run a model so; empty where it can."""
+    found = []
+    _, reason = libraries.load("_native", "native")
+    if reason is not None:
+        found.append(f"the native engine needs the native library: {reason}")
+    if device != "cpu":
+        found.append(f'device is {device!r}, and the native engine runs on "cpu"')
+    if compute_type not in get_args(ComputeType):
+        found.append(f"compute_type is {compute_type!r}, and the native engine has {', '.join(get_args(ComputeType))}")
+    others = sorted({*manifest.model.encoder_mixers, *manifest.model.decoder_mixers} - {*_MIXERS})
+    if others:
+        found.append(f"the model has the mixers {', '.join(others)}, and the native engine has {', '.join(_MIXERS)}")
+    return found
+
+
+def load(folder: Path, manifest: Manifest, device: str, compute_type: str, threads: int | None = None) -> NativeEngine:
+    """The engine of a model's folder. Raises DataError where its weights are not sound."""
+    weights = read_model_weights(folder, manifest)
+    try:
+        return NativeEngine(manifest, weights, compute_type, threads)
+    except ValueError as error:
+        raise DataError(f"{folder / WEIGHTS} does not fit its config.json ({error}): restore both") from error
+
+
+def default_threads() -> int:
+    """As many as the process may use; OMP_NUM_THREADS bounds them too."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    given = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
+    return max(1, min(allowed, int(given))) if given.isdigit() and int(given) else allowed
+
+
+class NativeEngine:
+    """An `engine.Engine` over weights by the names of `formats.folder`; they stay mapped while it lives.
+
+    compute_type says how matrices are stored and multiplied: "float32", "bfloat16" (float32 sums), "int8" (weights by rows, activations by tokens) or
+    "int4" (weights in groups of at most 128). threads None: as many as the process may use. max_batch_tokens bounds what submitted requests run at
+    once: source positions times hypotheses. Raises ConfigError for threads or max_batch_tokens below 1, ValueError where a weight is missing or of
+    another shape.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        weights: Mapping[str, RawTensor],
+        compute_type: str = "float32",
+        threads: int | None = None,
+        max_batch_tokens: int = MAX_BATCH_TOKENS,
+    ) -> None:
+        for name, number in (("threads", threads), ("max_batch_tokens", max_batch_tokens)):
+            if number is not None and number < 1:
+                raise ConfigError(f"{name} is {number}, and must be at least 1")
+        model = manifest.model
+        config = {**model.model_dump(), "kv_heads": model.kv_heads or model.heads, "vocab_size": manifest.vocab_size}
+        given = {name: (tensor.dtype, tensor.data) for name, tensor in weights.items()}
+        library, reason = libraries.load("_native", "native")
+        if library is None:
+            raise ConfigError(f"the native engine needs the native library: {reason}")
+        self._engine = library.Engine(config, given, compute_type, threads or default_threads(), max_batch_tokens)
+        self._max_length, self._vocab_size = model.max_length, manifest.vocab_size
+        self._lock = threading.Lock()
+        self._numbers = itertools.count()
+        self._number_of: dict[Hashable, int] = {}
+        self._requests: dict[int, Request] = {}
+
+    @property
+    def max_length(self) -> int:
+        """Longest source or target in pieces, with the special one at its end or beginning."""
+        return self._max_length
+
+    @property
+    def threads(self) -> int:
+        """Of its own, the caller's among them."""
+        count: int = self._engine.threads
+        return count
+
+    def request_bytes(self, request: Request) -> int:
+        """Bytes that a request holds while it runs."""
+        size: int = self._engine.request_bytes(self._native(request))
+        return size
+
+    def submit(self, request: Request) -> None:
+        """See `engine.Engine`."""
+        check_request(request, self._max_length, self._vocab_size)
+        native = self._native(request)
+        with self._lock:
+            if request.id in self._number_of:
+                raise ValueError(f"the id {request.id!r} is in use by a request that has not ended: cancel that one, or choose another id")
+            number = self._number_of[request.id] = next(self._numbers)
+            self._requests[number] = request
+            self._engine.submit(number, native, request.partial, request.timeout or 0.0)
+
+    def step(self) -> list[Event]:
+        """See `engine.Engine`."""
+        return self._events(self._engine.step())
+
+    def cancel(self, id: Hashable) -> bool:
+        """See `engine.Engine`."""
+        with self._lock:
+            number = self._number_of.pop(id, None)
+            if number is None:
+                return False
+            del self._requests[number]
+            self._engine.cancel(number)
+            return True
+
+    def search(self, sources: Sequence[Sequence[int]], options: SearchOptions, prefixes: Sequence[Sequence[int]] | None = None) -> list[list[Hypothesis]]:
+        """The hypotheses of each source (piece ids without special ones, at most max_length - 1 of them), best first; all in one batch."""
+        requests = [Request(index, source, options, prefix) for index, (source, prefix) in enumerate(zip(sources, prefixes or [()] * len(sources), strict=True))]
+        for request in requests:
+            check_request(request, self._max_length, self._vocab_size)
+        given = _options(options)
+        found = self._engine.search([self._native(request, given) for request in requests])
+        return [_hypotheses(one, len(request.source) + 1) for one, request in zip(found, requests, strict=True)]
+
+    def _native(self, request: Request, options: dict[str, Any] | None = None) -> tuple[Any, ...]:
+        limit = request.options.limit(len(request.source), self._max_length)
+        hard = 0 if request.options.prefix_bias else len(request.prefix)
+        return list(request.source), list(request.prefix), max(limit, hard), options or _options(request.options)
+
+    def _events(self, told: list[tuple[int, int, list[Any]]]) -> list[Event]:
+        found: list[Event] = []
+        with self._lock:
+            for number, kind, hypotheses in told:
+                request = self._requests.get(number)
+                if request is None:  # cancelled since
+                    continue
+                if kind == _PARTIAL:
+                    found.append(Partial(request.id, hypotheses[0][0]))
+                    continue
+                del self._requests[number], self._number_of[request.id]
+                found.append(Finished(request.id, _hypotheses(hypotheses, len(request.source) + 1), ("finished", "expired", "failed")[kind - _FINISHED]))
+        return found
+
+
+def _options(options: SearchOptions) -> dict[str, Any]:
+    return {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
+
+
+def _hypotheses(found: list[Any], source: int) -> list[Hypothesis]:
+    return [
+        Hypothesis(tokens, score, tuple(scores), tuple(tuple(alignment[at : at + source]) for at in range(0, len(alignment), source)))
+        for tokens, score, scores, alignment in found
+    ] or [BROKEN]
