@@ -87,8 +87,12 @@ Request read_request(const py::tuple& from) {
   r.source = from[0].cast<std::vector<std::int32_t>>();
   r.prefix = from[1].cast<std::vector<std::int32_t>>();
   r.limit = from[2].cast<std::int64_t>();
-  const py::dict options = from[3].cast<py::dict>();
-  Options& o = r.options;
+  r.options = from[3].cast<const Options&>();
+  return r;
+}
+
+Options read_options(const py::dict& options) {
+  Options o;
   o.beam_size = options["beam_size"].cast<std::int64_t>();
   o.n_best = options["n_best"].cast<std::int64_t>();
   o.no_repeat_ngram = options["no_repeat_ngram"].cast<std::int64_t>();
@@ -103,7 +107,7 @@ Request read_request(const py::tuple& from) {
   o.prefix_bias = options["prefix_bias"].cast<double>();
   o.suppressed = options["suppressed"].cast<std::vector<std::int32_t>>();
   o.alignments = options["alignments"].cast<bool>();
-  return r;
+  return o;
 }
 
 py::list to_python(const std::vector<Hypothesis>& hypotheses) {
@@ -122,6 +126,7 @@ py::list to_python(const std::vector<Event>& events) {
 
 void bind_engine(py::module_& m) {
   py::register_exception<BadModel>(m, "BadModel", PyExc_ValueError);
+  py::class_<Options>(m, "SearchOptions", "cvmk.inference.SearchOptions, read once").def(py::init(&read_options));
   py::class_<PythonEngine>(m, "Engine", "An encoder-decoder that translates piece ids; see cvmk/inference/native_engine.py")
       .def(py::init(&make), "config"_a, "weights"_a, "compute_type"_a, "threads"_a, "budget"_a)
       .def("submit",

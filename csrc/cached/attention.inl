@@ -9,6 +9,11 @@ namespace {
 using simd::F;
 using simd::kLanes;
 
+template <int kCount>
+struct Count {
+  static constexpr int value = kCount;
+};
+
 constexpr int64_t kRows = 24;     // of a block
 constexpr int64_t kGrain = 1 << 15;  // multiplications below which the calling thread does the work
 
@@ -41,6 +46,71 @@ inline float weigh_row(float* s, int64_t length, float scale) {
   return 1.0f / simd::sum(sum);
 }
 
+// The same products for one row, several heads side by side: their sums, each in order of k from 0, are chains that do not wait for each other.
+template <int kHeads>
+CVMK_INLINE void one_row_scores(const Attention& p, const Item& item, int64_t head, int64_t length, float* const* scores) {
+  const int64_t capacity = item.cache.capacity, group = p.heads / p.kv_heads;
+  const float *q[kHeads], *keys[kHeads];
+  for (int h = 0; h < kHeads; ++h) {
+    q[h] = item.q + (head + h) * p.d;
+    keys[h] = item.cache.keys + (head + h) / group * p.d * capacity;
+  }
+  const auto columns = [&](int64_t j, auto vectors) {
+    constexpr int kVectors = decltype(vectors)::value;
+    F sum[kHeads][kVectors] = {};
+    for (int64_t i = 0; i < p.d; ++i)
+#pragma GCC unroll 4
+      for (int h = 0; h < kHeads; ++h) {
+        const F one = simd::set(q[h][i]);
+#pragma GCC unroll 2
+        for (int v = 0; v < kVectors; ++v) sum[h][v] += one * simd::load(keys[h] + i * capacity + j + v * kLanes);
+      }
+    for (int h = 0; h < kHeads; ++h)
+      for (int v = 0; v < kVectors; ++v) simd::store(scores[h] + j + v * kLanes, sum[h][v]);
+  };
+  int64_t j = 0;
+  for (; length - j > kLanes; j += 2 * kLanes) columns(j, Count<2>{});
+  if (j < length) columns(j, Count<1>{});
+}
+
+template <int kHeads>
+CVMK_INLINE void one_row_values(const Attention& p, const Item& item, int64_t head, const float* const* scores, const float* inverse) {
+  const int64_t width = up(p.d, kColumns), group = p.heads / p.kv_heads;
+  const auto columns = [&](int64_t j, auto vectors) {
+    constexpr int kVectors = decltype(vectors)::value;
+    const float* values[kHeads];
+    for (int h = 0; h < kHeads; ++h) values[h] = item.cache.values + (head + h) / group * width * item.cache.capacity + j;
+    F sum[kHeads][kVectors] = {};
+    for (int64_t i = 0; i < item.length; ++i)
+#pragma GCC unroll 4
+      for (int h = 0; h < kHeads; ++h) {
+        const F one = simd::set(scores[h][i]);
+#pragma GCC unroll 2
+        for (int v = 0; v < kVectors; ++v) sum[h][v] += one * simd::load(values[h] + i * width + v * kLanes);
+      }
+    for (int h = 0; h < kHeads; ++h)
+      for (int v = 0; v < kVectors; ++v) {
+        const int left = static_cast<int>(most(0, least(kLanes, p.d - j - v * kLanes)));
+        simd::store_n(item.out + (head + h) * p.d + j + v * kLanes, sum[h][v] * inverse[h], left);
+      }
+  };
+  int64_t j = 0;
+  for (; width - j >= 2 * kLanes; j += 2 * kLanes) columns(j, Count<2>{});
+  for (; j < width; j += kLanes) columns(j, Count<1>{});
+}
+
+template <int kHeads>
+inline void one_row(const Attention& p, const Item& item, int64_t head, float* memory) {
+  const int64_t lds = score_width(item.length);
+  float *scores[kHeads], inverse[kHeads];
+  for (int h = 0; h < kHeads; ++h) scores[h] = memory + h * lds;
+  one_row_scores<kHeads>(p, item, head, item.length, scores);
+  for (int h = 0; h < kHeads; ++h) inverse[h] = weigh_row(scores[h], item.length, p.scale);
+  for (int h = 0; h < kHeads && item.map != nullptr; ++h)
+    for (int64_t i = 0; i < item.length; ++i) item.map[i] += scores[h][i] * inverse[h] / static_cast<float>(p.heads);
+  one_row_values<kHeads>(p, item, head, scores, inverse);
+}
+
 inline void attend_block(const Attention& p, const Item& item, int64_t head, int64_t first, int64_t rows, float* scores, float* sums) {
   const int64_t kv = head / (p.heads / p.kv_heads), width = up(p.d, kColumns), length = item.length, lds = score_width(length);
   const product::Left q{item.q + first * item.q_stride + head * p.d, item.q_stride, 1, p.d, 0};
@@ -69,6 +139,12 @@ inline void attend_item(const Attention& p, const Item& item, float* scores, flo
     return;
   }
   if (item.map != nullptr) memset(item.map, 0, static_cast<size_t>(item.rows * item.length) * sizeof(float));
+  if (item.rows == 1) {
+    int64_t head = 0;
+    for (; head + 4 <= p.heads; head += 4) one_row<4>(p, item, head, scores);
+    for (; head < p.heads; ++head) one_row<1>(p, item, head, scores);
+    return;
+  }
   for (int64_t first = 0; first < item.rows; first += kRows)
     for (int64_t head = 0; head < p.heads; ++head) attend_block(p, item, head, first, least(kRows, item.rows - first), scores, sums);
 }

@@ -33,13 +33,13 @@ std::int64_t Sequence::bytes(const Model& model, const Request& request) {
   return 4 * (model.cache_size(source) + request.options.beam_size * model.cache_size(own));
 }
 
-Sequence::Sequence(const Model& model, Request request) : model_(model), request_(std::move(request)), source_(request_.source) {
+Sequence::Sequence(const Model& model, Memory& memory, Request request)
+    : model_(model), memory_(memory), request_(std::move(request)), source_(request_.source), floats_(static_cast<float*>(memory.take(bytes(model, request_)))) {
   source_.push_back(kEnd);
-  memory_.reset(new float[static_cast<std::size_t>(bytes(model, request_) / 4)]);
   const std::int64_t source = Model::capacity_of(static_cast<std::int64_t>(source_.size())), own = Model::capacity_of(request_.limit + 1);
-  encoded_ = model.caches(memory_.get(), source);
-  float* memory = memory_.get() + model.cache_size(source);
-  for (std::int64_t slot = 0; slot < request_.options.beam_size; ++slot, memory += model.cache_size(own)) slots_.push_back(model.caches(memory, own));
+  encoded_ = model.caches(floats_, source);
+  float* next = floats_ + model.cache_size(source);
+  for (std::int64_t slot = 0; slot < request_.options.beam_size; ++slot, next += model.cache_size(own)) slots_.push_back(model.caches(next, own));
   fed_.assign(slots_.size(), -1);
   nodes_.push_back({-1, kBegin, 0.0f, 0, nullptr});
   Live first{};

@@ -7,6 +7,7 @@
 #include <memory>
 #include <vector>
 
+#include "engine/memory.h"
 #include "engine/model.h"
 
 namespace cvmk::engine {
@@ -37,7 +38,10 @@ struct Hypothesis {
 
 class Sequence {
  public:
-  Sequence(const Model& model, Request request);
+  Sequence(const Model& model, Memory& memory, Request request);
+  ~Sequence() { memory_.give(floats_, bytes(model_, request_)); }
+  Sequence(const Sequence&) = delete;
+  Sequence& operator=(const Sequence&) = delete;
 
   // Bytes that a sequence of this request holds, its caches.
   static std::int64_t bytes(const Model& model, const Request& request);
@@ -100,9 +104,10 @@ class Sequence {
   void finish(double total, std::int32_t node, float end);
 
   const Model& model_;
+  Memory& memory_;
   Request request_;
   std::vector<std::int32_t> source_;
-  std::unique_ptr<float[]> memory_;
+  float* floats_;
   Caches encoded_;
   std::vector<Caches> slots_;
   std::vector<std::int32_t> fed_;  // the node that each slot's last position belongs to; -1: there is none

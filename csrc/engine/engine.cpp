@@ -10,7 +10,7 @@ constexpr std::int64_t kTeamBytes = 4 << 20;  // weights beyond a core's own cac
 }  // namespace
 
 Engine::Engine(const Config& config, const RawTensors& tensors, Compute compute, int threads, Budget budget)
-    : model_(config, tensors, compute), budget_(budget), pool_(threads), submitted_(model_, threads, budget) {}
+    : model_(config, tensors, compute), budget_(budget), pool_(threads), submitted_(model_, memory_, threads, budget) {}
 
 void Engine::submit(std::int64_t id, Request request, bool partial, double timeout) {
   submitted_.submit(id, std::move(request), partial, timeout > 0.0 ? Scheduler::now() + timeout : 0.0);
@@ -40,7 +40,7 @@ std::vector<Event> Engine::step() {
 }
 
 std::vector<std::vector<Hypothesis>> Engine::search(std::vector<Request> requests) {
-  Scheduler scheduler(model_, pool_.size(), budget_);
+  Scheduler scheduler(model_, memory_, pool_.size(), budget_);
   std::vector<std::vector<Hypothesis>> found(requests.size());
   for (std::size_t i = 0; i < requests.size(); ++i) scheduler.submit(static_cast<std::int64_t>(i), std::move(requests[i]), false, 0.0);
   std::size_t ended = 0;

@@ -14,7 +14,8 @@ class Engine {
 
   const Model& model() const { return model_; }
   int threads() const { return pool_.size(); }
-  std::int64_t held_bytes() { return submitted_.held_bytes(); }
+  // Of sequences and threads.
+  std::int64_t held_bytes() { return memory_.used() + submitted_.workspace_bytes(); }
 
   // `timeout` in seconds, 0 for none.
   void submit(std::int64_t id, Request request, bool partial, double timeout);
@@ -30,6 +31,7 @@ class Engine {
 
   Model model_;
   const Budget budget_;
+  Memory memory_;
   Pool pool_;
   std::mutex pool_mutex_, step_mutex_;
   Scheduler submitted_;

@@ -11,7 +11,7 @@ constexpr std::int64_t kShardRows = 4;  // fewer rows are faster in one thread: 
 
 }  // namespace
 
-Scheduler::Scheduler(const Model& model, int shards, Budget budget) : model_(model), budget_(budget) {
+Scheduler::Scheduler(const Model& model, Memory& memory, int shards, Budget budget) : model_(model), memory_(memory), budget_(budget) {
   for (int i = 0; i < shards; ++i) shards_.push_back(std::make_unique<Shard>());
 }
 
@@ -58,9 +58,8 @@ int Scheduler::wanted_shards() {
   return std::max(running, static_cast<int>(std::min(most, pieces(rows, kShardRows))));
 }
 
-std::int64_t Scheduler::held_bytes() {
-  const std::lock_guard<std::mutex> lock(mutex_);
-  std::int64_t found = bytes_;
+std::int64_t Scheduler::workspace_bytes() const {
+  std::int64_t found = 0;
   for (const auto& shard : shards_) found += shard->workspace.bytes();
   return found;
 }
@@ -113,9 +112,7 @@ void Scheduler::begin(Shard& shard, const Team& team) {
   shard.running.reserve(shard.running.size() + newcomers.size());
   for (const EntryPointer& entry : newcomers) {
     try {
-      entry->sequence = std::make_unique<Sequence>(model_, entry->request);
-      const std::lock_guard<std::mutex> lock(mutex_);
-      bytes_ += Sequence::bytes(model_, entry->request);
+      entry->sequence = std::make_unique<Sequence>(model_, memory_, entry->request);
     } catch (const std::bad_alloc&) {
       drop(shard, entry, Event::kFailed);
       continue;
@@ -133,7 +130,6 @@ void Scheduler::drop(Shard& shard, const EntryPointer& entry, Event::Kind kind) 
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     running_ -= entry->request.options.beam_size;
-    if (entry->sequence != nullptr) bytes_ -= Sequence::bytes(model_, entry->request);
   }
   entry->sequence.reset();
   tell(entry, kind, std::move(found));

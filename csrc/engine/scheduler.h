@@ -28,7 +28,7 @@ struct Budget {
 
 class Scheduler {
  public:
-  Scheduler(const Model& model, int shards, Budget budget);
+  Scheduler(const Model& model, Memory& memory, int shards, Budget budget);
 
   // From any thread. `deadline` in seconds of now(), 0 for none.
   void submit(std::int64_t id, Request request, bool partial, double deadline);
@@ -40,7 +40,8 @@ class Scheduler {
   bool step(int shard, const Team& team);
   // What happened since the last call, in order.
   std::vector<Event> take_events();
-  std::int64_t held_bytes();
+  // Memory of its threads.
+  std::int64_t workspace_bytes() const;
   static double now();
 
  private:
@@ -69,13 +70,14 @@ class Scheduler {
   void drop(Shard& shard, const EntryPointer& entry, Event::Kind kind);
 
   const Model& model_;
+  Memory& memory_;
   const Budget budget_;
   std::vector<std::unique_ptr<Shard>> shards_;
   std::mutex mutex_;  // guards what follows
   std::deque<EntryPointer> waiting_;
   std::map<std::int64_t, EntryPointer> entries_;
   std::vector<Event> events_;
-  std::int64_t running_ = 0, bytes_ = 0;
+  std::int64_t running_ = 0;
 };
 
 }  // namespace cvmk::engine

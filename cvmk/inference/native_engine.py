@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import os
 import threading
@@ -140,7 +141,7 @@ class NativeEngine:
         found = self._engine.search([self._native(request, given) for request in requests])
         return [_hypotheses(one, len(request.source) + 1) for one, request in zip(found, requests, strict=True)]
 
-    def _native(self, request: Request, options: dict[str, Any] | None = None) -> tuple[Any, ...]:
+    def _native(self, request: Request, options: Any = None) -> tuple[Any, ...]:
         limit = request.options.limit(len(request.source), self._max_length)
         hard = 0 if request.options.prefix_bias else len(request.prefix)
         return list(request.source), list(request.prefix), max(limit, hard), options or _options(request.options)
@@ -160,8 +161,11 @@ class NativeEngine:
         return found
 
 
-def _options(options: SearchOptions) -> dict[str, Any]:
-    return {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
+@functools.lru_cache(maxsize=64)
+def _options(options: SearchOptions) -> Any:
+    library, _ = libraries.load("_native", "native")
+    assert library is not None
+    return library.SearchOptions({field.name: getattr(options, field.name) for field in dataclasses.fields(options)})
 
 
 def _hypotheses(found: list[Any], source: int) -> list[Hypothesis]:
