@@ -21,7 +21,7 @@ using namespace cvmk::engine;
 Dtype dtype_named(const std::string& name) {
   for (const Dtype dtype : {kFloat32, kBFloat16, kFloat16, kFloat64})
     if (name == name_of(dtype)) return dtype;
-  throw BadModel("a weight is stored in " + name + ", which is no floating type");
+  throw BadModel("has weights in " + name + ", which is no floating type: restore it or save the model again");
 }
 
 template <typename T>

@@ -13,18 +13,6 @@ namespace {
 constexpr std::int32_t kLastNever = 2;  // padding, unknown, beginning: never said (cvmk/text/tokenizers/base.py)
 constexpr std::int64_t kLogits = 1 << 15;  // numbers of a piece of logits: what a first-level cache and a half hold
 
-const RawTensor& find(const RawTensors& tensors, const std::string& name, const std::vector<std::int64_t>& shape) {
-  const auto found = tensors.find(name);
-  if (found == tensors.end()) throw BadModel("the weight " + name + " is missing");
-  const auto text = [](const std::vector<std::int64_t>& sizes) {
-    std::string s = "[";
-    for (std::size_t i = 0; i < sizes.size(); ++i) s += (i == 0 ? "" : ", ") + std::to_string(sizes[i]);
-    return s + "]";
-  };
-  if (found->second.shape != shape) throw BadModel("the weight " + name + " has the shape " + text(found->second.shape) + " and the model needs " + text(shape));
-  return found->second;
-}
-
 }  // namespace
 
 char* Workspace::get(std::int64_t bytes) {
@@ -37,6 +25,20 @@ char* Workspace::get(std::int64_t bytes) {
 }
 
 // -- weights ------------------------------------------------------------------------------------------------------------------------
+const RawTensor& Model::find(const RawTensors& tensors, const std::string& name, const std::vector<std::int64_t>& shape) {
+  found_.insert(name);
+  const auto found = tensors.find(name);
+  if (found == tensors.end()) throw BadModel("lacks the tensor " + name + ": it does not belong to config.json; restore both");
+  const auto text = [](const std::vector<std::int64_t>& sizes) {
+    std::string s = "[";
+    for (std::size_t i = 0; i < sizes.size(); ++i) s += (i == 0 ? "" : ", ") + std::to_string(sizes[i]);
+    return s + "]";
+  };
+  if (found->second.shape != shape) throw BadModel("has " + name + " of shape " + text(found->second.shape) + " where config.json asks for " + text(shape) + ": restore both");
+  check_finite(name, found->second);
+  return found->second;
+}
+
 Model::Model(const Config& config, const RawTensors& tensors, Compute compute) : config_(config) {
   const std::int64_t d = config.d_model;
   source_table_ = find(tensors, "embeddings.source", {config.vocabulary, d});
@@ -52,6 +54,9 @@ Model::Model(const Config& config, const RawTensors& tensors, Compute compute) :
   };
   encoder_norm_ = norm("encoder.norm");
   decoder_norm_ = norm("decoder.norm");
+  for (const auto& [name, tensor] : tensors)
+    if (found_.count(name) == 0) throw BadModel("has the unknown tensor " + name + ": it does not belong to config.json; restore both");
+  found_.clear();
   const std::int64_t width = config.positions == Positions::kRotary ? head_size() / 2 : d, length = config.max_length;
   if (config.positions == Positions::kSinusoidal) {
     table_.resize(static_cast<std::size_t>(length * d));

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -103,6 +104,7 @@ class Model {
   };
   struct Buffers;
 
+  const RawTensor& find(const RawTensors& tensors, const std::string& name, const std::vector<std::int64_t>& shape);
   Block block(const RawTensors& tensors, const std::string& name, bool decoder, Compute compute);
   Linear linear(const RawTensors& tensors, const std::string& name, std::int64_t outputs, std::int64_t inputs, Compute compute, gemm::Activation activation);
   void embed(const RawTensor& table, std::int32_t id, std::int64_t position, float* x) const;
@@ -113,6 +115,7 @@ class Model {
   void project(const std::vector<StepRow>& rows, const float* features, std::vector<StepResult>& results, float* logits, std::int64_t width, const Team& team) const;
 
   Config config_;
+  std::set<std::string> found_;  // while it is made: the tensors that it has asked for
   RawTensor source_table_, target_table_;
   std::vector<Block> encoder_, decoder_;
   Norm encoder_norm_, decoder_norm_;

@@ -69,6 +69,19 @@ float largest(const float* x, std::int64_t n) {
 
 }  // namespace
 
+void check_finite(const std::string& name, const RawTensor& tensor) {
+  std::int64_t count = 1;
+  for (const std::int64_t size : tensor.shape) count *= size;
+  float part[1024];
+  for (std::int64_t at = 0; at < count; at += 1024) {
+    const std::int64_t n = std::min<std::int64_t>(1024, count - at);
+    as_floats(tensor.data, tensor.dtype, at, n, part);
+    float sum = 0.0f;
+    for (std::int64_t i = 0; i < n; ++i) sum += part[i] * 0.0f;  // NaN for what is not finite
+    if (sum != 0.0f) throw BadModel("has values in " + name + " that are no finite numbers: the training diverged or the file is damaged; use another checkpoint");
+  }
+}
+
 void read_row(const RawTensor& matrix, std::int64_t row, float* to) { as_floats(matrix.data, matrix.dtype, row * matrix.shape[1], matrix.shape[1], to); }
 
 std::vector<float> read_vector(const RawTensor& tensor) {

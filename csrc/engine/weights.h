@@ -80,6 +80,8 @@ class Linear {
   std::vector<float> bias_;
 };
 
+// Raises BadModel, with what is wrong, where a number is not finite.
+void check_finite(const std::string& name, const RawTensor& tensor);
 // A row as float32.
 void read_row(const RawTensor& matrix, std::int64_t row, float* to);
 std::vector<float> read_vector(const RawTensor& tensor);

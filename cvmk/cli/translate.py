@@ -44,11 +44,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--repetition-penalty", type=float, default=1.0, metavar="X", help="pieces that were said already count X times less, in their logits (default 1)"
     )
+    parser.add_argument("--patience", type=float, default=1.0, metavar="X", help="a beam search ends when X * beam size hypotheses are finished (default 1)")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, metavar="X", help="above 0: draw pieces at random, flattened by X (default 0: the most probable)"
+    )
+    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="draw from the K most probable pieces (default 0: all)")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw from the fewest pieces that have P of the probability (default 1: all)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws (default 0)")
     parser.add_argument("--batch-tokens", type=int, default=4096, metavar="N", help="source pieces times beam size of a batch (default 4096)")
     parser.add_argument("--on-long", choices=("error", "truncate"), default="error", help="what to do with a line that is too long for the model")
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:N or auto")
-    parser.add_argument("--compute-type", default="float32", help="float32 (default) or bfloat16")
-    parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads (default 0: PyTorch's choice)")
+    parser.add_argument("--compute-type", default="auto", help="float32, bfloat16, int8 or int4 (both on a CPU); auto (default): as the model is stored")
+    parser.add_argument("--engine", default="auto", help="native, torch, or auto (default): the first that can run the model")
+    parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads (default 0: all that the process may use)")
     parser.add_argument("--json", action="store_true", help="one JSON object a line: line, translation, score, truncated, hypotheses")
 
 
@@ -65,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
     from cvmk.config.schema import MAX_THREADS
     from cvmk.inference.options import SearchOptions, scalar_options
 
-    search = {option.name: getattr(arguments, option.name) for option in scalar_options()}
+    search = {option.name: getattr(arguments, option.name) for option in scalar_options() if option.name != "prefix_bias"}  # nothing here has a prefix
     SearchOptions(**search)
     if arguments.batch_tokens < 1:
         raise ConfigError(f"--batch-tokens is {arguments.batch_tokens}, and must be at least 1")
@@ -95,11 +103,7 @@ def _translator(arguments: argparse.Namespace) -> Translator:
     from cvmk.inference import Translator
 
     keep_freed_memory()
-    if arguments.threads:
-        import torch
-
-        torch.set_num_threads(arguments.threads)
-    return Translator(arguments.model, arguments.device, arguments.compute_type)
+    return Translator(arguments.model, arguments.device, arguments.compute_type, engine=arguments.engine, threads=arguments.threads or None)
 
 
 def _translate(translator: Translator, lines: list[Line], name: str, options: dict[str, Any], as_json: bool, sink: BinaryIO) -> None:

@@ -28,26 +28,37 @@ def save_model_folder(path: str | os.PathLike[str], model: CVMTransformer, token
     it was trained. Raises DataError where it cannot be written, and ValueError where `extra` would overwrite a key or the tokenizer is not the model's.
     """
     weights = safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()})
-    write_model_folder(path, _manifest(model, tokenizer, hashlib.sha256(weights).hexdigest(), extra), weights, tokenizer, card)
+    write_model_folder(path, manifest_of(model, tokenizer.fingerprint, hashlib.sha256(weights).hexdigest(), extra), weights, tokenizer, card)
 
 
 def describe_model(folder: Path, model: CVMTransformer, tokenizer: Tokenizer, extra: dict[str, Any] | None = None) -> None:
     """Write what a model's folder has besides weights and card, so that a folder with `model.safetensors` becomes one."""
     tokenizer.save(folder)
-    write_json(folder / CONFIG, _manifest(model, tokenizer, None, extra).to_dict())
+    write_json(folder / CONFIG, manifest_of(model, tokenizer.fingerprint, None, extra).to_dict())
 
 
-def _manifest(model: CVMTransformer, tokenizer: Tokenizer, checksum: str | None, extra: dict[str, Any] | None) -> Manifest:
+def manifest_of(model: CVMTransformer, tokenizer: str = "", checksum: str | None = None, extra: dict[str, Any] | None = None) -> Manifest:
+    """The manifest of a model in memory; `tokenizer` is its tokenizer's fingerprint."""
     return Manifest(
         model=model.config,
         vocab_size=model.vocab_size,
         pad_id=model.pad_id,
         parameters=count_parameters(model),
-        tokenizer=tokenizer.fingerprint,
+        tokenizer=tokenizer,
         schemes=Schemes.of_weights({name: Scheme(str(tensor.dtype).removeprefix("torch.")) for name, tensor in model.state_dict().items()}),
         weights_sha256=checksum,
         extra=extra or {},
     )
+
+
+def raw_tensors(model: CVMTransformer) -> dict[str, RawTensor]:
+    """The present weights of a model on the CPU by name, without a copy where they are contiguous."""
+    found = {}
+    for name, tensor in model.state_dict().items():
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        whole = tensor.detach().contiguous()
+        found[name] = RawTensor(dtype, (whole.view(torch.uint16) if dtype == "bfloat16" else whole).numpy())
+    return found
 
 
 # -- reading --------------------------------------------------------------------------------------------------------------------

@@ -40,9 +40,11 @@ def begin(model: CVMTransformer, entries: Sequence[Entry]) -> Decoding:
     rows = [[*source, EOS, *[model.pad_id] * (width - 1 - len(source))] for source in sources]
     memory = model.encode(torch.tensor(rows, dtype=torch.long, device=next(model.parameters()).device))
     room = model.config.max_length
-    sentences = [_Sentence(entry, max(options.limit(len(entry.request.source), room), len(entry.request.prefix))) for entry in entries]
+    least = 0 if options.prefix_bias else 1  # a prefix is said whatever the limit
+    sentences = [_Sentence(entry, max(options.limit(len(entry.request.source), room), least * len(entry.request.prefix))) for entry in entries]
     state = model.start(memory, max(sentence.limit for sentence in sentences) + 1, options.beam_size)
-    return (_Greedy if options.beam_size == 1 else _Beam)(model, state, sentences, options)
+    kind = _Sampling if options.temperature else _Greedy if options.beam_size == 1 else _Beam
+    return kind(model, state, sentences, options)
 
 
 def next_scores(logits: Tensor) -> Tensor:
@@ -78,7 +80,7 @@ class Decoding(ABC):
         self.forbidding = processors.forbidding(options, [sentence.limit for sentence in sentences], self.device)
         # The large tensors of a step stay until those of the next are there: else the allocator gives their memory back to the system in between.
         self._kept: tuple[Tensor, ...] = ()
-        if any(sentence.entry.request.prefix for sentence in sentences):
+        if not options.prefix_bias and any(sentence.entry.request.prefix for sentence in sentences):
             self._read_prefixes([list(sentence.entry.request.prefix) for sentence in sentences])
 
     # -- what a scheduler asks for -----------------------------------------------------------------------------------------------
@@ -107,9 +109,26 @@ class Decoding(ABC):
     def _scores(self) -> tuple[Tensor, Tensor]:
         """For each row and piece, the logit where the piece may follow, else -inf [N, V]; and the normaliser [N]."""
         scores, normaliser = self._normalised(self.model.step(self.tokens, self.state), self.history)
+        agreeing = self._agreeing() if self.options.prefix_bias else []
+        chances = [(row, piece, math.exp(float(scores[row, piece]) - float(normaliser[row]))) for row, piece in agreeing]
         for processor in self.forbidding:
             processor(self.history, scores)
+        for row, piece, chance in chances:  # Arivazhagan et al. 2020
+            bias = self.options.prefix_bias
+            scores[row] = (scores[row] - normaliser[row]) + math.log1p(-bias)
+            scores[row, piece] = math.log((1 - bias) * chance + bias)
+            normaliser[row] = 0
         return scores, normaliser
+
+    def _agreeing(self) -> list[tuple[int, int]]:
+        """The rows that have said what their prefix says so far, with its next piece."""
+        found = []
+        for index, sentence in enumerate(self.sentences):
+            prefix, length = sentence.entry.request.prefix, self.history.length(index)
+            if length < min(len(prefix), sentence.limit):
+                rows = range(index * self.options.beam_size, (index + 1) * self.options.beam_size)
+                found += [(row, prefix[length]) for row in rows if self.history.row(row) == list(prefix[:length])]
+        return found
 
     def _normalised(self, logits: Tensor, history: History) -> tuple[Tensor, Tensor]:
         scores = next_scores(logits)
@@ -117,14 +136,27 @@ class Decoding(ABC):
             processor(history, scores)
         return scores, scores.logsumexp(dim=1)
 
-    def _hypothesis(self, row: int, total: float) -> Hypothesis:
-        """The row's history as a finished hypothesis; a broken one where the model gives no finite numbers."""
+    def _hypothesis(self, row: int, total: float, *end: float) -> Hypothesis:
+        """The row's history as a finished hypothesis (with the end's log probability), or as it is by now; a broken one where the model gives
+        no finite numbers."""
         pieces = self.history.row(row)
-        return Hypothesis(pieces, final_score(total, len(pieces), self.options.length_penalty)) if math.isfinite(total) else BROKEN
+        score = final_score(total, len(pieces), self.options.length_penalty)
+        return Hypothesis(pieces, score, (*self.history.row_scores(row), *end)) if math.isfinite(total) else BROKEN
 
-    def _go_on(self) -> None:
-        """The pieces that were chosen, `tokens`, are said; finished sentences leave when they are many, or have no room for another piece."""
-        self.history.append(self.tokens)
+    def so_far(self, entry: Entry) -> list[Hypothesis]:
+        """The n best of what an entry that is in it has found and is at."""
+        index = next(index for index, sentence in enumerate(self.sentences) if sentence.entry is entry)
+        rows = range(index * self.options.beam_size, (index + 1) * self.options.beam_size)
+        living = [self._hypothesis(row, total) for row, total in zip(rows, self.totals[index].tolist(), strict=True) if math.isfinite(total)]
+        return self._ranked([*self.sentences[index].found, *living])
+
+    def _ranked(self, found: list[Hypothesis]) -> list[Hypothesis]:
+        return sorted(found, key=lambda hypothesis: (-hypothesis.score, hypothesis.tokens))[: self.options.n_best] or [BROKEN]
+
+    def _go_on(self, scores: Tensor) -> None:
+        """The pieces that were chosen, `tokens`, are said, with these log probabilities; finished sentences leave when they are many, or have no
+        room for another piece."""
+        self.history.append(self.tokens, scores)
         self._leave(_LEAVE if self.history.longest < self.state.max_length else 0)
 
     def _leave(self, share: float) -> None:
@@ -150,15 +182,17 @@ class Decoding(ABC):
         fed = torch.cat((self.tokens[:, None], pieces[:, :-1]), dim=1)
         at_once = max(1, _PREFIX_SCORES // (len(pieces) * self.model.vocab_size))
         totals, read = self.totals.flatten(), History(len(prefixes), copies, self.device)
+        told = torch.zeros(pieces.shape, device=self.device)
         for start in range(0, longest, at_once):
             part = fed[:, start : start + at_once]
             logits = self.model.extend(part, self.state, (lengths - start).clamp(0, part.shape[1]))
             for t in range(start, start + part.shape[1]):
                 read.pieces = pieces[:, :t]
                 scores, normaliser = self._normalised(logits[:, t - start], read)
-                totals += torch.where(t < lengths, scores.gather(1, pieces[:, t : t + 1])[:, 0] - normaliser, 0.0)
+                told[:, t] = torch.where(t < lengths, scores.gather(1, pieces[:, t : t + 1])[:, 0] - normaliser, 0.0)
+                totals += told[:, t]
         self.totals = totals.view(-1, copies)
-        self.history.append_rows(prefixes)
+        self.history.append_rows(prefixes, told)
         self.tokens = torch.where(lengths > 0, pieces.gather(1, (lengths - 1).clamp(min=0)[:, None])[:, 0], self.tokens)
 
     def _rows(self, values: list[list[int]] | list[int]) -> Tensor:
@@ -172,14 +206,15 @@ class _Greedy(Decoding):
         scores, normaliser = self._scores()
         self._kept = (scores,)
         best, self.tokens = scores.max(dim=1)
-        self.totals += (best - normaliser)[:, None]
+        said = best - normaliser
+        self.totals += said[:, None]
         ended = []
         for index in (self.tokens == EOS).nonzero().flatten().tolist():
             sentence = self.sentences[index]
             if not sentence.done:
                 sentence.done = True
-                ended.append((sentence.entry, [self._hypothesis(index, self.totals[index, 0].item())]))
-        self._go_on()
+                ended.append((sentence.entry, [self._hypothesis(index, self.totals[index, 0].item(), said[index].item())]))
+        self._go_on(said)
         return ended
 
 
@@ -195,17 +230,19 @@ class _Beam(Decoding):
 
     def advance(self) -> list[tuple[Entry, list[Hypothesis]]]:
         scores, normaliser = self._scores()
-        totals = (self.totals.view(-1, 1) + (scores - normaliser[:, None])).view(len(self.sentences), -1)
+        scores -= normaliser[:, None]
+        totals = (self.totals.view(-1, 1) + scores).view(len(self.sentences), -1)
         self._kept = scores, totals
         best, parents, pieces = self._best(totals, scores.shape[1])
-        self._finish(best, parents, pieces)
+        self._finish(best, parents, pieces, scores)
         self.totals, rows, self.tokens = self._survivors(best, parents, pieces)
+        said = scores[rows, self.tokens]
         ended = self._ended()
         if all(sentence.done for sentence in self.sentences):
             return ended
         self.state.reorder(rows)
         self.history.reorder(rows)
-        self._go_on()
+        self._go_on(said)
         return ended
 
     def _best(self, totals: Tensor, vocabulary: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -216,14 +253,14 @@ class _Beam(Decoding):
         index = index.gather(1, order)
         return best, index // vocabulary, index % vocabulary
 
-    def _finish(self, best: Tensor, parents: Tensor, pieces: Tensor) -> None:
+    def _finish(self, best: Tensor, parents: Tensor, pieces: Tensor, scores: Tensor) -> None:
         """Keep what ends a sentence among the first `beam` continuations."""
         beam = self.options.beam_size
         ending = (pieces[:, :beam] == EOS) & best[:, :beam].isfinite()
         for index, rank in ending.nonzero().tolist():
             if not self.sentences[index].done:
-                hypothesis = self._hypothesis(index * beam + int(parents[index, rank]), best[index, rank].item())
-                self.sentences[index].found.append(hypothesis)
+                row = index * beam + int(parents[index, rank])
+                self.sentences[index].found.append(self._hypothesis(row, best[index, rank].item(), scores[row, EOS].item()))
 
     def _survivors(self, best: Tensor, parents: Tensor, pieces: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The first `beam` continuations of each sentence that do not end it: totals [B, beam], the rows that they extend, pieces."""
@@ -238,8 +275,7 @@ class _Beam(Decoding):
         for index, (sentence, best) in enumerate(zip(self.sentences, self.totals[:, 0].tolist(), strict=True)):
             if not sentence.done and self._is_done(sentence, best, self.history.length(index)):
                 sentence.done = True
-                ranked = sorted(sentence.found, key=lambda hypothesis: (-hypothesis.score, hypothesis.tokens))
-                ended.append((sentence.entry, ranked[: self.options.n_best] or [BROKEN]))
+                ended.append((sentence.entry, self._ranked(sentence.found)))
         return ended
 
     def _is_done(self, sentence: _Sentence, best: float, length: int) -> bool:
@@ -251,3 +287,59 @@ class _Beam(Decoding):
             return False
         worst = sorted((hypothesis.score for hypothesis in found), reverse=True)[options.n_best - 1]
         return worst >= final_score(best, sentence.limit, options.length_penalty)
+
+
+# -- sampling ---------------------------------------------------------------------------------------------------------------------
+class _Sampling(Decoding):
+    """Every row draws its own pieces; a sentence is done when all its rows have ended. Rows that ended go on idle until then."""
+
+    def advance(self) -> list[tuple[Entry, list[Hypothesis]]]:
+        scores, normaliser = self._scores()
+        beam, said = self.options.beam_size, torch.zeros(scores.shape[0], device=self.device)
+        totals, tokens = self.totals.flatten(), torch.full_like(self.tokens, EOS)
+        ended = []
+        for index, sentence in enumerate(self.sentences):
+            for copy in range(beam):
+                row = index * beam + copy
+                if sentence.done or not math.isfinite(totals[row]):  # it has ended
+                    continue
+                piece = draw(scores[row], self.options, uniform(self.options.seed, copy, self.history.length(index)))
+                said[row] = scores[row, piece] - normaliser[row] if piece is not None else float("nan")
+                totals[row] += said[row]
+                if piece == EOS and math.isfinite(totals[row]):
+                    sentence.found.append(self._hypothesis(row, totals[row].item(), said[row].item()))
+                    totals[row] = float("-inf")
+                elif piece is not None:
+                    tokens[row] = piece
+            if not sentence.done and not totals[index * beam : (index + 1) * beam].isfinite().any():
+                sentence.done = True
+                ended.append((sentence.entry, self._ranked(sentence.found)))
+        self.totals, self.tokens = totals.view(-1, beam), tokens
+        self._go_on(said)
+        return ended
+
+
+def draw(scores: Tensor, options: SearchOptions, place: float) -> int | None:
+    """The piece at `place` (0 to 1) of the distribution of a row's logits [V], pieces in falling order of probability, as the options cut it; None where
+    nothing may be said."""
+    logits, ids = scores.double().sort(descending=True, stable=True)
+    count = int((logits > float("-inf")).sum())
+    if not count or not math.isfinite(logits[0]):
+        return None
+    count = min(count, options.top_k or count)
+    mass = ((logits[:count] - logits[0]) / options.temperature).exp().cumsum(0)
+    if options.top_p < 1:
+        count = min(int(torch.searchsorted(mass, options.top_p * mass[-1])) + 1, count)
+    found = int(torch.searchsorted(mass[:count].contiguous(), place * mass[count - 1], right=True))
+    return int(ids[min(found, count - 1)])
+
+
+def uniform(seed: int, stream: int, step: int) -> float:
+    """A number in [0, 1) of a seed, a hypothesis and its length: SplitMix64 (Steele, Lea & Flood 2014)."""
+    x, mask = seed, (1 << 64) - 1
+    for part in (stream, step):
+        x = (x + 0x9E3779B97F4A7C15 + part) & mask
+        x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & mask
+        x = (x ^ (x >> 27)) * 0x94D049BB133111EB & mask
+        x ^= x >> 31
+    return (x >> 11) * 2.0**-53

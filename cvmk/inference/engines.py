@@ -2,8 +2,9 @@
 
 An engine is a module `cvmk.inference.<name>_engine`, named in ENGINES, that has
     refusals(manifest, device, compute_type) -> list[str]    why it cannot run the model so, in sentences; empty where it can
-    load(folder, manifest, device, compute_type) -> Engine
-and is imported when it is asked.
+    load(folder, manifest, device, compute_type, threads) -> Engine
+    of_model(model) -> Engine                                with the weights that a model in memory has at present
+and is imported when it is asked. compute_type is one that it was asked about: "auto" has become what the weights are stored in.
 """
 
 from __future__ import annotations
@@ -12,13 +13,16 @@ import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cvmk.errors import ConfigError
 from cvmk.formats import Manifest
 from cvmk.inference.engine import Engine
 
-ENGINES = ("torch",)
+if TYPE_CHECKING:
+    from cvmk.nn import CVMTransformer
+
+ENGINES = ("native", "torch")
 """The engines, the preferred one first."""
 
 
@@ -31,11 +35,12 @@ class EngineAnswer:
     chosen: bool
 
 
-def build(folder: Path, manifest: Manifest, device: str, compute_type: str, engine: str = "auto") -> tuple[str, Engine]:
+def build(folder: Path, manifest: Manifest, device: str, compute_type: str, engine: str = "auto", threads: int | None = None) -> tuple[str, Engine]:
     """The first engine that can run the model, or the one that `engine` names: its name, and itself.
 
     Raises ConfigError, with every reason, where none can, and DataError where the folder is not sound.
     """
+    compute_type = stored_type(manifest, compute_type)
     if engine not in ("auto", *ENGINES):
         raise ConfigError(f"engine is {engine!r}, and must be one of {', '.join(('auto', *ENGINES))}")
     refused: list[str] = []
@@ -43,14 +48,36 @@ def build(folder: Path, manifest: Manifest, device: str, compute_type: str, engi
         if engine in ("auto", name):
             reasons = module.refusals(manifest, device, compute_type)
             if not reasons:
-                return name, module.load(folder, manifest, device, compute_type)
+                return name, module.load(folder, manifest, device, compute_type, threads)
             refused += reasons
     raise ConfigError("; ".join(refused))
 
 
 def explain(manifest: Manifest, device: str, compute_type: str, chosen: str) -> list[EngineAnswer]:
     """Every engine with its reasons; `chosen` names the one that runs the model."""
+    compute_type = stored_type(manifest, compute_type)
     return [EngineAnswer(name, tuple(module.refusals(manifest, device, compute_type)), name == chosen) for name, module in _modules()]
+
+
+def of_model(model: CVMTransformer) -> tuple[str, Engine]:
+    """The first engine that can run a model in memory as it is, and its name; the engine has the model's present weights."""
+    from cvmk.formats.torch_weights import manifest_of
+
+    manifest, weight = manifest_of(model), next(model.parameters())
+    for name, module in _modules():
+        if not module.refusals(manifest, weight.device.type, str(weight.dtype).removeprefix("torch.")):
+            return name, module.of_model(model)
+    from cvmk.inference.torch_engine import TorchEngine
+
+    return "torch", TorchEngine(model)  # in a dtype that it would not convert to
+
+
+def stored_type(manifest: Manifest, compute_type: str) -> str:
+    """What "auto" means for a model: the type that most of its weights are stored in, where an engine computes in it, else float32. "bf16" is bfloat16."""
+    if compute_type == "auto":
+        stored = manifest.schemes.default.type if manifest.schemes is not None else "float32"
+        return stored if stored in ("bfloat16", "int8", "int4") else "float32"
+    return {"bf16": "bfloat16"}.get(compute_type, compute_type)
 
 
 def _modules() -> Iterator[tuple[str, Any]]:

@@ -9,7 +9,7 @@ import os
 import threading
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from cvmk import libraries
 from cvmk.errors import ConfigError, DataError
@@ -18,6 +18,9 @@ from cvmk.formats.folder import WEIGHTS, read_model_weights
 from cvmk.formats.tensors import RawTensor
 from cvmk.inference.engine import Event, Finished, Partial, Request, check_request
 from cvmk.inference.options import BROKEN, Hypothesis, SearchOptions
+
+if TYPE_CHECKING:
+    from cvmk.nn import CVMTransformer
 
 ComputeType = Literal["float32", "bfloat16", "int8", "int4"]
 MAX_BATCH_TOKENS = 4096
@@ -42,13 +45,23 @@ def refusals(manifest: Manifest, device: str, compute_type: str) -> list[str]:
     return found
 
 
+def of_model(model: CVMTransformer) -> NativeEngine:
+    """The engine of a model's present weights, in their dtype, with as many threads as PyTorch has."""
+    import torch
+
+    from cvmk.formats.torch_weights import manifest_of, raw_tensors
+
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    return NativeEngine(manifest_of(model), raw_tensors(model), dtype, torch.get_num_threads())
+
+
 def load(folder: Path, manifest: Manifest, device: str, compute_type: str, threads: int | None = None) -> NativeEngine:
     """The engine of a model's folder. Raises DataError where its weights are not sound."""
     weights = read_model_weights(folder, manifest)
     try:
         return NativeEngine(manifest, weights, compute_type, threads)
     except ValueError as error:
-        raise DataError(f"{folder / WEIGHTS} does not fit its config.json ({error}): restore both") from error
+        raise DataError(f"{folder / WEIGHTS} {error}") from error
 
 
 def default_threads() -> int:
@@ -134,7 +147,8 @@ class NativeEngine:
 
     def search(self, sources: Sequence[Sequence[int]], options: SearchOptions, prefixes: Sequence[Sequence[int]] | None = None) -> list[list[Hypothesis]]:
         """The hypotheses of each source (piece ids without special ones, at most max_length - 1 of them), best first; all in one batch."""
-        requests = [Request(index, source, options, prefix) for index, (source, prefix) in enumerate(zip(sources, prefixes or [()] * len(sources), strict=True))]
+        given_prefixes = prefixes or [()] * len(sources)
+        requests = [Request(index, source, options, prefix) for index, (source, prefix) in enumerate(zip(sources, given_prefixes, strict=True))]
         for request in requests:
             check_request(request, self._max_length, self._vocab_size)
         given = _options(options)

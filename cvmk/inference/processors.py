@@ -19,13 +19,15 @@ _FORBIDDEN = float("-inf")
 
 
 class History:
-    """What each of N hypotheses has said so far: `pieces` [N, t], int64, each row's at its right end behind padding.
+    """What each of N hypotheses has said so far: `pieces` [N, t], int64, and their log probabilities `scores` [N, t], float32, each row's at its
+    right end behind padding.
 
     Rows stand in groups of `copies`, one group a sentence, whose hypotheses are equally long.
     """
 
     def __init__(self, sentences: int, copies: int, device: torch.device) -> None:
         self.pieces = torch.empty((sentences * copies, 0), dtype=torch.long, device=device)
+        self.scores = torch.empty((sentences * copies, 0), device=device)
         self._copies = copies
         self._set_missing([0] * sentences)
 
@@ -50,37 +52,45 @@ class History:
         """The pieces of a hypothesis."""
         return self.pieces[row, self._missing[row // self._copies] :].tolist()
 
-    def append(self, pieces: Tensor) -> None:
-        """One more piece a row, [N]."""
-        self.pieces = torch.cat((self.pieces, pieces[:, None]), dim=1)
+    def row_scores(self, row: int) -> list[float]:
+        """The log probabilities of its pieces."""
+        return self.scores[row, self._missing[row // self._copies] :].tolist()
 
-    def append_rows(self, pieces: Sequence[Sequence[int]]) -> None:
-        """More pieces of each sentence, the same for all its hypotheses, to an empty history."""
+    def append(self, pieces: Tensor, scores: Tensor) -> None:
+        """One more piece a row, [N], and its log probability."""
+        self.pieces = torch.cat((self.pieces, pieces[:, None]), dim=1)
+        self.scores = torch.cat((self.scores, scores[:, None].to(self.scores.dtype)), dim=1)
+
+    def append_rows(self, pieces: Sequence[Sequence[int]], scores: Tensor) -> None:
+        """More pieces of each sentence, the same for all its hypotheses, to an empty history; scores [N, longest], each row's at its left end."""
         longest = max(map(len, pieces), default=0)
         rows = [[*[PAD] * (longest - len(row)), *row] for row in pieces]
         self.pieces = torch.tensor(rows, dtype=torch.long, device=self.pieces.device).view(len(rows), longest).repeat_interleave(self._copies, dim=0)
         self._set_missing([longest - len(row) for row in pieces])
+        columns = torch.arange(longest, device=scores.device)[None] - (0 if self._padding is None else self._padding[:, None])
+        self.scores = scores.gather(1, columns.clamp(min=0).expand_as(scores)).to(self.scores.dtype)
 
     def reorder(self, rows: Tensor) -> None:
         """Row i goes on from row rows[i] of the same sentence."""
-        self.pieces = self.pieces.index_select(0, rows)
+        self.pieces, self.scores = self.pieces.index_select(0, rows), self.scores.index_select(0, rows)
 
     def select(self, sentences: Sequence[int], rows: Tensor) -> None:
         """Keep these sentences; `rows` are theirs."""
         missing = [self._missing[sentence] for sentence in sentences]
         spare = min(missing, default=0)
-        self.pieces = self.pieces.index_select(0, rows)[:, spare:]
+        self.pieces, self.scores = self.pieces.index_select(0, rows)[:, spare:], self.scores.index_select(0, rows)[:, spare:]
         self._set_missing([count - spare for count in missing])
 
     def join(self, other: History) -> None:
         """The other's sentences after these."""
         longest = max(self.pieces.shape[1], other.pieces.shape[1])
-        missing, padded = [], []
+        missing, padded, scores = [], [], []
         for history in (self, other):
             more = longest - history.pieces.shape[1]
             missing += [count + more for count in history._missing]
             padded.append(torch.nn.functional.pad(history.pieces, (more, 0), value=PAD))
-        self.pieces = torch.cat(padded)
+            scores.append(torch.nn.functional.pad(history.scores, (more, 0)))
+        self.pieces, self.scores = torch.cat(padded), torch.cat(scores)
         self._set_missing(missing)
 
     def _set_missing(self, missing: list[int]) -> None:

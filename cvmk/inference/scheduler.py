@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
+import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, Self, TypeVar
 
 from cvmk.inference.engine import Event, Finished, Partial, Request
-from cvmk.inference.options import Hypothesis, SearchOptions
+from cvmk.inference.options import BROKEN, Hypothesis, SearchOptions
 
 
 @dataclass(eq=False)
@@ -18,6 +20,7 @@ class Entry:
 
     request: Request
     cancelled: bool = False
+    deadline: float = math.inf  # of time.monotonic()
 
     @property
     def cost(self) -> int:
@@ -33,6 +36,9 @@ class Decoding(Protocol):
 
     def partial(self, entry: Entry) -> list[int]:
         """The best hypothesis so far of an entry that is in it."""
+
+    def so_far(self, entry: Entry) -> list[Hypothesis]:
+        """What there is of an entry that is in it, the best first."""
 
     def drop(self, entries: Sequence[Entry]) -> None:
         """Let these go; some others stay."""
@@ -76,7 +82,8 @@ class Scheduler(Generic[Kind]):
         with self._lock:
             if request.id in self._entries:
                 raise ValueError(f"the id {request.id!r} is in use by a request that has not ended: cancel that one, or choose another id")
-            entry = self._entries[request.id] = Entry(request)
+            deadline = math.inf if request.timeout is None else time.monotonic() + request.timeout
+            entry = self._entries[request.id] = Entry(request, deadline=deadline)
             self._waiting[entry] = None
 
     def cancel(self, id: Hashable) -> bool:
@@ -95,6 +102,7 @@ class Scheduler(Generic[Kind]):
         if not self._stepping.acquire(blocking=False):
             raise RuntimeError("another thread is in step(): let one thread at a time step an engine")
         try:
+            self._expire()
             self._let_go()
             self._admit()
             for options, group in list(self._running.items()):
@@ -102,6 +110,23 @@ class Scheduler(Generic[Kind]):
             return self._tell()
         finally:
             self._stepping.release()
+
+    def _expire(self) -> None:
+        """End what is too late, with what there is of it."""
+        now = time.monotonic()
+        with self._lock:
+            late = [entry for entry in self._entries.values() if entry.deadline <= now]
+        for entry in late:
+            group = self._running.get(entry.request.options)
+            running = group is not None and entry in group.entries
+            found = group.decoding.so_far(entry) if group is not None and running else [BROKEN]
+            with self._lock:
+                if entry.cancelled or self._entries.get(entry.request.id) is not entry:
+                    continue
+                self._waiting.pop(entry, None)
+                if running:
+                    self._leaving.append(entry)
+            self._told.append((entry, Finished(entry.request.id, found, "expired")))
 
     def _let_go(self) -> None:
         """Take out of the decodings what was cancelled."""

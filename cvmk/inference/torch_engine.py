@@ -58,9 +58,16 @@ def refusals(manifest: Manifest, device: str, compute_type: str) -> list[str]:
     return found
 
 
-def load(folder: Path, manifest: Manifest, device: str, compute_type: str) -> TorchEngine:
-    """The engine of a model's folder. Raises DataError where its weights are not sound."""
+def load(folder: Path, manifest: Manifest, device: str, compute_type: str, threads: int | None = None) -> TorchEngine:
+    """The engine of a model's folder. `threads` becomes PyTorch's number, for the whole process. Raises DataError where its weights are not sound."""
+    if threads is not None:
+        torch.set_num_threads(threads)
     return TorchEngine(load_model(folder, manifest), device, compute_type)
+
+
+def of_model(model: CVMTransformer) -> TorchEngine:
+    """The engine of a model in memory, which it does not copy."""
+    return TorchEngine(model)
 
 
 class TorchEngine:
@@ -95,7 +102,7 @@ class TorchEngine:
 
     def submit(self, request: Request) -> None:
         """See `engine.Engine`."""
-        check_request(request, self.max_length, self.model.vocab_size)
+        _check(request, self)
         self._scheduler.submit(request)
 
     def step(self) -> list[Event]:
@@ -136,8 +143,14 @@ class _Alone:
         self._engine, self._scheduler = engine, Scheduler(engine._begin, float("inf"))
 
     def submit(self, request: Request) -> None:
-        check_request(request, self._engine.max_length, self._engine.model.vocab_size)
+        _check(request, self._engine)
         self._scheduler.submit(request)
 
     def step(self) -> list[Event]:
         return self._scheduler.step()
+
+
+def _check(request: Request, engine: TorchEngine) -> None:
+    check_request(request, engine.max_length, engine.model.vocab_size)
+    if request.options.alignments:
+        raise ConfigError("the torch engine tells no alignments: use the native engine, or leave alignments out")

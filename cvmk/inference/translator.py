@@ -34,11 +34,16 @@ class TooLongError(DataError):
 
 @dataclass(frozen=True)
 class TranslationHypothesis:
-    """One candidate translation: text, score (sum(log p) / length ** length_penalty, EOS counted), and piece ids."""
+    """One candidate translation: text, score (sum(log p) / length ** length_penalty, EOS counted), and piece ids.
+
+    For `scores` (of each piece and EOS) and `alignment` see `Hypothesis`.
+    """
 
     text: str
     score: float
     tokens: list[int]
+    scores: Sequence[float] = field(default=(), compare=False)
+    alignment: Sequence[Sequence[float]] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True)
@@ -58,15 +63,20 @@ class Translation:
 class Translator:
     """Translates with the model in a folder (or a run's folder).
 
-    device is "cpu", "cuda", "cuda:<number>" or "auto"; compute_type is "float32" or "bfloat16"; engine names the one to use, where it should
-    not be the first that can run the model (see `explain`). Raises ConfigError for others, and DataError for a folder that holds no sound model.
-    `info` is the model's config.json.
+    device is "cpu", "cuda", "cuda:<number>" or "auto". compute_type is "auto" (as the weights are stored), "float32", "bfloat16" ("bf16") or, on a
+    CPU, "int8" or "int4"; weights become that when they are loaded. engine names the one to use, "native" or "torch", where it should not be
+    the first that can run the model (see `explain`). threads is how many threads of the CPU it has, at least 1; None: all that the process may use. Raises
+    ConfigError for others, and DataError for a folder that holds no sound model. `info` is the model's config.json.
     """
 
-    def __init__(self, path: str | os.PathLike[str], device: str = "cpu", compute_type: str = "float32", *, engine: str = "auto") -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], device: str = "cpu", compute_type: str = "auto", *, engine: str = "auto", threads: int | None = None
+    ) -> None:
         folder, manifest, self.info = read_model_manifest(path)
+        if threads is not None and threads < 1:
+            raise ConfigError(f"threads is {threads}, and must be at least 1")
         self.tokenizer = load_model_tokenizer(folder, manifest)
-        name, self.engine = engines.build(folder, manifest, device, compute_type, engine)
+        name, self.engine = engines.build(folder, manifest, device, compute_type, engine, threads)
         self._explain: Callable[[], list[EngineAnswer]] = lambda: engines.explain(manifest, device, compute_type, name)
 
     @classmethod
@@ -76,6 +86,14 @@ class Translator:
         from cvmk.inference.torch_engine import TorchEngine
 
         return cls.from_engine(TorchEngine(model, device, compute_type), tokenizer)
+
+    @classmethod
+    def of_weights(cls, model: CVMTransformer, tokenizer: Tokenizer) -> Translator:
+        """A translator with the weights that a model has now, on the first engine that can run it."""
+        name, engine = engines.of_model(model)
+        translator = cls.from_engine(engine, tokenizer)
+        translator._explain = lambda: [EngineAnswer(name, (), True)]
+        return translator
 
     @classmethod
     def from_engine(cls, engine: Engine, tokenizer: Tokenizer) -> Translator:
@@ -103,6 +121,13 @@ class Translator:
         min_length: int = 1,
         repetition_penalty: float = 1.0,
         suppressed: Sequence[int] = (),
+        patience: float = 1.0,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        prefix_bias: float = 0.0,
+        alignments: bool = False,
         prefixes: Sequence[str] | None = None,
         max_batch_tokens: int = 4096,
         on_long: OnLong = "error",
@@ -111,16 +136,18 @@ class Translator:
         without anything else has the empty translation.
 
         For the options of the search see `SearchOptions`. `prefixes` has one text for each of `texts`, with which all its hypotheses
-        begin ("" for none); white space around it is dropped too. max_batch_tokens bounds source pieces (padding included) times
-        beam_size of what is translated at once; it changes speed and memory, not results. A text of more pieces than the model can read is a
+        begin ("" for none), or by which they are biased where prefix_bias is above 0; white space around it is dropped too.
+        max_batch_tokens bounds source pieces (padding included) times beam_size of what is translated at once; it changes speed and memory,
+        not results. A text of more pieces than the model can read is a
         TooLongError (a DataError) that names it by its number, counted from 1, or with on_long="truncate" loses its end, with a warning. Raises
         ConfigError for an option out of range and a prefix that is too long.
         """
         if isinstance(texts, str):
             raise TypeError("texts is one string: give a list of strings")
         options = SearchOptions(
-            beam_size, n_best, length_penalty, no_repeat_ngram, max_length_a, max_length_b, min_length, repetition_penalty, suppressed
-        )
+            beam_size, n_best, length_penalty, no_repeat_ngram, max_length_a, max_length_b, min_length, repetition_penalty, suppressed,
+            patience, temperature, top_k, top_p, seed, prefix_bias, alignments,
+        )  # fmt: skip
         if max_batch_tokens < 1:
             raise ConfigError(f"max_batch_tokens is {max_batch_tokens}, and must be at least 1")
         if on_long not in ("error", "truncate"):
@@ -164,7 +191,7 @@ class Translator:
         return found
 
     def _translation(self, hypotheses: list[Hypothesis], truncated: bool) -> Translation:
-        decoded = [TranslationHypothesis(self.tokenizer.decode(h.tokens), h.score, h.tokens) for h in hypotheses]
+        decoded = [TranslationHypothesis(self.tokenizer.decode(h.tokens), h.score, h.tokens, h.scores, h.alignment) for h in hypotheses]
         best = decoded[0]
         return Translation(best.text, best.score, best.tokens, decoded, truncated)
 

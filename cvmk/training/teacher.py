@@ -31,7 +31,8 @@ class Teacher:
     fingerprint: str
 
     def translator(self) -> Translator:
-        return Translator.from_model(self.model, self.tokenizer)
+        """Translates with its weights."""
+        return Translator.of_weights(self.model, self.tokenizer)
 
     @property
     def weights(self) -> Path:

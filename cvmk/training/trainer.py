@@ -129,7 +129,7 @@ class Trainer:
     def translator(self) -> Translator:
         """Translates with the present weights."""
         self.state.optimizer.eval()
-        return Translator.from_model(self.state.model.eval(), self.tokenizer)
+        return Translator.of_weights(self.state.model.eval(), self.tokenizer)
 
     def _validate(self) -> None:
         progress, before = self.progress, self.validator.best
