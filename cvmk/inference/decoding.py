@@ -182,7 +182,7 @@ class Decoding(ABC):
         fed = torch.cat((self.tokens[:, None], pieces[:, :-1]), dim=1)
         at_once = max(1, _PREFIX_SCORES // (len(pieces) * self.model.vocab_size))
         totals, read = self.totals.flatten(), History(len(prefixes), copies, self.device)
-        told = torch.zeros(pieces.shape, device=self.device)
+        told = torch.zeros(pieces.shape, dtype=torch.float64, device=self.device)
         for start in range(0, longest, at_once):
             part = fed[:, start : start + at_once]
             logits = self.model.extend(part, self.state, (lengths - start).clamp(0, part.shape[1]))
@@ -295,7 +295,7 @@ class _Sampling(Decoding):
 
     def advance(self) -> list[tuple[Entry, list[Hypothesis]]]:
         scores, normaliser = self._scores()
-        beam, said = self.options.beam_size, torch.zeros(scores.shape[0], device=self.device)
+        beam, said = self.options.beam_size, torch.zeros(scores.shape[0], dtype=torch.float64, device=self.device)
         totals, tokens = self.totals.flatten(), torch.full_like(self.tokens, EOS)
         ended = []
         for index, sentence in enumerate(self.sentences):

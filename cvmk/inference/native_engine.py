@@ -35,6 +35,9 @@ def refusals(manifest: Manifest, device: str, compute_type: str) -> list[str]:
     _, reason = libraries.load("_native", "native")
     if reason is not None:
         found.append(f"the native engine needs the native library: {reason}")
+    allowed = libraries.allowed_backends()
+    if allowed and "native" not in allowed:
+        found.append(f"the native engine computes with the native backend, and CVMK_BACKEND allows only {', '.join(allowed)}")
     if device != "cpu":
         found.append(f'device is {device!r}, and the native engine runs on "cpu"')
     if compute_type not in get_args(ComputeType):

@@ -19,7 +19,7 @@ _FORBIDDEN = float("-inf")
 
 
 class History:
-    """What each of N hypotheses has said so far: `pieces` [N, t], int64, and their log probabilities `scores` [N, t], float32, each row's at its
+    """What each of N hypotheses has said so far: `pieces` [N, t], int64, and their log probabilities `scores` [N, t], float64, each row's at its
     right end behind padding.
 
     Rows stand in groups of `copies`, one group a sentence, whose hypotheses are equally long.
@@ -27,7 +27,7 @@ class History:
 
     def __init__(self, sentences: int, copies: int, device: torch.device) -> None:
         self.pieces = torch.empty((sentences * copies, 0), dtype=torch.long, device=device)
-        self.scores = torch.empty((sentences * copies, 0), device=device)
+        self.scores = torch.empty((sentences * copies, 0), dtype=torch.float64, device=device)
         self._copies = copies
         self._set_missing([0] * sentences)
 

@@ -102,7 +102,7 @@ def test_too_long_names_the_line_or_truncates(call) -> None:
 @pytest.mark.parametrize(("options", "code", "named"), [
     (["--beam-size", "0"], 2, "beam_size"), (["--n-best", "2"], 2, "n_best"), (["--batch-tokens", "0"], 2, "batch-tokens"),
     (["--threads", "-1"], 2, "threads"),
-    (["--device", "gpu"], 2, "device"), (["--compute-type", "int8"], 2, "compute_type"), (["--input", "nowhere"], 5, "nowhere"),
+    (["--device", "gpu"], 2, "device"), (["--compute-type", "int3"], 2, "compute_type"), (["--input", "nowhere"], 5, "nowhere"),
     (["--input", "."], 5, "read ."),
     (["--output", "/dev/null/x"], 5, "/dev/null"),
 ])  # fmt: skip

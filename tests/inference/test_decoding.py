@@ -201,7 +201,7 @@ def test_no_ngram_twice(make_model, size: int, beam_size: int) -> None:
 def test_forbidden_repeats_by_definition(histories: list[list[int]], size: int) -> None:
     scores = torch.zeros(len(histories), 8)
     history = History(len(histories), 1, torch.device("cpu"))
-    history.append_rows(histories)
+    history.append_rows(histories, torch.zeros(len(histories), max(map(len, histories))))
     NoRepeatNgram(size)(history, scores)
     for row, history in enumerate(histories):
         grams = {tuple(history[i : i + size]) for i in range(len(history) - size + 1)}

@@ -121,13 +121,13 @@ def test_from_a_folder(tmp_path: Path, make_model) -> None:
     tokenizer = train_tokenizer(["a man rides a horse"] * 20, TokenizerConfig(kind="fallback", vocabulary=265))
     model = make_model(tokenizer.vocab_size, sharpness=3.0)
     save_model_folder(tmp_path / "model", model, tokenizer, "", {"languages": {"source": "en", "target": "de"}})
-    translator = Translator(tmp_path)
+    translator = Translator(tmp_path, engine="torch")
     assert translator.info["languages"]["target"] == "de"
     expected = Translator.from_model(model, tokenizer).translate(["a man"], beam_size=2)
     assert translator.translate(["a man"], beam_size=2) == expected
     Translator(tmp_path, device="auto", compute_type="bfloat16").translate(["a man"])
     with pytest.raises(ConfigError, match="compute_type"):
-        Translator(tmp_path, compute_type="int8")
+        Translator(tmp_path, compute_type="int3")
     with pytest.raises(ConfigError, match="device"):
         Translator(tmp_path, device="gpu")
 
@@ -158,7 +158,11 @@ def test_prefixes_and_further_options(make_model, tokenizer) -> None:
 def test_explain_says_which_engine_runs_the_model(tmp_path: Path, make_model, tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     """An engine that is preferred but refuses, one that takes the model, and the one behind it."""
     save_model_folder(tmp_path, make_model(tokenizer.vocab_size), tokenizer, "")
-    assert Translator(tmp_path).explain() == [EngineAnswer("torch", (), True)]
+    assert Translator(tmp_path).explain() == [EngineAnswer("native", (), True), EngineAnswer("torch", (), False)]
+    monkeypatch.setenv("CVMK_BACKEND", "reference")
+    native, torch_engine = Translator(tmp_path).explain()
+    assert "CVMK_BACKEND allows only reference" in native.reasons[0] and torch_engine == EngineAnswer("torch", (), True)
+    monkeypatch.delenv("CVMK_BACKEND")
     asked = []
 
     def fake(name: str, *reasons: str) -> None:
