@@ -159,5 +159,5 @@ void bind_engine(py::module_& m) {
       .def_property_readonly("threads", [](const PythonEngine& e) { return e.engine->threads(); })
       .def_property_readonly("weight_bytes", [](const PythonEngine& e) { return e.engine->model().weight_bytes(); })
       .def("held_bytes", [](PythonEngine& e) { return e.engine->held_bytes(); })
-      .def("request_bytes", [](const PythonEngine& e, const py::tuple& request) { return Sequence::bytes(e.engine->model(), read_request(request)); });
+      .def("request_bytes", [](const PythonEngine& e, const py::tuple& request) { return Memory::rounded(Sequence::bytes(e.engine->model(), read_request(request))); });
 }

@@ -8,7 +8,10 @@ namespace cvmk::engine {
 namespace {
 
 constexpr int kSpins = 4000;  // some 50 microseconds
-constexpr unsigned long long kPart = 0xFFFFFFFFull;
+constexpr unsigned long long kPart = 0xFFFFull;
+
+inline int next_of(unsigned long long claim) { return static_cast<int>(claim & kPart); }
+inline int parts_in(unsigned long long claim) { return static_cast<int>(claim >> 16 & kPart); }
 
 inline void pause() {
 #if defined(__x86_64__)
@@ -38,17 +41,16 @@ void Pool::run(int parts, Team::Body body, void* context) {
     for (int part = 0; part < parts; ++part) body(context, part, parts);
     return;
   }
-  const unsigned long long epoch = (claims_.load(std::memory_order_relaxed) >> 32) + 1;
+  const unsigned long long number = ((claims_.load(std::memory_order_relaxed) >> 32) + 1) & 0xFFFFFFFFull;
   body_.store(body, std::memory_order_relaxed);
   context_.store(context, std::memory_order_relaxed);
-  parts_.store(parts, std::memory_order_relaxed);
   left_.store(parts, std::memory_order_relaxed);
-  claims_.store(epoch << 32, std::memory_order_seq_cst);
+  claims_.store(number << 32 | static_cast<unsigned long long>(parts) << 16, std::memory_order_seq_cst);
   if (sleeping_.load(std::memory_order_seq_cst) > 0) {
     const std::lock_guard<std::mutex> lock(mutex_);
     wake_.notify_all();
   }
-  parts_of(epoch);
+  parts_of(number);
   for (int spins = 0; left_.load(std::memory_order_acquire) > 0; ++spins) {
     if (spins < kSpins) pause();
     else std::this_thread::yield();
@@ -56,16 +58,15 @@ void Pool::run(int parts, Team::Body body, void* context) {
 }
 
 // Parts of the call of this number, as long as there are any that nobody has taken.
-void Pool::parts_of(unsigned long long epoch) {
+void Pool::parts_of(unsigned long long number) {
   for (;;) {
     unsigned long long claim = claims_.load(std::memory_order_acquire);
     const Team::Body body = body_.load(std::memory_order_relaxed);
     void* const context = context_.load(std::memory_order_relaxed);
-    const int parts = parts_.load(std::memory_order_relaxed);
-    if (claim >> 32 != epoch || static_cast<int>(claim & kPart) >= parts) return;
-    // What was read belongs to this call: it cannot end before the part that is claimed here is done.
+    if (claim >> 32 != number || next_of(claim) >= parts_in(claim)) return;
+    // Where the claim succeeds, what was read belongs to this call: it cannot end before the part that is claimed here is done.
     if (!claims_.compare_exchange_weak(claim, claim + 1, std::memory_order_acq_rel)) continue;
-    body(context, static_cast<int>(claim & kPart), parts);
+    body(context, next_of(claim), parts_in(claim));
     left_.fetch_sub(1, std::memory_order_release);
   }
 }

@@ -32,12 +32,12 @@ class Pool {
 
  private:
   void work(int number);
-  void parts_of(unsigned long long epoch);
+  void parts_of(unsigned long long number);
 
-  // The call in progress: `claims_` holds its number in the high half and the next part in the low one, so that a late thread takes no part of another call.
+  // The call in progress in one word, so that a late thread takes no part of another call: its number (32 bits), its parts and the next of them (16 each).
   alignas(64) std::atomic<unsigned long long> claims_{0};
   alignas(64) std::atomic<int> left_{0};
-  std::atomic<int> parts_{0}, sleeping_{0};
+  std::atomic<int> sleeping_{0};
   std::atomic<Team::Body> body_{nullptr};
   std::atomic<void*> context_{nullptr};
   std::atomic<bool> stopping_{false};

@@ -78,6 +78,19 @@ std::vector<Event> Scheduler::take_events() {
   return found;
 }
 
+// Those that waited too long.
+void Scheduler::expire() {
+  std::vector<EntryPointer> late;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const double time = now();
+    const auto kept = std::stable_partition(waiting_.begin(), waiting_.end(), [&](const EntryPointer& entry) { return entry->deadline == 0.0 || time < entry->deadline; });
+    late.assign(kept, waiting_.end());
+    waiting_.erase(kept, waiting_.end());
+  }
+  for (const EntryPointer& entry : late) tell(entry, Event::kExpired, {});
+}
+
 // A fair part of those who wait, as far as the budgets go; at least one where nothing runs.
 std::vector<Scheduler::EntryPointer> Scheduler::newcomers(Shard& shard) {
   std::vector<EntryPointer> found;
@@ -87,16 +100,16 @@ std::vector<Scheduler::EntryPointer> Scheduler::newcomers(Shard& shard) {
   for (const EntryPointer& entry : waiting_) rows += entry->request.options.beam_size;
   for (const EntryPointer& entry : shard.running) own += entry->request.options.beam_size;
   const std::int64_t shards = std::max<std::int64_t>(1, std::min(static_cast<std::int64_t>(shards_.size()), pieces(rows, kShardRows)));
-  const std::int64_t fair = pieces(rows, shards), budget = budget_.running / static_cast<std::int64_t>(shards_.size());
+  const std::int64_t fair = pieces(rows, shards);
   while (!waiting_.empty()) {
     const EntryPointer& next = waiting_.front();
     const std::int64_t length = static_cast<std::int64_t>(next->request.source.size()) + 1;
-    const bool first = found.empty() && shard.running.empty();
-    if (!first && (shard.cost + next->cost > budget || own + next->request.options.beam_size > fair)) break;
+    if (running_ > 0 && cost_ + next->cost > budget_.running) break;
+    if (!(found.empty() && shard.running.empty()) && own + next->request.options.beam_size > fair) break;
     if (!found.empty() && encoded + length > budget_.encoded) break;
     encoded += length;
     own += next->request.options.beam_size;
-    shard.cost += next->cost;
+    cost_ += next->cost;
     running_ += next->request.options.beam_size;
     found.push_back(next);
     waiting_.pop_front();
@@ -114,7 +127,7 @@ void Scheduler::begin(Shard& shard, const Team& team) {
     try {
       entry->sequence = std::make_unique<Sequence>(model_, memory_, entry->request);
     } catch (const std::bad_alloc&) {
-      drop(shard, entry, Event::kFailed);
+      drop(entry, Event::kFailed);
       continue;
     }
     shard.running.push_back(entry);
@@ -123,12 +136,12 @@ void Scheduler::begin(Shard& shard, const Team& team) {
   model_.encode(sources, shard.workspace, team);
 }
 
-void Scheduler::drop(Shard& shard, const EntryPointer& entry, Event::Kind kind) {
+void Scheduler::drop(const EntryPointer& entry, Event::Kind kind) {
   std::vector<Hypothesis> found;
   if (entry->sequence != nullptr && kind != Event::kFailed) found = entry->sequence->hypotheses();
-  shard.cost -= entry->cost;
   {
     const std::lock_guard<std::mutex> lock(mutex_);
+    cost_ -= entry->cost;
     running_ -= entry->request.options.beam_size;
   }
   entry->sequence.reset();
@@ -138,8 +151,8 @@ void Scheduler::drop(Shard& shard, const EntryPointer& entry, Event::Kind kind) 
 // Those that were cancelled, are too late, or are done.
 void Scheduler::leave(Shard& shard) {
   const auto gone = [&](const EntryPointer& entry) {
-    if (entry->sequence->done() || entry->cancelled) return drop(shard, entry, Event::kFinished), true;
-    if (entry->deadline > 0.0 && now() >= entry->deadline) return drop(shard, entry, Event::kExpired), true;
+    if (entry->sequence->done() || entry->cancelled) return drop(entry, Event::kFinished), true;
+    if (entry->deadline > 0.0 && now() >= entry->deadline) return drop(entry, Event::kExpired), true;
     return false;
   };
   shard.running.erase(std::remove_if(shard.running.begin(), shard.running.end(), gone), shard.running.end());
@@ -148,6 +161,7 @@ void Scheduler::leave(Shard& shard) {
 bool Scheduler::step(int number, const Team& team) {
   Shard& shard = *shards_[static_cast<std::size_t>(number)];
   leave(shard);
+  if (number == 0) expire();
   try {
     begin(shard, team);
     if (shard.running.empty()) return false;
@@ -160,7 +174,7 @@ bool Scheduler::step(int number, const Team& team) {
     model_.step(shard.rows, shard.results, shard.workspace, team);
     for (std::size_t i = 0; i < shard.running.size(); ++i) shard.running[i]->sequence->advance(shard.results.data() + shard.first[i]);
   } catch (const std::bad_alloc&) {
-    for (const EntryPointer& entry : shard.running) drop(shard, entry, Event::kFailed);
+    for (const EntryPointer& entry : shard.running) drop(entry, Event::kFailed);
     shard.running.clear();
     return true;
   }

@@ -56,18 +56,18 @@ class Scheduler {
   typedef std::shared_ptr<Entry> EntryPointer;
   struct Shard {
     std::vector<EntryPointer> running;
-    std::int64_t cost = 0;
     Workspace workspace;
     std::vector<StepRow> rows;
     std::vector<StepResult> results;
     std::vector<std::size_t> first;
   };
 
+  void expire();
   std::vector<EntryPointer> newcomers(Shard& shard);
   void begin(Shard& shard, const Team& team);
   void leave(Shard& shard);
   void tell(const EntryPointer& entry, Event::Kind kind, std::vector<Hypothesis> hypotheses);
-  void drop(Shard& shard, const EntryPointer& entry, Event::Kind kind);
+  void drop(const EntryPointer& entry, Event::Kind kind);
 
   const Model& model_;
   Memory& memory_;
@@ -77,7 +77,7 @@ class Scheduler {
   std::deque<EntryPointer> waiting_;
   std::map<std::int64_t, EntryPointer> entries_;
   std::vector<Event> events_;
-  std::int64_t running_ = 0;
+  std::int64_t running_ = 0, cost_ = 0;  // hypotheses that run, and what counts against the budget
 };
 
 }  // namespace cvmk::engine

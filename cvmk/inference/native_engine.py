@@ -123,6 +123,11 @@ class NativeEngine:
         size: int = self._engine.request_bytes(self._native(request))
         return size
 
+    def held_bytes(self) -> int:
+        """Bytes that submitted requests and the engine's threads hold now, without the weights."""
+        size: int = self._engine.held_bytes()
+        return size
+
     def submit(self, request: Request) -> None:
         """See `engine.Engine`."""
         check_request(request, self._max_length, self._vocab_size)

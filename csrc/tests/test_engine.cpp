@@ -1,0 +1,277 @@
+// The engine on models of random weights: the same bits alone, in company and with any number of threads, at every level; requests that come, go and fail.
+#include "engine/engine.h"
+
+#include <cmath>
+#include <cstdint>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "tests/check.h"
+
+namespace {
+
+using namespace cvmk;
+using namespace cvmk::engine;
+
+struct Random {
+  std::uint64_t state = 1;
+  std::uint64_t bits() {
+    state = state * 6364136223846793005u + 1442695040888963407u;
+    return state >> 33;
+  }
+  int below(int n) { return static_cast<int>(bits() % static_cast<std::uint64_t>(n)); }
+  float real() { return static_cast<float>(bits()) * 0x1.0p-31f - 0.5f; }
+};
+
+struct Weights {
+  std::vector<std::unique_ptr<std::vector<float>>> memory;
+  RawTensors tensors;
+  Random random;
+
+  void add(const std::string& name, std::vector<std::int64_t> shape, float scale, float shift = 0.0f) {
+    std::int64_t count = 1;
+    for (const std::int64_t size : shape) count *= size;
+    memory.push_back(std::make_unique<std::vector<float>>(static_cast<std::size_t>(count)));
+    for (float& x : *memory.back()) x = shift + scale * random.real();
+    tensors[name] = {memory.back()->data(), kFloat32, std::move(shape)};
+  }
+  void layer(const std::string& name, std::int64_t outputs, std::int64_t inputs, bool bias) {
+    add(name + ".weight", {outputs, inputs}, 4.0f / std::sqrt(static_cast<float>(inputs)));
+    if (bias) add(name + ".bias", {outputs}, 0.5f);
+  }
+  void norm(const std::string& name, const Config& c) {
+    add(name + ".weight", {c.d_model}, 0.5f, 1.0f);
+    if (!c.rms) add(name + ".bias", {c.d_model}, 0.5f);
+  }
+
+  explicit Weights(const Config& c) {
+    const std::int64_t kv = c.kv_heads * (c.d_model / c.heads), inner = c.activation == gemm::kSwiglu ? 2 * c.ffn : c.ffn;
+    add("embeddings.source", {c.vocabulary, c.d_model}, 2.0f);
+    if (!c.tied) {
+      add("embeddings.target", {c.vocabulary, c.d_model}, 2.0f);
+      add("embeddings.output", {c.vocabulary, c.d_model}, 2.0f);
+    }
+    for (const bool decoder : {false, true}) {
+      const std::string side = decoder ? "decoder" : "encoder";
+      for (std::int64_t i = 0; i < (decoder ? c.decoder_layers : c.encoder_layers); ++i) {
+        const std::string name = side + ".blocks." + std::to_string(i);
+        for (const char* part : {".mixer_norm", ".ffn_norm"}) norm(name + part, c);
+        layer(name + ".mixer.qkv", c.d_model + 2 * kv, c.d_model, c.bias);
+        layer(name + ".mixer.out", c.d_model, c.d_model, c.bias);
+        layer(name + ".ffn.inner", inner, c.d_model, c.bias);
+        layer(name + ".ffn.outer", c.d_model, c.ffn, c.bias);
+        if (!decoder) continue;
+        norm(name + ".cross_norm", c);
+        layer(name + ".cross.query", c.d_model, c.d_model, c.bias);
+        layer(name + ".cross.key_value", 2 * kv, c.d_model, c.bias);
+        layer(name + ".cross.out", c.d_model, c.d_model, c.bias);
+      }
+      norm(side + ".norm", c);
+    }
+  }
+};
+
+Config config_of(bool other) {
+  Config c{};
+  c.d_model = 32;
+  c.ffn = other ? 40 : 64;
+  c.heads = 4;
+  c.kv_heads = other ? 2 : 4;
+  c.encoder_layers = c.decoder_layers = 2;
+  c.max_length = 48;
+  c.vocabulary = 301;
+  c.rms = c.causal_encoder = other;
+  c.bias = c.tied = !other;
+  c.norm_epsilon = 1e-5f;
+  c.rotary_base = 1e4;
+  c.positions = other ? Positions::kRotary : Positions::kSinusoidal;
+  c.activation = other ? gemm::kSwiglu : gemm::kRelu;
+  return c;
+}
+
+std::vector<Request> requests_of(const Config& c, int count) {
+  Random random;
+  std::vector<Request> found;
+  for (int i = 0; i < count; ++i) {
+    Request r;
+    for (int n = random.below(20); n > 0; --n) r.source.push_back(4 + random.below(static_cast<int>(c.vocabulary) - 4));
+    for (int n = i % 3 == 0 ? random.below(4) : 0; n > 0; --n) r.prefix.push_back(4 + random.below(static_cast<int>(c.vocabulary) - 4));
+    r.limit = 4 + random.below(20);
+    Options& o = r.options;
+    o.beam_size = i % 4 == 1 ? 3 : i % 4 == 3 ? 5 : 1;
+    o.n_best = o.beam_size;
+    if (i % 5 == 2) o.no_repeat_ngram = 2;
+    if (i % 5 == 3) o.repetition_penalty = 1.4f;
+    if (i % 7 == 4) o.suppressed = {5, 9, 100};
+    if (i % 6 == 5) {
+      o.temperature = 1.0;
+      o.top_k = i % 4 * 10;
+      o.top_p = 0.9;
+      o.seed = static_cast<std::uint64_t>(i);
+    }
+    if (i % 9 == 6) o.prefix_bias = 0.5;
+    o.alignments = i % 8 == 7;
+    found.push_back(std::move(r));
+  }
+  return found;
+}
+
+bool same(const std::vector<Hypothesis>& a, const std::vector<Hypothesis>& b) {
+  if (a.size() != b.size()) return false;
+  for (std::size_t i = 0; i < a.size(); ++i)
+    if (a[i].pieces != b[i].pieces || a[i].score != b[i].score || a[i].scores != b[i].scores || a[i].alignment != b[i].alignment) return false;
+  return true;
+}
+
+// What is found does not depend on company, threads, or the order in which requests come and go.
+void company_changes_nothing(bool other, Compute compute) {
+  const Config c = config_of(other);
+  const Weights weights(c);
+  const std::vector<Request> requests = requests_of(c, 24);
+  Engine alone(c, weights.tensors, compute, 1, Budget{});
+  std::vector<std::vector<Hypothesis>> expected;
+  for (const Request& r : requests) expected.push_back(alone.search({r})[0]);
+  for (const int threads : {1, 2, 3}) {
+    Engine engine(c, weights.tensors, compute, threads, Budget{200, 40});
+    const std::vector<std::vector<Hypothesis>> found = engine.search(requests);
+    for (std::size_t i = 0; i < requests.size(); ++i) CHECK(same(found[i], expected[i]));
+    std::size_t submitted = 0, ended = 0;
+    while (ended < requests.size()) {
+      for (int n = 0; n < 2 && submitted < requests.size(); ++n, ++submitted) engine.submit(static_cast<std::int64_t>(submitted), requests[submitted], submitted % 2 == 0, 0.0);
+      for (const Event& event : engine.step()) {
+        if (event.kind == Event::kPartial) continue;
+        CHECK(event.kind == Event::kFinished && same(event.hypotheses, expected[static_cast<std::size_t>(event.id)]));
+        ++ended;
+      }
+    }
+    CHECK(engine.step().empty());
+  }
+}
+
+// Alignments are distributions over the source; scores sum to the score.
+void results_are_whole() {
+  const Config c = config_of(false);
+  const Weights weights(c);
+  Engine engine(c, weights.tensors, Compute::kFloat32, 2, Budget{});
+  std::vector<Request> requests = requests_of(c, 12);
+  for (Request& r : requests) {
+    r.options = Options{};
+    r.options.beam_size = r.options.n_best = 2;
+    r.options.alignments = true;
+  }
+  const auto found = engine.search(requests);
+  for (std::size_t i = 0; i < found.size(); ++i)
+    for (const Hypothesis& h : found[i]) {
+      double sum = 0.0;
+      for (const float score : h.scores) sum += static_cast<double>(score);
+      CHECK(h.scores.size() == h.pieces.size() + 1);
+      CHECK(std::fabs(sum / static_cast<double>(h.pieces.size() + 1) - h.score) < 1e-5);
+      const std::size_t width = requests[i].source.size() + 1;
+      CHECK(h.alignment.size() == h.pieces.size() * width);
+      for (std::size_t row = 0; row < h.pieces.size(); ++row) {
+        double mass = 0.0;
+        for (std::size_t j = 0; j < width; ++j) mass += static_cast<double>(h.alignment[row * width + j]);
+        CHECK(std::fabs(mass - 1.0) < 1e-5);
+      }
+    }
+}
+
+// Cancelled and late requests give their memory back, and others go on.
+void requests_leave() {
+  const Config c = config_of(true);
+  const Weights weights(c);
+  Engine engine(c, weights.tensors, Compute::kInt8, 2, Budget{});
+  std::vector<Request> requests = requests_of(c, 12);
+  for (Request& r : requests) r.options = Options{};
+  const std::vector<std::vector<Hypothesis>> expected = engine.search(requests);
+  for (std::size_t i = 0; i < requests.size(); ++i) engine.submit(100 + static_cast<std::int64_t>(i), requests[i], false, 0.0);
+  while (!engine.step().empty() || engine.held_bytes() == 0) {
+  }
+  for (int idle = 0; idle < 100; ++idle) engine.step();
+  const std::int64_t before = engine.held_bytes();
+  for (std::size_t i = 0; i < requests.size(); ++i) engine.submit(static_cast<std::int64_t>(i), requests[i], false, i == 5 ? 1e-9 : 0.0);
+  CHECK(engine.cancel(3));
+  CHECK(!engine.cancel(3));
+  CHECK(!engine.cancel(99));
+  std::thread other([&] { CHECK(engine.cancel(4)); });
+  other.join();
+  std::size_t ended = 0;
+  for (int steps = 0; ended < requests.size() - 2 && steps < 1000; ++steps)
+    for (const Event& event : engine.step()) {
+      CHECK(event.id != 3 && event.id != 4);
+      if (event.id == 5) CHECK(event.kind == Event::kExpired);
+      else CHECK(event.kind == Event::kFinished && same(event.hypotheses, expected[static_cast<std::size_t>(event.id)]));
+      ++ended;
+    }
+  CHECK(ended == requests.size() - 2);
+  CHECK(engine.held_bytes() == before);
+}
+
+// Threads that submit, cancel and search while one steps.
+void many_threads() {
+  const Config c = config_of(false);
+  const Weights weights(c);
+  Engine engine(c, weights.tensors, Compute::kFloat32, 2, Budget{});
+  const std::vector<Request> requests = requests_of(c, 8);
+  const auto expected = engine.search(requests);
+  std::vector<std::thread> threads;
+  for (int t = 0; t < 2; ++t)
+    threads.emplace_back([&, t] {
+      for (int i = 0; i < 20; ++i) {
+        const std::int64_t id = t * 1000 + i;
+        engine.submit(id, requests[static_cast<std::size_t>(i % 8)], true, 0.0);
+        if (i % 3 == 0) engine.cancel(id);
+      }
+    });
+  threads.emplace_back([&] {
+    const auto found = engine.search(requests);
+    for (std::size_t i = 0; i < found.size(); ++i) CHECK(same(found[i], expected[i]));
+  });
+  for (int quiet = 0; quiet < 200;) {
+    const auto events = engine.step();
+    for (const Event& event : events)
+      if (event.kind == Event::kFinished) CHECK(same(event.hypotheses, expected[static_cast<std::size_t>(event.id % 1000 % 8)]));
+    quiet = events.empty() ? quiet + 1 : 0;
+  }
+  for (std::thread& thread : threads) thread.join();
+}
+
+void bad_models_are_named() {
+  const Config c = config_of(false);
+  const auto fails = [&](const char* text, const RawTensors& tensors) {
+    try {
+      Engine engine(c, tensors, Compute::kInt8, 1, Budget{});
+      return false;
+    } catch (const BadModel& error) {
+      return std::string(error.what()).find(text) != std::string::npos;
+    }
+  };
+  Weights weights(c);
+  RawTensors tensors = weights.tensors;
+  tensors.erase("decoder.norm.weight");
+  CHECK(fails("lacks the tensor decoder.norm.weight", tensors));
+  tensors = weights.tensors;
+  tensors["more"] = tensors["decoder.norm.weight"];
+  CHECK(fails("unknown tensor more", tensors));
+  tensors = weights.tensors;
+  tensors["decoder.norm.weight"].shape = {31};
+  CHECK(fails("of shape [31]", tensors));
+  weights.memory[0]->at(5) = __builtin_nanf("");
+  CHECK(fails("no finite numbers", weights.tensors));
+}
+
+}  // namespace
+
+int main() {
+  cvmk::testing::at_every_level([] {
+    for (const bool other : {false, true})
+      for (const Compute compute : {Compute::kFloat32, Compute::kBFloat16, Compute::kInt8, Compute::kInt4}) company_changes_nothing(other, compute);
+  });
+  results_are_whole();
+  requests_leave();
+  many_threads();
+  bad_models_are_named();
+  return cvmk::testing::check_result();
+}
