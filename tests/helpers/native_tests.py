@@ -31,5 +31,5 @@ def build_tests(folder: Path, *options: str, targets: tuple[str, ...] = ("native
         pytest.skip("cmake or a C++ compiler is not installed")
     fixed = ("-DCVMK_TESTS=ON", "-DCVMK_CUDA=OFF", f"-DPython_EXECUTABLE={sys.executable}", "-DCMAKE_BUILD_TYPE=Release")
     run("cmake", "-S", ROOT, "-B", folder, *fixed, *options)
-    run("cmake", "--build", folder, "--parallel", "2", "--target", *targets)
+    run("cmake", "--build", folder, "--parallel", "2", "--target", *targets, seconds=1500)
     return folder

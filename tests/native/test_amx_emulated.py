@@ -16,7 +16,8 @@ from cvmk import hardware
 
 FEATURES = hardware.cpu().features
 pytestmark = [
-    pytest.mark.timeout(900),  # it compiles
+    pytest.mark.exhaustive,
+    pytest.mark.timeout(1800),  # it compiles
     pytest.mark.skipif(not (FEATURES.get("avx512_vnni") and FEATURES.get("avx512_bf16")), reason="the emulation needs AVX-512 with VNNI and BF16"),
     pytest.mark.skipif(bool(FEATURES.get("amx_tile")) and not hardware.cpu().emulated, reason="the processor has AMX, which every other test uses"),
     pytest.mark.skipif(shutil.which("ctest") is None, reason="ctest is not installed"),
@@ -35,7 +36,7 @@ def python(build: Path, *arguments: str) -> str:
     path = os.pathsep.join([str(ROOT / "tests" / "helpers"), os.environ.get("PYTHONPATH", "")])
     clean = {name: value for name, value in os.environ.items() if name not in ("CVMK_CPU_ISA", "CVMK_BACKEND", "PYTEST_ADDOPTS")}
     clean |= {"PYTHONPATH": path, "CVMK_EMULATED_BUILD": str(build), "OMP_WAIT_POLICY": "passive"}  # threads share the processors with other tests
-    return run(sys.executable, *arguments, seconds=850, environment=clean)
+    return run(sys.executable, *arguments, seconds=1500, environment=clean)
 
 
 def test_unit_tests(emulated_build: Path):
@@ -49,7 +50,7 @@ def test_ops(emulated_build: Path):
     float32 beside the reference is left out: its arithmetic has no tiles and is that of the level below.
     """
     chosen = "test_properties or (amx and not (test_two_baselines and (dtype0 or dtypes0)))"
-    options = ["-p", "emulated_amx", "-p", "no:cacheprovider", "-q", "-k", chosen, "--rootdir", str(ROOT), "-c", str(ROOT / "pyproject.toml")]
+    options = ["-p", "emulated_amx", "-p", "no:cacheprovider", "-q", "-m", "", "-k", chosen, "--rootdir", str(ROOT), "-c", str(ROOT / "pyproject.toml")]
     said = python(emulated_build, "-m", "pytest", *options, str(ROOT / "tests" / "ops" / "native"))
     passed = re.search(r"(\d+) passed", said)
     assert passed is not None and int(passed[1]) > 500 and "failed" not in said

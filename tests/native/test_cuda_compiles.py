@@ -87,7 +87,7 @@ def everything() -> Resources:
 
 
 @pytest.mark.exhaustive
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
 def test_compiles_as_committed() -> None:
     committed = json.loads(TABLE.read_text())
