@@ -14,7 +14,6 @@ from torch import Tensor
 from cvmk.ops import cuda
 from cvmk.ops._backend import Backend
 from cvmk.ops._call import Needs
-from cvmk.ops._dtypes import not_needed
 from cvmk.ops.cuda import TYPES
 from cvmk.ops.kd_loss import Call, Losses, Out, heat, kernel_options, matrix, vector
 from cvmk.ops.reference.kd_loss import scale
@@ -36,9 +35,9 @@ def _forward(c: Call) -> Out:
     return Out(loss, kd, ce, divisor, stats)
 
 
-def _backward(grads: Out, c: Call, saved: Out, needs: Needs) -> Tensor:
+def _backward(grads: Out, c: Call, saved: Out, needs: Needs) -> Tensor | None:
     if not needs.student:
-        return not_needed(c.student)
+        return None
     gradient = torch.empty(c.student.shape, dtype=c.student.dtype, device=c.student.device)
     _write_gradient(gradient, grads[:3], c, saved.divisor, saved.stats.contiguous())
     return gradient

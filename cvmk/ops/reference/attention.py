@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cvmk.ops._backend import Backend
 from cvmk.ops._call import Needs
-from cvmk.ops._dtypes import accumulation_dtype, not_needed
+from cvmk.ops._dtypes import accumulation_dtype
 from cvmk.ops.attention import Call, Out, check_offsets
 
 LOG2E, LN2 = math.log2(math.e), math.log(2)
@@ -47,7 +47,7 @@ def forward(c: Call) -> Out:
     return Out(out[0].transpose(0, 1), lse[0]) if packed else Out(out, lse)
 
 
-def backward(grads: Out, c: Call, saved: Out, needs: Needs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def backward(grads: Out, c: Call, saved: Out, needs: Needs) -> tuple[Tensor | None, ...]:
     """The gradients of q, k, v and bias by the formulas in the docstring of `cvmk.ops.flash_attention`."""
     packed, bias = c.cu_seqlens_q is not None, c.bias
     q, k, v, lse = (_as_batch(c.q), _as_batch(c.k), _as_batch(c.v), saved.lse[None]) if packed else (c.q, c.k, c.v, saved.lse)
@@ -84,10 +84,10 @@ def backward(grads: Out, c: Call, saved: Out, needs: Needs) -> tuple[Tensor, Ten
             sums.add("q", part, product(ds, part.keys(k), c.scale), rows=True)
         if needs.k:
             sums.add("k", part, product_t(ds, q_part, k.shape[1], c.scale))
-    dq, dk, dv = (sums.total(name, x) if wanted else not_needed(x) for name, x, wanted in (("q", q, needs.q), ("k", k, needs.k), ("v", v, needs.v)))
-    dbias = sums.reduced("bias", bias) if want_bias and bias is not None else not_needed(q)
+    dq, dk, dv = (sums.total(name, x) if wanted else None for name, x, wanted in (("q", q, needs.q), ("k", k, needs.k), ("v", v, needs.v)))
+    dbias = sums.reduced("bias", bias) if want_bias and bias is not None else None
     if packed:
-        dq, dk, dv = (t[0].transpose(0, 1) if wanted else t for t, wanted in ((dq, needs.q), (dk, needs.k), (dv, needs.v)))
+        dq, dk, dv = (None if t is None else t[0].transpose(0, 1) for t in (dq, dk, dv))
     return dq, dk, dv, dbias
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cvmk.ops._backend import Backend
 from cvmk.ops._call import Needs, make
-from cvmk.ops._dtypes import accumulation_dtype, not_needed
+from cvmk.ops._dtypes import accumulation_dtype
 from cvmk.ops.attention_distill import Call, Out, maps_alone
 from cvmk.ops.reference.attention import LN2, LOG2E, Mask, Part, Sums, blocks, dot, exponentials, finite, grad_scores, join, product, product_t
 
@@ -40,7 +40,7 @@ def distill_forward(c: Call) -> Out:
     return make(Out, (out[0] if out else None, kl, lse, teacher_lse))
 
 
-def distill_backward(grads: Out, c: Call, saved: Out, needs: Needs) -> tuple[Tensor, Tensor, Tensor]:
+def distill_backward(grads: Out, c: Call, saved: Out, needs: Needs) -> tuple[Tensor | None, ...]:
     """The gradients of q, k and v by the formulas in the docstring of `cvmk.ops.flash_attention_distill`."""
     mask, wide = Mask.of(c.q, c.k, -1, 0 if c.causal else -1, c.key_lengths), _wide(c.q, c.teacher_q)
     q, k, v = mask.without_blind(c.q), mask.without_unread(c.k).contiguous(), None if c.v is None else mask.without_unread(c.v).contiguous()
@@ -71,9 +71,9 @@ def distill_backward(grads: Out, c: Call, saved: Out, needs: Needs) -> tuple[Ten
             sums.add("q", part, product(ds, part.keys(k), c.scale), rows=True)
         if needs.k:
             sums.add("k", part, product_t(ds, q_part, k.shape[1], c.scale))
-    dq = sums.total("q", q) if needs.q else not_needed(q)
-    dk = sums.total("k", k) if needs.k else not_needed(k)
-    dv = sums.total("v", v) if v is not None and needs.v else not_needed(q)
+    dq = sums.total("q", q) if needs.q else None
+    dk = sums.total("k", k) if needs.k else None
+    dv = sums.total("v", v) if v is not None and needs.v else None
     return dq, dk, dv
 
 

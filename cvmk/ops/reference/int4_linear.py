@@ -6,7 +6,7 @@ import torch
 
 from cvmk.ops._backend import Backend
 from cvmk.ops._call import Needs
-from cvmk.ops._dtypes import accumulation_dtype, not_needed
+from cvmk.ops._dtypes import accumulation_dtype
 from cvmk.ops.int4_linear import Call, Out
 from cvmk.ops.quantize import QuantizedWeight
 from cvmk.ops.reference._quantized import activate, activate_backward, product, product_backward
@@ -24,13 +24,13 @@ def forward(c: Call) -> torch.Tensor:
     return activate(_pre_activation(c, _weight(c)), c.activation)
 
 
-def backward(grads: Out, c: Call, saved: Out, needs: Needs) -> tuple[torch.Tensor, torch.Tensor]:
+def backward(grads: Out, c: Call, saved: Out, needs: Needs) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     weight, grad = _weight(c), grads.out
     if c.activation is not None:
         grad = activate_backward(grad, _pre_activation(c, weight), c.activation)
-    x_grad = product_backward(grad, weight) if needs.x else not_needed(c.x)
+    x_grad = product_backward(grad, weight) if needs.x else None
     if c.bias is None or not needs.bias:
-        return x_grad, not_needed(c.x)
+        return x_grad, None
     return x_grad, grad.sum(0, dtype=accumulation_dtype(grad.dtype)).to(c.bias.dtype)
 
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from cvmk.ops._backend import Backend
 from cvmk.ops._call import Needs
-from cvmk.ops._dtypes import accumulation_dtype, not_needed
+from cvmk.ops._dtypes import accumulation_dtype
 from cvmk.ops.int8_linear import SMALLEST_MAXIMUM, Call, Out
 from cvmk.ops.quantize import QuantizedWeight
 from cvmk.ops.reference._quantized import activate, activate_backward, product, product_backward
@@ -114,17 +114,17 @@ def forward(c: Call) -> torch.Tensor:
     return torch.cat([activate(_pre_activation(piece, weight, c.bias, c.smooth_scale), c.activation).to(c.out_dtype) for piece in c.x.split(rows)])
 
 
-def backward(grads: Out, c: Call, saved: Out, needs: Needs) -> tuple[torch.Tensor, torch.Tensor]:
+def backward(grads: Out, c: Call, saved: Out, needs: Needs) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     weight = _weight(c)
     grad = grads.out.to(accumulation_dtype(c.x.dtype))
     if c.activation is not None:
         grad = activate_backward(grad, _pre_activation(c.x, weight, c.bias, c.smooth_scale), c.activation)
-    x_grad = not_needed(c.x)
+    x_grad = None
     if needs.x:
         x_grad = product_backward(grad.to(c.x.dtype), weight)
         if c.smooth_scale is not None:
             x_grad = smoothed(x_grad, c.smooth_scale).to(c.x.dtype)
-    return x_grad, grad.sum(0).to(c.bias.dtype) if c.bias is not None and needs.bias else not_needed(c.x)
+    return x_grad, grad.sum(0).to(c.bias.dtype) if c.bias is not None and needs.bias else None
 
 
 BACKENDS = (Backend("int8_linear", "reference", forward, backward),)

@@ -277,8 +277,8 @@ def forward(c: Call) -> Out:
     return Out(combine(kd, ce, c.alpha).to(result), kd.to(result), ce.to(result), count.to(result), stats)
 
 
-def backward(grads: Out, c: Call, saved: Out, needs: Needs) -> Tensor:
-    return gradient(grads, c, saved) if needs.student else not_needed(c.student)
+def backward(grads: Out, c: Call, saved: Out, needs: Needs) -> Tensor | None:
+    return gradient(grads, c, saved) if needs.student else None
 
 
 def gradient(grads: Any, c: Call, saved: Out) -> Tensor:

@@ -127,14 +127,14 @@ def forward(c: Call) -> Out:
     return Out(combine(kd, ce, c.alpha).to(dtype), kd.to(dtype), ce.to(dtype), count, stats, d_hidden, d_weight, d_bias)
 
 
-def backward(grads: Out, c: Call, saved: Out, needs: Needs) -> tuple[Tensor, ...]:
+def backward(grads: Out, c: Call, saved: Out, needs: Needs) -> tuple[Tensor | None, ...]:
     needed = needed_of(c, needs)
     scale = loss_scale(grads, saved) if kept(c, saved, needed) else None
     sums = _Gradients(*saved[5:]) if scale is not None else _gradients(grads, lowered(c), saved, needed)
-    found = []
+    found: list[Tensor | None] = []
     for need, x, total in zip(needed, c[:3], (sums.hidden, sums.weight, sums.bias), strict=True):
         if not need or x is None or total is None:
-            found.append(not_needed(c.student_hidden))
+            found.append(None)
             continue
         found.append((total if scale is None else total * scale).to(x.dtype).view(x.shape))
     return tuple(found)

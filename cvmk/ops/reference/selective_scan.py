@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cvmk.ops._backend import Backend
-from cvmk.ops._dtypes import accumulation_dtype, not_needed
+from cvmk.ops._dtypes import accumulation_dtype
 from cvmk.ops._watch import unobserved
 from cvmk.ops.selective_scan import SCAN_CHUNK, ScanCall, ScanOut, UpdateCall, check_boundaries, groups_of, with_heads
 
@@ -228,7 +228,7 @@ class _Gradients:
         self.bias = torch.zeros_like(self.D)
 
 
-def scan_backward(g: ScanOut, c: ScanCall, saved: ScanOut, needs: Any) -> tuple[Tensor, ...]:
+def scan_backward(g: ScanOut, c: ScanCall, saved: ScanOut, needs: Any) -> tuple[Tensor | None, ...]:
     """The gradient by the formulas of `cvmk/ops/selective_scan.py`, the last chunk first. `states` has no gradient of its own."""
     scan = _Scan(c)
     grad_out = scan.ordered(torch.zeros_like(c.u) if g.out is None else g.out)
@@ -256,9 +256,7 @@ def scan_backward(g: ScanOut, c: ScanCall, saved: ScanOut, needs: Any) -> tuple[
         lambda: sums.bias.reshape(-1),
         lambda: scan.outer(_joined(entering)),
     )
-    return tuple(
-        not_needed(c.u) if tensor is None or not needed else result().to(tensor.dtype) for tensor, needed, result in zip(c[:9], needs, results, strict=True)
-    )
+    return tuple(None if tensor is None or not needed else result().to(tensor.dtype) for tensor, needed, result in zip(c[:9], needs, results, strict=True))
 
 
 def _block_backward(

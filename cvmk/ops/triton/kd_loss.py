@@ -170,9 +170,9 @@ def forward(c: Call) -> Out:
     return Out(*launch_total(losses, y, c.normalizer, c), stats)
 
 
-def backward(grads: Out, c: Call, saved: Out, needs: Needs) -> Tensor:
+def backward(grads: Out, c: Call, saved: Out, needs: Needs) -> Tensor | None:
     if not needs.student:
-        return not_needed(c.student)
+        return None
     present = parts(grads[:3], c.alpha, c.teacher is not None)
     z, t = matrix(c.student), matrix(c.teacher) if c.teacher is not None and present["KD"] else None
     y, stats = vector(c.target), saved.stats.contiguous()
@@ -244,7 +244,7 @@ BACKENDS = (
 
 # -- what the compile gate and `cvmk bench --tune` run --------------------------------------------------------------------------------
 def _case(dtype: torch.dtype, vocabulary: int, temperature: float, divergence: str, smoothing: float, teacher: bool = True) -> Case:
-    def run(device: torch.device) -> Tensor:
+    def run(device: torch.device) -> Tensor | None:
         rows = 8192 * 32000 // max(vocabulary, 32000)
         z = sample((rows, vocabulary), dtype, device, 3.0)
         t = sample((rows, vocabulary), dtype, device, 3.0) if teacher else None

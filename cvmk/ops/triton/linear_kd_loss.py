@@ -132,14 +132,14 @@ def forward(c: Call) -> Out:
     return Out(*launch_total(losses, vector(c.target), c.normalizer, c), stats, *grads)
 
 
-def backward(grads: Out, c: Call, saved: Out, needs: Needs) -> tuple[Tensor, ...]:
+def backward(grads: Out, c: Call, saved: Out, needs: Needs) -> tuple[Tensor | None, ...]:
     needed = needed_of(c, needs)
     scale = loss_scale(grads, saved) if kept(c, saved, needed) else None
     sums: Sequence[Tensor | None] = saved[5:] if scale is not None else _run(c, needed, grads[:3], saved.divisor)[2]
-    found = []
+    found: list[Tensor | None] = []
     for need, x, total in zip(needed, c[:3], sums, strict=True):
         if not need or x is None or total is None:
-            found.append(not_needed(c.student_hidden))
+            found.append(None)
             continue
         grad = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         # One pass over the float32 sums, without a temporary of their size.

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from cvmk.ops import triton
 from cvmk.ops._backend import Backend
-from cvmk.ops._dtypes import not_needed
 from cvmk.ops.selective_scan import SCAN_CHUNK, ScanCall, ScanOut, UpdateCall, groups_of, scan_op, sequences_of, with_heads
 from cvmk.ops.triton import _launch
 
@@ -151,7 +150,7 @@ def scan_forward(c: ScanCall) -> ScanOut:
     return ScanOut(out, last, scan.empty(0) if kept is None else kept)
 
 
-def scan_backward(g: ScanOut, c: ScanCall, saved: ScanOut, needs: Any) -> tuple[Tensor, ...]:
+def scan_backward(g: ScanOut, c: ScanCall, saved: ScanOut, needs: Any) -> tuple[Tensor | None, ...]:
     scan = _Scan(c)
     grad = torch.zeros_like(scan.u) if g.out is None else _rows(g.out)
     channels, warps = scan.tile(256, 16, most=256)
@@ -197,9 +196,7 @@ def scan_backward(g: ScanOut, c: ScanCall, saved: ScanOut, needs: Any) -> tuple[
         lambda: dbias.sum(0),  # type: ignore[union-attr]
         lambda: dinitial,
     )
-    return tuple(
-        not_needed(c.u) if tensor is None or not needed else result().to(tensor.dtype) for tensor, needed, result in zip(c[:9], needs, results, strict=True)
-    )
+    return tuple(None if tensor is None or not needed else result().to(tensor.dtype) for tensor, needed, result in zip(c[:9], needs, results, strict=True))
 
 
 def update_forward(c: UpdateCall) -> Tensor:
