@@ -11,8 +11,8 @@ import torch
 
 from cvmk.ops._backend import Backend
 
-CHECKING_MEMORY = ("native", "cuda")
-"""Backends whose bindings look at every tensor themselves (csrc/bindings/tensor.h)."""
+CHECKING_MEMORY = ("native",)
+"""Backends whose bindings look at every tensor themselves (csrc/bindings/tensor.h), and that copy none before but `with_memory`."""
 
 
 def guarded(backend: Backend) -> Backend:
@@ -38,6 +38,13 @@ def refuse_without_memory(op: str, name: str, tensor: torch.Tensor) -> None:
     """RuntimeError for a tensor that has elements and nothing behind them."""
     if has_no_memory(tensor):
         raise RuntimeError(f"{op}: {name} has no memory behind it: its storage was given back, or it is a zero tensor; fill the storage again, or pass a copy")
+
+
+def with_memory(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that is about to be copied, which ends the process where it has no memory. Raises RuntimeError there."""
+    if has_no_memory(tensor):
+        refuse_without_memory("a kernel's arguments", f"the tensor of shape {list(tensor.shape)}", tensor)
+    return tensor
 
 
 def has_no_memory(tensor: torch.Tensor) -> bool:

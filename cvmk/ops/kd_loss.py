@@ -41,6 +41,7 @@ from cvmk.ops._backend import allowed, allowing
 from cvmk.ops._call import Written, integer, make, number, written
 from cvmk.ops._dtypes import accumulation_dtype, not_needed
 from cvmk.ops._op import Op
+from cvmk.ops._storage import with_memory
 
 DIVERGENCES = {"forward_kl": 0.0, "reverse_kl": 0.0, "js": 0.5, "skew_kl": 0.1, "skew_reverse_kl": 0.1}
 """The divergences and the default of their mixing weight; 0 where they have none."""
@@ -142,13 +143,13 @@ def matrix(x: Tensor | None) -> Tensor | None:
     """[N, n] with a contiguous last dimension, as kernels read it."""
     if x is None:
         return None
-    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(1) == 1 else rows.contiguous()
+    rows = x if x.dim() == 2 else with_memory(x).reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 else with_memory(rows).contiguous()
 
 
 def vector(target: Tensor) -> Tensor:
     """[N], contiguous."""
-    return target if target.dim() == 1 and target.is_contiguous() else target.reshape(-1).contiguous()
+    return target if target.dim() == 1 and target.is_contiguous() else with_memory(target).reshape(-1).contiguous()
 
 
 def kernel_options(c: Loss) -> tuple[int, float, int, float, float, float]:

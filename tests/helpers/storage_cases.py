@@ -15,7 +15,7 @@ from cvmk.ops.quantize import QuantizedWeight
 from cvmk.ops.triton import int4_linear
 
 Tensors = dict[str, Tensor]
-GIVEN_BACK, ZERO = "given back", "zero tensor"
+GIVEN_BACK, WITH_GAPS, ZERO = "given back", "given back, with gaps", "zero tensor"
 
 
 def _normal(*shape: int) -> Tensor:
@@ -92,11 +92,15 @@ CASES: dict[str, Callable[[str], tuple[Tensors, Callable[..., Any]]]] = {
 
 
 def broken(tensor: Tensor, kind: str) -> Tensor:
-    """A tensor of the same sizes with no memory; the storage that was given back is one of more elements, and the tensor begins within it."""
+    """A tensor of the same sizes with no memory; the storage that was given back is one of more elements, and the tensor begins within it. With gaps,
+    its elements lie two apart, so that kernels are handed a copy."""
     if kind == ZERO:
         return torch._efficientzerotensor(tuple(tensor.shape), dtype=tensor.dtype, device=tensor.device)
     whole = torch.cat([tensor.new_zeros(3), tensor.flatten()])
     view = whole[3:].view(tensor.shape)
+    if kind == WITH_GAPS:
+        whole = torch.cat([tensor.new_zeros(3), tensor.flatten().repeat_interleave(2)])
+        view = whole[3::2].view(tensor.shape)
     whole.untyped_storage().resize_(0)
     return view
 
@@ -108,7 +112,7 @@ def check(op: str, backend: str, device: torch.device | str = "cpu") -> None:
         tensors, call = CASES[op](backend)
         tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
         call(**_copies(tensors))
-        for name, kind in itertools.product(tensors, (GIVEN_BACK, ZERO)):
+        for name, kind in itertools.product(tensors, (GIVEN_BACK, WITH_GAPS, ZERO)):
             try:
                 found = call(**{**_copies(tensors), name: broken(tensors[name], kind)})
             except (RuntimeError, NotImplementedError, ValueError) as error:

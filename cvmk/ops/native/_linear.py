@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from cvmk.ops import native
-from cvmk.ops._storage import refuse_without_memory
+from cvmk.ops._storage import with_memory
 from cvmk.ops.native._memory import LARGE, empty
 from cvmk.ops.quantize import QuantizedWeight
 
@@ -27,7 +27,7 @@ PANEL = 16
 
 def rows_of(x: Tensor) -> Tensor:
     """x with contiguous inputs."""
-    return x if x.is_contiguous() or x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+    return x if x.is_contiguous() or x.stride(1) == 1 or x.shape[1] == 1 else with_memory(x).contiguous()
 
 
 def result(x: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
@@ -41,9 +41,8 @@ def result(x: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
 def vector(tensor: Tensor) -> Tensor:
     """A vector as the kernels read it."""
     if tensor.dtype not in INPUT_TYPES:
-        refuse_without_memory("the quantised linears", "bias or smooth_scale", tensor)
-        tensor = tensor.float()
-    return tensor.contiguous()
+        tensor = with_memory(tensor).float()
+    return tensor if tensor.is_contiguous() else with_memory(tensor).contiguous()
 
 
 def reason() -> str | None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from cvmk.ops._backend import Backend
 from cvmk.ops._call import Needs, make
+from cvmk.ops._storage import with_memory
 from cvmk.ops.attention import Call, Out, row_bias_gradient
 from cvmk.ops.native import library, reason
 
@@ -70,7 +71,7 @@ def with_contiguous_rows(c: Call) -> Call:
 
 def rows_contiguous(x: Tensor) -> Tensor:
     """x, or a copy where its last dimension is not contiguous (a gradient may be an expanded number)."""
-    return x if x.is_contiguous() or x.stride(-1) == 1 else x.contiguous()
+    return x if x.is_contiguous() or x.stride(-1) == 1 else with_memory(x).contiguous()
 
 
 def _dropout(seed: Tensor, p: float) -> tuple[float, int, int]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from cvmk.ops import attention
 from cvmk.ops._backend import Backend
 from cvmk.ops._call import Needs, make
+from cvmk.ops._storage import with_memory
 from cvmk.ops.attention_distill import Call, Out, maps_alone
 from cvmk.ops.native import library
 from cvmk.ops.native.attention import NO_DROPOUT, rows_contiguous, unavailable, with_contiguous_rows
@@ -55,8 +56,8 @@ def _sides(c: Call) -> tuple[attention.Call, attention.Call]:
     """What the student and the teacher attend to, in one dtype, as calls of `flash_attention`; the teacher's without values."""
     q, k, v, teacher_q, teacher_k, lengths, causal, scale, teacher_scale = c
     if q.dtype != teacher_q.dtype:
-        q, k, teacher_q, teacher_k = q.float(), k.float(), teacher_q.float(), teacher_k.float()
-        v = None if v is None else v.float()
+        q, k, teacher_q, teacher_k = [with_memory(x).float() for x in (q, k, teacher_q, teacher_k)]
+        v = None if v is None else with_memory(v).float()
     return _call(q, k, v, lengths, causal, scale), _call(teacher_q, teacher_k, None, lengths, causal, teacher_scale)
 
 

@@ -29,7 +29,7 @@ _NOTHING = (None,) * 4
 
 
 def _layer(hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, ...]:
-    return matrix(hidden), matrix(weight), None if bias is None else bias.contiguous()
+    return matrix(hidden), matrix(weight), None if bias is None else vector(bias)
 
 
 def _run(
