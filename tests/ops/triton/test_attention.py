@@ -240,6 +240,13 @@ def test_infinities(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not a[0][:, :, 9].any() and not a[2][:, :, 9].any() and all(torch.isfinite(x).all() for x in a)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", attention_cases.FAR)
+def test_far_positions(name: str, dtype: torch.dtype) -> None:
+    with ops.use("triton"):
+        attention_cases.check_far_positions(name, dtype, DEVICE)
+
+
 def test_large_scores() -> None:
     """Scores of thousands neither overflow nor lose the maximum."""
     q = torch.full((1, 1, 20, 8), 30.0, device=DEVICE)

@@ -34,6 +34,40 @@ def sequence_of(CU_SEQLENS, at, sequences, STEPS: tl.constexpr):
 
 
 @triton.jit
+def key_length(KEY_LENGTHS, b, keys):
+    """How many keys of batch item b are there, whatever integer KEY_LENGTHS holds."""
+    length = keys
+    if KEY_LENGTHS is not None:
+        length = tl.maximum(tl.minimum(tl.load(KEY_LENGTHS + b), keys), 0).to(tl.int32)
+    return length
+
+
+@triton.jit
+def first_position(QUERY_START, b, rows, keys):
+    """The position of query 0 among the keys: of 64 bits where it is given, and then no sum with a window and a row is an overflow."""
+    first = keys - rows
+    if QUERY_START is not None:
+        first = tl.minimum(tl.maximum(tl.load(QUERY_START + b).to(tl.int64), -FAR * FAR), FAR * FAR)
+    return first
+
+
+@triton.jit
+def side(limit, QUERY_START):
+    """A side of the window for such positions: FAR, no limit, is none for those of 64 bits either."""
+    if QUERY_START is not None:
+        limit = tl.where(limit == FAR, 4 * FAR * FAR, limit.to(tl.int64))
+    return limit
+
+
+@triton.jit
+def within(bound, count):
+    """A bound of an interval of `count` keys or rows as an integer of 32 bits. (Those of 32 bits already are left as they are.)"""
+    if bound.dtype == tl.int64:
+        bound = tl.minimum(tl.maximum(bound, 0), count).to(tl.int32)
+    return bound
+
+
+@triton.jit
 def keys_of_rows(queries, b, KEY_LENGTHS, QUERY_START, CU_Q, CU_K, rows, keys, sequences, left, right, STEPS: tl.constexpr):
     """low, high [n]: the keys that each query of batch item b sees; low >= high where there is none. left, right: FAR for no limit."""
     if CU_Q is not None:
@@ -44,15 +78,11 @@ def keys_of_rows(queries, b, KEY_LENGTHS, QUERY_START, CU_Q, CU_K, rows, keys, s
         position = queries + end - tl.load(CU_Q + sequence + 1, mask=inside, other=0).to(tl.int32)
     else:
         begin = tl.zeros_like(queries)
-        first = keys - rows
-        if QUERY_START is not None:
-            first = tl.load(QUERY_START + b).to(tl.int32)
-        length = keys
-        if KEY_LENGTHS is not None:
-            length = tl.minimum(tl.load(KEY_LENGTHS + b), keys).to(tl.int32)
-        end = tl.where(queries < rows, length, 0)
-        position = queries + first
-    return tl.maximum(begin, position - left), tl.minimum(end, position + right + 1)
+        end = tl.where(queries < rows, key_length(KEY_LENGTHS, b, keys), 0)
+        position = queries + first_position(QUERY_START, b, rows, keys)
+    low = tl.maximum(begin, position - side(left, QUERY_START))
+    high = tl.minimum(end, position + side(right, QUERY_START) + 1)
+    return within(low, keys), within(high, keys)
 
 
 @triton.jit
@@ -66,15 +96,11 @@ def rows_of_keys(columns, b, KEY_LENGTHS, QUERY_START, CU_Q, CU_K, rows, keys, s
         at = columns + end - tl.load(CU_K + sequence + 1, mask=inside, other=0).to(tl.int32)
     else:
         begin = tl.zeros_like(columns)
-        first = keys - rows
-        if QUERY_START is not None:
-            first = tl.load(QUERY_START + b).to(tl.int32)
-        length = keys
-        if KEY_LENGTHS is not None:
-            length = tl.minimum(tl.load(KEY_LENGTHS + b), keys).to(tl.int32)
-        end = tl.where(columns < length, rows, 0)
-        at = columns - first
-    return tl.maximum(begin, at - right), tl.minimum(end, at + left + 1)
+        end = tl.where(columns < key_length(KEY_LENGTHS, b, keys), rows, 0)
+        at = columns - first_position(QUERY_START, b, rows, keys)
+    low = tl.maximum(begin, at - side(right, QUERY_START))
+    high = tl.minimum(end, at + side(left, QUERY_START) + 1)
+    return within(low, rows), within(high, rows)
 
 
 @triton.jit
