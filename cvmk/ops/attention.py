@@ -51,8 +51,7 @@ def flash_attention(
                      not used.
         query_start  [B] int32 or int64, any numbers: the position of query 0 among the keys, in place of Tk - Tq, for `causal` and `window`.
         bias         floating, broadcastable to [B, H, Tq, Tk], added to the scores after scale and soft cap; has a gradient, summed
-                     over the broadcast dimensions. -inf hides a key. The reference and the CPU kernels add a finite number,
-                     however large, as the formula says; Triton's take one below -2.3e38 for -inf.
+                     over the broadcast dimensions. -inf hides a key; a finite number, however large, is added as the formula says.
         softcap      c > 0 turns the scaled scores s into c tanh(s / c); 0 is no cap, and so is inf, the limit of the formula.
         scale        factor of q k^T, by default 1 / sqrt(D). These numbers have no gradient: a learned scale is multiplied into q.
         dropout_p    probability, in [0, 1), with which a probability is set to 0; the others are divided by 1 - dropout_p.

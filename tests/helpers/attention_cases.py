@@ -139,6 +139,23 @@ COARSE: dict[str, tuple[torch.dtype, Any]] = {  # the same, of which float32 has
 }
 
 
+def make_coarse(bias: Tensor, fill: float) -> None:
+    """`fill` as the bias of most rows, of whole items and heads too; and some hidden keys."""
+    rows = bias.view(-1, bias.shape[-1])
+    rows[torch.arange(rows.shape[0], device=bias.device) % 5 != 2] = fill
+    if bias.shape[-1] > 1:
+        rows[::3, 4] = -INF
+
+
+def check_law(exact: list[Tensor], found: list[Tensor]) -> None:
+    """out, lse and gradients to a few units of the dtype's rounding: closer than the reference of the dtype comes to the formula's in float64."""
+    for what, want, got in zip(("out", "lse", "dq", "dk", "dv", "dbias"), exact, found, strict=True):
+        tolerance = 4e-6 if found[0].dtype == torch.float32 else 8 * torch.finfo(found[0].dtype).eps
+        largest = 1.0 if what == "lse" else want.abs().max().item()
+        same = torch.isclose(got.double(), want, rtol=tolerance, atol=tolerance * max(1.0, largest))
+        assert same.all(), f"{what}: {(got.double() - want).abs().max()}"
+
+
 def _law(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
     """The formula in float64; rows without a key give 0 and -inf. (The derivative of torch.logsumexp is exp(s - lse), which is 1 here.)"""
     s = q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).transpose(-1, -2) / math.sqrt(q.shape[-1]) + bias

@@ -83,6 +83,19 @@ class Sizes:
         return f"{self.width} {padded(min(self.rows * self.group, SHORT))}x{padded(self.keys)}"
 
 
+@dataclass(frozen=True)
+class Given:
+    """The tensors of a backward pass."""
+
+    inputs: tuple[Tensor | None, ...]  # q, k, v, bias and the masks
+    bias: Tensor | None
+    grad: Tensor
+    grad_lse: Tensor | None
+    out: Tensor
+    lse: Tensor
+    scale: float
+
+
 def rows_contiguous(x: Tensor) -> Tensor:
     """x, or a copy where its last dimension is not contiguous (a gradient may be an expanded number)."""
     return x if x.stride(-1) == 1 else x.contiguous()

@@ -2,13 +2,13 @@
 
 Forward: one launch; few rows (a step of decoding) go over chunks of keys of a fixed size and a second launch that adds those up.
 Backward: short sequences in one launch; else the gradient of the queries (and D_i on the way), then that of keys and values. The gradient
-of a bias takes one more. What a row gives depends on its own keys and on the sizes of the tensors, not on the rest of the batch.
+of a bias takes one more. Where there is a bias, each is followed by a launch for the rows that it moves out of float32's reach. What a row
+gives depends on its own keys and on the sizes of the tensors, not on the rest of the batch.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,9 +19,9 @@ from cvmk.ops._backend import Backend
 from cvmk.ops._call import Needs
 from cvmk.ops._dtypes import not_needed
 from cvmk.ops.attention import Call, Out, op, row_bias_gradient
-from cvmk.ops.triton import _launch
+from cvmk.ops.triton import _attention_coarse, _launch
 from cvmk.ops.triton._attention_blocks import BIAS, FORWARD, KEYS, QUERIES, SHORT_BACKWARD
-from cvmk.ops.triton._attention_call import DTYPES, SHORT, WIDEST, Sizes, masks, padded, rows_contiguous, sizes, strides
+from cvmk.ops.triton._attention_call import DTYPES, SHORT, WIDEST, Given, Sizes, masks, padded, rows_contiguous, sizes, strides
 
 CHUNK = 256
 """Keys of one program where few rows see many keys."""
@@ -49,7 +49,7 @@ def forward(c: Call) -> Out:
     options = {**size.constants, **config, "ONE": one, "CHUNK": chunk}
     if chunks <= 1:
         _launch.launch(kernels.forward, grid, q, k, v, bias, *masks(c), out, lse, None, *ends, **options)
-        return Out(out, lse)
+        return _with_coarse_rows(c, size, Out(out, lse))
     parts = torch.empty((chunks, lse.numel(), dv), dtype=torch.float32, device=q.device)
     tops, totals = (torch.empty((chunks, lse.numel()), dtype=torch.float32, device=q.device) for _ in range(2))
     _launch.launch(kernels.forward, grid, q, k, v, bias, *masks(c), parts, tops, totals, *ends, **options)
@@ -57,7 +57,13 @@ def forward(c: Call) -> Out:
         kernels.combine, (lse.numel(),), parts, tops, totals, out, lse, *o_strides, size.heads, size.rows, chunks, lse.numel(), size.keep_scale,
         DV=dv, DV_PADDED=size.constants["DV_PADDED"], num_warps=1,
     )  # fmt: skip
-    return Out(out, lse)
+    return _with_coarse_rows(c, size, Out(out, lse))
+
+
+def _with_coarse_rows(c: Call, size: Sizes, made: Out) -> Out:
+    if c.bias is not None:
+        _attention_coarse.forward(size, (c.q, c.k, c.v, c.bias, *masks(c)), *made)
+    return made
 
 
 def backward(grads: Out, c: Call, saved: Out, needs: Needs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -79,33 +85,24 @@ def backward(grads: Out, c: Call, saved: Out, needs: Needs) -> tuple[Tensor, Ten
         by_row = want_bias and (bias.dim() == 0 or bias.shape[-1] == 1)  # type: ignore[union-attr]
         size = sizes(c)
         given = Given((c.q, c.k, c.v, bias, *masks(c)), bias, grad_out, grad_lse, out, lse, c.scale)
-        dbias, delta = _launch_gradients(size, given, wanted, want_bias and not by_row)
+        dbias, delta, known = _launch_gradients(size, given, wanted, want_bias and not by_row)
         if by_row:
             dbias = row_bias_gradient(bias, lse, grad_lse)  # type: ignore[arg-type]
         elif want_bias and dbias is None:
-            dbias = bias_gradient(size, given, delta)  # type: ignore[arg-type]
+            dbias = bias_gradient(size, given, delta, known)  # type: ignore[arg-type]
     dq, dk, dv = (not_needed(c.q) if t is None else t for t in wanted)
     return dq, dk, dv, not_needed(c.q) if dbias is None else dbias
 
 
-@dataclass(frozen=True)
-class Given:
-    """The tensors of a backward pass."""
-
-    inputs: tuple[Tensor | None, ...]  # q, k, v, bias and the masks
-    bias: Tensor | None
-    grad: Tensor
-    grad_lse: Tensor | None
-    out: Tensor
-    lse: Tensor
-    scale: float
-
-
-def _launch_gradients(size: Sizes, given: Given, wanted: list[Tensor | None], want_bias: bool) -> tuple[Tensor | None, Tensor | None]:
-    """Fill `wanted`, the gradients of q, k and v. Returns the bias's where it fell off, and D - (gradient of lse) where it was made."""
+def _launch_gradients(
+    size: Sizes, given: Given, wanted: list[Tensor | None], want_bias: bool
+) -> tuple[Tensor | None, Tensor | None, _attention_coarse.Statistics | None]:
+    """Fill `wanted`, the gradients of q, k and v. Returns the bias's where it fell off, D - (gradient of lse) where it was made, and, with a bias,
+    what is known of coarse rows."""
     dq, dk, dv = wanted
     rows, bias, grad = size.rows * size.group, given.bias, given.grad
     ends = (*size.bias_strides, *size.numbers, size.keep_scale, given.scale)
+    needed = bias is not None and (want_bias or any(x is not None for x in wanted))
     short = SHORT // 2 if size.dtype == torch.float32 else SHORT
     if not size.packed and rows <= short and size.keys <= short:
         delta = size.statistic() if want_bias else None
@@ -114,7 +111,7 @@ def _launch_gradients(size: Sizes, given: Given, wanted: list[Tensor | None], wa
             dq, dk, dv, *size.strides, *strides(grad), *ends, **size.constants,
             **{"BLOCK_M": padded(rows), "BLOCK_N": padded(size.keys), **SHORT_BACKWARD.config(size.one_tile, size.device)},
         )  # fmt: skip
-        return None, delta
+        return None, delta, _attention_coarse.gradients(size, given, wanted, None) if needed else None
     kernels = _launch.kernels("attention_backward")
     whole = want_bias and bias is not None and bias.numel() == size.pairs * rows * size.keys
     dbias = torch.zeros(bias.shape, dtype=bias.dtype, device=bias.device) if whole and bias is not None else None
@@ -135,14 +132,33 @@ def _launch_gradients(size: Sizes, given: Given, wanted: list[Tensor | None], wa
             *size.strides, *strides(grad), *(strides(dk) if dk is not None else (0, 0, 0)), *(strides(dv) if dv is not None else (0, 0, 0)), *ends,
             **size.constants, **config,
         )  # fmt: skip
-    return dbias, delta
+    return dbias, delta, _attention_coarse.gradients(size, given, [dq, dk, dv], dbias) if needed else None
 
 
-def bias_gradient(size: Sizes, given: Given, delta: Tensor) -> Tensor:
+def bias_gradient(size: Sizes, given: Given, delta: Tensor, known: _attention_coarse.Statistics) -> Tensor:
     """The gradient of a bias that is broadcast over batch items, heads or rows (not over keys)."""
     bias = given.bias
     assert bias is not None
     config = BIAS.config(f"{size.width} bias", size.device)
+    numbers, (tiles, shares) = _bias_units(size, bias, config, 2 * _launch.multiprocessors(size.device))
+    sums = torch.empty((shares, *bias.shape), dtype=torch.float32, device=bias.device)
+    ends = (*size.strides, *strides(given.grad), *size.bias_strides, *size.numbers, size.keep_scale)
+    by_rows = (1, *bias.shape)[-2] == size.rows
+    _launch.launch(
+        _launch.kernels("attention_bias").bias_gradient, (tiles, shares), *given.inputs, given.grad, given.lse, delta, sums, *ends, *numbers,
+        ROWS=by_rows, **size.constants, **config,
+    )  # fmt: skip
+    config = _attention_coarse.blocks(size)
+    numbers, grid = _bias_units(size, bias, config, 2 * _launch.multiprocessors(size.device), shares)
+    _launch.launch(
+        _launch.kernels("attention_coarse").coarse_bias_gradient, grid, *given.inputs, given.grad, given.lse, known.delta, known.top, known.log, sums,
+        *ends, *numbers, ROWS=by_rows, **size.constants, **config,
+    )  # fmt: skip
+    return (sums[0] if shares == 1 else sums.sum(0)).to(bias.dtype)
+
+
+def _bias_units(size: Sizes, bias: Tensor, config: dict[str, int], programs: int, most: int = 1 << 30) -> tuple[tuple[int, ...], tuple[int, int]]:
+    """own_batch to share of `bias_gradient`, and its grid: about `programs`, in at most so many shares."""
     own_batch, own_heads, own_rows, _ = (1,) * (4 - bias.dim()) + tuple(bias.shape)
     row_tiles = -(-size.rows // config["BLOCK_M"])
     by_rows = own_rows == size.rows
@@ -150,16 +166,8 @@ def bias_gradient(size: Sizes, given: Given, delta: Tensor) -> Tensor:
     all_heads = size.heads // own_heads
     units = size.batch // own_batch * all_heads * all_tiles
     tiles = own_batch * own_heads * own_tiles * -(-size.keys // config["BLOCK_N"])
-    shares = max(1, min(units, -(-2 * _launch.multiprocessors(size.device) // tiles)))
-    share = -(-units // shares)
-    shares = -(-units // share)
-    sums = torch.empty((shares, *bias.shape), dtype=torch.float32, device=bias.device)
-    _launch.launch(
-        _launch.kernels("attention_bias").bias_gradient, (tiles, shares), *given.inputs, given.grad, given.lse, delta, sums,
-        *size.strides, *strides(given.grad), *size.bias_strides, *size.numbers, size.keep_scale, own_batch, own_heads, own_tiles, all_heads, all_tiles,
-        units, share, ROWS=by_rows, **size.constants, **config,
-    )  # fmt: skip
-    return (sums[0] if shares == 1 else sums.sum(0)).to(bias.dtype)
+    share = -(-units // max(1, min(units, -(-programs // tiles), most)))
+    return (own_batch, own_heads, own_tiles, all_heads, all_tiles, units, share), (tiles, -(-units // share))
 
 
 TUNED = (FORWARD, QUERIES, KEYS, SHORT_BACKWARD, BIAS)
@@ -219,6 +227,7 @@ CASES = (
     _case("bf16 d64 short", _BF16, (512, 8, 8, 64, 64, 64), key_lengths=True),
     _case("bf16 d32 short causal", _BF16, (512, 8, 8, 32, 32, 32), causal=True, key_lengths=True),
     _case("fp32 d32 short", _FP32, (64, 8, 8, 32, 32, 32), key_lengths=True),
+    _case("fp32 d32 short, bias of keys", _FP32, (64, 8, 8, 32, 32, 32), bias=(64, 1, 1, 32)),
     _case("bf16 d64 one query", _BF16, (8, 32, 8, 1, 8192, 64), backwards=False, causal=True, key_lengths=True),
     _case("bf16 d128 one query", _BF16, (8, 32, 8, 1, 8192, 128), backwards=False),
 )

@@ -240,6 +240,52 @@ def test_infinities(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not a[0][:, :, 9].any() and not a[2][:, :, 9].any() and all(torch.isfinite(x).all() for x in a)
 
 
+FAR_FROM_FLOATS = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's, where the rows that are done again overflow
+
+
+@FAR_FROM_FLOATS
+@pytest.mark.parametrize("name", [*attention_cases.HUGE, *attention_cases.COARSE])
+def test_huge_bias(name: str) -> None:
+    with ops.use("triton"):
+        attention_cases.check_huge_bias(name, torch.float32, 6, 9, DEVICE, causal=True)
+        attention_cases.check_huge_bias(name, torch.bfloat16, 5, 9, DEVICE, broadcast=True)
+
+
+@FAR_FROM_FLOATS
+@pytest.mark.parametrize(
+    ("name", "rows", "keys", "options"), [("both ends", 36, 40, {"broadcast": True}), ("lowest of float64", 1, 150, {})]
+)
+def test_huge_bias_of_several_blocks(monkeypatch: pytest.MonkeyPatch, name: str, rows: int, keys: int, options: dict[str, bool]) -> None:
+    with small_blocks(monkeypatch), ops.use("triton"):
+        attention_cases.check_huge_bias(name, torch.float32, rows, keys, DEVICE, **options)
+
+
+@FAR_FROM_FLOATS
+@pytest.mark.parametrize(
+    ("name", "fill", "dtype"),
+    [(name, -1e4, torch.float32) for name, case in CASES.items() if "bias" in case]
+    + [(name, 3e38, torch.bfloat16) for name in ("whole bias", "bias of rows", "short, groups, all options", "few queries, all options")],
+)
+def test_coarse_rows(monkeypatch: pytest.MonkeyPatch, name: str, fill: float, dtype: torch.dtype) -> None:
+    """Rows that float32 has no digits for, with every option: two baselines, and where those are far off, the formula's in float64."""
+    leaves, options = make(CASES[name], dtype)
+    attention_cases.make_coarse(leaves[3], fill)
+    with small_blocks(monkeypatch):
+        assert_two_baselines(leaves, options)
+        attention_cases.check_law(run("reference", [leaf.double() for leaf in leaves], options), run("triton", leaves, options))
+
+
+@FAR_FROM_FLOATS
+@pytest.mark.parametrize(
+    ("name", "which"),
+    [*(("whole bias", which) for which in ("q", "k", "v", "bias", "lse")), ("bias of keys, soft cap", "bias"), ("short, groups, all options", "v")],
+)
+def test_one_gradient_of_coarse_rows(monkeypatch: pytest.MonkeyPatch, name: str, which: str) -> None:
+    leaves, options = make(CASES[name] | {"dropout_p": 0.0}, torch.float32)
+    attention_cases.make_coarse(leaves[3], 3e38)
+    check_one_gradient(monkeypatch, leaves, options, which)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", attention_cases.FAR)
 def test_far_positions(name: str, dtype: torch.dtype) -> None:
@@ -289,8 +335,11 @@ def test_dropout_keeps_what_the_reference_keeps() -> None:
 @pytest.mark.parametrize("which", ["q", "k", "v", "bias", "lse"])
 @pytest.mark.parametrize("name", ["whole bias", "bias of keys, soft cap", "short, groups, all options"])
 def test_one_gradient(monkeypatch: pytest.MonkeyPatch, name: str, which: str) -> None:
-    """Each gradient alone, and those of the log-sum-exp alone, are those of all together."""
-    leaves, options = make(CASES[name] | {"dropout_p": 0.0}, torch.float32)
+    check_one_gradient(monkeypatch, *make(CASES[name] | {"dropout_p": 0.0}, torch.float32), which)
+
+
+def check_one_gradient(monkeypatch: pytest.MonkeyPatch, leaves: list[Tensor], options: dict[str, Any], which: str) -> None:
+    """Each gradient alone, and those of the log-sum-exp alone, are those of the reference."""
     asked = range(4) if which == "lse" else [("q", "k", "v", "bias").index(which)]
     found = []
     with small_blocks(monkeypatch):

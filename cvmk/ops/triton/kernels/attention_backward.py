@@ -18,6 +18,7 @@ from cvmk.ops.triton.kernels.attention_scores import (
     column_words,
     dropout_key,
     finite,
+    is_coarse,
     kept,
     load_rows,
     power,
@@ -96,9 +97,11 @@ def query_gradient(
     query, head = r // group, kv_head * group + r % group
     inside = query < rows
     low, high = keys_of_rows(query, b, KEY_LENGTHS, QUERY_START, CU_Q, CU_K, rows, keys, sequences, left, right, STEPS)
-    start, middle, stop, end = span(low, high, BLOCK_N)
     query = query.to(tl.int64)
     statistic = (b * kv_heads * group + head) * rows + query
+    if BIAS is not None:
+        high = tl.where(is_coarse(tl.load(LSE + statistic, mask=inside, other=0.0)), low, high)
+    start, middle, stop, end = span(low, high, BLOCK_N)
     grad = load_rows(GRAD + b * g_b + head * g_h + query * g_t, inside, DV, DV_PADDED, True)
     out = load_rows(OUT + b * o_b + head * o_h + query * o_t, inside, DV, DV_PADDED, True)
     delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
@@ -158,7 +161,8 @@ def scatter(
         query, head = (r // group).to(tl.int64), (r % group).to(tl.int64)
         q = load_rows(Q + head * q_h + query * q_t, inside, D, D_PADDED, MASKED)
         grad = load_rows(GRAD + head * g_h + query * g_t, inside, DV, DV_PADDED, MASKED)
-        minus = finite(tl.load(LSE + head * rows + query, mask=inside, other=0.0) * LOG2E)
+        lse = tl.load(LSE + head * rows + query, mask=inside, other=0.0)
+        minus = finite(lse * LOG2E)
         seen = (r[None, :] >= low[:, None]) & (r[None, :] < high[:, None])
         bias_at = None
         if BIAS is not None:
@@ -169,6 +173,8 @@ def scatter(
         s = dot(k, tl.trans(q), tl.zeros((k.shape[0], BLOCK_M), tl.float32), PRECISION)
         s, slope = scores(s, bias_at, seen, factor, ceiling, EARLY, CAP, MASKED)
         p = power(s, minus[None, :], factor, EARLY)
+        if BIAS is not None:
+            p = tl.where(is_coarse(lse)[None, :], 0.0, p)
         keep = None
         if key is not None:
             keep = kept(row_words(key, b, heads, kv_head * group + head, query)[None, :], column_words(key, columns)[:, None], threshold)

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from cvmk.ops.triton.kernels.attention_backward import VARYING, score_gradients
 from cvmk.ops.triton.kernels.attention_masks import keys_of_rows, span
-from cvmk.ops.triton.kernels.attention_scores import LOG2E, column_words, dropout_key, finite, kept, load_rows, power, row_words, scores
+from cvmk.ops.triton.kernels.attention_scores import LOG2E, column_words, dropout_key, finite, is_coarse, kept, load_rows, power, row_words, scores
 from cvmk.ops.triton.kernels.common import dot
 
 
@@ -46,13 +46,14 @@ def bias_gradient(
         start, _, _, end = span(low, high, BLOCK_N)
         row, at = query.to(tl.int64), columns.to(tl.int64)
         if (tl.min(columns) < end) & (tl.max(columns) >= start):
-            seen = (columns[None, :] < high[:, None]) & (columns[None, :] >= low[:, None])
             statistic = (b * kv_heads * group + head) * rows + row
+            lse = tl.load(LSE + statistic, mask=inside, other=0.0)
+            seen = (columns[None, :] < tl.where(is_coarse(lse), low, high)[:, None]) & (columns[None, :] >= low[:, None])
             q = load_rows(Q + b * q_b + head * q_h + row * q_t, inside, D, D_PADDED, True)
             grad = load_rows(GRAD + b * g_b + head * g_h + row * g_t, inside, DV, DV_PADDED, True)
             k = load_rows(K + b * k_b + head // group * k_h + at * k_t, columns < end, D, D_PADDED, True)
             v = load_rows(V + b * v_b + head // group * v_h + at * v_t, columns < end, DV, DV_PADDED, True)
-            minus = finite(tl.load(LSE + statistic, mask=inside, other=0.0) * LOG2E)
+            minus = finite(lse * LOG2E)
             delta = tl.load(DELTA + statistic, mask=inside, other=0.0)
             bias_at = BIAS + b * bias_b + head * bias_h + (row * bias_i)[:, None] + (at * bias_j)[None, :]
             s = dot(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)

@@ -85,6 +85,16 @@ def finite(x):
     return tl.where(x == float("-inf"), 0.0, x)
 
 
+# -- coarse rows: a bias moves their scores so far from 0 that float32 has no digits for them ------------------------------------------
+COARSE = tl.constexpr(4096.0)
+
+
+@triton.jit
+def is_coarse(lse):
+    """Which rows with a bias the kernels of attention_coarse.py do, by their log-sum-exps; NaN counts, and -inf in a row that sees nothing does not."""
+    return ~((lse > -COARSE) & (lse < COARSE)) & (lse != float("-inf"))
+
+
 # -- dropout: the generator in the docstring of cvmk.ops.flash_attention ----------------------------------------------------------------
 @triton.jit
 def mix(x):

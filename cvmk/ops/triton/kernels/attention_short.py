@@ -17,6 +17,7 @@ from cvmk.ops.triton.kernels.attention_scores import (
     column_words,
     dropout_key,
     finite,
+    is_coarse,
     kept,
     load_rows,
     power,
@@ -41,16 +42,20 @@ def short_backward(
     r, columns = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     query, head = r // group, kv_head * group + r % group
     low, high = keys_of_rows(query, b, KEY_LENGTHS, QUERY_START, CU_Q, CU_K, rows, keys, sequences, left, right, STEPS)
+    inside, statistic = query < rows, (b * kv_heads * group + head) * rows + query
+    lse = tl.load(LSE + statistic, mask=inside, other=0.0)
+    if BIAS is not None:
+        high = tl.where(is_coarse(lse), low, high)
+        lse = tl.where(is_coarse(lse), 0.0, lse)
     seen = (columns[None, :] < high[:, None]) & (columns[None, :] >= low[:, None])
-    inside, read = query < rows, columns < tl.max(high)
+    read = columns < tl.max(high)
     alive = low < high  # other rows are not read: products over rows would carry their NaN to every key
     query = query.to(tl.int64)
-    statistic = (b * kv_heads * group + head) * rows + query
     q = load_rows(Q + b * q_b + head * q_h + query * q_t, alive, D, D_PADDED, True)
     k = load_rows(K + b * k_b + kv_head * k_h + columns * k_t, read, D, D_PADDED, True)
     v = load_rows(V + b * v_b + kv_head * v_h + columns * v_t, read, DV, DV_PADDED, True)
     grad = load_rows(GRAD + b * g_b + head * g_h + query * g_t, alive, DV, DV_PADDED, True)
-    minus = finite(tl.load(LSE + statistic, mask=inside, other=0.0) * LOG2E)
+    minus = finite(lse * LOG2E)
     bias_at = None
     if BIAS is not None:
         bias_at = BIAS + b * bias_b + (head * bias_h + query * bias_i)[:, None] + (columns * bias_j)[None, :]
