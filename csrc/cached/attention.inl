@@ -7,6 +7,7 @@ namespace cvmk::cached {
 namespace {
 
 using simd::F;
+using simd::I;
 using simd::kLanes;
 
 template <int kCount>
@@ -21,29 +22,31 @@ CVMK_INLINE int64_t score_width(int64_t longest) { return up(longest, kColumns);
 
 CVMK_INLINE int64_t thread_bytes(const Attention& p) { return up(kRows * (score_width(p.longest) + up(p.d, kColumns)) * 4, 64); }
 
+// The lanes before the n-th.
+CVMK_INLINE I before(int64_t n) {
+  I lanes{};
+  for (int i = 0; i < kLanes; ++i) lanes[i] = i;
+  return lanes < static_cast<int32_t>(n);
+}
+
 // Scores to weights that sum to the result, whose inverse is returned; zeros up to a whole vector.
 inline float weigh_row(float* s, int64_t length, float scale) {
   F high = simd::set(-__builtin_inff());
   int64_t i = 0;
-  for (; i + kLanes <= length; i += kLanes) {
-    const F v = simd::load(s + i);
+  for (; i < length; i += kLanes) {
+    F v = simd::load(s + i);
+    if (length - i < kLanes) v = simd::select(before(length - i), v, high);
     high = v > high ? v : high;
   }
-  float maximum = simd::max_lane(high);
-  for (; i < length; ++i) maximum = s[i] > maximum ? s[i] : maximum;
+  const float maximum = simd::max_lanes(high);
   F sum{};
   for (i = 0; i < length; i += kLanes) {
-    F v = simd::exp((simd::load(s + i) - maximum) * scale);
-    if (length - i < kLanes) {
-      float lanes[kLanes];
-      simd::store(lanes, v);
-      for (int64_t j = length - i; j < kLanes; ++j) lanes[j] = 0.0f;
-      v = simd::load(lanes);
-    }
+    F v = simd::falling_exp((simd::load(s + i) - maximum) * scale);
+    if (length - i < kLanes) v = simd::first_lanes(v, static_cast<int>(length - i));
     sum += v;
     simd::store(s + i, v);
   }
-  return 1.0f / simd::sum(sum);
+  return 1.0f / simd::sum_lanes(sum);
 }
 
 // The same products for one row, several heads side by side: their sums, each in order of k from 0, are chains that do not wait for each other.

@@ -5,7 +5,7 @@
 namespace cvmk::engine {
 namespace {
 
-constexpr std::int64_t kTeamBytes = 4 << 20;  // weights beyond a core's own cache: two threads read them faster than one, even for one row
+constexpr std::int64_t kTeamBytes = 0;  // weights beyond a core's own cache: two threads read them faster than one, even for one row
 
 }  // namespace
 

@@ -115,10 +115,14 @@ inline int32_t largest_bits(const void* x, const float* inverse, int64_t inputs)
     most[0] = larger(most[0], simd::bits<I>(simd::abs(u)));
   }
   most[0] = larger(most[0], most[1]);
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_epi32(simd::bits<__m512i>(most[0]));
+#else
   int32_t lanes[kLanes], bits = 0;
   memcpy(lanes, &most[0], sizeof lanes);
   for (int i = 0; i < kLanes; ++i) bits = lanes[i] > bits ? lanes[i] : bits;
   return bits;
+#endif
 }
 
 // A row as bytes: chunk c of 64 inputs at to + c * chunk_stride, zeros behind the last input. Returns a / 127, NaN where the row is not finite.

@@ -19,7 +19,7 @@ CVMK_INLINE float fold(const float* x, int64_t n, const Step& step) {
   for (; i + kLanes <= n; i += kLanes) sum[0] += step(simd::load(x + i));
   float rest = 0.0f;
   for (; i < n; ++i) rest += step(simd::set(x[i]))[0];
-  return simd::sum((sum[0] + sum[1]) + (sum[2] + sum[3])) + rest;
+  return simd::sum_lanes((sum[0] + sum[1]) + (sum[2] + sum[3])) + rest;
 }
 
 inline void residual_row(const Residual& p, int64_t row) {

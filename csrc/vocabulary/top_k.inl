@@ -21,44 +21,23 @@ CVMK_INLINE float piece_maximum(const float* x, int64_t n) {
     }
   float found = -__builtin_inff();
   for (int j = 0; j < 4; ++j) {
-    const float one = simd::max_lane(high[j]);
+    const float one = simd::max_lanes(high[j]);
     found = one > found ? one : found;
   }
   for (; i < n; ++i) found = x[i] > found ? x[i] : found;
   return found;
 }
 
-// exp(x) for x <= 0, relative error 1e-7 and the rounding of x log2(e): a polynomial (minimax with a fixed constant term) on half an octave.
-CVMK_INLINE F falling_exp(F x) {
-  const F magic = simd::set(12583039.0f);  // 1.5 * 2^23 + 127: the sum's low bits are the exponent with its bias
-  const F scaled = x * 1.4426950408889634f;
-  const F y = scaled > -127.0f ? scaled : simd::set(-127.0f);
-  const F shifted = y + magic;
-  const F f = y - (shifted - magic);
-  F p = simd::set(1.5353361959569156e-4f);
-  p = p * f + 1.3398875016719103e-3f;
-  p = p * f + 9.61843691766262e-3f;
-  p = p * f + 5.5503323674201965e-2f;
-  p = p * f + 2.4022647738456726e-1f;
-  p = p * f + 6.931471824645996e-1f;
-  p = p * f + 1.0f;
-  const F result = p * simd::bits<F>(simd::bits<I>(shifted) << 23);
-  return x == x ? result : x;
-}
-
 CVMK_INLINE double sum_of_exponentials(const float* x, int64_t n, float shift) {
   F sum[2] = {};
   int64_t i = 0;
   for (; i + 2 * kLanes <= n; i += 2 * kLanes)
-    for (int j = 0; j < 2; ++j) sum[j] += falling_exp(simd::load(x + i + j * kLanes) - shift);
+    for (int j = 0; j < 2; ++j) sum[j] += simd::falling_exp(simd::load(x + i + j * kLanes) - shift);
   for (; i < n; i += kLanes) {
     const int left = static_cast<int>(least(kLanes, n - i));
-    float lanes[kLanes];
-    simd::store(lanes, falling_exp(simd::load_n(x + i, left) - shift));
-    for (int j = left; j < kLanes; ++j) lanes[j] = 0.0f;
-    sum[0] += simd::load(lanes);
+    sum[0] += simd::first_lanes(simd::falling_exp(simd::load_n(x + i, left) - shift), left);
   }
-  return static_cast<double>(simd::sum(sum[0] + sum[1]));
+  return static_cast<double>(simd::sum_lanes(sum[0] + sum[1]));
 }
 
 // A candidate into its place; equal values stay in the order in which they come, which is that of the ids.

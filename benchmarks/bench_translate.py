@@ -1,0 +1,106 @@
+"""Translation by the native engine beside CTranslate2 and the torch engine, with the same weights and the same search.
+
+Models of random weights; 16 source pieces, exactly 20 target pieces (cvmk scores the end behind them too: a 21st step). CTranslate2 at each of {AVX2,
+AVX512} x {1 replica of 1 thread, 1 of 2, 2 of 1}: the ratio is to the fastest of them. cvmk on all threads that the process may use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import ctranslate2_peer
+import limits
+import pytest
+import torch
+from ctranslate2_peer import Peer, sources
+
+from cvmk.config.schema import ModelConfig
+from cvmk.formats.torch_weights import manifest_of, raw_tensors
+from cvmk.inference import SearchOptions
+from cvmk.inference.native_engine import NativeEngine
+from cvmk.inference.torch_engine import TorchEngine
+from cvmk.nn import CVMTransformer
+
+MODELS = {
+    "tiny 4+4 d128 V8000": (ModelConfig(d_model=128, ffn=256, heads=4, encoder_layers=4, decoder_layers=4, dropout=0.0), 8000),
+    "student 6+2 d256 V32000": (ModelConfig(d_model=256, ffn=1536, heads=8, encoder_layers=6, decoder_layers=2, dropout=0.0), 32000),
+    "base 6+6 d512 V8000": (ModelConfig(d_model=512, ffn=2048, heads=8, encoder_layers=6, decoder_layers=6, dropout=0.0), 8000),
+}
+SETTINGS = {"1x1": (1, 1), "1x2": (1, 2), "2x1": (2, 1)}
+CASES = [(1, 1), (1, 5), (32, 1), (32, 5), (64, 1)]
+LENGTH = 20
+
+
+class Contestants:
+    """A model for every engine."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        torch.manual_seed(0)
+        self.name = name
+        self.model = CVMTransformer(*MODELS[name]).eval()
+        self.peers: dict[str, Peer] = {}
+        if ctranslate2_peer.available() is None:
+            ctranslate2_peer.export(self.model, folder)
+            self.peers = {isa: Peer(folder, isa) for isa in ("AVX2", "AVX512")}
+        self.torch = TorchEngine(self.model)
+        self._native: dict[str, NativeEngine] = {}
+
+    def native(self, compute_type: str) -> NativeEngine:
+        if compute_type not in self._native:
+            self._native[compute_type] = NativeEngine(manifest_of(self.model), raw_tensors(self.model), compute_type, torch.get_num_threads())
+        return self._native[compute_type]
+
+    def close(self) -> None:
+        for peer in self.peers.values():
+            peer.close()
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def contestants(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Contestants]:
+    found = Contestants(request.param, tmp_path_factory.mktemp("model"))
+    yield found
+    found.close()
+
+
+def step_bytes(model: CVMTransformer, compute_type: str) -> float:
+    """Bytes of weights that a step of the decoder reads."""
+    decoder = sum(parameter.numel() for name, parameter in model.decoder.named_parameters() if parameter.ndim == 2 and "key_value" not in name)
+    return (decoder + model.embeddings.output_matrix.numel()) * {"float32": 4, "bfloat16": 2, "int8": 1, "int4": 0.53}[compute_type]
+
+
+def translate(compare: Callable[..., Any], contestants: Contestants, compute_type: str, count: int, beam: int, peers: dict[str, Callable[[], Any]]) -> None:
+    texts = sources(contestants.model.vocab_size, count)
+    options = SearchOptions(beam, min_length=LENGTH, max_length_a=0, max_length_b=LENGTH)
+    engine = contestants.native(compute_type)
+    for isa, peer in contestants.peers.items():
+        for setting, (replicas, threads) in SETTINGS.items():
+            if replicas == 1 or count > 1:
+                case = {"compute_type": "float32" if compute_type == "float32" else "int8", "replicas": replicas, "threads": threads}
+                peers[f"CT2 {isa} {setting}"] = lambda peer=peer, case=case: peer.ask(**case, sources=texts, beam_size=beam, length=LENGTH)  # type: ignore[misc]
+    name = f"translate cpu {contestants.name} {compute_type} {count} sentence{'s' if count > 1 else ''} beam {beam}"
+    limit = LENGTH * step_bytes(contestants.model, compute_type) / limits.MEMORY
+    compare(lambda: engine.search(texts, options), peers, case=name, limit=limit)
+
+
+@pytest.mark.parametrize(("count", "beam"), CASES)
+def test_cpu_translate_int8(compare: Callable[..., Any], contestants: Contestants, count: int, beam: int) -> None:
+    translate(compare, contestants, "int8", count, beam, {})
+
+
+@pytest.mark.parametrize("count", [1, 32])
+def test_cpu_translate_int4(compare: Callable[..., Any], contestants: Contestants, count: int) -> None:
+    translate(compare, contestants, "int4", count, 1, {})
+
+
+@pytest.mark.parametrize("count", [1, 32])
+def test_cpu_translate_float32(compare: Callable[..., Any], contestants: Contestants, count: int) -> None:
+    """The torch engine among the peers; and the pieces of CTranslate2 are those of cvmk."""
+    texts = sources(contestants.model.vocab_size, count)
+    options = SearchOptions(min_length=LENGTH, max_length_a=0, max_length_b=LENGTH)
+    translate(compare, contestants, "float32", count, 1, {"torch engine": lambda: contestants.torch.search(texts, options)})
+    free = SearchOptions(max_length_a=0, max_length_b=LENGTH)
+    found = [one[0].tokens for one in contestants.native("float32").search(texts, free)]
+    for peer in contestants.peers.values():
+        assert peer.ask(compute_type="float32", replicas=1, threads=1, sources=texts, beam_size=1, length=LENGTH, tokens=True) == found
