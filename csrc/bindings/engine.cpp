@@ -112,7 +112,11 @@ Options read_options(const py::dict& options) {
 
 py::list to_python(const std::vector<Hypothesis>& hypotheses) {
   py::list found;
-  for (const Hypothesis& h : hypotheses) found.append(py::make_tuple(h.pieces, h.score, h.scores, h.alignment));
+  for (const Hypothesis& h : hypotheses) {
+    py::tuple scores(h.scores.size());
+    for (std::size_t i = 0; i < h.scores.size(); ++i) scores[i] = py::float_(static_cast<double>(h.scores[i]));
+    found.append(py::make_tuple(h.pieces, h.score, std::move(scores), h.alignment));
+  }
   return found;
 }
 
@@ -144,9 +148,16 @@ void bind_engine(py::module_& m) {
              return to_python(events);
            })
       .def("search",
-           [](PythonEngine& e, const py::list& requests) {
+           [](PythonEngine& e, const py::sequence& sources, const py::sequence& prefixes, const std::vector<std::int64_t>& limits, const Options& options) {
              std::vector<Request> read;
-             for (const py::handle one : requests) read.push_back(read_request(one.cast<py::tuple>()));
+             for (std::size_t i = 0; i < limits.size(); ++i) {
+               Request r;
+               r.source = sources[i].cast<std::vector<std::int32_t>>();
+               if (py::len(prefixes) > 0) r.prefix = prefixes[i].cast<std::vector<std::int32_t>>();
+               r.limit = limits[i];
+               r.options = options;
+               read.push_back(std::move(r));
+             }
              std::vector<std::vector<Hypothesis>> found;
              {
                const py::gil_scoped_release release;

@@ -40,7 +40,16 @@ std::vector<Event> Engine::step() {
 }
 
 std::vector<std::vector<Hypothesis>> Engine::search(std::vector<Request> requests) {
-  Scheduler scheduler(model_, memory_, pool_.size(), budget_);
+  std::unique_ptr<Scheduler> own;
+  {
+    const std::lock_guard<std::mutex> lock(idle_mutex_);
+    if (!idle_.empty()) {
+      own = std::move(idle_.back());
+      idle_.pop_back();
+    }
+  }
+  if (own == nullptr) own = std::make_unique<Scheduler>(model_, memory_, pool_.size(), budget_);
+  Scheduler& scheduler = *own;
   std::vector<std::vector<Hypothesis>> found(requests.size());
   for (std::size_t i = 0; i < requests.size(); ++i) scheduler.submit(static_cast<std::int64_t>(i), std::move(requests[i]), false, 0.0);
   std::size_t ended = 0;
@@ -52,6 +61,8 @@ std::vector<std::vector<Hypothesis>> Engine::search(std::vector<Request> request
       ++ended;
     }
   }
+  const std::lock_guard<std::mutex> lock(idle_mutex_);
+  idle_.push_back(std::move(own));
   return found;
 }
 

@@ -33,7 +33,8 @@ class Engine {
   const Budget budget_;
   Memory memory_;
   Pool pool_;
-  std::mutex pool_mutex_, step_mutex_;
+  std::mutex pool_mutex_, step_mutex_, idle_mutex_;
+  std::vector<std::unique_ptr<Scheduler>> idle_;  // of searches: what their threads work in is used again
   Scheduler submitted_;
 };
 

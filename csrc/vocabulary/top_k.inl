@@ -10,7 +10,10 @@ using simd::F;
 using simd::I;
 using simd::kLanes;
 
-CVMK_INLINE float piece_maximum(const float* x, int64_t n) {
+constexpr int64_t kMaxima = 4 * kLanes;  // of a piece: each is another number's
+
+// The largest number, and the largest of each of kMaxima parts, -inf where a part is empty.
+CVMK_INLINE float piece_maximum(const float* x, int64_t n, float* maxima) {
   F high[4];
   for (int j = 0; j < 4; ++j) high[j] = simd::set(-__builtin_inff());
   int64_t i = 0;
@@ -19,13 +22,25 @@ CVMK_INLINE float piece_maximum(const float* x, int64_t n) {
       const F v = simd::load(x + i + j * kLanes);
       high[j] = v > high[j] ? v : high[j];  // NaN is passed by; it comes back in the sum
     }
-  float found = -__builtin_inff();
-  for (int j = 0; j < 4; ++j) {
-    const float one = simd::max_lanes(high[j]);
-    found = one > found ? one : found;
+  for (int j = 0; j < 4; ++j) simd::store(maxima + j * kLanes, high[j]);
+  for (int64_t at = 0; i < n; ++i, ++at) maxima[at] = x[i] > maxima[at] ? x[i] : maxima[at];
+  for (int j = 0; j < 4; ++j) high[j] = simd::load(maxima + j * kLanes);
+  const F a = high[0] > high[1] ? high[0] : high[1], b = high[2] > high[3] ? high[2] : high[3];
+  return simd::max_lanes(a > b ? a : b);
+}
+
+// The k-th largest of the maxima: no fewer than k numbers are at least that.
+inline float bound_of(const float* maxima, int64_t k) {
+  if (k > kMaxima / 2) return -__builtin_inff();
+  float best[kMaxima / 2];
+  int64_t count = 0;
+  for (int64_t i = 0; i < kMaxima; ++i) {
+    if (count == k && !(maxima[i] > best[k - 1])) continue;
+    int64_t at = count < k ? count++ : k - 1;
+    for (; at > 0 && best[at - 1] < maxima[i]; --at) best[at] = best[at - 1];
+    best[at] = maxima[i];
   }
-  for (; i < n; ++i) found = x[i] > found ? x[i] : found;
-  return found;
+  return best[k - 1];
 }
 
 CVMK_INLINE double sum_of_exponentials(const float* x, int64_t n, float shift) {
@@ -51,50 +66,56 @@ CVMK_INLINE void keep(Row& row, int64_t k, float value, int32_t id) {
   row.ids[at] = id;
 }
 
-CVMK_INLINE bool any(I mask) {
+// Which of the kLanes numbers at x are above `least` (or at it, where kAt).
+template <bool kAt>
+CVMK_INLINE uint32_t above(const float* x, float least) {
+  const F v = simd::load(x);
 #if defined(__AVX512F__)
-  return _mm512_movepi32_mask(simd::bits<__m512i>(mask)) != 0;
+  return _mm512_cmp_ps_mask(simd::bits<__m512>(v), _mm512_set1_ps(least), kAt ? _CMP_GE_OQ : _CMP_GT_OQ);
 #elif defined(__AVX2__)
-  return _mm256_movemask_epi8(simd::bits<__m256i>(mask)) != 0;
+  const I mask = kAt ? v >= least : v > least;
+  return static_cast<uint32_t>(_mm256_movemask_ps(simd::bits<__m256>(mask)));
 #else
-  return (mask[0] | mask[1] | mask[2] | mask[3]) != 0;
+  const I mask = kAt ? v >= least : v > least;
+  uint32_t found = 0;
+  for (int i = 0; i < kLanes; ++i) found |= mask[i] != 0 ? 1u << i : 0u;
+  return found;
 #endif
 }
 
-inline void candidates(const Piece& p, Row& row, const float* x, int64_t from, int64_t to) {
+// The numbers [from, to) of a piece among the kept; below `bound` none can be.
+inline void candidates(const Piece& p, Row& row, const float* x, int64_t from, int64_t to, float bound) {
   const auto offer = [&](int64_t i) {
-    if (x[i] > -__builtin_inff() && (row.count < p.k || x[i] > row.values[p.k - 1])) keep(row, p.k, x[i], static_cast<int32_t>(p.first + i));
+    if (x[i] > -__builtin_inff() && (row.count < p.k ? x[i] >= bound : x[i] > row.values[p.k - 1])) keep(row, p.k, x[i], static_cast<int32_t>(p.first + i));
   };
   int64_t i = from;
-  for (; i < to && row.count < p.k; ++i) offer(i);
-  for (; i + 2 * kLanes <= to; i += 2 * kLanes) {
-    const float least_kept = row.values[p.k - 1];
-    const I better = (simd::load(x + i) > least_kept) | (simd::load(x + i + kLanes) > least_kept);
-    if (any(better))
-      for (int j = 0; j < 2 * kLanes; ++j) offer(i + j);
-  }
+  for (; i + kLanes <= to; i += kLanes)
+    for (uint32_t hits = row.count < p.k ? above<true>(x + i, bound) : above<false>(x + i, row.values[p.k - 1]); hits != 0; hits &= hits - 1) offer(i + __builtin_ctz(hits));
   for (; i < to; ++i) offer(i);
 }
 
 void top_k_row(const Piece& p, int64_t r) {
   Row& row = p.state[r];
   const float* x = p.logits + r * p.stride;
-  const float highest = piece_maximum(x, p.n);
+  float maxima[kMaxima];
+  const float highest = piece_maximum(x, p.n, maxima);
   const float maximum = highest > row.maximum ? highest : row.maximum;
   const float shift = maximum > -__builtin_inff() && maximum < __builtin_inff() ? maximum : 0.0f;
   if (row.sum != 0.0 && row.maximum != maximum) row.sum *= __builtin_exp(static_cast<double>(row.maximum) - static_cast<double>(shift));
   row.maximum = maximum;
   row.sum += sum_of_exponentials(x, p.n, shift);
   if (row.count == p.k && !(highest > row.values[p.k - 1])) return;
+  const bool all = p.forbidden == nullptr || p.offsets[r] == p.offsets[r + 1];
+  const float bound = all && row.count < p.k ? bound_of(maxima, p.k) : -__builtin_inff();
   int64_t at = 0;
   for (int64_t f = p.forbidden == nullptr ? 0 : p.offsets[r], end = p.forbidden == nullptr ? 0 : p.offsets[r + 1]; f < end; ++f) {
     const int64_t hole = p.forbidden[f] - p.first;
     if (hole < at) continue;
     if (hole >= p.n) break;
-    candidates(p, row, x, at, hole);
+    candidates(p, row, x, at, hole, bound);
     at = hole + 1;
   }
-  candidates(p, row, x, at, p.n);
+  candidates(p, row, x, at, p.n, bound);
 }
 
 int64_t top_k_scratch(const Piece&, const Team&) { return 0; }

@@ -5,14 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from cvmk.deprecation import moved
+from cvmk.inference.asynchronous import AsyncTranslator, ExpiredError
 from cvmk.inference.engine import Engine, Finished, Partial, Request
 from cvmk.inference.engines import EngineAnswer
 from cvmk.inference.options import Hypothesis, SearchOptions
 from cvmk.inference.translator import TooLongError, Translation, TranslationHypothesis, Translator
 
 __all__ = [
+    "AsyncTranslator",
     "Engine",
     "EngineAnswer",
+    "ExpiredError",
     "Finished",
     "Hypothesis",
     "Partial",

@@ -103,11 +103,17 @@ def search_batch(
 
 def check_request(request: Request, max_length: int, vocab_size: int) -> None:
     """Raises ConfigError where a model of so many positions and pieces cannot have the request's source, prefix or options."""
-    for name, ids in (("source", request.source), ("prefix", request.prefix)):
+    check_pieces(request.source, request.prefix, request.options, max_length, vocab_size)
+
+
+def check_pieces(source: Sequence[int], prefix: Sequence[int], options: SearchOptions, max_length: int, vocab_size: int) -> None:
+    """`check_request` of what a request is made of."""
+    for name, ids in (("source", source), ("prefix", prefix)):
         if len(ids) > max_length - 1:
             raise ConfigError(f"the {name} has {len(ids)} pieces, and the model has room for {max_length - 1} (model.max_length = {max_length}): shorten it")
-    suppressed = request.options.suppressed
-    for name, ids, least in (("source", request.source, 1), ("prefix", request.prefix, FIRST_PIECE), ("suppressed list", suppressed, FIRST_PIECE)):
+    for name, ids, least in (("source", source, 1), ("prefix", prefix, FIRST_PIECE), ("suppressed list", options.suppressed, FIRST_PIECE)):
+        if not ids or (min(ids) >= least and max(ids) < vocab_size):
+            continue
         wrong = next((id for id in ids if not least <= id < vocab_size), None)
         if wrong is not None:
             raise ConfigError(f"the {name} has the id {wrong}, and ids of pieces are from {least} to {vocab_size - 1}: encode with the model's tokenizer")

@@ -16,7 +16,7 @@ from cvmk.errors import ConfigError, DataError
 from cvmk.formats import Manifest
 from cvmk.formats.folder import WEIGHTS, read_model_weights
 from cvmk.formats.tensors import RawTensor
-from cvmk.inference.engine import Event, Finished, Partial, Request, check_request
+from cvmk.inference.engine import Event, Finished, Partial, Request, check_pieces, check_request
 from cvmk.inference.options import BROKEN, Hypothesis, SearchOptions
 
 if TYPE_CHECKING:
@@ -155,18 +155,19 @@ class NativeEngine:
 
     def search(self, sources: Sequence[Sequence[int]], options: SearchOptions, prefixes: Sequence[Sequence[int]] | None = None) -> list[list[Hypothesis]]:
         """The hypotheses of each source (piece ids without special ones, at most max_length - 1 of them), best first; all in one batch."""
-        given_prefixes = prefixes or [()] * len(sources)
-        requests = [Request(index, source, options, prefix) for index, (source, prefix) in enumerate(zip(sources, given_prefixes, strict=True))]
-        for request in requests:
-            check_request(request, self._max_length, self._vocab_size)
-        given = _options(options)
-        found = self._engine.search([self._native(request, given) for request in requests])
-        return [_hypotheses(one, len(request.source) + 1) for one, request in zip(found, requests, strict=True)]
+        hard = [0 if options.prefix_bias else len(prefix) for prefix in prefixes] if prefixes is not None else [0] * len(sources)
+        if len(hard) != len(sources):
+            raise ValueError(f"there are {len(hard)} prefixes for {len(sources)} sources: give one for each")
+        for index, source in enumerate(sources):
+            check_pieces(source, () if prefixes is None else prefixes[index], options, self._max_length, self._vocab_size)
+        limits = [max(options.limit(len(source), self._max_length), least) for source, least in zip(sources, hard, strict=True)]
+        found = self._engine.search(sources, prefixes or (), limits, _options(options))
+        return [_hypotheses(one, len(source) + 1) for one, source in zip(found, sources, strict=True)]
 
-    def _native(self, request: Request, options: Any = None) -> tuple[Any, ...]:
+    def _native(self, request: Request) -> tuple[Any, ...]:
         limit = request.options.limit(len(request.source), self._max_length)
         hard = 0 if request.options.prefix_bias else len(request.prefix)
-        return list(request.source), list(request.prefix), max(limit, hard), options or _options(request.options)
+        return list(request.source), list(request.prefix), max(limit, hard), _options(request.options)
 
     def _events(self, told: list[tuple[int, int, list[Any]]]) -> list[Event]:
         found: list[Event] = []
@@ -192,6 +193,6 @@ def _options(options: SearchOptions) -> Any:
 
 def _hypotheses(found: list[Any], source: int) -> list[Hypothesis]:
     return [
-        Hypothesis(tokens, score, tuple(scores), tuple(tuple(alignment[at : at + source]) for at in range(0, len(alignment), source)))
+        Hypothesis(tokens, score, scores, tuple(tuple(alignment[at : at + source]) for at in range(0, len(alignment), source)))
         for tokens, score, scores, alignment in found
     ] or [BROKEN]

@@ -161,6 +161,15 @@ class Translator:
                 found[index] = hypotheses
         return [self._translation(hypotheses, index in cut) for index, hypotheses in enumerate(found)]
 
+    def encode(self, text: str) -> list[int]:
+        """Piece ids of a text; white space around it is dropped. Raises DataError for one that is longer than the model reads."""
+        found, _ = self._sources([text], "error")
+        return found[0]
+
+    def decode(self, hypotheses: Sequence[Hypothesis]) -> Translation:
+        """What an engine found for a text; nothing is the empty translation."""
+        return self._translation(list(hypotheses) or [Hypothesis()], False)
+
     def _sources(self, texts: Sequence[str], on_long: OnLong) -> tuple[list[list[int]], set[int]]:
         """Piece ids of each text, [] for one without content; and the indices of those that were cut."""
         longest = self.engine.max_length - 1

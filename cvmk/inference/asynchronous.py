@@ -1,0 +1,137 @@
+"""Translation for asyncio: many callers, one engine, whose steps run in a thread of their own."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import threading
+from collections.abc import Callable
+from typing import Any, Self
+
+from cvmk.errors import CvmkError, DataError
+from cvmk.inference.engine import Event, Finished, Partial, Request
+from cvmk.inference.options import SearchOptions
+from cvmk.inference.translator import Translation, Translator
+
+
+class ExpiredError(CvmkError):
+    """A translation was not ready in time."""
+
+
+class AsyncTranslator:
+    """Translates for coroutines of one event loop. What they ask for at the same time is decoded together, each independent of the others.
+
+        async with AsyncTranslator(Translator("model")) as translator:
+            first, second = await asyncio.gather(translator.translate("a man"), translator.translate("a dog", beam_size=5))
+
+    A task that is cancelled while it waits takes its request out of the engine. Nobody else may step the engine meanwhile.
+    """
+
+    def __init__(self, translator: Translator) -> None:
+        self._translator, self._engine = translator, translator.engine
+        self._numbers = itertools.count()
+        self._changed = threading.Condition()  # guards what follows
+        self._waiting: dict[Any, _Waiting] = {}
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="cvmk-engine", daemon=True)
+
+    async def __aenter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        with self._changed:
+            self._closed = True
+            waiting = list(self._waiting.values())
+            self._changed.notify()
+        await asyncio.to_thread(self._thread.join)
+        for one in waiting:
+            self._engine.cancel(one.id)
+            one.future.cancel()
+
+    async def translate(
+        self, text: str, *, prefix: str = "", timeout: float | None = None, on_partial: Callable[[str], None] | None = None, **options: Any
+    ) -> Translation:
+        """The translation of a text. `options` are those of `SearchOptions`; `on_partial` is called in the event loop with what the translation is so
+        far, after each step that changes it. Raises ExpiredError after `timeout` seconds, DataError for a text that is too long, ConfigError for options
+        and prefixes that the model cannot have, and RuntimeError where the translator is closed."""
+        source, begun = self._translator.encode(text), self._translator.encode(prefix)
+        if not source:
+            return self._translator.decode([])
+        one = _Waiting((id(self), next(self._numbers)), asyncio.get_running_loop(), on_partial)
+        request = Request(one.id, source, SearchOptions(**options), begun, on_partial is not None, timeout)
+        with self._changed:
+            if self._closed or not self._thread.is_alive():
+                raise RuntimeError("the translator is closed: use it inside its `async with` block")
+            self._engine.submit(request)
+            self._waiting[one.id] = one
+            self._changed.notify()
+        try:
+            found: Finished = await one.future
+        finally:
+            with self._changed:
+                if self._waiting.pop(one.id, None) is not None:
+                    self._engine.cancel(one.id)
+        if found.reason == "expired":
+            raise ExpiredError(f"the translation was not ready in {timeout} seconds: give it more, or a smaller beam")
+        if found.reason == "failed":
+            raise DataError("there is no memory for the translation: use a smaller beam, or fewer at a time")
+        return self._translator.decode(found.hypotheses)
+
+    def _run(self) -> None:
+        """The thread's loop: steps as long as somebody waits."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._closed)
+                if self._closed:
+                    return
+            try:
+                events = self._engine.step()
+            except Exception as error:  # the engine says which requests are gone by forgetting them
+                self._fail(error)
+                continue
+            for event in events:
+                self._tell(event)
+
+    def _tell(self, event: Event) -> None:
+        with self._changed:
+            one = self._waiting.get(event.id) if isinstance(event, Partial) else self._waiting.pop(event.id, None)
+        if one is None:
+            return
+        if isinstance(event, Partial):
+            text = self._translator.tokenizer.decode(event.tokens)
+            if text != one.said:
+                one.said = text
+                one.call(one.on_partial, text)
+        else:
+            one.call(_settle, one.future, event)
+
+    def _fail(self, error: Exception) -> None:
+        with self._changed:
+            gone = [one for one in self._waiting.values() if not self._engine.cancel(one.id)]
+            for one in gone:
+                del self._waiting[one.id]
+        for one in gone:
+            one.call(_settle, one.future, error)
+
+
+class _Waiting:
+    """Somebody who waits for a request."""
+
+    def __init__(self, id: Any, loop: asyncio.AbstractEventLoop, on_partial: Callable[[str], None] | None) -> None:
+        self.id, self.loop, self.on_partial, self.said = id, loop, on_partial, ""
+        self.future: asyncio.Future[Finished] = loop.create_future()
+
+    def call(self, function: Any, *arguments: Any) -> None:
+        """In its event loop, unless that has ended."""
+        if not self.loop.is_closed():
+            self.loop.call_soon_threadsafe(function, *arguments)
+
+
+def _settle(future: asyncio.Future[Finished], result: Finished | Exception) -> None:
+    if future.done():
+        return
+    if isinstance(result, Exception):
+        future.set_exception(result)
+    else:
+        future.set_result(result)
