@@ -38,4 +38,4 @@ def test_the_readme_s_configuration_is_valid(tmp_path: Path) -> None:
 def test_the_readme_s_commands_are_those_of_ci() -> None:
     readme, ci = (ROOT / "README.md").read_text(encoding="utf-8"), (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     assert "pip install -c constraints.txt '.[test]' && pytest" in readme
-    assert re.search(r"pip install .*-c constraints\.txt '\.\[test\]'", ci) and re.search(r"^pytest$", ci, re.MULTILINE)
+    assert re.search(r"pip install .*-c constraints\.txt '\.\[test\]'", ci) and re.search(r"^pytest\npytest -m exhaustive$", ci, re.MULTILINE)
