@@ -12,6 +12,7 @@ from cvmk.ops._call import Needs, make
 from cvmk.ops._storage import with_memory
 from cvmk.ops.attention import Call, Out, row_bias_gradient
 from cvmk.ops.native import library, reason
+from cvmk.ops.native._memory import NUMBER
 
 _NATIVE: Any = library()
 NO_DROPOUT = (1.0, 0, 0)
@@ -25,10 +26,10 @@ def forward(c: Call) -> Out:
     # Sizes one by one: torch reads them twice as fast as a tuple.
     if c.cu_seqlens_q is None:
         batch, heads, rows, _ = q.shape
-        out, lse = q.new_empty(batch, heads, rows, v.shape[3]), q.new_empty(batch, heads, rows, dtype=torch.float32)
+        out, lse = q.new_empty(batch, heads, rows, v.shape[3]), NUMBER.new_empty(batch, heads, rows)
     else:
         rows, heads, _ = q.shape
-        out, lse = q.new_empty(rows, heads, v.shape[2]), q.new_empty(heads, rows, dtype=torch.float32)
+        out, lse = q.new_empty(rows, heads, v.shape[2]), NUMBER.new_empty(heads, rows)
     factor, key, limit = NO_DROPOUT if c.dropout_seed is None else _dropout(c.dropout_seed, c.dropout_p)
     _NATIVE.attention_forward(c, out, lse, factor, key, limit)
     return make(Out, (out, lse))

@@ -17,6 +17,7 @@ from cvmk.ops._call import Needs, make
 from cvmk.ops._storage import with_memory
 from cvmk.ops.attention_distill import Call, Out, maps_alone
 from cvmk.ops.native import library
+from cvmk.ops.native._memory import NUMBER
 from cvmk.ops.native.attention import NO_DROPOUT, rows_contiguous, unavailable, with_contiguous_rows
 
 _NATIVE: Any = library()
@@ -28,9 +29,9 @@ def distill_forward(c: Call) -> Out:
     student, teacher = _sides(c)
     q, v = student.q, student.v
     batch, heads, rows, _ = q.shape
-    teacher_lse = q.new_empty(batch, teacher.q.shape[1], rows, dtype=torch.float32)
+    teacher_lse = NUMBER.new_empty(batch, teacher.q.shape[1], rows)
     _NATIVE.attention_forward(teacher, None, teacher_lse, *NO_DROPOUT)
-    kl, lse = q.new_empty(batch, heads, rows, dtype=torch.float32), q.new_empty(batch, heads, rows, dtype=torch.float32)
+    kl, lse = NUMBER.new_empty(batch, heads, rows), NUMBER.new_empty(batch, heads, rows)
     out = None if v is None else q.new_empty(batch, heads, rows, v.shape[3])
     _NATIVE.attention_forward(student, out, lse, *NO_DROPOUT, (teacher.q, teacher.k, teacher_lse, kl, None, c.teacher_scale))
     return make(Out, (out if out is None or out.dtype == c.q.dtype else out.to(c.q.dtype), kl, lse, teacher_lse))

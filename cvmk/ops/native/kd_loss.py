@@ -17,20 +17,19 @@ from cvmk.ops import native
 from cvmk.ops._backend import Backend
 from cvmk.ops._call import Needs, make
 from cvmk.ops.kd_loss import Call, Loss, Losses, Out, heat, kernel_options, matrix, vector
-from cvmk.ops.native._memory import empty
+from cvmk.ops.native._memory import NUMBER, empty
 from cvmk.ops.reference.kd_loss import scale
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Types of logits that the library reads."""
 _NATIVE: Any = native.library()
-_NUMBER = torch.empty((), dtype=torch.float32)  # what results of one number are made like: half the time of torch.empty with a shape
 
 
 def _losses(c: Call, gradient: Tensor | None) -> Out:
     """The forward pass; the gradient of the loss by itself goes to `gradient`, rows [..., V] at one distance, where it is given."""
     y = vector(c.target)
-    loss, kd, ce, divisor = torch.empty_like(_NUMBER), torch.empty_like(_NUMBER), torch.empty_like(_NUMBER), torch.empty_like(_NUMBER)
-    stats = _NUMBER.new_empty(5, y.shape[0])
+    loss, kd, ce, divisor = torch.empty_like(NUMBER), torch.empty_like(NUMBER), torch.empty_like(NUMBER), torch.empty_like(NUMBER)
+    stats = NUMBER.new_empty(5, y.shape[0])
     _NATIVE.kd_loss(matrix(c.student), matrix(c.teacher), y, *kernel_options(c), stats, c.normalizer, loss, kd, ce, divisor, matrix(gradient))
     return make(Out, (loss, kd, ce, divisor, stats))
 
