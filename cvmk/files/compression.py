@@ -95,7 +95,11 @@ def decompressed(stream: BinaryIO, name: str, *, close: bool = False) -> io.Buff
         _refuse_misnamed(head, name)
         return whole
     reader: io.BufferedReader = io.BufferedReader(_Decompressed(whole, found.open(whole, name), found.name, name, close), _BLOCK)
-    _refuse_archives(reader.peek(_TAR_AT + len(_TAR)), name)
+    head = reader.peek(_TAR_AT + len(_TAR))
+    _refuse_archives(head, name)
+    inner = next((known.name for known in _FORMATS if _begins(head, known)), None)
+    if inner is not None:
+        raise DataError(f"{name} is compressed twice, {inner} inside of {found.name}: decompress it once")
     return reader
 
 

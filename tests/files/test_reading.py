@@ -160,6 +160,14 @@ def test_archives_are_named(tmp_path: Path) -> None:
             content(tmp_path / name)
 
 
+@pytest.mark.parametrize("outer", COMPRESS)
+@pytest.mark.parametrize("inner", COMPRESS)
+def test_compressed_twice_is_named(tmp_path: Path, inner: str, outer: str) -> None:
+    (tmp_path / "a").write_bytes(COMPRESS[outer](COMPRESS[inner](TEXT)))
+    with pytest.raises(DataError, match=f"a is compressed twice, {inner} inside of {outer}: decompress it once"):
+        content(tmp_path / "a")
+
+
 # -- encodings ---------------------------------------------------------------------------------------------------------------------
 SENTENCES = {
     "de": "Zwei junge wei\u00dfe M\u00e4nner sind im Freien.\n",
