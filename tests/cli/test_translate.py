@@ -188,6 +188,7 @@ def test_byte_order_marks_in_the_middle(model: Path, call) -> None:
     assert expected(model, ["\ufeff a\ufeff man\ufeff"]) == [a]
 
 
+@pytest.mark.usefixtures("devices")
 @pytest.mark.parametrize("output", ["fifo", "link", "/dev/null", "null"])
 def test_special_outputs(model: Path, capsys, tmp_path: Path, output: str) -> None:
     (tmp_path / "in").write_bytes(b"a man\n")

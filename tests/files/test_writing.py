@@ -126,6 +126,7 @@ def test_a_fifo_whose_reader_goes_away(tmp_path: Path) -> None:
         file.write(bytes(1 << 20))
 
 
+@pytest.mark.usefixtures("devices")
 def test_devices_are_written_to(tmp_path: Path) -> None:
     before = os.stat("/dev/null")
     (tmp_path / "link").symlink_to("/dev/null")
@@ -140,6 +141,7 @@ def test_devices_are_written_to(tmp_path: Path) -> None:
 WRITE_TO = "import sys; from cvmk.files import write_text; print('first', flush=True); write_text(sys.argv[1], 'second\\n')"
 
 
+@pytest.mark.usefixtures("devices")
 @pytest.mark.parametrize("name", ["/dev/stdout", "/dev/fd/1", "/proc/self/fd/1", "link"])
 def test_standard_output_by_name(tmp_path: Path, name: str) -> None:
     """As a pipe and as a file that is appended to: nothing that was printed is lost, and no other file appears."""
