@@ -88,6 +88,10 @@ Request read_request(const py::tuple& from) {
   r.prefix = from[1].cast<std::vector<std::int32_t>>();
   r.limit = from[2].cast<std::int64_t>();
   r.options = from[3].cast<const Options&>();
+  if (from.size() > 4 && !from[4].is_none()) {
+    r.growing = GrowingSource::lease(from[4].cast<std::shared_ptr<GrowingSource>>());
+    if (r.growing == nullptr) throw std::runtime_error("the session has a request that has not ended: wait for it, or cancel it");
+  }
   return r;
 }
 
@@ -131,6 +135,8 @@ py::list to_python(const std::vector<Event>& events) {
 void bind_engine(py::module_& m) {
   py::register_exception<BadModel>(m, "BadModel", PyExc_ValueError);
   py::class_<Options>(m, "SearchOptions", "cvmk.inference.SearchOptions, read once").def(py::init(&read_options));
+  py::class_<GrowingSource, std::shared_ptr<GrowingSource>>(m, "GrowingSource", "What an engine keeps of a source that grows")
+      .def_property_readonly("kept", &GrowingSource::kept, "positions of the last source that had been encoded before");
   py::class_<PythonEngine>(m, "Engine", "An encoder-decoder that translates piece ids; see cvmk/inference/native_engine.py")
       .def(py::init(&make), "config"_a, "weights"_a, "compute_type"_a, "threads"_a, "budget"_a)
       .def("submit",
@@ -166,6 +172,18 @@ void bind_engine(py::module_& m) {
              py::list all;
              for (const auto& one : found) all.append(to_python(one));
              return all;
+           })
+      .def("open_source", [](PythonEngine& e, std::int64_t longest) { return e.engine->open_source(longest); }, py::keep_alive<0, 1>())
+      .def("source_bytes", [](const PythonEngine& e, std::int64_t longest) { return Memory::rounded(GrowingSource::bytes(e.engine->model(), longest)); })
+      .def("search_one",
+           [](PythonEngine& e, const py::tuple& request) {
+             std::vector<Request> read{read_request(request)};
+             std::vector<std::vector<Hypothesis>> found;
+             {
+               const py::gil_scoped_release release;
+               found = e.engine->search(std::move(read));
+             }
+             return to_python(found[0]);
            })
       .def_property_readonly("threads", [](const PythonEngine& e) { return e.engine->threads(); })
       .def_property_readonly("weight_bytes", [](const PythonEngine& e) { return e.engine->model().weight_bytes(); })

@@ -30,21 +30,35 @@ double uniform(std::uint64_t seed, std::uint64_t stream, std::uint64_t step) {
 
 std::int64_t Sequence::bytes(const Model& model, const Request& request) {
   const std::int64_t source = Model::capacity_of(static_cast<std::int64_t>(request.source.size()) + 1), own = Model::capacity_of(request.limit + 1);
-  return 4 * (model.cache_size(source) + request.options.beam_size * model.cache_size(own));
+  return 4 * ((request.growing == nullptr ? model.cache_size(source) : 0) + request.options.beam_size * model.cache_size(own));
 }
 
 Sequence::Sequence(const Model& model, Memory& memory, Request request)
     : model_(model), memory_(memory), request_(std::move(request)), source_(request_.source), floats_(static_cast<float*>(memory.take(bytes(model, request_)))) {
   source_.push_back(kEnd);
   const std::int64_t source = Model::capacity_of(static_cast<std::int64_t>(source_.size())), own = Model::capacity_of(request_.limit + 1);
-  encoded_ = model.caches(floats_, source);
-  float* next = floats_ + model.cache_size(source);
+  float* next = floats_;
+  if (request_.growing == nullptr) {
+    encoded_ = model.caches(next, source);
+    next += model.cache_size(source);
+  } else {
+    encoded_ = request_.growing->encoded();
+  }
   for (std::int64_t slot = 0; slot < request_.options.beam_size; ++slot, next += model.cache_size(own)) slots_.push_back(model.caches(next, own));
   fed_.assign(slots_.size(), -1);
   nodes_.push_back({-1, kBegin, 0.0f, 0, nullptr});
   Live first{};
   first.agrees = biased();
   live_.push_back(first);
+}
+
+Sequence::~Sequence() {
+  memory_.give(floats_, bytes(model_, request_));
+}
+
+Model::Source Sequence::source() {
+  if (request_.growing != nullptr) return request_.growing->update(source_);
+  return {source_.data(), static_cast<std::int64_t>(source_.size()), &encoded_};
 }
 
 std::vector<std::int32_t> Sequence::pieces_of(std::int32_t node) const {

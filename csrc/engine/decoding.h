@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "engine/memory.h"
-#include "engine/model.h"
+#include "engine/source.h"
 
 namespace cvmk::engine {
 
@@ -27,6 +27,7 @@ struct Request {
   std::vector<std::int32_t> prefix;
   std::int64_t limit = 0;  // the most pieces of a translation, at least as many as the prefix has where that is binding
   Options options;
+  std::shared_ptr<GrowingSource> growing;  // or null: leased for this request
 };
 
 struct Hypothesis {
@@ -39,14 +40,15 @@ struct Hypothesis {
 class Sequence {
  public:
   Sequence(const Model& model, Memory& memory, Request request);
-  ~Sequence() { memory_.give(floats_, bytes(model_, request_)); }
+  ~Sequence();
   Sequence(const Sequence&) = delete;
   Sequence& operator=(const Sequence&) = delete;
 
   // Bytes that a sequence of this request holds, its caches.
   static std::int64_t bytes(const Model& model, const Request& request);
 
-  Model::Source source() const { return {source_.data(), static_cast<std::int64_t>(source_.size()), &encoded_}; }
+  // What is to be encoded before the first step.
+  Model::Source source();
   bool done() const { return done_; }
   // The rows of the next step: those that follow `rows` are its own until `advance`.
   void ask(std::vector<StepRow>& rows);

@@ -22,6 +22,8 @@ class Engine {
   bool cancel(std::int64_t id) { return submitted_.cancel(id); }
   // Brings what was submitted one piece further. Throws std::runtime_error where another thread is in it.
   std::vector<Event> step();
+  // A source that grows, of at most `longest` positions. It must not outlive the engine.
+  std::shared_ptr<GrowingSource> open_source(std::int64_t longest) { return std::make_shared<GrowingSource>(model_, memory_, longest); }
   // The hypotheses of each request, whatever else was submitted. Throws std::bad_alloc.
   std::vector<std::vector<Hypothesis>> search(std::vector<Request> requests);
 

@@ -116,16 +116,11 @@ std::int64_t Model::capacity_of(std::int64_t length) {
   return capacity % 128 == 0 ? capacity + cached::kColumns : capacity;
 }
 
-std::int64_t Model::cache_size(std::int64_t capacity) const {
-  return config_.decoder_layers * (cached::keys_size(config_.kv_heads, head_size(), capacity) + cached::values_size(config_.kv_heads, head_size(), capacity));
-}
-
-Caches Model::caches(float* memory, std::int64_t capacity) const {
+Caches Model::caches(float* memory, std::int64_t capacity, std::int64_t layers) const {
   Caches found;
-  for (std::int64_t i = 0; i < config_.decoder_layers; ++i) {
-    float* values = memory + cached::keys_size(config_.kv_heads, head_size(), capacity);
-    found.layers.push_back({memory, values, capacity});
-    memory = values + cached::values_size(config_.kv_heads, head_size(), capacity);
+  for (std::int64_t i = 0; i < layers; ++i) {
+    found.layers.push_back({memory, memory + cached::keys_size(config_.kv_heads, head_size(), capacity), capacity});
+    memory += layer_size(capacity);
   }
   return found;
 }
@@ -187,9 +182,9 @@ void Model::encode(const std::vector<Source>& sources, Workspace& workspace, con
   const std::int64_t d = config_.d_model, kv = config_.kv_heads * head_size(), width = d + 2 * kv;
   std::int64_t rows = 0, longest = 0, keys = 0;
   for (const Source& s : sources) {
-    rows += s.length;
+    rows += s.length - s.first;
     longest = std::max(longest, s.length);
-    keys += cached::keys_size(config_.kv_heads, head_size(), capacity_of(s.length)) + cached::values_size(config_.kv_heads, head_size(), capacity_of(s.length));
+    if (s.encoder == nullptr) keys += layer_size(capacity_of(s.length));
   }
   if (rows == 0) return;
   Arena count;
@@ -201,13 +196,12 @@ void Model::encode(const std::vector<Source>& sources, Workspace& workspace, con
   std::vector<cached::Cache> own;
   for (const Source& s : sources) {
     const std::int64_t capacity = capacity_of(s.length);
-    float* values = memory + cached::keys_size(config_.kv_heads, head_size(), capacity);
-    own.push_back({memory, values, capacity});
-    memory = values + cached::values_size(config_.kv_heads, head_size(), capacity);
+    own.push_back({memory, memory + cached::keys_size(config_.kv_heads, head_size(), capacity), capacity});
+    if (s.encoder == nullptr) memory += layer_size(capacity);
   }
   float* x = b.x;
   for (const Source& s : sources)
-    for (std::int64_t i = 0; i < s.length; ++i, x += d) embed(source_table_, s.ids[i], i, x);
+    for (std::int64_t i = s.first; i < s.length; ++i, x += d) embed(source_table_, s.ids[i], i, x);
   residual(b.x, nullptr, encoder_.empty() ? encoder_norm_ : encoder_[0].mixer_norm, rows, b.normed, team);
   std::vector<cached::Item> items;
   for (std::size_t layer = 0; layer < encoder_.size(); ++layer) {
@@ -216,14 +210,15 @@ void Model::encode(const std::vector<Source>& sources, Workspace& workspace, con
     items.clear();
     std::int64_t first = 0;
     for (std::size_t i = 0; i < sources.size(); ++i) {
-      const std::int64_t length = sources[i].length;
+      const std::int64_t start = sources[i].first, length = sources[i].length - start;
+      const cached::Cache& cache = sources[i].encoder == nullptr ? own[i] : sources[i].encoder->layers[layer];
       float* qkv = b.wide + first * width;
-      for (std::int64_t t = 0; config_.positions == Positions::kRotary && t < length; ++t) rotate(qkv + t * width, config_.heads + config_.kv_heads, t);
-      cached::kernels().append.run({qkv + d, qkv + d + kv, width, length, 0, config_.kv_heads, head_size(), own[i]}, nullptr, team);
+      for (std::int64_t t = 0; config_.positions == Positions::kRotary && t < length; ++t) rotate(qkv + t * width, config_.heads + config_.kv_heads, start + t);
+      cached::kernels().append.run({qkv + d, qkv + d + kv, width, length, start, config_.kv_heads, head_size(), cache}, nullptr, team);
       if (config_.causal_encoder)
-        for (std::int64_t t = 0; t < length; ++t) items.push_back({qkv + t * width, b.normed + (first + t) * d, 1, width, d, own[i], t + 1, nullptr});
+        for (std::int64_t t = 0; t < length; ++t) items.push_back({qkv + t * width, b.normed + (first + t) * d, 1, width, d, cache, start + t + 1, nullptr});
       else
-        items.push_back({qkv, b.normed + first * d, length, width, d, own[i], length, nullptr});
+        items.push_back({qkv, b.normed + first * d, length, width, d, cache, length, nullptr});
       first += length;
     }
     attend(items, longest, team);
@@ -236,8 +231,8 @@ void Model::encode(const std::vector<Source>& sources, Workspace& workspace, con
     std::int64_t first = 0;
     for (const Source& s : sources) {
       const float* from = b.wide + first * 2 * kv;
-      cached::kernels().append.run({from, from + kv, 2 * kv, s.length, 0, config_.kv_heads, head_size(), s.caches->layers[layer]}, nullptr, team);
-      first += s.length;
+      cached::kernels().append.run({from, from + kv, 2 * kv, s.length - s.first, s.first, config_.kv_heads, head_size(), s.caches->layers[layer]}, nullptr, team);
+      first += s.length - s.first;
     }
   }
 }

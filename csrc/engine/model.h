@@ -79,15 +79,20 @@ class Model {
 
   // Numbers (floats) of the caches of a sequence of `capacity` positions: all decoder layers. capacity_of rounds a length up.
   static std::int64_t capacity_of(std::int64_t length);
-  std::int64_t cache_size(std::int64_t capacity) const;
-  // Caches in `memory`, cache_size(capacity) floats.
-  Caches caches(float* memory, std::int64_t capacity) const;
+  std::int64_t cache_size(std::int64_t capacity) const { return config_.decoder_layers * layer_size(capacity); }
+  std::int64_t encoder_cache_size(std::int64_t capacity) const { return config_.encoder_layers * layer_size(capacity); }
+  // Caches in `memory`, cache_size(capacity) or encoder_cache_size(capacity) floats.
+  Caches caches(float* memory, std::int64_t capacity) const { return caches(memory, capacity, config_.decoder_layers); }
+  Caches encoder_caches(float* memory, std::int64_t capacity) const { return caches(memory, capacity, config_.encoder_layers); }
 
-  // Sources (ids with the end sign), each to the caches of the decoder's cross-attention.
+  // Sources (ids with the end sign), each to the caches of the decoder's cross-attention. Where `encoder` is given, the encoder keeps its own keys and values
+  // there, and the positions before `first`, which are there already, are not encoded again; the encoder must be causal, else first is 0.
   struct Source {
     const std::int32_t* ids;
     std::int64_t length;
     const Caches* caches;
+    const Caches* encoder = nullptr;
+    std::int64_t first = 0;
   };
   void encode(const std::vector<Source>& sources, Workspace& workspace, const Team& team) const;
 
@@ -103,6 +108,11 @@ class Model {
     Linear qkv, out, cross_query, cross_key_value, cross_out, inner, outer;
   };
   struct Buffers;
+
+  std::int64_t layer_size(std::int64_t capacity) const {
+    return cached::keys_size(config_.kv_heads, head_size(), capacity) + cached::values_size(config_.kv_heads, head_size(), capacity);
+  }
+  Caches caches(float* memory, std::int64_t capacity, std::int64_t layers) const;
 
   const RawTensor& find(const RawTensors& tensors, const std::string& name, const std::vector<std::int64_t>& shape);
   Block block(const RawTensors& tensors, const std::string& name, bool decoder, Compute compute);

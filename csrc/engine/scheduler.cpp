@@ -145,6 +145,8 @@ void Scheduler::drop(const EntryPointer& entry, Event::Kind kind) {
     running_ -= entry->request.options.beam_size;
   }
   entry->sequence.reset();
+  if (entry->request.growing != nullptr && kind == Event::kFailed) entry->request.growing->forget();
+  entry->request.growing.reset();
   tell(entry, kind, std::move(found));
 }
 

@@ -9,6 +9,7 @@ from cvmk.inference.asynchronous import AsyncTranslator, ExpiredError
 from cvmk.inference.engine import Engine, Finished, Partial, Request
 from cvmk.inference.engines import EngineAnswer
 from cvmk.inference.options import Hypothesis, SearchOptions
+from cvmk.inference.session import Session
 from cvmk.inference.translator import TooLongError, Translation, TranslationHypothesis, Translator
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "Partial",
     "Request",
     "SearchOptions",
+    "Session",
     "TooLongError",
     "Translation",
     "TranslationHypothesis",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from cvmk.errors import ConfigError
 from cvmk.inference.options import FIRST_PIECE, Hypothesis, SearchOptions
@@ -19,6 +19,7 @@ class Request:
     options  how to search.
     prefix   pieces that every hypothesis begins with. They count as its pieces, in its score too, whatever the options forbid.
     partial  whether to tell after each step what the translation is so far.
+    state    what the engine keeps of a source that grows (`NativeEngine.open_source`), for one request at a time; None: nothing.
     timeout  seconds from its submission, after which it ends with what it has then; None: no limit.
     """
 
@@ -28,6 +29,7 @@ class Request:
     prefix: Sequence[int] = ()
     partial: bool = False
     timeout: float | None = None
+    state: Any = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)

@@ -123,6 +123,21 @@ class NativeEngine:
         size: int = self._engine.request_bytes(self._native(request))
         return size
 
+    def open_source(self) -> Any:
+        """Room for a source that grows up to the model's length, for `Request.state` and `search_one`; `kept` says how many of the last one's positions had
+        been encoded before. A causal encoder encodes only what is new."""
+        return self._engine.open_source(self._max_length)
+
+    def source_bytes(self) -> int:
+        """Bytes of such a source."""
+        size: int = self._engine.source_bytes(self._max_length)
+        return size
+
+    def search_one(self, request: Request) -> list[Hypothesis]:
+        """The hypotheses of a request, which may have a `state`, at once. Raises RuntimeError where its state has a request that has not ended."""
+        check_request(request, self._max_length, self._vocab_size)
+        return _hypotheses(self._engine.search_one(self._native(request)), len(request.source) + 1)
+
     def held_bytes(self) -> int:
         """Bytes that submitted requests and the engine's threads hold now, without the weights."""
         size: int = self._engine.held_bytes()
@@ -135,9 +150,9 @@ class NativeEngine:
         with self._lock:
             if request.id in self._number_of:
                 raise ValueError(f"the id {request.id!r} is in use by a request that has not ended: cancel that one, or choose another id")
-            number = self._number_of[request.id] = next(self._numbers)
-            self._requests[number] = request
-            self._engine.submit(number, native, request.partial, request.timeout or 0.0)
+            number = next(self._numbers)
+            self._engine.submit(number, native, request.partial, 0.0 if request.timeout is None else max(request.timeout, 1e-9))
+            self._number_of[request.id], self._requests[number] = number, request
 
     def step(self) -> list[Event]:
         """See `engine.Engine`."""
@@ -167,7 +182,7 @@ class NativeEngine:
     def _native(self, request: Request) -> tuple[Any, ...]:
         limit = request.options.limit(len(request.source), self._max_length)
         hard = 0 if request.options.prefix_bias else len(request.prefix)
-        return list(request.source), list(request.prefix), max(limit, hard), _options(request.options)
+        return list(request.source), list(request.prefix), max(limit, hard), _options(request.options), request.state
 
     def _events(self, told: list[tuple[int, int, list[Any]]]) -> list[Event]:
         found: list[Event] = []

@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from cvmk.errors import ConfigError, DataError
 from cvmk.formats import load_model_tokenizer, read_model_manifest
@@ -18,6 +18,7 @@ from cvmk.text.lines import trimmed
 from cvmk.text.tokenizers import Tokenizer
 
 if TYPE_CHECKING:
+    from cvmk.inference.session import Session
     from cvmk.nn import CVMTransformer
 
 OnLong = Literal["error", "truncate"]
@@ -160,6 +161,12 @@ class Translator:
             for index, hypotheses in zip(batch, self.engine.search([sources[index] for index in batch], options, *given), strict=True):
                 found[index] = hypotheses
         return [self._translation(hypotheses, index in cut) for index, hypotheses in enumerate(found)]
+
+    def session(self, **options: Any) -> Session:
+        """A `Session`: a source that grows, and a translation whose beginning stays. `options` are those of `SearchOptions`."""
+        from cvmk.inference.session import Session
+
+        return Session(self, **options)
 
     def encode(self, text: str) -> list[int]:
         """Piece ids of a text; white space around it is dropped. Raises DataError for one that is longer than the model reads."""

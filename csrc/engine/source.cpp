@@ -1,0 +1,32 @@
+#include "engine/source.h"
+
+namespace cvmk::engine {
+
+std::int64_t GrowingSource::bytes(const Model& model, std::int64_t longest) {
+  const std::int64_t capacity = Model::capacity_of(longest);
+  return 4 * (model.cache_size(capacity) + (model.config().causal_encoder ? model.encoder_cache_size(capacity) : 0));
+}
+
+GrowingSource::GrowingSource(const Model& model, Memory& memory, std::int64_t longest)
+    : model_(model), memory_(memory), longest_(longest), floats_(static_cast<float*>(memory.take(bytes(model, longest)))) {
+  const std::int64_t capacity = Model::capacity_of(longest);
+  cross_ = model.caches(floats_, capacity);
+  if (model.config().causal_encoder) encoder_ = model.encoder_caches(floats_ + model.cache_size(capacity), capacity);
+}
+
+std::shared_ptr<GrowingSource> GrowingSource::lease(const std::shared_ptr<GrowingSource>& source) {
+  if (source->busy_.exchange(true)) return nullptr;
+  return {source.get(), [source](GrowingSource* leased) { leased->busy_ = false; }};
+}
+
+Model::Source GrowingSource::update(const std::vector<std::int32_t>& ids) {
+  std::size_t same = 0;
+  while (same < ids.size() && same < ids_.size() && ids[same] == ids_[same]) ++same;
+  // What a bidirectional encoder says of a position depends on all that follow; the same source is the same for any.
+  const bool causal = model_.config().causal_encoder;
+  kept_ = causal || (same == ids.size() && same == ids_.size()) ? static_cast<std::int64_t>(same) : 0;
+  ids_ = ids;
+  return {ids_.data(), static_cast<std::int64_t>(ids_.size()), &cross_, causal ? &encoder_ : nullptr, kept_};
+}
+
+}  // namespace cvmk::engine

@@ -1,0 +1,94 @@
+"""A source that grows is translated as it would be at once, and what was said stays."""
+
+from __future__ import annotations
+
+import random
+import threading
+from typing import Any
+
+import pytest
+
+from cvmk.errors import DataError
+from cvmk.formats.torch_weights import manifest_of, raw_tensors
+from cvmk.inference import Request, SearchOptions, Session, Translator
+from cvmk.inference.native_engine import NativeEngine
+
+
+@pytest.mark.parametrize("of", [Translator.from_model, Translator.of_weights], ids=["torch", "native"])
+@pytest.mark.parametrize("options", [{}, {"encoder_direction": "causal"}, {"encoder_direction": "causal", "positions": "rotary", "kv_heads": 1}])
+def test_as_if_at_once(make_model, tokenizer, of: Any, options: dict[str, Any]) -> None:
+    translator = of(make_model(tokenizer.vocab_size, sharpness=3.0, **options), tokenizer)
+    causal_and_native = "encoder_direction" in options and of == Translator.of_weights
+    with translator.session(beam_size=2) as session:
+        assert session.translate().text == "" and (session.nbytes > 0) == (of == Translator.of_weights)
+        for part in ("ab", " c", "d ef", " ghi"):
+            session.append(part)
+            found = session.translate()
+            expected = translator.engine.search([translator.encode(session.source)], SearchOptions(2), [session.committed])[0][0]
+            assert found.tokens == expected.tokens and found.score == pytest.approx(expected.score, abs=0 if causal_and_native else 1e-6)
+            session.commit(found.tokens[: len(session.committed) + 1])
+        assert (session.kept > 0) == causal_and_native
+        with pytest.raises(ValueError, match="were committed"):
+            session.commit([])
+        session.append(" abc" * 40)
+        with pytest.raises(DataError):
+            session.translate()
+    with pytest.raises(RuntimeError, match="closed"):
+        session.translate()
+
+
+def test_edits_encode_what_follows_them(make_model) -> None:
+    """Random changes of a source against an engine that knows nothing of what was before."""
+    model = make_model(60, seed=2, sharpness=2.0, encoder_direction="causal")
+    engine, fresh = (NativeEngine(manifest_of(model), raw_tensors(model), threads=1) for _ in range(2))
+    state, generator, source = engine.open_source(), random.Random(0), list[int]()
+    for _ in range(60):
+        before, source = source, source[: generator.randint(0, len(source))] + [generator.randrange(4, 60) for _ in range(generator.randint(0, 6))]
+        source = source[:39]
+        found = engine.search_one(Request(None, source, SearchOptions(3), state=state))
+        same = next((at for at, (a, b) in enumerate(zip([*before, 3], [*source, 3], strict=False)) if a != b), min(len(before), len(source)) + 1)
+        assert state.kept == (same if before or _ else 0)
+        expected = fresh.search([source], SearchOptions(3))[0]
+        assert found == expected and [h.scores for h in found] == [h.scores for h in expected]
+
+
+def test_one_request_at_a_time(make_model) -> None:
+    model = make_model(60, seed=2, encoder_direction="causal")
+    engine = NativeEngine(manifest_of(model), raw_tensors(model), threads=2)
+    before, state = engine.held_bytes(), engine.open_source()
+    assert engine.held_bytes() - before == engine.source_bytes()
+    engine.submit(Request("a", [4, 5], SearchOptions(min_length=20), state=state))
+    engine.step()
+    with pytest.raises(RuntimeError, match="has not ended"):
+        engine.search_one(Request("b", [4, 5], state=state))
+    with pytest.raises(RuntimeError, match="has not ended"):
+        engine.submit(Request("b", [4, 5], state=state))
+    assert engine.cancel("a") and engine.step() == []
+    engine.submit(Request("b", [4, 5], state=state))
+    assert engine.cancel("b")  # before it began
+    engine.step()
+    results: list[Any] = []
+
+    def work() -> None:
+        try:
+            results.append(engine.search_one(Request(None, [4, 5, 6], SearchOptions(5, min_length=30), state=state)))
+        except RuntimeError as error:
+            results.append(str(error))
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    expected = engine.search([[4, 5, 6]], SearchOptions(5, min_length=30))[0]
+    assert any(result == expected for result in results) and all(result == expected or "has not ended" in result for result in results)
+    workspace, another = engine.held_bytes(), engine.open_source()
+    assert engine.held_bytes() == workspace + engine.source_bytes()
+    del another
+    assert engine.held_bytes() == workspace
+
+
+def test_a_session_keeps_its_engine(make_model, tokenizer) -> None:
+    session = Session(Translator.of_weights(make_model(tokenizer.vocab_size, encoder_direction="causal"), tokenizer))
+    session.append("ab")
+    assert session.translate().tokens
