@@ -20,8 +20,8 @@ class Session:
             print(session.translate().text)
 
     Where the model's encoder is causal (`model.encoder_direction`) and the native engine runs it, only new pieces of the source are encoded, and
-    the result is that of encoding it anew; else the whole source is. The committed pieces are read at once, in one step. `options` are those of `SearchOptions`. One thread at a
-    time may use a session (RuntimeError).
+    the result is that of encoding it anew; else the whole source is. The committed pieces are read at once, in one step. `options` are those of
+    `SearchOptions`. One thread at a time may use a session (RuntimeError).
     """
 
     def __init__(self, translator: Translator, **options: Any) -> None:
