@@ -5,7 +5,7 @@
 namespace cvmk::engine {
 namespace {
 
-constexpr std::int64_t kTeamBytes = 0;  // weights beyond a core's own cache: two threads read them faster than one, even for one row
+// Rows of one shard get all threads for what is large in a step (gemm/int8.inl, float_linear.inl): two read the weights faster than one, even for one row.
 
 }  // namespace
 
@@ -25,7 +25,7 @@ void Engine::run(Scheduler& scheduler, bool to_the_end) {
     }
   };
   if (!lock.owns_lock() || shards <= 1) {
-    const bool helped = lock.owns_lock() && pool_.size() > 1 && model_.weight_bytes() >= kTeamBytes;
+    const bool helped = lock.owns_lock() && pool_.size() > 1;
     for (int shard = 0; shard < shards; ++shard) steps(shard, helped ? pool_.team() : Team{});
     return;
   }

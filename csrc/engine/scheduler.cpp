@@ -51,11 +51,13 @@ int Scheduler::wanted_shards() {
   const std::lock_guard<std::mutex> lock(mutex_);
   std::int64_t rows = running_;
   for (const EntryPointer& entry : waiting_) rows += entry->request.options.beam_size;
-  const std::int64_t most = static_cast<std::int64_t>(shards_.size());
+  std::int64_t sequences = static_cast<std::int64_t>(waiting_.size());
   int running = 0;
-  for (std::size_t i = 0; i < shards_.size(); ++i)
+  for (std::size_t i = 0; i < shards_.size(); ++i) {
+    sequences += static_cast<std::int64_t>(shards_[i]->running.size());
     if (!shards_[i]->running.empty()) running = static_cast<int>(i) + 1;
-  return std::max(running, static_cast<int>(std::min(most, pieces(rows, kShardRows))));
+  }
+  return std::max(running, static_cast<int>(std::min({static_cast<std::int64_t>(shards_.size()), sequences, pieces(rows, kShardRows)})));
 }
 
 std::int64_t Scheduler::workspace_bytes() const {

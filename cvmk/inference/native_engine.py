@@ -7,6 +7,7 @@ import functools
 import itertools
 import os
 import threading
+import weakref
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 ComputeType = Literal["float32", "bfloat16", "int8", "int4"]
 MAX_BATCH_TOKENS = 4096
 """Source positions times hypotheses of submitted requests that run at once, where nobody says another number."""
+MAX_SESSIONS = 1024
+"""Growing sources that are open at once, where nobody says another number."""
 _MIXERS = ("attention",)
 _PARTIAL, _FINISHED, _EXPIRED, _FAILED = range(4)  # csrc/engine/scheduler.h
 
@@ -58,11 +61,13 @@ def of_model(model: CVMTransformer) -> NativeEngine:
     return NativeEngine(manifest_of(model), raw_tensors(model), dtype, torch.get_num_threads())
 
 
-def load(folder: Path, manifest: Manifest, device: str, compute_type: str, threads: int | None = None) -> NativeEngine:
+def load(
+    folder: Path, manifest: Manifest, device: str, compute_type: str, threads: int | None = None, max_sessions: int = MAX_SESSIONS
+) -> NativeEngine:
     """The engine of a model's folder. Raises DataError where its weights are not sound."""
     weights = read_model_weights(folder, manifest)
     try:
-        return NativeEngine(manifest, weights, compute_type, threads)
+        return NativeEngine(manifest, weights, compute_type, threads, max_sessions=max_sessions)
     except ValueError as error:
         raise DataError(f"{folder / WEIGHTS} {error}") from error
 
@@ -79,8 +84,8 @@ class NativeEngine:
 
     compute_type says how matrices are stored and multiplied: "float32", "bfloat16" (float32 sums), "int8" (weights by rows, activations by tokens) or
     "int4" (weights in groups of at most 128). threads None: as many as the process may use. max_batch_tokens bounds what submitted requests run at
-    once: source positions times hypotheses. Raises ConfigError for threads or max_batch_tokens below 1, ValueError where a weight is missing or of
-    another shape.
+    once: source positions times hypotheses; max_sessions how many growing sources are open at once. Raises ConfigError for numbers below 1, ValueError
+    where a weight is missing or of another shape.
     """
 
     def __init__(
@@ -90,8 +95,9 @@ class NativeEngine:
         compute_type: str = "float32",
         threads: int | None = None,
         max_batch_tokens: int = MAX_BATCH_TOKENS,
+        max_sessions: int = MAX_SESSIONS,
     ) -> None:
-        for name, number in (("threads", threads), ("max_batch_tokens", max_batch_tokens)):
+        for name, number in (("threads", threads), ("max_batch_tokens", max_batch_tokens), ("max_sessions", max_sessions)):
             if number is not None and number < 1:
                 raise ConfigError(f"{name} is {number}, and must be at least 1")
         model = manifest.model
@@ -103,6 +109,8 @@ class NativeEngine:
         self._engine = library.Engine(config, given, compute_type, threads or default_threads(), max_batch_tokens)
         self._max_length, self._vocab_size = model.max_length, manifest.vocab_size
         self._lock = threading.Lock()
+        self._max_sessions = max_sessions
+        self._sources: weakref.WeakSet[Any] = weakref.WeakSet()
         self._numbers = itertools.count()
         self._number_of: dict[Hashable, int] = {}
         self._requests: dict[int, Request] = {}
@@ -125,8 +133,13 @@ class NativeEngine:
 
     def open_source(self) -> Any:
         """Room for a source that grows up to the model's length, for `Request.state` and `search_one`; `kept` says how many of the last one's positions had
-        been encoded before. A causal encoder encodes only what is new."""
-        return self._engine.open_source(self._max_length)
+        been encoded before. A causal encoder encodes only what is new. Raises ConfigError where too many are open."""
+        with self._lock:
+            if len(self._sources) >= self._max_sessions:
+                raise ConfigError(f"{self._max_sessions} sessions are open, which is max_sessions: close one, or allow more")
+            source = self._engine.open_source(self._max_length)
+            self._sources.add(source)
+        return source
 
     def source_bytes(self) -> int:
         """Bytes of such a source."""

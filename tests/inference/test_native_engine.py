@@ -354,3 +354,24 @@ def test_a_busy_machine_slows_in_proportion(make_model) -> None:
         for loop in loops:
             loop.kill()
             loop.wait()
+
+
+def test_bad_input_leaves_the_engine_as_it_was(make_model) -> None:
+    model = make_model(40, seed=7, sharpness=2.0)
+    engine = native(model)
+    expected = engine.search([[4, 5]], SearchOptions())
+    numbers = {"beam_size": (0, 10**6), "length_penalty": (float("nan"),), "repetition_penalty": (0.0,), "temperature": (-1.0,), "top_p": (0.0,)}
+    for options in ({name: number} for name, wrong in numbers.items() for number in wrong):
+        with pytest.raises(ConfigError):
+            SearchOptions(**options)
+    for source in ([4] * 40, [40], [0], [-1]):
+        with pytest.raises(ConfigError):
+            engine.search([source], SearchOptions())
+        with pytest.raises(ConfigError):
+            engine.submit(Request("x", source))
+    with pytest.raises((TypeError, ValueError, RuntimeError)):
+        engine.search([["a"]], SearchOptions())
+    with pytest.raises(ValueError, match="prefixes"):
+        engine.search([[4], [5]], SearchOptions(), [[4]])
+    assert engine.search([], SearchOptions()) == [] and engine.search([[]], SearchOptions())[0]
+    assert not engine.cancel("x") and engine.step() == [] and engine.search([[4, 5]], SearchOptions()) == expected

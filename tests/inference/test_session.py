@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from cvmk.errors import DataError
+from cvmk.errors import ConfigError, DataError
 from cvmk.formats.torch_weights import manifest_of, raw_tensors
 from cvmk.inference import Request, SearchOptions, Session, Translator
 from cvmk.inference.native_engine import NativeEngine
@@ -86,6 +86,16 @@ def test_one_request_at_a_time(make_model) -> None:
     assert engine.held_bytes() == workspace + engine.source_bytes()
     del another
     assert engine.held_bytes() == workspace
+
+
+def test_too_many(make_model) -> None:
+    model = make_model(60)
+    engine = NativeEngine(manifest_of(model), raw_tensors(model), max_sessions=2)
+    kept = [engine.open_source(), engine.open_source()]
+    with pytest.raises(ConfigError, match="max_sessions"):
+        engine.open_source()
+    kept.pop()
+    assert engine.open_source() is not None
 
 
 def test_a_session_keeps_its_engine(make_model, tokenizer) -> None:
