@@ -115,7 +115,8 @@ CVMK_INLINE void expect(const Linear& p, const Item& item, int64_t row, int64_t 
 }
 
 // Rows of sums -> activation(scaled sum + bias) in the output. `sums` is [rows][stride], `row_scales` [rows] (int8 only).
-template <int kAct, bool kBias, bool kToBf16, typename Sum>
+// kOut: the output's type, kNoDtype where it is known at run time only.
+template <int kAct, bool kBias, Dtype kOut, typename Sum>
 CVMK_INLINE void finish_as(const Linear& p, const Item& item, const Sum* sums, int64_t stride, const float* row_scales, int64_t row, int64_t rows) {
   constexpr bool kInt8 = static_cast<Sum>(0.5f) == 0;
   constexpr int kHalves = kAct == kSwiglu ? 2 : 1;
@@ -140,7 +141,8 @@ CVMK_INLINE void finish_as(const Linear& p, const Item& item, const Sum* sums, i
       } else {
         y = activate<kAct>(y);
       }
-      elements::store_n(p.out, kToBf16 ? kBFloat16 : p.out_dtype, out + v, y, static_cast<int>(least(kLanes, width - v)));
+      if (kOut == kFloat32 && width - v >= kLanes) simd::store(static_cast<float*>(p.out) + out + v, y);
+      else elements::store_n(p.out, kOut == kNoDtype ? p.out_dtype : kOut, out + v, y, static_cast<int>(least(kLanes, width - v)));
     }
   }
 }
@@ -148,11 +150,14 @@ CVMK_INLINE void finish_as(const Linear& p, const Item& item, const Sum* sums, i
 template <int kAct, typename Sum>
 CVMK_INLINE void finish_as(const Linear& p, const Item& item, const Sum* sums, int64_t stride, const float* row_scales, int64_t row, int64_t rows) {
   if (p.out_dtype == kBFloat16) {
-    if (p.bias) finish_as<kAct, true, true>(p, item, sums, stride, row_scales, row, rows);
-    else finish_as<kAct, false, true>(p, item, sums, stride, row_scales, row, rows);
+    if (p.bias) finish_as<kAct, true, kBFloat16>(p, item, sums, stride, row_scales, row, rows);
+    else finish_as<kAct, false, kBFloat16>(p, item, sums, stride, row_scales, row, rows);
+  } else if (p.out_dtype == kFloat32) {
+    if (p.bias) finish_as<kAct, true, kFloat32>(p, item, sums, stride, row_scales, row, rows);
+    else finish_as<kAct, false, kFloat32>(p, item, sums, stride, row_scales, row, rows);
   } else {
-    if (p.bias) finish_as<kAct, true, false>(p, item, sums, stride, row_scales, row, rows);
-    else finish_as<kAct, false, false>(p, item, sums, stride, row_scales, row, rows);
+    if (p.bias) finish_as<kAct, true, kNoDtype>(p, item, sums, stride, row_scales, row, rows);
+    else finish_as<kAct, false, kNoDtype>(p, item, sums, stride, row_scales, row, rows);
   }
 }
 
