@@ -102,8 +102,10 @@ void run_part(const Params& p, char* scratch, const Team& team) {
   part.run(p, team);
 }
 
-// Statistics of coarse rows come first in the scratch memory, for all parts after them.
-inline CoarseRow* take_statistics(Arena* arena, const Params& p) { return arena->take<CoarseRow>(p.bias.data == nullptr ? 0 : p.batch * p.heads * p.rows); }
+// Statistics of coarse rows come first in the scratch memory, in pages of their own, and the parts share the rest.
+inline int64_t statistics_bytes(const Params& p) {
+  return p.bias.data == nullptr ? 0 : up(p.batch * p.heads * p.rows * static_cast<int64_t>(sizeof(CoarseRow)), 4096);
+}
 
 template <class Gradient, class Few>
 int64_t backward_scratch(const Params& p, const Team& team) {
@@ -114,17 +116,16 @@ int64_t backward_scratch(const Params& p, const Team& team) {
   if (plan.in_pieces) bytes = most(bytes, part_scratch<ItemPieces<Gradient, Few>>(p, team));
   if (p.bias.data == nullptr) return bytes;
   if (p.bias.grad != nullptr) bytes = most(bytes, part_scratch<BiasGradient<Gradient>>(p, team));
-  Arena statistics, coarse;
-  CoarseGradient(p, team, take_statistics(&statistics, p), &coarse);
-  return statistics.used + most(bytes, coarse.used);
+  Arena coarse;
+  CoarseGradient(p, team, nullptr, &coarse);
+  return statistics_bytes(p) + most(bytes, coarse.used);
 }
 
 template <class Gradient, class Few>
 void run_backward(const Params& p, char* scratch, const Team& team) {
   const BackwardPlan<Gradient, Few> plan(p, team);
-  Arena first{scratch};
-  CoarseRow* statistics = take_statistics(&first, p);
-  char* rest = scratch + first.used;
+  CoarseRow* statistics = reinterpret_cast<CoarseRow*>(scratch);
+  char* rest = scratch + statistics_bytes(p);
   if (plan.few) run_part<FewItems<Few>>(p, rest, team);
   if (plan.whole) run_part<WholeItems<Gradient, Few>>(p, rest, team);
   if (plan.in_pieces) run_part<ItemPieces<Gradient, Few>>(p, rest, team);

@@ -9,7 +9,7 @@
 namespace cvmk::attention {
 namespace {
 
-constexpr float kCoarse = 4096.0f;
+constexpr float kCoarse = 256.0f;  // a score is rounded to 2e-5 there, and probabilities by as much
 constexpr int64_t kCoarseRows = 32, kCoarseKeys = 64;
 
 // Whether float32 is precise enough for scores of such a log-sum-exp; NaN is not.
@@ -18,7 +18,9 @@ CVMK_INLINE bool is_fine(float lse) { return lse > -kCoarse && lse < kCoarse; }
 // Of a row that sees keys, by what the forward pass wrote: -inf is left where all scores are.
 CVMK_INLINE bool is_coarse(const Params& p, float lse) { return p.bias.data != nullptr && !is_fine(lse) && lse != -kInf; }
 
-inline float lse_of(const Params& p, const Segment& g, const Row& row) { return *reinterpret_cast<const float*>(row_of(p.lse, 4, g.b, row.head, g.q0 + row.i)); }
+inline float lse_of(const Params& p, const Segment& g, const Row& row) {
+  return *reinterpret_cast<const float*>(row_of(p.lse, 4, g.b, row.head, g.q0 + row.i));
+}
 
 // Whether there may be coarse rows: a look at all log-sum-exps. Those of -inf count where `empty`.
 inline bool any_coarse(const Params& p, bool empty) {
@@ -191,7 +193,8 @@ struct CoarseScratch {
   static double shift(double top) { return top == -__builtin_inf() ? 0.0 : top; }
 
   // From finished rows: probabilities after dropout, less 1 / (1 - p), to s, gradients of scores to ds; of the products, where `capped`.
-  void gradients(const Params& p, const Segment& seg, const Row* rows, const CoarseRow* known, int64_t count, int64_t j, const uint32_t* hashes, bool capped) const {
+  void gradients(const Params& p, const Segment& seg, const Row* rows, const CoarseRow* known, int64_t count, int64_t j, const uint32_t* hashes,
+                 bool capped) const {
     scores(p, seg, rows, count, j);
     products(p, rows, count, j, hashes);
     for (int64_t r = 0; r < count; ++r) {

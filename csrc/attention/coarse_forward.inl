@@ -9,7 +9,8 @@ struct CoarseForward {
   int64_t blocks, units, own_bytes;
   char* own;  // a scratch a thread
 
-  CoarseForward(const Params& p, const Team& team, Arena* arena) : blocks(pieces(p.rows * (p.heads / p.kv_heads), kCoarseRows)), units(segments(p) * p.kv_heads * blocks) {
+  CoarseForward(const Params& p, const Team& team, Arena* arena)
+      : blocks(pieces(p.rows * (p.heads / p.kv_heads), kCoarseRows)), units(segments(p) * p.kv_heads * blocks) {
     Arena one;
     CoarseScratch(&one, p);
     own_bytes = up(one.used, 4096);

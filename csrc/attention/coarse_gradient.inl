@@ -86,7 +86,8 @@ struct CoarseGradient {
     const double delta = state.delta * share - grad_lse;
     known[index_of(p, g, row)] = CoarseRow{state.top, state.total, delta};
     if (p.dq.data == nullptr) return;
-    for (int64_t i = 0; i < p.d; ++i) w.line[i] = static_cast<float>((w.sum[r * w.dp + i] - delta * w.other[r * w.dp + i]) * share * static_cast<double>(p.scale));
+    const double *with = w.sum + r * w.dp, *without = w.other + r * w.dp;
+    for (int64_t i = 0; i < p.d; ++i) w.line[i] = static_cast<float>((with[i] - delta * without[i]) * share * static_cast<double>(p.scale));
     elements::from_floats(row_of_mutable(p.dq, size_of(p.dtype), g.b, row.head, g.q0 + row.i), p.dtype, w.line, 1.0f, p.d);
   }
 
@@ -130,9 +131,9 @@ struct CoarseGradient {
     elements::from_floats(row, p.dtype, line, 1.0f, n);
   }
 
-  // One head's rows [first, last) to the gradient of the bias: added to sums [rows or 1][stride], those of row `first` and of key 0 of the segment first.
-  static void add_bias(const Params& p, const Segment& g, int64_t head, int64_t first, int64_t last, const CoarseRow* known, const CoarseScratch& w, float* sums,
-                       int64_t stride) {
+  // One head's rows [first, last) to the gradient of the bias: added to sums [rows or 1][stride], which begin at row `first` and key 0 of the segment.
+  static void add_bias(const Params& p, const Segment& g, int64_t head, int64_t first, int64_t last, const CoarseRow* known, const CoarseScratch& w,
+                       float* sums, int64_t stride) {
     const int64_t kv_head = head / (p.heads / p.kv_heads), start = head % (p.heads / p.kv_heads) * g.rows;
     for (int64_t i = first; i < last; i += kCoarseRows) {
       Row block[kCoarseRows];

@@ -97,7 +97,8 @@ inline void to_wide(double* to, const char* from, Dtype dtype, int64_t n, int64_
 // -- products -------------------------------------------------------------------------------------------------------------------------
 // c[R][C vectors] (+)= a b, element (r, k) of a at a[r * am + k * ak]; summed in order of k from 0 and then added.
 template <int R, int C>
-__attribute__((noinline, unused)) void wide_micro(int64_t depth, const double* a, int64_t am, int64_t ak, const double* b, int64_t ldb, double* c, int64_t ldc, bool add) {
+__attribute__((noinline, unused)) void wide_micro(int64_t depth, const double* a, int64_t am, int64_t ak, const double* b, int64_t ldb, double* c, int64_t ldc,
+                                                  bool add) {
   D sum[R][C];
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r)
@@ -124,7 +125,8 @@ __attribute__((noinline, unused)) void wide_micro(int64_t depth, const double* a
 }
 
 // c[m][n] (+)= a b over `depth`; n is a multiple of kWideLanes. An element's sum does not depend on m and n.
-inline void wide_multiply(int64_t m, int64_t n, int64_t depth, const double* a, int64_t am, int64_t ak, const double* b, int64_t ldb, double* c, int64_t ldc, bool add) {
+inline void wide_multiply(int64_t m, int64_t n, int64_t depth, const double* a, int64_t am, int64_t ak, const double* b, int64_t ldb, double* c, int64_t ldc,
+                          bool add) {
   constexpr int kRows = 4, kColumns = 2;
   for (int64_t j = 0; j < n;) {
     const bool wide = j + kColumns * kWideLanes <= n;

@@ -128,6 +128,8 @@ HUGE: dict[str, tuple[torch.dtype, Any]] = {  # the dtype of the bias, and the n
 
 
 COARSE: dict[str, tuple[torch.dtype, Any]] = {  # the same, of which float32 has no digits left for the scores: kernels have
+    "-300": (torch.float32, lambda j: -300.0),
+    "1e3": (torch.float32, lambda j: 1e3),
     "-1e4": (torch.float32, lambda j: -1e4),
     "-1e9": (torch.float32, lambda j: -1e9),
     "1e6 and others near it": (torch.float32, lambda j: 1e6 + 0.5 * (j % 5)),
