@@ -143,26 +143,29 @@ void Linear::pack_int8(const RawTensor& weight) {
 
 // As ops.quantize_int4 (symmetric): scale = largest / 7.5 of a group, value = round_half_even(w / scale) + 8.
 void Linear::pack_int4(const RawTensor& weight) {
-  const std::int64_t groups = inputs_ / group_;
-  std::vector<std::uint8_t> values(static_cast<std::size_t>(outputs_ * inputs_ / 2));
-  std::vector<float> scales(static_cast<std::size_t>(outputs_ * groups)), row(static_cast<std::size_t>(inputs_));
+  const std::int64_t groups = inputs_ / group_, panels = pieces(outputs_, gemm::kPanel), steps = inputs_ / 8;
+  const std::int64_t values = panels * steps * gemm::kStep, scales = panels * groups * gemm::kPanel;
+  bytes_ = values + scales * 4;
+  values_ = std::make_shared<Storage>(static_cast<std::size_t>(values));
+  scales_ = std::make_shared<Storage>(static_cast<std::size_t>(scales) * sizeof(float));
+  std::uint8_t* to = values_->as<std::uint8_t>();
+  float* to_scales = scales_->as<float>();
+  std::fill_n(to, values, std::uint8_t{0});
+  std::fill_n(to_scales, scales, 0.0f);
+  std::vector<float> row(static_cast<std::size_t>(inputs_));
   for (std::int64_t n = 0; n < outputs_; ++n) {
     read_row(weight, n, row.data());
+    const std::int64_t panel = n / gemm::kPanel, lane = n % gemm::kPanel;
     for (std::int64_t g = 0; g < groups; ++g) {
-      const float top = largest(row.data() + g * group_, group_), scale = top == 0.0f ? 1.0f : top != top ? top : std::max(top / 7.5f, kSmallestScale);
-      scales[static_cast<std::size_t>(n * groups + g)] = scale;
+      const float top = largest(row.data() + g * group_, group_), scale = top == 0.0f ? 1.0f : std::max(top / 7.5f, kSmallestScale);
+      to_scales[(panel * groups + g) * gemm::kPanel + lane] = scale;
       for (std::int64_t k = g * group_; k < (g + 1) * group_; ++k) {
         const float q = std::nearbyint(row[static_cast<std::size_t>(k)] / scale) + 8.0f;
-        const unsigned code = q != q ? 8u : static_cast<unsigned>(std::min(15.0f, std::max(0.0f, q)));
-        values[static_cast<std::size_t>((n * inputs_ + k) / 2)] |= static_cast<std::uint8_t>(code << (k % 2 * 4));
+        const unsigned code = static_cast<unsigned>(std::min(15.0f, std::max(0.0f, q)));
+        to[(panel * steps + k / 8) * gemm::kStep + lane * 4 + k % 4] |= static_cast<std::uint8_t>(code << (k % 8 / 4 * 4));
       }
     }
   }
-  const gemm::PackedSizes sizes = gemm::packed_int4_sizes(outputs_, inputs_, groups);
-  bytes_ = sizes.values + sizes.scales * 4;
-  values_ = std::make_shared<Storage>(static_cast<std::size_t>(sizes.values));
-  scales_ = std::make_shared<Storage>(static_cast<std::size_t>(sizes.scales) * sizeof(float));
-  gemm::pack_int4(values.data(), scales.data(), nullptr, outputs_, inputs_, groups, values_->as<std::uint8_t>(), scales_->as<float>(), nullptr);
 }
 
 gemm::Linear Linear::call(const float* x, std::int64_t rows, float* out) const {
@@ -208,13 +211,13 @@ void Linear::run(const gemm::Linear& linear, std::int64_t first, const Team& tea
       return cvmk::run(kernel, p, team);
     }
     case Compute::kInt4: {
-      gemm::Int4Linear p{};
-      const std::int64_t blocks = pieces(inputs_, 128);
+      gemm::Int4Bytes p{};
       p.linear = linear;
       p.linear.scales = scales_->as<float>() + first * (inputs_ / group_);
-      p.weight = values_->as<std::uint16_t>() + first * blocks * 32;
+      p.weight = values_->as<std::uint8_t>() + first / gemm::kPanel * (inputs_ / 8) * gemm::kStep;
       p.group = group_;
-      return cvmk::run(gemm::kernels().int4, p, team);
+      const auto& kernel = gemm::kernels_for(p).int4_bytes;
+      return cvmk::run(kernel, p, team);
     }
   }
 }

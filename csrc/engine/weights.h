@@ -28,8 +28,8 @@ struct RawTensor {
 };
 typedef std::map<std::string, RawTensor> RawTensors;
 
-// How weights are stored and multiplied: float32; bfloat16 weights with float32 sums; int8 weights by rows, 4-bit weights by groups, each with rows of x
-// as their linear takes them. Biases, norms and embeddings stay what they are.
+// How weights are stored and multiplied: float32; bfloat16 weights with float32 sums; int8 weights scaled by rows and 4-bit weights scaled
+// by groups, both times rows of x that are quantised to bytes. Biases, norms and embeddings stay what they are.
 enum class Compute { kFloat32, kBFloat16, kInt8, kInt4 };
 
 // Memory for packed weights.

@@ -5,10 +5,17 @@ CVMK_LEVELS(gemm)
 
 namespace cvmk::gemm {
 
-const Kernels& kernels_for(Int8Linear& p) {
+namespace {
+
+const Kernels& with_vnni(bool& vnni) {
   const Dispatch dispatched = dispatch();
-  p.vnni = dispatched.level >= IsaLevel::kAvx512 && dispatched.features.avx512_vnni;
+  vnni = dispatched.level >= IsaLevel::kAvx512 && dispatched.features.avx512_vnni;
   return kernels(dispatched.level);
 }
+
+}  // namespace
+
+const Kernels& kernels_for(Int8Linear& p) { return with_vnni(p.vnni); }
+const Kernels& kernels_for(Int4Bytes& p) { return with_vnni(p.vnni); }
 
 }  // namespace cvmk::gemm

@@ -43,6 +43,16 @@ struct Int4Linear {
   int64_t group;
 };
 
+// 4-bit weights, symmetric, by rows that are quantised to bytes as those of Int8Linear. x is float32; scales [panels][groups][16].
+struct Int4Bytes {
+  Linear linear;
+  // [panels][inputs / 8][16 outputs][4]: byte i has input 8 s + i in its low half and 8 s + 4 + i in its high one, each value plus 8. Outputs behind the last
+  // one have the scale 0.
+  const uint8_t* weight;
+  int64_t group;  // inputs of a scale, a multiple of 8 that divides the inputs
+  bool vnni;      // kernels_for sets it
+};
+
 constexpr int64_t kFloatPanel = 64;  // weight rows (outputs) of a panel of float_linear
 
 // x is float32. Weight: [panels][inputs][kFloatPanel outputs], zeros behind the last output; for kSwiglu the gates fill panels of their own.
@@ -56,11 +66,13 @@ struct Kernels {
   Kernel<Int8Linear> int8;
   Kernel<Int4Linear> int4;
   Kernel<FloatLinear> floats;
+  Kernel<Int4Bytes> int4_bytes;
 };
 const Kernels& kernels(IsaLevel level);
 const Kernels& kernels();
 
 // The kernels for a call, in which it sets what depends on the processor.
 const Kernels& kernels_for(Int8Linear& p);
+const Kernels& kernels_for(Int4Bytes& p);
 
 }  // namespace cvmk::gemm

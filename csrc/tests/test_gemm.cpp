@@ -1,4 +1,6 @@
 // The quantised linears against loops over single numbers, at every level that this processor has.
+#include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -138,6 +140,87 @@ void int4_is_exact(int m, int k, int n, int group, bool bfloat16, bool formats) 
   CHECK(equal);
 }
 
+// Rows of whole bytes, whole weights and scales that are powers of two: every sum is exact.
+void int4_bytes_are_exact(int m, int k, int n, int group) {
+  Random random;
+  const std::size_t panels = padded(n, kPanel) / kPanel, groups = static_cast<std::size_t>(k / group), steps = static_cast<std::size_t>(k / 8);
+  std::vector<float> x(static_cast<std::size_t>(m * k)), out(static_cast<std::size_t>(m * n), -1.0f), scales(panels * groups * kPanel, 0.0f);
+  std::vector<int> w(static_cast<std::size_t>(n * k));
+  std::vector<std::uint8_t> packed(panels * steps * kStep, 0);
+  for (float& v : x) v = static_cast<float>(random.below(255) - 127);
+  for (int r = 0; r < m; ++r) x[static_cast<std::size_t>(r * k)] = 127;  // so the step is 1
+  for (int i = 0; i < n; ++i) {
+    const std::size_t panel = static_cast<std::size_t>(i / kPanel), lane = static_cast<std::size_t>(i % kPanel);
+    for (std::size_t g = 0; g < groups; ++g) scales[(panel * groups + g) * kPanel + lane] = static_cast<float>(1 << random.below(3));
+    for (int j = 0; j < k; ++j) {
+      const int value = random.below(16);
+      w[static_cast<std::size_t>(i * k + j)] = value - 8;
+      packed[(panel * steps + static_cast<std::size_t>(j / 8)) * kStep + lane * 4 + static_cast<std::size_t>(j % 4)] |= static_cast<std::uint8_t>(value << (j % 8 / 4 * 4));
+    }
+  }
+  Int4Bytes p;
+  std::memset(&p, 0, sizeof p);
+  p.linear = linear_of(x, out, scales, m, k, n);
+  p.weight = packed.data();
+  p.group = group;
+  cvmk::run(kernels_for(p).int4_bytes, p, cvmk::openmp_team());
+  bool equal = true;
+  for (int r = 0; r < m; ++r)
+    for (int c = 0; c < n; ++c) {
+      double sum = 0.0;
+      for (int j = 0; j < k; ++j) {
+        const std::size_t scale = (static_cast<std::size_t>(c / kPanel) * groups + static_cast<std::size_t>(j / group)) * kPanel + static_cast<std::size_t>(c % kPanel);
+        sum += static_cast<double>(x[static_cast<std::size_t>(r * k + j)]) * w[static_cast<std::size_t>(c * k + j)] * static_cast<double>(scales[scale]);
+      }
+      equal = equal && static_cast<double>(out[static_cast<std::size_t>(r * n + c)]) == sum;
+    }
+  CHECK(equal);
+}
+
+// Small whole numbers, exact in bfloat16 too; gated halves fill panels of their own.
+void floats_are_exact(int m, int k, int n, Dtype dtype, Activation activation) {
+  Random random;
+  const int parts = activation == kSwiglu ? 2 : 1, columns = n / parts;
+  const std::size_t panels = padded(columns, kFloatPanel) / kFloatPanel, depth = static_cast<std::size_t>(k);
+  std::vector<float> x(static_cast<std::size_t>(m * k)), out(static_cast<std::size_t>(m * columns), -1.0f), bias(static_cast<std::size_t>(n)), w(static_cast<std::size_t>(n * k));
+  std::vector<float> wide(panels * static_cast<std::size_t>(parts) * depth * kFloatPanel, 0.0f);
+  std::vector<std::uint16_t> narrow(wide.size(), 0);
+  for (auto* numbers : {&x, &bias, &w})
+    for (float& v : *numbers) v = static_cast<float>(random.below(17) - 8);
+  for (int i = 0; i < n; ++i)
+    for (int j = 0; j < k; ++j) {
+      const std::size_t panel = static_cast<std::size_t>(i / columns) * panels + static_cast<std::size_t>(i % columns) / kFloatPanel;
+      const std::size_t at = (panel * depth + static_cast<std::size_t>(j)) * kFloatPanel + static_cast<std::size_t>(i % columns) % kFloatPanel;
+      wide[at] = w[static_cast<std::size_t>(i * k + j)];
+      std::uint32_t bits;
+      std::memcpy(&bits, &wide[at], 4);
+      narrow[at] = static_cast<std::uint16_t>(bits >> 16);
+    }
+  FloatLinear p;
+  std::memset(&p, 0, sizeof p);
+  p.linear = linear_of(x, out, bias, m, k, n);
+  p.linear.scales = nullptr;
+  p.linear.bias = bias.data();
+  p.linear.activation = activation;
+  p.weight = dtype == kFloat32 ? static_cast<const void*>(wide.data()) : narrow.data();
+  p.weight_dtype = dtype;
+  cvmk::run(kernels().floats, p, cvmk::openmp_team());
+  bool close = true;
+  for (int r = 0; r < m; ++r)
+    for (int c = 0; c < columns; ++c) {
+      double sum[2] = {0.0, 0.0};
+      for (int part = 0; part < parts; ++part) {
+        const std::size_t row = static_cast<std::size_t>(part * columns + c);
+        sum[part] = static_cast<double>(bias[row]);
+        for (std::size_t j = 0; j < depth; ++j) sum[part] += static_cast<double>(x[static_cast<std::size_t>(r) * depth + j]) * static_cast<double>(w[row * depth + j]);
+      }
+      const double expected = activation == kSwiglu ? sum[0] / (1.0 + std::exp(-sum[0])) * sum[1] : activation == kRelu ? std::max(sum[0], 0.0) : sum[0];
+      const double found = static_cast<double>(out[static_cast<std::size_t>(r * columns + c)]);
+      close = close && (activation == kSwiglu ? std::fabs(found - expected) <= 1e-5 * std::fabs(expected) + 1e-6 : found == expected);
+    }
+  CHECK(close);
+}
+
 }  // namespace
 
 int main() {
@@ -146,6 +229,10 @@ int main() {
     for (const auto& shape : {std::vector<int>{1, 32, 1, 32}, {1, 160, 17, 32}, {2, 128, 70, 64}, {16, 384, 33, 128}, {17, 96, 16, 32}, {40, 1152, 48, 64}, {70, 640, 100, 128}, {150, 256, 300, 64}, {530, 544, 33, 32}})
       for (const bool bfloat16 : {false, true})
         for (const bool formats : {false, true}) int4_is_exact(shape[0], shape[1], shape[2], shape[3], bfloat16, formats);
+    for (const auto& shape : {std::vector<int>{1, 16, 1, 16}, {1, 160, 17, 32}, {2, 128, 70, 64}, {5, 384, 33, 128}, {30, 96, 100, 16}, {70, 640, 130, 128}}) int4_bytes_are_exact(shape[0], shape[1], shape[2], shape[3]);
+    for (const auto& shape : {std::vector<int>{1, 1, 2}, {1, 65, 18}, {3, 130, 70}, {7, 64, 256}, {60, 300, 200}})
+      for (const Dtype dtype : {kFloat32, kBFloat16})
+        for (const Activation activation : {kNone, kRelu, kSwiglu}) floats_are_exact(shape[0], shape[1], shape[2], dtype, activation);
   });
   return cvmk::testing::check_result();
 }
