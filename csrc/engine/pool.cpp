@@ -1,5 +1,7 @@
 #include "engine/pool.h"
 
+#include <unistd.h>
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -23,11 +25,15 @@ inline void pause() {
 
 }  // namespace
 
-Pool::Pool(int threads) {
+Pool::Pool(int threads) : process_(getpid()) {
   for (int i = 1; i < threads; ++i) workers_.emplace_back([this, i] { work(i); });
 }
 
 Pool::~Pool() {
+  if (getpid() != process_) {  // a copy by fork, which has no threads but its caller's
+    for (std::thread& worker : workers_) worker.detach();
+    return;
+  }
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     stopping_ = true;

@@ -41,6 +41,7 @@ class Pool {
   std::atomic<Team::Body> body_{nullptr};
   std::atomic<void*> context_{nullptr};
   std::atomic<bool> stopping_{false};
+  const int process_;  // that has the threads
   std::mutex mutex_;
   std::condition_variable wake_;
   std::vector<std::thread> workers_;

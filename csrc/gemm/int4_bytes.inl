@@ -61,7 +61,8 @@ inline void bytes_block(const Int4Bytes& p, const uint8_t* a, int64_t padded, co
 }
 
 template <bool kVnni>
-inline void bytes_item(const Int4Bytes& p, const Item& item, const uint8_t* a, int64_t padded, const int32_t* row_sums, const float* row_scales, int64_t row, int64_t rows, float* sums) {
+inline void bytes_item(const Int4Bytes& p, const Item& item, const uint8_t* a, int64_t padded, const int32_t* row_sums, const float* row_scales, int64_t row,
+                       int64_t rows, float* sums) {
   const int64_t stride = item.count * kPanel, groups = p.linear.inputs / p.group;
   for (int done = 0; done < item.count;) {
     const bool two = item.count - done >= kBytesPanels;

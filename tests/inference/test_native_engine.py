@@ -381,3 +381,22 @@ def test_bad_input_leaves_the_engine_as_it_was(make_model) -> None:
         engine.search([[4], [5]], SearchOptions(), [[4]])
     assert engine.search([], SearchOptions()) == [] and engine.search([[]], SearchOptions())[0]
     assert not engine.cancel("x") and engine.step() == [] and engine.search([[4, 5]], SearchOptions()) == expected
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
+def test_a_forked_process_goes_on(folder: Path) -> None:
+    """It has none of the engine's threads: it translates alone, and ends."""
+    code = f"""
+import os
+from cvmk.inference import Translator
+translator = Translator({str(folder)!r}, threads=3)
+texts = ["a man", "a dog runs", "two men"] * 8
+expected = translator.translate(texts)
+child = os.fork()
+if child == 0:
+    assert translator.translate(texts) == expected
+    raise SystemExit(7)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+assert translator.translate(texts) == expected
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
