@@ -12,6 +12,7 @@ namespace {
 
 constexpr std::int32_t kLastNever = 2;  // padding, unknown, beginning: never said (cvmk/text/tokenizers/base.py)
 constexpr std::int64_t kLogits = 1 << 15;  // numbers of a piece of logits: what a first-level cache and a half hold
+constexpr std::int64_t kSummed = 8 * Linear::kRange;  // ids whose exponentials are summed at once, however many rows there are: the sum's bits depend on it
 
 }  // namespace
 
@@ -242,7 +243,7 @@ void Model::step(const std::vector<StepRow>& rows, std::vector<StepResult>& resu
   const std::int64_t d = config_.d_model, kv = config_.kv_heads * head_size(), width = d + 2 * kv, count = static_cast<std::int64_t>(rows.size());
   results.resize(rows.size());
   if (count == 0) return;
-  const std::int64_t columns = std::min(up(config_.vocabulary, Linear::kRange), std::max<std::int64_t>(8 * Linear::kRange, kLogits / count / Linear::kRange * Linear::kRange));
+  const std::int64_t columns = std::min(up(config_.vocabulary, Linear::kRange), std::max(kSummed, kLogits / count / kSummed * kSummed));
   Arena needed;
   Buffers(needed, config_, count);
   needed.take<float>(count * columns);
@@ -323,8 +324,11 @@ void Model::project(const std::vector<StepRow>& rows, const float* features, std
       if (row.logits != nullptr) std::memcpy(row.logits + first, own, static_cast<std::size_t>(n) * sizeof(float));
       if (row.wanted >= first && row.wanted < first + n) results[r].wanted = own[row.wanted - first];
     }
-    const vocabulary::Piece piece{logits, count, n, n, first, k, states.data(), forbidden.empty() ? nullptr : forbidden.data(), offsets.data()};
-    vocabulary::kernels().top_k.run(piece, nullptr, team);
+    for (std::int64_t at = 0; at < n; at += kSummed) {
+      const vocabulary::Piece piece{logits + at,       count, std::min(kSummed, n - at), n, first + at, k, states.data(), forbidden.empty() ? nullptr : forbidden.data(),
+                                    offsets.data()};
+      vocabulary::kernels().top_k.run(piece, nullptr, team);
+    }
   }
   for (std::size_t r = 0; r < rows.size(); ++r) {
     const double shift = std::isfinite(states[r].maximum) ? static_cast<double>(states[r].maximum) : 0.0;

@@ -117,6 +117,18 @@ def test_company_and_threads_change_no_bit(make_model, compute_type: str) -> Non
         assert [[h.score for h in one] for one in batch] == [[h.score for h in alone.search([source], OPTIONS["beam"])[0]] for source in sources]
 
 
+@pytest.mark.parametrize("compute_type", ["float32", "int8"])
+def test_company_changes_no_bit_of_a_large_vocabulary(make_model, compute_type: str) -> None:
+    """Its logits come in pieces, of which there are more the more sentences there are."""
+    engine = native(model := make_model(9000, seed=3, sharpness=2.0), compute_type, 1)
+    sources, _ = inputs(model, 24)
+    options = SearchOptions(2, max_length_a=0, max_length_b=4)
+    alone = [engine.search([source], options)[0] for source in sources]
+    for count in (5, 24):
+        found = engine.search(sources[:count], options)
+        assert [[(h.tokens, h.score, h.scores) for h in one] for one in found] == [[(h.tokens, h.score, h.scores) for h in one] for one in alone[:count]]
+
+
 def quantised(model: CVMTransformer, compute_type: str) -> CVMTransformer:
     """The same model whose linear layers compute by our ops on quantised weights; those of 4 bits on rows that are quantised to bytes as int8_linear does."""
 
