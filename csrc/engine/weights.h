@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <new>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -32,11 +33,17 @@ typedef std::map<std::string, RawTensor> RawTensors;
 // by groups, both times rows of x that are quantised to bytes. Biases, norms and embeddings stay what they are.
 enum class Compute { kFloat32, kBFloat16, kInt8, kInt4 };
 
-// Memory for packed weights.
+// Memory for packed weights; what is small shares its pages with others: a block has 2 MiB at least.
 class Storage {
  public:
-  explicit Storage(std::size_t bytes) : block_(take_block(bytes)) {}
-  ~Storage() { give_block(block_); }
+  explicit Storage(std::size_t bytes) : small_(bytes <= kSmall) {
+    if (small_) block_.data = ::operator new(bytes, kLine);
+    else block_ = take_block(bytes);
+  }
+  ~Storage() {
+    if (small_) ::operator delete(block_.data, kLine);
+    else give_block(block_);
+  }
   Storage(const Storage&) = delete;
   Storage& operator=(const Storage&) = delete;
   template <typename T>
@@ -45,6 +52,9 @@ class Storage {
   }
 
  private:
+  static constexpr std::size_t kSmall = std::size_t{1} << 20;
+  static constexpr std::align_val_t kLine{64};
+  bool small_;
   Block block_;
 };
 
