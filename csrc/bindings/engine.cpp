@@ -130,6 +130,24 @@ py::list to_python(const std::vector<Event>& events) {
   return found;
 }
 
+// A search without the interpreter's lock, which looks for signals now and then.
+std::vector<std::vector<Hypothesis>> search(Engine& engine, std::vector<Request> requests) {
+  double looked = Scheduler::now();
+  const auto interrupted = [&looked] {
+    const double now = Scheduler::now();
+    if (now < looked + 0.05) return false;
+    looked = now;
+    const py::gil_scoped_acquire lock;
+    return PyErr_CheckSignals() != 0;
+  };
+  try {
+    const py::gil_scoped_release release;
+    return engine.search(std::move(requests), interrupted);
+  } catch (const Interrupted&) {
+    throw py::error_already_set();
+  }
+}
+
 }  // namespace
 
 void bind_engine(py::module_& m) {
@@ -164,13 +182,8 @@ void bind_engine(py::module_& m) {
                r.options = options;
                read.push_back(std::move(r));
              }
-             std::vector<std::vector<Hypothesis>> found;
-             {
-               const py::gil_scoped_release release;
-               found = e.engine->search(std::move(read));
-             }
              py::list all;
-             for (const auto& one : found) all.append(to_python(one));
+             for (const auto& one : search(*e.engine, std::move(read))) all.append(to_python(one));
              return all;
            })
       .def("open_source", [](PythonEngine& e, std::int64_t longest) { return e.engine->open_source(longest); }, py::keep_alive<0, 1>())
@@ -178,12 +191,7 @@ void bind_engine(py::module_& m) {
       .def("search_one",
            [](PythonEngine& e, const py::tuple& request) {
              std::vector<Request> read{read_request(request)};
-             std::vector<std::vector<Hypothesis>> found;
-             {
-               const py::gil_scoped_release release;
-               found = e.engine->search(std::move(read));
-             }
-             return to_python(found[0]);
+             return to_python(search(*e.engine, std::move(read))[0]);
            })
       .def_property_readonly("threads", [](const PythonEngine& e) { return e.engine->threads(); })
       .def_property_readonly("weight_bytes", [](const PythonEngine& e) { return e.engine->model().weight_bytes(); })

@@ -123,7 +123,7 @@ void Sequence::ask(std::vector<StepRow>& rows) {
                 static_cast<std::int64_t>(live.said.size()), o.repetition_penalty, live.forbidden.data(), static_cast<std::int64_t>(live.forbidden.size()), nullptr, nullptr};
     if (full) row.wanted = kEnd;
     else if (live.agrees && node.depth < static_cast<std::int64_t>(request_.prefix.size())) row.wanted = request_.prefix[static_cast<std::size_t>(node.depth)];
-    if (!full) row.k = o.beam_size == 1 ? 1 : 2 * o.beam_size;
+    if (!full && o.temperature == 0.0) row.k = o.beam_size == 1 ? 1 : std::min(2 * o.beam_size, model_.config().vocabulary);
     if (!full && o.temperature > 0.0) {
       live.logits.resize(static_cast<std::size_t>(model_.config().vocabulary));
       row.logits = live.logits.data();

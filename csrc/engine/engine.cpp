@@ -16,20 +16,26 @@ void Engine::submit(std::int64_t id, Request request, bool partial, double timeo
   submitted_.submit(id, std::move(request), partial, timeout > 0.0 ? Scheduler::now() + timeout : 0.0);
 }
 
-void Engine::run(Scheduler& scheduler, bool to_the_end) {
+void Engine::run(Scheduler& scheduler, bool to_the_end, const std::function<bool()>& interrupted) {
   // The pool serves one call at a time; another caller works alone meanwhile.
   const std::unique_lock<std::mutex> lock(pool_mutex_, std::try_to_lock);
   const int shards = scheduler.wanted_shards();
+  const std::thread::id caller = std::this_thread::get_id();
+  bool stopped = false;  // the caller's
   const auto steps = [&](int shard, const Team& team) {
-    while (scheduler.step(shard, team) && to_the_end) {
-    }
+    while (scheduler.step(shard, team) && to_the_end)
+      if (interrupted && std::this_thread::get_id() == caller && !stopped && interrupted()) {
+        stopped = true;
+        scheduler.abandon();
+      }
   };
   if (!lock.owns_lock() || shards <= 1) {
     const bool helped = lock.owns_lock() && pool_.size() > 1;
     for (int shard = 0; shard < shards; ++shard) steps(shard, helped ? pool_.team() : Team{});
-    return;
+  } else {
+    pool_.run(shards, [&](int shard, int) { steps(shard, Team{}); });
   }
-  pool_.run(shards, [&](int shard, int) { steps(shard, Team{}); });
+  if (stopped) throw Interrupted();
 }
 
 std::vector<Event> Engine::step() {
@@ -39,7 +45,7 @@ std::vector<Event> Engine::step() {
   return submitted_.take_events();
 }
 
-std::vector<std::vector<Hypothesis>> Engine::search(std::vector<Request> requests) {
+std::vector<std::vector<Hypothesis>> Engine::search(std::vector<Request> requests, const std::function<bool()>& interrupted) {
   std::unique_ptr<Scheduler> own;
   {
     const std::lock_guard<std::mutex> lock(idle_mutex_);
@@ -54,7 +60,7 @@ std::vector<std::vector<Hypothesis>> Engine::search(std::vector<Request> request
   for (std::size_t i = 0; i < requests.size(); ++i) scheduler.submit(static_cast<std::int64_t>(i), std::move(requests[i]), false, 0.0);
   std::size_t ended = 0;
   while (ended < found.size()) {
-    run(scheduler, true);
+    run(scheduler, true, interrupted);
     for (Event& event : scheduler.take_events()) {
       if (event.kind == Event::kFailed) throw std::bad_alloc();
       found[static_cast<std::size_t>(event.id)] = std::move(event.hypotheses);

@@ -1,11 +1,17 @@
 // A model, its threads, and the requests that it works on.
 #pragma once
 
+#include <functional>
 #include <mutex>
+#include <stdexcept>
 
 #include "engine/scheduler.h"
 
 namespace cvmk::engine {
+
+struct Interrupted : std::runtime_error {
+  Interrupted() : std::runtime_error("interrupted") {}
+};
 
 class Engine {
  public:
@@ -24,12 +30,13 @@ class Engine {
   std::vector<Event> step();
   // A source that grows, of at most `longest` positions. It must not outlive the engine.
   std::shared_ptr<GrowingSource> open_source(std::int64_t longest) { return std::make_shared<GrowingSource>(model_, memory_, longest); }
-  // The hypotheses of each request, whatever else was submitted. Throws std::bad_alloc.
-  std::vector<std::vector<Hypothesis>> search(std::vector<Request> requests);
+  // The hypotheses of each request, whatever else was submitted. `interrupted` is asked between steps, in the calling thread. Throws std::bad_alloc, and
+  // Interrupted where it says so.
+  std::vector<std::vector<Hypothesis>> search(std::vector<Request> requests, const std::function<bool()>& interrupted = {});
 
  private:
   // One step of every shard that has work, or steps until there is none.
-  void run(Scheduler& scheduler, bool to_the_end);
+  void run(Scheduler& scheduler, bool to_the_end, const std::function<bool()>& interrupted = {});
 
   Model model_;
   const Budget budget_;

@@ -298,17 +298,15 @@ void Model::project(const std::vector<StepRow>& rows, const float* features, std
   std::vector<vocabulary::Row> states(rows.size());
   std::vector<std::int64_t> said(rows.size(), 0), offsets(rows.size() + 1, 0);
   std::vector<std::int32_t> forbidden;
-  std::int64_t k = 1;
   for (std::size_t r = 0; r < rows.size(); ++r) {
-    k = std::max(k, rows[r].k);
     forbidden.insert(forbidden.end(), rows[r].forbidden, rows[r].forbidden + rows[r].forbidden_count);
     offsets[r + 1] = static_cast<std::int64_t>(forbidden.size());
   }
   for (std::size_t r = 0; r < rows.size(); ++r) {
     results[r].wanted = 0.0f;
-    results[r].values.resize(static_cast<std::size_t>(k));
-    results[r].ids.resize(static_cast<std::size_t>(k));
-    states[r] = {-__builtin_inff(), 0.0, 0, results[r].values.data(), results[r].ids.data()};
+    results[r].values.resize(static_cast<std::size_t>(rows[r].k));
+    results[r].ids.resize(static_cast<std::size_t>(rows[r].k));
+    states[r] = {-__builtin_inff(), 0.0, rows[r].k, 0, results[r].values.data(), results[r].ids.data()};
   }
   for (std::int64_t first = 0; first < config_.vocabulary; first += width) {
     const std::int64_t n = std::min(width, config_.vocabulary - first);
@@ -325,8 +323,7 @@ void Model::project(const std::vector<StepRow>& rows, const float* features, std
       if (row.wanted >= first && row.wanted < first + n) results[r].wanted = own[row.wanted - first];
     }
     for (std::int64_t at = 0; at < n; at += kSummed) {
-      const vocabulary::Piece piece{logits + at,       count, std::min(kSummed, n - at), n, first + at, k, states.data(), forbidden.empty() ? nullptr : forbidden.data(),
-                                    offsets.data()};
+      const vocabulary::Piece piece{logits + at, count, std::min(kSummed, n - at), n, first + at, states.data(), forbidden.empty() ? nullptr : forbidden.data(), offsets.data()};
       vocabulary::kernels().top_k.run(piece, nullptr, team);
     }
   }

@@ -64,7 +64,7 @@ struct StepRow {
 struct StepResult {
   float wanted;       // the logit; 0 where none was asked for
   double normaliser;  // log of the sum of the exponentials
-  std::vector<float> values;
+  std::vector<float> values;  // the k largest that may be chosen, falling; in any order where k is above vocabulary::kSorted
   std::vector<std::int32_t> ids;
 };
 

@@ -25,7 +25,7 @@ inline void pause() {
 
 }  // namespace
 
-Pool::Pool(int threads) : process_(getpid()) {
+Pool::Pool(int threads) : process_(getpid()), bed_(new Bed) {
   for (int i = 1; i < threads; ++i) workers_.emplace_back([this, i] { work(i); });
 }
 
@@ -35,11 +35,12 @@ Pool::~Pool() {
     return;
   }
   {
-    const std::lock_guard<std::mutex> lock(mutex_);
+    const std::lock_guard<std::mutex> lock(bed_->mutex);
     stopping_ = true;
   }
-  wake_.notify_all();
+  bed_->wake.notify_all();
   for (std::thread& worker : workers_) worker.join();
+  delete bed_;
 }
 
 void Pool::run(int parts, Team::Body body, void* context) {
@@ -53,8 +54,8 @@ void Pool::run(int parts, Team::Body body, void* context) {
   left_.store(parts, std::memory_order_relaxed);
   claims_.store(number << 32 | static_cast<unsigned long long>(parts) << 16, std::memory_order_seq_cst);
   if (sleeping_.load(std::memory_order_seq_cst) > 0) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    wake_.notify_all();
+    const std::lock_guard<std::mutex> lock(bed_->mutex);
+    bed_->wake.notify_all();
   }
   parts_of(number);
   for (int spins = 0; left_.load(std::memory_order_acquire) > 0; ++spins) {
@@ -86,9 +87,9 @@ void Pool::work(int) {
         pause();
         continue;
       }
-      std::unique_lock<std::mutex> lock(mutex_);
+      std::unique_lock<std::mutex> lock(bed_->mutex);
       sleeping_.fetch_add(1, std::memory_order_seq_cst);
-      wake_.wait(lock, [&] { return claims_.load(std::memory_order_seq_cst) >> 32 != seen || stopping_.load(); });
+      bed_->wake.wait(lock, [&] { return claims_.load(std::memory_order_seq_cst) >> 32 != seen || stopping_.load(); });
       sleeping_.fetch_sub(1, std::memory_order_relaxed);
       break;
     }

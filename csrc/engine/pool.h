@@ -42,8 +42,12 @@ class Pool {
   std::atomic<void*> context_{nullptr};
   std::atomic<bool> stopping_{false};
   const int process_;  // that has the threads
-  std::mutex mutex_;
-  std::condition_variable wake_;
+  // On the heap, for a copy by fork must leave it: who sleeps there never wakes.
+  struct Bed {
+    std::mutex mutex;
+    std::condition_variable wake;
+  };
+  Bed* const bed_;
   std::vector<std::thread> workers_;
 };
 

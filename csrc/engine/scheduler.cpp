@@ -47,6 +47,14 @@ bool Scheduler::cancel(std::int64_t id) {
   return true;
 }
 
+void Scheduler::abandon() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  for (const auto& [id, entry] : entries_) entry->cancelled = true;
+  entries_.clear();
+  waiting_.clear();
+  events_.clear();
+}
+
 int Scheduler::wanted_shards() {
   const std::lock_guard<std::mutex> lock(mutex_);
   std::int64_t rows = running_;

@@ -38,6 +38,8 @@ class Scheduler {
   int wanted_shards();
   // Newcomers of a shard, and one step of what runs there. False where there was nothing to do. One thread may step a shard at a time.
   bool step(int shard, const Team& team);
+  // Nothing goes on: what waits and what runs is cancelled.
+  void abandon();
   // What happened since the last call, in order.
   std::vector<Event> take_events();
   // Memory of its threads.

@@ -55,9 +55,38 @@ CVMK_INLINE double sum_of_exponentials(const float* x, int64_t n, float shift) {
   return static_cast<double>(simd::sum_lanes(sum[0] + sum[1]));
 }
 
+// Whether entry a of a row goes before b leaves: the lesser, of equal ones the later id.
+CVMK_INLINE bool leaves_first(const Row& row, int64_t a, int64_t b) { return row.values[a] < row.values[b] || (row.values[a] == row.values[b] && row.ids[a] > row.ids[b]); }
+
+CVMK_INLINE void swap_entries(Row& row, int64_t a, int64_t b) {
+  const float value = row.values[a];
+  const int32_t id = row.ids[a];
+  row.values[a] = row.values[b];
+  row.ids[a] = row.ids[b];
+  row.values[b] = value;
+  row.ids[b] = id;
+}
+
+// A heap whose first entry leaves first.
+inline void keep_in_heap(Row& row, float value, int32_t id) {
+  int64_t at = row.count < row.k ? row.count++ : 0;
+  row.values[at] = value;
+  row.ids[at] = id;
+  for (; at > 0 && leaves_first(row, at, (at - 1) / 2); at = (at - 1) / 2) swap_entries(row, at, (at - 1) / 2);
+  for (;;) {
+    int64_t first = at;
+    for (int64_t child = 2 * at + 1; child <= 2 * at + 2 && child < row.count; ++child)
+      if (leaves_first(row, child, first)) first = child;
+    if (first == at) return;
+    swap_entries(row, at, first);
+    at = first;
+  }
+}
+
 // A candidate into its place; equal values stay in the order in which they come, which is that of the ids.
-CVMK_INLINE void keep(Row& row, int64_t k, float value, int32_t id) {
-  int64_t at = row.count < k ? row.count++ : k - 1;
+CVMK_INLINE void keep(Row& row, float value, int32_t id) {
+  if (row.k > kSorted) return keep_in_heap(row, value, id);
+  int64_t at = row.count < row.k ? row.count++ : row.k - 1;
   for (; at > 0 && row.values[at - 1] < value; --at) {
     row.values[at] = row.values[at - 1];
     row.ids[at] = row.ids[at - 1];
@@ -65,6 +94,9 @@ CVMK_INLINE void keep(Row& row, int64_t k, float value, int32_t id) {
   row.values[at] = value;
   row.ids[at] = id;
 }
+
+// The least of the kept, where these are all that are wanted.
+CVMK_INLINE float least_kept(const Row& row) { return row.values[row.k > kSorted ? 0 : row.k - 1]; }
 
 // Which of the kLanes numbers at x are above `least` (or at it, where kAt).
 template <bool kAt>
@@ -86,11 +118,11 @@ CVMK_INLINE uint32_t above(const float* x, float least) {
 // The numbers [from, to) of a piece among the kept; below `bound` none can be.
 inline void candidates(const Piece& p, Row& row, const float* x, int64_t from, int64_t to, float bound) {
   const auto offer = [&](int64_t i) {
-    if (x[i] > -__builtin_inff() && (row.count < p.k ? x[i] >= bound : x[i] > row.values[p.k - 1])) keep(row, p.k, x[i], static_cast<int32_t>(p.first + i));
+    if (x[i] > -__builtin_inff() && (row.count < row.k ? x[i] >= bound : x[i] > least_kept(row))) keep(row, x[i], static_cast<int32_t>(p.first + i));
   };
   int64_t i = from;
   for (; i + kLanes <= to; i += kLanes)
-    for (uint32_t hits = row.count < p.k ? above<true>(x + i, bound) : above<false>(x + i, row.values[p.k - 1]); hits != 0; hits &= hits - 1) offer(i + __builtin_ctz(hits));
+    for (uint32_t hits = row.count < row.k ? above<true>(x + i, bound) : above<false>(x + i, least_kept(row)); hits != 0; hits &= hits - 1) offer(i + __builtin_ctz(hits));
   for (; i < to; ++i) offer(i);
 }
 
@@ -104,9 +136,9 @@ void top_k_row(const Piece& p, int64_t r) {
   if (row.sum != 0.0 && row.maximum != maximum) row.sum *= __builtin_exp(static_cast<double>(row.maximum) - static_cast<double>(shift));
   row.maximum = maximum;
   row.sum += sum_of_exponentials(x, p.n, shift);
-  if (row.count == p.k && !(highest > row.values[p.k - 1])) return;
+  if (row.k == 0 || (row.count == row.k && !(highest > least_kept(row)))) return;
   const bool all = p.forbidden == nullptr || p.offsets[r] == p.offsets[r + 1];
-  const float bound = all && row.count < p.k ? bound_of(maxima, p.k) : -__builtin_inff();
+  const float bound = all && row.count < row.k ? bound_of(maxima, row.k) : -__builtin_inff();
   int64_t at = 0;
   for (int64_t f = p.forbidden == nullptr ? 0 : p.offsets[r], end = p.forbidden == nullptr ? 0 : p.offsets[r + 1]; f < end; ++f) {
     const int64_t hole = p.forbidden[f] - p.first;

@@ -28,6 +28,7 @@ MAX_BATCH_TOKENS = 4096
 """Source positions times hypotheses of submitted requests that run at once, where nobody says another number."""
 MAX_SESSIONS = 1024
 """Growing sources that are open at once, where nobody says another number."""
+_MOST = 2**63 - 1  # of a whole number in the library; more than any length or vocabulary
 _MIXERS = ("attention",)
 _PARTIAL, _FINISHED, _EXPIRED, _FAILED = range(4)  # csrc/engine/scheduler.h
 
@@ -216,7 +217,8 @@ class NativeEngine:
 def _options(options: SearchOptions) -> Any:
     library, _ = libraries.load("_native", "native")
     assert library is not None
-    return library.SearchOptions({field.name: getattr(options, field.name) for field in dataclasses.fields(options)})
+    given = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
+    return library.SearchOptions({name: min(value, _MOST) if isinstance(value, int) else value for name, value in given.items()})
 
 
 def _hypotheses(found: list[Any], source: int) -> list[Hypothesis]:

@@ -412,3 +412,41 @@ assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
 assert translator.translate(texts) == expected
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+@pytest.mark.parametrize("beam", [2, 32, 33, 50])
+def test_wide_beams(make_model, beam: int) -> None:
+    """Candidates in order and as a heap, among rows that want others; more than there are pieces."""
+    model = make_model(70, seed=3, sharpness=2.0)
+    engine, options = native(model), SearchOptions(beam, n_best=beam, max_length_a=0, max_length_b=4, suppressed=(9, 20))
+    expected = TorchEngine(model).search([[4, 5, 6], [7]], options)
+    agree(engine.search([[4, 5, 6], [7]], options), expected)
+    engine.submit(Request("wide", [4, 5, 6], options))
+    engine.submit(Request("greedy", [7]))
+    found: dict[Any, Any] = {}
+    while len(found) < 2:
+        found |= {event.id: event.hypotheses for event in engine.step()}
+    agree([found["wide"], found["greedy"]], [expected[0], engine.search([[7]], SearchOptions())[0]])
+
+
+def test_numbers_beyond_any_length(make_model) -> None:
+    engine = native(make_model(40))
+    huge = SearchOptions(min_length=10**30, no_repeat_ngram=10**30, top_k=10**30)
+    assert len(engine.search([[4, 5]], huge)[0][0].tokens) == 39
+
+
+def test_control_c_ends_a_long_search(folder: Path) -> None:
+    code = f"""
+import os, signal, threading, time
+from cvmk.inference import Translator
+translator = Translator({str(folder)!r}, threads=2)
+threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
+start = time.monotonic()
+try:
+    while time.monotonic() - start < 40:
+        translator.translate(["a man rides"] * 20000, beam_size=8, max_batch_tokens=10**9)
+except KeyboardInterrupt:
+    print("stopped")
+    assert translator.translate(["a man"])[0].text is not None
+"""
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100).stdout == "stopped\n"
