@@ -88,8 +88,9 @@ Request read_request(const py::tuple& from) {
   r.prefix = from[1].cast<std::vector<std::int32_t>>();
   r.limit = from[2].cast<std::int64_t>();
   r.options = from[3].cast<const Options&>();
-  if (from.size() > 4 && !from[4].is_none()) {
-    r.growing = GrowingSource::lease(from[4].cast<std::shared_ptr<GrowingSource>>());
+  r.shortlist = from[4].cast<std::vector<std::int32_t>>();
+  if (!from[5].is_none()) {
+    r.growing = GrowingSource::lease(from[5].cast<std::shared_ptr<GrowingSource>>());
     if (r.growing == nullptr) throw std::runtime_error("the session has a request that has not ended: wait for it, or cancel it");
   }
   return r;
@@ -172,12 +173,13 @@ void bind_engine(py::module_& m) {
              return to_python(events);
            })
       .def("search",
-           [](PythonEngine& e, const py::sequence& sources, const py::sequence& prefixes, const std::vector<std::int64_t>& limits, const Options& options) {
+           [](PythonEngine& e, const py::sequence& sources, const py::sequence& prefixes, const std::vector<std::int64_t>& limits, const Options& options, const py::sequence& shortlists) {
              std::vector<Request> read;
              for (std::size_t i = 0; i < limits.size(); ++i) {
                Request r;
                r.source = sources[i].cast<std::vector<std::int32_t>>();
                if (py::len(prefixes) > 0) r.prefix = prefixes[i].cast<std::vector<std::int32_t>>();
+               if (py::len(shortlists) > 0) r.shortlist = shortlists[i].cast<std::vector<std::int32_t>>();
                r.limit = limits[i];
                r.options = options;
                read.push_back(std::move(r));

@@ -34,7 +34,9 @@ std::int64_t Sequence::bytes(const Model& model, const Request& request) {
 }
 
 Sequence::Sequence(const Model& model, Memory& memory, Request request)
-    : model_(model), memory_(memory), request_(std::move(request)), source_(request_.source), floats_(static_cast<float*>(memory.take(bytes(model, request_)))) {
+    : model_(model), memory_(memory), request_(std::move(request)), source_(request_.source),
+      shortlist_(request_.shortlist.empty() ? nullptr : new Shortlist{request_.shortlist, model.output().rows(request_.shortlist)}),
+      floats_(static_cast<float*>(memory.take(bytes(model, request_)))) {
   source_.push_back(kEnd);
   const std::int64_t source = Model::capacity_of(static_cast<std::int64_t>(source_.size())), own = Model::capacity_of(request_.limit + 1);
   float* next = floats_;
@@ -107,7 +109,7 @@ void Sequence::ask(std::vector<StepRow>& rows) {
       // The prefix at once: each piece asks for the logit of the next one.
       for (std::int64_t i = 0; i < hard_prefix(); ++i) {
         const float score = 0.0f;
-        StepRow row{nodes_.back().token, i, &slots_[0], &encoded_, source_length, request_.prefix[static_cast<std::size_t>(i)], 0, nullptr, 0, 1.0f, nullptr, 0, nullptr, nullptr};
+        StepRow row{nodes_.back().token, i, &slots_[0], &encoded_, source_length, request_.prefix[static_cast<std::size_t>(i)], 0, nullptr, 0, 1.0f, nullptr, 0, shortlist_.get(), nullptr, nullptr};
         live.node = add_node(live.node, row.wanted, score, nullptr);
         if (o.alignments) {
           nodes_.back().map = std::make_shared<std::vector<float>>(static_cast<std::size_t>(source_length));
@@ -120,7 +122,7 @@ void Sequence::ask(std::vector<StepRow>& rows) {
     const Node& node = nodes_[static_cast<std::size_t>(live.node)];
     const bool full = node.depth >= request_.limit;
     StepRow row{node.token, node.depth, &slots_[static_cast<std::size_t>(live.slot)], &encoded_, source_length, -1, 0, live.said.data(),
-                static_cast<std::int64_t>(live.said.size()), o.repetition_penalty, live.forbidden.data(), static_cast<std::int64_t>(live.forbidden.size()), nullptr, nullptr};
+                static_cast<std::int64_t>(live.said.size()), o.repetition_penalty, live.forbidden.data(), static_cast<std::int64_t>(live.forbidden.size()), shortlist_.get(), nullptr, nullptr};
     if (full) row.wanted = kEnd;
     else if (live.agrees && node.depth < static_cast<std::int64_t>(request_.prefix.size())) row.wanted = request_.prefix[static_cast<std::size_t>(node.depth)];
     if (!full && o.temperature == 0.0) row.k = o.beam_size == 1 ? 1 : std::min(2 * o.beam_size, model_.config().vocabulary);

@@ -25,6 +25,7 @@ struct Options {
 struct Request {
   std::vector<std::int32_t> source;  // without the end sign
   std::vector<std::int32_t> prefix;
+  std::vector<std::int32_t> shortlist;  // rising ids, the end among them; empty: every id may be said
   std::int64_t limit = 0;  // the most pieces of a translation, at least as many as the prefix has where that is binding
   Options options;
   std::shared_ptr<GrowingSource> growing;  // or null: leased for this request
@@ -109,6 +110,7 @@ class Sequence {
   Memory& memory_;
   Request request_;
   std::vector<std::int32_t> source_;
+  std::unique_ptr<Shortlist> shortlist_;
   float* floats_;
   Caches encoded_;
   std::vector<Caches> slots_;

@@ -292,32 +292,59 @@ void Model::step(const std::vector<StepRow>& rows, std::vector<StepResult>& resu
   project(rows, b.normed, results, logits, columns, team);
 }
 
-// Logits, `width` columns at a time, into what is asked of each row.
+// Neighbours that have the same shortlist, or none, together.
 void Model::project(const std::vector<StepRow>& rows, const float* features, std::vector<StepResult>& results, float* logits, std::int64_t width, const Team& team) const {
   const std::int64_t count = static_cast<std::int64_t>(rows.size());
-  std::vector<vocabulary::Row> states(rows.size());
-  std::vector<std::int64_t> said(rows.size(), 0), offsets(rows.size() + 1, 0);
-  std::vector<std::int32_t> forbidden;
-  for (std::size_t r = 0; r < rows.size(); ++r) {
-    forbidden.insert(forbidden.end(), rows[r].forbidden, rows[r].forbidden + rows[r].forbidden_count);
-    offsets[r + 1] = static_cast<std::int64_t>(forbidden.size());
+  for (std::int64_t first = 0, end = 0; first < count; first = end) {
+    const Shortlist* list = rows[static_cast<std::size_t>(first)].shortlist;
+    while (end < count && rows[static_cast<std::size_t>(end)].shortlist == list) ++end;
+    const float* own = features + first * config_.d_model;
+    if (list == nullptr) project_all(rows.data() + first, end - first, own, results.data() + first, logits, width, team);
+    else project_listed(rows.data() + first, end - first, own, results.data() + first, team);
   }
-  for (std::size_t r = 0; r < rows.size(); ++r) {
-    results[r].wanted = 0.0f;
-    results[r].values.resize(static_cast<std::size_t>(rows[r].k));
-    results[r].ids.resize(static_cast<std::size_t>(rows[r].k));
-    states[r] = {-__builtin_inff(), 0.0, rows[r].k, 0, results[r].values.data(), results[r].ids.data()};
+}
+
+namespace {
+
+// Room for what a row asks for.
+vocabulary::Row state_of(const StepRow& row, StepResult& result) {
+  result.wanted = row.wanted >= 0 ? -__builtin_inff() : 0.0f;
+  result.values.resize(static_cast<std::size_t>(row.k));
+  result.ids.resize(static_cast<std::size_t>(row.k));
+  return {-__builtin_inff(), 0.0, row.k, 0, result.values.data(), result.ids.data()};
+}
+
+void finish(const vocabulary::Row& state, StepResult& result) {
+  const double shift = std::isfinite(state.maximum) ? static_cast<double>(state.maximum) : 0.0;
+  result.normaliser = shift + std::log(state.sum);
+  result.values.resize(static_cast<std::size_t>(state.count));
+  result.ids.resize(static_cast<std::size_t>(state.count));
+}
+
+float penalised(float logit, float penalty) { return logit > 0.0f ? logit / penalty : logit * penalty; }
+
+}  // namespace
+
+// Logits, `width` columns at a time, into what is asked of each row.
+void Model::project_all(const StepRow* rows, std::int64_t count, const float* features, StepResult* results, float* logits, std::int64_t width, const Team& team) const {
+  std::vector<vocabulary::Row> states;
+  std::vector<std::int64_t> said(static_cast<std::size_t>(count), 0), offsets(1, 0);
+  std::vector<std::int32_t> forbidden;
+  for (std::int64_t r = 0; r < count; ++r) {
+    forbidden.insert(forbidden.end(), rows[r].forbidden, rows[r].forbidden + rows[r].forbidden_count);
+    offsets.push_back(static_cast<std::int64_t>(forbidden.size()));
+    states.push_back(state_of(rows[r], results[r]));
   }
   for (std::int64_t first = 0; first < config_.vocabulary; first += width) {
     const std::int64_t n = std::min(width, config_.vocabulary - first);
     output_.range(features, count, first, n, logits, team);
-    for (std::size_t r = 0; r < rows.size(); ++r) {
+    for (std::int64_t r = 0; r < count; ++r) {
       const StepRow& row = rows[r];
-      float* own = logits + static_cast<std::int64_t>(r) * n;
+      float* own = logits + r * n;
       for (std::int64_t id = first; id <= std::min<std::int64_t>(kLastNever, first + n - 1); ++id) own[id - first] = -__builtin_inff();
-      for (std::int64_t& s = said[r]; s < row.said_count && row.said[s] < first + n; ++s) {
+      for (std::int64_t& s = said[static_cast<std::size_t>(r)]; s < row.said_count && row.said[s] < first + n; ++s) {
         float& logit = own[row.said[s] - first];
-        logit = logit > 0.0f ? logit / row.penalty : logit * row.penalty;
+        logit = penalised(logit, row.penalty);
       }
       if (row.logits != nullptr) std::memcpy(row.logits + first, own, static_cast<std::size_t>(n) * sizeof(float));
       if (row.wanted >= first && row.wanted < first + n) results[r].wanted = own[row.wanted - first];
@@ -327,11 +354,45 @@ void Model::project(const std::vector<StepRow>& rows, const float* features, std
       vocabulary::kernels().top_k.run(piece, nullptr, team);
     }
   }
-  for (std::size_t r = 0; r < rows.size(); ++r) {
-    const double shift = std::isfinite(states[r].maximum) ? static_cast<double>(states[r].maximum) : 0.0;
-    results[r].normaliser = shift + std::log(states[r].sum);
-    results[r].values.resize(static_cast<std::size_t>(states[r].count));
-    results[r].ids.resize(static_cast<std::size_t>(states[r].count));
+  for (std::int64_t r = 0; r < count; ++r) finish(states[static_cast<std::size_t>(r)], results[r]);
+}
+
+// The same over a shortlist, whose places stand for the ids until the end.
+void Model::project_listed(const StepRow* rows, std::int64_t count, const float* features, StepResult* results, const Team& team) const {
+  const Shortlist& list = *rows[0].shortlist;
+  const std::int64_t n = static_cast<std::int64_t>(list.ids.size());
+  const auto place = [&](std::int32_t id) {
+    const auto found = std::lower_bound(list.ids.begin(), list.ids.end(), id);
+    return found != list.ids.end() && *found == id ? found - list.ids.begin() : std::ptrdiff_t{-1};
+  };
+  const Scratch scratch(count * n * 4);
+  float* logits = reinterpret_cast<float*>(scratch.data());
+  std::vector<vocabulary::Row> states;
+  std::vector<std::int64_t> offsets(1, 0);
+  std::vector<std::int32_t> forbidden;
+  list.output.range(features, count, 0, n, logits, team);
+  for (std::int64_t r = 0; r < count; ++r) {
+    const StepRow& row = rows[r];
+    float* own = logits + r * n;
+    for (std::int64_t s = 0; s < row.said_count; ++s)
+      if (const std::ptrdiff_t at = place(row.said[s]); at >= 0) own[at] = penalised(own[at], row.penalty);
+    for (std::int64_t f = 0; f < row.forbidden_count; ++f)
+      if (const std::ptrdiff_t at = place(row.forbidden[f]); at >= 0) forbidden.push_back(static_cast<std::int32_t>(at));
+    offsets.push_back(static_cast<std::int64_t>(forbidden.size()));
+    states.push_back(state_of(row, results[r]));
+    if (const std::ptrdiff_t at = place(row.wanted); at >= 0) results[r].wanted = own[at];
+    if (row.logits != nullptr) {
+      std::fill_n(row.logits, config_.vocabulary, -__builtin_inff());
+      for (std::int64_t i = 0; i < n; ++i) row.logits[list.ids[static_cast<std::size_t>(i)]] = own[i];
+    }
+  }
+  for (std::int64_t at = 0; at < n; at += kSummed) {
+    const vocabulary::Piece piece{logits + at, count, std::min(kSummed, n - at), n, at, states.data(), forbidden.empty() ? nullptr : forbidden.data(), offsets.data()};
+    vocabulary::kernels().top_k.run(piece, nullptr, team);
+  }
+  for (std::int64_t r = 0; r < count; ++r) {
+    finish(states[static_cast<std::size_t>(r)], results[r]);
+    for (std::int32_t& id : results[r].ids) id = list.ids[static_cast<std::size_t>(id)];
   }
 }
 

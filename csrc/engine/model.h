@@ -41,6 +41,12 @@ struct Caches {
   std::vector<cached::Cache> layers;
 };
 
+// The only ids that a sentence may say, rising, the end among them, and their output layer.
+struct Shortlist {
+  std::vector<std::int32_t> ids;
+  Linear output;
+};
+
 // One token of a hypothesis in a step. Rows of one hypothesis that come together stand together, in rising positions.
 struct StepRow {
   std::int32_t token;
@@ -56,6 +62,7 @@ struct StepRow {
   float penalty;
   const std::int32_t* forbidden;  // rising ids that count in the sum and may not be chosen
   std::int64_t forbidden_count;
+  const Shortlist* shortlist;  // null: every id may be said
   float* logits;  // null, or [vocabulary]: the row itself, after the penalty
   float* map;     // null, or [source_length]: the weights of the last cross-attention, their mean over the heads
 };
@@ -75,6 +82,7 @@ class Model {
 
   const Config& config() const { return config_; }
   std::int64_t weight_bytes() const { return weight_bytes_; }
+  const Linear& output() const { return output_; }
   std::int64_t head_size() const { return config_.d_model / config_.heads; }
 
   // Numbers (floats) of the caches of a sequence of `capacity` positions: all decoder layers. capacity_of rounds a length up.
@@ -123,6 +131,8 @@ class Model {
   void feed_forward(const Block& block, Buffers& b, const Norm& following, const Team& team) const;
   void attend(const std::vector<cached::Item>& items, std::int64_t longest, const Team& team) const;
   void project(const std::vector<StepRow>& rows, const float* features, std::vector<StepResult>& results, float* logits, std::int64_t width, const Team& team) const;
+  void project_all(const StepRow* rows, std::int64_t count, const float* features, StepResult* results, float* logits, std::int64_t width, const Team& team) const;
+  void project_listed(const StepRow* rows, std::int64_t count, const float* features, StepResult* results, const Team& team) const;
 
   Config config_;
   std::set<std::string> found_;  // while it is made: the tensors that it has asked for

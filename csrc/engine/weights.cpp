@@ -168,6 +168,64 @@ void Linear::pack_int4(const RawTensor& weight) {
   }
 }
 
+Linear Linear::rows(const std::vector<std::int32_t>& outputs) const {
+  Linear found;
+  const std::int64_t count = static_cast<std::int64_t>(outputs.size());
+  found.compute_ = compute_;
+  found.outputs_ = count;
+  found.inputs_ = inputs_;
+  found.group_ = group_;
+  for (const std::int32_t n : outputs)
+    if (!bias_.empty()) found.bias_.push_back(bias_[static_cast<std::size_t>(n)]);
+  // A panel's units of `bytes` stand side by side, one of each of its `width` outputs, `steps` times.
+  const auto gather = [&](const Storage& from, Storage& to, std::int64_t width, std::int64_t steps, std::int64_t bytes) {
+    for (std::int64_t i = 0; i < count; ++i) {
+      const std::int64_t n = outputs[static_cast<std::size_t>(i)];
+      const char* source = from.as<char>() + (n / width * steps * width + n % width) * bytes;
+      char* target = to.as<char>() + (i / width * steps * width + i % width) * bytes;
+      for (std::int64_t s = 0; s < steps; ++s, source += width * bytes, target += width * bytes) std::memcpy(target, source, static_cast<std::size_t>(bytes));
+    }
+  };
+  const auto room = [](std::int64_t bytes) {
+    auto storage = std::make_shared<Storage>(static_cast<std::size_t>(bytes));
+    std::memset(storage->as<char>(), 0, static_cast<std::size_t>(bytes));
+    return storage;
+  };
+  const std::int64_t panels = pieces(count, gemm::kPanel);
+  switch (compute_) {
+    case Compute::kFloat32:
+    case Compute::kBFloat16: {
+      const std::int64_t size = size_of(compute_ == Compute::kFloat32 ? kFloat32 : kBFloat16);
+      found.bytes_ = up(count, gemm::kFloatPanel) * inputs_ * size;
+      found.values_ = room(found.bytes_);
+      gather(*values_, *found.values_, gemm::kFloatPanel, inputs_, size);
+      break;
+    }
+    case Compute::kInt8: {
+      const std::int64_t padded = up(inputs_, gemm::kStep);
+      const gemm::PackedSizes sizes = gemm::packed_int8_sizes(count, inputs_);
+      found.bytes_ = sizes.values + sizes.scales * 4;
+      found.values_ = room(sizes.values);
+      found.scales_ = room(sizes.scales * 4);
+      gather(*values_, *found.values_, gemm::kPanel, padded / 4, 4);
+      for (std::int64_t i = 0; i < count; ++i) {
+        const std::int64_t n = outputs[static_cast<std::size_t>(i)];
+        found.scales_->as<float>()[i] = scales_->as<float>()[n];
+        std::memcpy(found.values_->as<char>() + panels * gemm::kPanel * padded + i * 4, values_->as<char>() + up(outputs_, gemm::kPanel) * padded + n * 4, 4);
+      }
+      break;
+    }
+    case Compute::kInt4:
+      found.bytes_ = panels * (inputs_ / 8 * gemm::kStep + inputs_ / group_ * gemm::kPanel * 4);
+      found.values_ = room(panels * inputs_ / 8 * gemm::kStep);
+      found.scales_ = room(panels * inputs_ / group_ * gemm::kPanel * 4);
+      gather(*values_, *found.values_, gemm::kPanel, inputs_ / 8, 4);
+      gather(*scales_, *found.scales_, gemm::kPanel, inputs_ / group_, 4);
+      break;
+  }
+  return found;
+}
+
 gemm::Linear Linear::call(const float* x, std::int64_t rows, float* out) const {
   gemm::Linear l{};
   l.x = x;

@@ -70,6 +70,8 @@ class Linear {
   std::int64_t out_columns() const { return activation_ == gemm::kSwiglu ? outputs_ / 2 : outputs_; }
   std::int64_t bytes() const { return bytes_; }
 
+  // The layer of these outputs only, in their order; without activation.
+  Linear rows(const std::vector<std::int32_t>& outputs) const;
   // x [rows, inputs] -> out [rows, out_columns()], both contiguous.
   void operator()(const float* x, std::int64_t rows, float* out, const Team& team) const;
   // The outputs [first, first + count) only, without activation; `first` is a multiple of kRange. out [rows, count].

@@ -51,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-k", type=int, default=0, metavar="K", help="draw from the K most probable pieces (default 0: all)")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw from the fewest pieces that have P of the probability (default 1: all)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws (default 0)")
+    parser.add_argument("--shortlist", action="store_true", help="choose only among the pieces of the model's shortlist (`cvmk shortlist`)")
     parser.add_argument("--batch-tokens", type=int, default=4096, metavar="N", help="source pieces times beam size of a batch (default 4096)")
     parser.add_argument("--on-long", choices=("error", "truncate"), default="error", help="what to do with a line that is too long for the model")
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:N or auto")
@@ -83,7 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
         need_open(sys.stdin, "input", "open it, or give --input FILE")
     if is_standard(arguments.output):
         need_open(sys.stdout, "output", "open it, or give --output FILE")
-    options = {**search, "max_batch_tokens": arguments.batch_tokens, "on_long": arguments.on_long}
+    options = {**search, "max_batch_tokens": arguments.batch_tokens, "on_long": arguments.on_long, "shortlist": arguments.shortlist}
     name = STANDARD_INPUT if is_standard(arguments.input) else arguments.input
     with contextlib.ExitStack() as stack:
         file = None if is_standard(arguments.input) else stack.enter_context(open_input(arguments.input))

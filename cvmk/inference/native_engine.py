@@ -19,6 +19,7 @@ from cvmk.formats.folder import WEIGHTS, read_model_weights
 from cvmk.formats.tensors import RawTensor
 from cvmk.inference.engine import Event, Finished, Partial, Request, check_pieces, check_request
 from cvmk.inference.options import BROKEN, Hypothesis, SearchOptions
+from cvmk.inference.shortlist import Shortlist, load_shortlist
 
 if TYPE_CHECKING:
     from cvmk.nn import CVMTransformer
@@ -68,7 +69,7 @@ def load(
     """The engine of a model's folder. Raises DataError where its weights are not sound."""
     weights = read_model_weights(folder, manifest)
     try:
-        return NativeEngine(manifest, weights, compute_type, threads, max_sessions=max_sessions)
+        return NativeEngine(manifest, weights, compute_type, threads, max_sessions=max_sessions, shortlist=load_shortlist(folder, manifest.vocab_size))
     except ValueError as error:
         raise DataError(f"{folder / WEIGHTS} {error}") from error
 
@@ -83,10 +84,10 @@ def default_threads() -> int:
 class NativeEngine:
     """An `engine.Engine` over weights by the names of `formats.folder`; they stay mapped while it lives.
 
-    compute_type says how matrices are stored and multiplied: "float32", "bfloat16" (float32 sums), "int8" (weights by rows, activations by tokens) or
-    "int4" (weights in groups of at most 128). threads None: as many as the process may use. max_batch_tokens bounds what submitted requests run at
-    once: source positions times hypotheses; max_sessions how many growing sources are open at once. Raises ConfigError for numbers below 1, ValueError
-    where a weight is missing or of another shape.
+    compute_type says how matrices are stored and multiplied: "float32", "bfloat16" (float32 sums), "int8" (weights by rows) or "int4" (weights in
+    groups of at most 128), both times activations that are quantised by tokens. threads None: as many as the process may use. max_batch_tokens bounds
+    what submitted requests run at once: source positions times hypotheses; max_sessions how many growing sources are open at once; shortlist is what
+    `SearchOptions.shortlist` asks for. Raises ConfigError for numbers below 1, ValueError where a weight is missing or of another shape.
     """
 
     def __init__(
@@ -97,6 +98,7 @@ class NativeEngine:
         threads: int | None = None,
         max_batch_tokens: int = MAX_BATCH_TOKENS,
         max_sessions: int = MAX_SESSIONS,
+        shortlist: Shortlist | None = None,
     ) -> None:
         for name, number in (("threads", threads), ("max_batch_tokens", max_batch_tokens), ("max_sessions", max_sessions)):
             if number is not None and number < 1:
@@ -110,7 +112,7 @@ class NativeEngine:
         self._engine = library.Engine(config, given, compute_type, threads or default_threads(), max_batch_tokens)
         self._max_length, self._vocab_size = model.max_length, manifest.vocab_size
         self._lock = threading.Lock()
-        self._max_sessions = max_sessions
+        self._max_sessions, self._shortlist = max_sessions, shortlist
         self._sources: weakref.WeakSet[Any] = weakref.WeakSet()
         self._numbers = itertools.count()
         self._number_of: dict[Hashable, int] = {}
@@ -190,13 +192,26 @@ class NativeEngine:
         for index, source in enumerate(sources):
             check_pieces(source, () if prefixes is None else prefixes[index], options, self._max_length, self._vocab_size)
         limits = [max(options.limit(len(source), self._max_length), least) for source, least in zip(sources, hard, strict=True)]
-        found = self._engine.search(sources, prefixes or (), limits, _options(options))
+        lists = []
+        if options.shortlist:
+            given = prefixes or [()] * len(sources)
+            lists = [self._pieces(source, prefix, options) for source, prefix in zip(sources, given, strict=True)]
+        found = self._engine.search(sources, prefixes or (), limits, _options(options), lists)
         return [_hypotheses(one, len(source) + 1) for one, source in zip(found, sources, strict=True)]
 
     def _native(self, request: Request) -> tuple[Any, ...]:
         limit = request.options.limit(len(request.source), self._max_length)
         hard = 0 if request.options.prefix_bias else len(request.prefix)
-        return list(request.source), list(request.prefix), max(limit, hard), _options(request.options), request.state
+        pieces = self._pieces(request.source, request.prefix, request.options)
+        return list(request.source), list(request.prefix), max(limit, hard), _options(request.options), pieces, request.state
+
+    def _pieces(self, source: Sequence[int], prefix: Sequence[int], options: SearchOptions) -> list[int]:
+        """The only ids that may be said; none: all may."""
+        if not options.shortlist:
+            return []
+        if self._shortlist is None:
+            raise ConfigError("the model has no shortlist: make one with `cvmk shortlist`, or leave shortlist out")
+        return self._shortlist.of(source, prefix)
 
     def _events(self, told: list[tuple[int, int, list[Any]]]) -> list[Event]:
         found: list[Event] = []

@@ -42,6 +42,7 @@ class SearchOptions:
     seed             of the draws: the same sentence, options and seed give the same draws.
     prefix_bias      0: a request's prefix is what its hypotheses begin with. Above: as long as a hypothesis says what the prefix says, its next piece
                      has (1 - prefix_bias) of its probability, plus prefix_bias for the prefix's next piece (Arivazhagan et al. 2020).
+    shortlist        whether to choose only among the pieces that the model's shortlist (`cvmk shortlist`) has for the source: probabilities are of these.
     alignments       whether to tell how much of the last cross-attention each piece gave to each piece of the source.
     """
 
@@ -60,6 +61,7 @@ class SearchOptions:
     top_p: float = _option(1.0, 1e-6, 1, "draw from the fewest pieces that have P of the probability together")
     seed: int = _option(0, 0, 2**63 - 1, "of the draws")
     prefix_bias: float = _option(0.0, 0, 0.999999, "0: a prefix is kept; above: how much a prefix adds to the probability of its pieces")
+    shortlist: bool = field(default=False, metadata={"help": "choose only among the pieces of the model's shortlist"})
     alignments: bool = field(default=False, metadata={"help": "tell the cross-attention of each piece"})
 
     def __post_init__(self) -> None:

@@ -152,5 +152,6 @@ class _Alone:
 
 def _check(request: Request, engine: TorchEngine) -> None:
     check_request(request, engine.max_length, engine.model.vocab_size)
-    if request.options.alignments:
-        raise ConfigError("the torch engine tells no alignments: use the native engine, or leave alignments out")
+    for name in ("alignments", "shortlist"):
+        if getattr(request.options, name):
+            raise ConfigError(f"the torch engine has no {name}: use the native engine, or leave {name} out")

@@ -128,6 +128,7 @@ class Translator:
         top_p: float = 1.0,
         seed: int = 0,
         prefix_bias: float = 0.0,
+        shortlist: bool = False,
         alignments: bool = False,
         prefixes: Sequence[str] | None = None,
         max_batch_tokens: int = 4096,
@@ -147,7 +148,7 @@ class Translator:
             raise TypeError("texts is one string: give a list of strings")
         options = SearchOptions(
             beam_size, n_best, length_penalty, no_repeat_ngram, max_length_a, max_length_b, min_length, repetition_penalty, suppressed,
-            patience, temperature, top_k, top_p, seed, prefix_bias, alignments,
+            patience, temperature, top_k, top_p, seed, prefix_bias, shortlist, alignments,
         )  # fmt: skip
         if max_batch_tokens < 1:
             raise ConfigError(f"max_batch_tokens is {max_batch_tokens}, and must be at least 1")

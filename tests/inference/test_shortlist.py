@@ -1,0 +1,120 @@
+"""Shortlists: what text gives, what the engine makes of them, what it refuses."""
+
+from __future__ import annotations
+
+import math
+import random
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from runs import command
+
+from cvmk.errors import ConfigError, DataError
+from cvmk.formats import save_model_folder
+from cvmk.formats.torch_weights import manifest_of, raw_tensors
+from cvmk.inference import Request, SearchOptions, Translator
+from cvmk.inference.native_engine import NativeEngine
+from cvmk.inference.shortlist import FILE, Shortlist, build_shortlist, load_shortlist
+from cvmk.inference.torch_engine import TorchEngine
+
+
+def test_what_becomes_what() -> None:
+    """Words that always come together are told from those that only stand beside them."""
+    generator, pairs = random.Random(0), []
+    for _ in range(400):
+        source = [generator.randrange(4, 24) for _ in range(5)]
+        pairs.append((source, [piece + 20 for piece in source] + [50]))
+    found = build_shortlist(pairs, 60, per_piece=2, frequent=1)
+    assert found.frequent.tolist() == [50]
+    assert all(piece + 20 in found.targets[found.starts[piece] : found.starts[piece + 1]] for piece in range(4, 24))
+    assert found.of([4, 5], prefix=[9])[:2] == [3, 9] and {24, 25, 50} <= set(found.of([4, 5])) and len(found.of([4])) <= 4
+    assert build_shortlist([([], [4]), ([4], [])], 60).of([5]) == [3]
+
+
+def shortlist_of(vocabulary: int, seed: int = 0) -> Shortlist:
+    generator = np.random.default_rng(seed)
+    lists = [np.sort(generator.choice(np.arange(4, vocabulary), 12, replace=False)) for _ in range(vocabulary)]
+    return Shortlist(np.arange(0, 12 * vocabulary + 1, 12, dtype=np.int32), np.concatenate(lists).astype(np.int32), np.array([4, 7], np.int32))
+
+
+@pytest.mark.parametrize("compute_type", ["float32", "bfloat16", "int8", "int4"])
+@pytest.mark.parametrize(
+    "options",
+    [SearchOptions(), SearchOptions(4, n_best=4), SearchOptions(3, no_repeat_ngram=2, repetition_penalty=1.3, suppressed=(7, 9), min_length=5),
+     SearchOptions(2, 2, temperature=1.0, seed=3), SearchOptions(2, prefix_bias=0.5), SearchOptions(40)],
+)  # fmt: skip
+def test_as_if_all_other_pieces_were_impossible(make_model, monkeypatch: pytest.MonkeyPatch, compute_type: str, options: SearchOptions) -> None:
+    """Against the engine without it and a model whose output bias, so to speak, forbids the others: each source alone."""
+    model = make_model(150, seed=3, sharpness=2.0, d_model=32, heads=2)
+    shortlist = shortlist_of(150)
+    engine = NativeEngine(manifest_of(model), raw_tensors(model), compute_type, 2, shortlist=shortlist)
+    chosen = SearchOptions(**{**{name: getattr(options, name) for name in options.__dataclass_fields__}, "shortlist": True})
+    sources, prefixes = [[5, 6, 7], [8], [], [20] * 9], [[], [30], [], [40, 41]]
+    found = engine.search(sources, chosen, prefixes)
+    if compute_type == "float32":
+        from cvmk.inference import decoding
+
+        for source, prefix, one in zip(sources, prefixes, found, strict=True):
+            allowed = torch.full((150,), -math.inf)
+            allowed[shortlist.of(source, prefix)] = 0
+            with monkeypatch.context() as patch:
+                plain = decoding.next_scores
+                patch.setattr(decoding, "next_scores", lambda logits, plain=plain, allowed=allowed: plain(logits) + allowed)
+                expected = TorchEngine(model).search([source], options, [prefix])[0]
+            assert [h.tokens for h in one] == [h.tokens for h in expected]
+            assert [h.score for h in one] == pytest.approx([h.score for h in expected], abs=1e-4)
+    for source, prefix, one in zip(sources, prefixes, found, strict=True):
+        assert set(one[0].tokens) <= set(shortlist.of(source, prefix))
+        alone = engine.search([source], chosen, [prefix])[0]
+        assert [(h.tokens, h.score) for h in alone] == [(h.tokens, h.score) for h in one]
+
+
+def test_with_others_that_have_none(make_model) -> None:
+    model = make_model(150, seed=3, sharpness=2.0)
+    engine = NativeEngine(manifest_of(model), raw_tensors(model), "int8", 2, shortlist=shortlist_of(150))
+    kinds = [SearchOptions(2, shortlist=index % 2 == 0) for index in range(8)]
+    alone = [engine.search([[4 + index]], options)[0] for index, options in enumerate(kinds)]
+    for index, options in enumerate(kinds):
+        engine.submit(Request(index, [4 + index], options))
+    found: dict[Any, Any] = {}
+    while len(found) < 8:
+        found |= {event.id: event.hypotheses for event in engine.step()}
+    assert [found[index] for index in range(8)] == alone
+
+
+def test_refusals(make_model, tokenizer, tmp_path: Path) -> None:
+    model = make_model(tokenizer.vocab_size)
+    save_model_folder(tmp_path, model, tokenizer, "")
+    for engine in ("native", "torch"):
+        with pytest.raises(ConfigError, match="shortlist"):
+            Translator(tmp_path, engine=engine).translate(["ab"], shortlist=True)
+    shortlist_of(tokenizer.vocab_size).save(tmp_path)
+    assert Translator(tmp_path).translate(["ab"], shortlist=True)[0].text is not None
+    shortlist_of(tokenizer.vocab_size + 1).save(tmp_path)
+    with pytest.raises(DataError, match="another vocabulary"):
+        load_shortlist(tmp_path, tokenizer.vocab_size)
+    (tmp_path / FILE).write_bytes(b"1234567890")
+    with pytest.raises(DataError, match="cvmk shortlist"):
+        Translator(tmp_path)
+
+
+def test_the_verb(make_model, tokenizer, tmp_path: Path) -> None:
+    save_model_folder(tmp_path / "model", make_model(tokenizer.vocab_size, sharpness=3.0), tokenizer, "")
+    (tmp_path / "a").write_text("ab cd\nef\n" * 5)
+    (tmp_path / "b").write_text("uv wx\nyz\n" * 5)
+
+    def run(*arguments: object, text: str = "") -> tuple[int, str, str]:
+        done = subprocess.run(command(*arguments), input=text, capture_output=True, text=True, cwd=tmp_path)
+        return done.returncode, done.stdout, done.stderr
+
+    code, out, error = run("shortlist", "model", "--source", "a", "--target", "b", "--per-piece", 3, "--frequent", 2)
+    assert code == 0 and error == "" and "from 10 pairs" in out and (tmp_path / "model" / FILE).exists()
+    assert run("translate", "model", "--shortlist", text="ab cd\n")[0] == 0
+    (tmp_path / "b").write_text("uv wx\n")
+    code, out, error = run("shortlist", "model", "--source", "a", "--target", "b")
+    assert code == 5 and error.count("\n") == 1 and "b has 1 lines" in error
+    assert run("shortlist", "model", "--source", "a", "--target", "b", "--lines", 0)[0] == 2
