@@ -438,6 +438,7 @@ def test_numbers_beyond_any_length(make_model) -> None:
 def test_control_c_ends_a_long_search(folder: Path) -> None:
     code = f"""
 import os, signal, threading, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have started the tests without it
 from cvmk.inference import Translator
 translator = Translator({str(folder)!r}, threads=2)
 threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
