@@ -115,37 +115,46 @@ CVMK_INLINE auto with_type(Dtype type, const Body& body) {
   return body(Type<cvmk::kFloat64>{});
 }
 
+// float64 apart: it is rare, and its loops would stand in every inner loop.
+inline __attribute__((noinline, cold, unused)) F load_doubles(const void* p, int n) { return load_n<cvmk::kFloat64>(p, n); }
+inline __attribute__((noinline, cold, unused)) void store_doubles(void* p, F x, int n) { store_n<cvmk::kFloat64>(p, x, n); }
+
+// The address of an element in the branch that knows its size.
+template <Dtype kType>
+CVMK_INLINE const char* at(const void* data, int64_t index) {
+  return static_cast<const char*>(data) + index * cvmk::size_of(kType);
+}
+template <Dtype kType>
+CVMK_INLINE char* at(void* data, int64_t index) {
+  return static_cast<char*>(data) + index * cvmk::size_of(kType);
+}
+
 CVMK_INLINE F load(const void* data, Dtype type, int64_t index) {
-  const char* p = at(data, type, index);
-  if (type == cvmk::kFloat32) return load<cvmk::kFloat32>(p);
-  if (type == cvmk::kBFloat16) return load<cvmk::kBFloat16>(p);
-  return type == cvmk::kFloat16 ? load<cvmk::kFloat16>(p) : load<cvmk::kFloat64>(p);
+  if (type == cvmk::kFloat32) return load<cvmk::kFloat32>(at<cvmk::kFloat32>(data, index));
+  if (type == cvmk::kBFloat16) return load<cvmk::kBFloat16>(at<cvmk::kBFloat16>(data, index));
+  return type == cvmk::kFloat16 ? load<cvmk::kFloat16>(at<cvmk::kFloat16>(data, index)) : load_doubles(at<cvmk::kFloat64>(data, index), kLanes);
 }
 CVMK_INLINE F load_n(const void* data, Dtype type, int64_t index, int n) {
   if (n == kLanes) return load(data, type, index);
-  const char* p = at(data, type, index);
-  if (type == cvmk::kFloat32) return load_n<cvmk::kFloat32>(p, n);
-  if (type == cvmk::kBFloat16) return load_n<cvmk::kBFloat16>(p, n);
-  return type == cvmk::kFloat16 ? load_n<cvmk::kFloat16>(p, n) : load_n<cvmk::kFloat64>(p, n);
+  if (type == cvmk::kFloat32) return load_n<cvmk::kFloat32>(at<cvmk::kFloat32>(data, index), n);
+  if (type == cvmk::kBFloat16) return load_n<cvmk::kBFloat16>(at<cvmk::kBFloat16>(data, index), n);
+  return type == cvmk::kFloat16 ? load_n<cvmk::kFloat16>(at<cvmk::kFloat16>(data, index), n) : load_doubles(at<cvmk::kFloat64>(data, index), n);
 }
 CVMK_INLINE float load_one(const void* data, Dtype type, int64_t index) {
-  const char* p = at(data, type, index);
-  if (type == cvmk::kFloat32) return load_one<cvmk::kFloat32>(p);
-  if (type == cvmk::kBFloat16) return load_one<cvmk::kBFloat16>(p);
-  return type == cvmk::kFloat16 ? load_one<cvmk::kFloat16>(p) : load_one<cvmk::kFloat64>(p);
+  if (type == cvmk::kFloat32) return load_one<cvmk::kFloat32>(at<cvmk::kFloat32>(data, index));
+  if (type == cvmk::kBFloat16) return load_one<cvmk::kBFloat16>(at<cvmk::kBFloat16>(data, index));
+  return type == cvmk::kFloat16 ? load_one<cvmk::kFloat16>(at<cvmk::kFloat16>(data, index)) : load_one<cvmk::kFloat64>(at<cvmk::kFloat64>(data, index));
 }
 CVMK_INLINE void store(void* data, Dtype type, int64_t index, F x) {
-  char* p = at(data, type, index);
-  if (type == cvmk::kFloat32) return store<cvmk::kFloat32>(p, x);
-  if (type == cvmk::kBFloat16) return store<cvmk::kBFloat16>(p, x);
-  type == cvmk::kFloat16 ? store<cvmk::kFloat16>(p, x) : store<cvmk::kFloat64>(p, x);
+  if (type == cvmk::kFloat32) return store<cvmk::kFloat32>(at<cvmk::kFloat32>(data, index), x);
+  if (type == cvmk::kBFloat16) return store<cvmk::kBFloat16>(at<cvmk::kBFloat16>(data, index), x);
+  type == cvmk::kFloat16 ? store<cvmk::kFloat16>(at<cvmk::kFloat16>(data, index), x) : store_doubles(at<cvmk::kFloat64>(data, index), x, kLanes);
 }
 CVMK_INLINE void store_n(void* data, Dtype type, int64_t index, F x, int n) {
   if (n == kLanes) return store(data, type, index, x);
-  char* p = at(data, type, index);
-  if (type == cvmk::kFloat32) return store_n<cvmk::kFloat32>(p, x, n);
-  if (type == cvmk::kBFloat16) return store_n<cvmk::kBFloat16>(p, x, n);
-  type == cvmk::kFloat16 ? store_n<cvmk::kFloat16>(p, x, n) : store_n<cvmk::kFloat64>(p, x, n);
+  if (type == cvmk::kFloat32) return store_n<cvmk::kFloat32>(at<cvmk::kFloat32>(data, index), x, n);
+  if (type == cvmk::kBFloat16) return store_n<cvmk::kBFloat16>(at<cvmk::kBFloat16>(data, index), x, n);
+  type == cvmk::kFloat16 ? store_n<cvmk::kFloat16>(at<cvmk::kFloat16>(data, index), x, n) : store_doubles(at<cvmk::kFloat64>(data, index), x, n);
 }
 
 // -- rows ---------------------------------------------------------------------------------------------------------------------------
