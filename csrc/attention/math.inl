@@ -15,6 +15,8 @@ using simd::F;
 using simd::H;
 using simd::I;
 using simd::U;
+using simd::max_lanes;
+using simd::sum_lanes;
 constexpr int kLanes = simd::kLanes;
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
@@ -86,21 +88,6 @@ CVMK_INLINE T mix(T x) {
   x ^= x >> 13;
   x *= 0xc2b2ae35u;
   return x ^ (x >> 16);
-}
-
-CVMK_INLINE float sum_lanes(F v) {
-#if defined(__AVX512F__)
-  return _mm512_reduce_add_ps(simd::bits<__m512>(v));
-#else
-  return simd::sum(v);
-#endif
-}
-CVMK_INLINE float max_lanes(F v) {
-#if defined(__AVX512F__)
-  return _mm512_reduce_max_ps(simd::bits<__m512>(v));
-#else
-  return simd::max_lane(v);
-#endif
 }
 
 CVMK_INLINE int64_t at(const Integers& x, int64_t i) { return integer_at(x.data, x.dtype, i * x.stride); }

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "common/elements.h"
 #include "common/scratch.h"
 #include "common/sizes.h"
 #include "gemm/pack.h"
@@ -13,41 +14,12 @@ namespace {
 
 constexpr float kSmallestScale = 1.17549435e-38f;  // as cvmk/ops/quantize.py has it
 
-float half_as_float(std::uint16_t h) {
-  const std::uint32_t sign = static_cast<std::uint32_t>(h & 0x8000u) << 16, exponent = (h >> 10) & 31u, mantissa = h & 0x3FFu;
-  if (exponent == 0) return std::copysign(static_cast<float>(mantissa) * 5.9604644775390625e-8f, sign ? -1.0f : 1.0f);
-  const std::uint32_t bits = sign | (exponent == 31 ? 0x7F800000u : (exponent + 112u) << 23) | (mantissa << 13);
-  float x;
-  std::memcpy(&x, &bits, sizeof x);
-  return x;
-}
-
 void as_floats(const void* from, Dtype dtype, std::int64_t first, std::int64_t count, float* to) {
-  const char* p = static_cast<const char*>(from) + first * size_of(dtype);
   if (dtype == kFloat32) {
-    std::memcpy(to, p, static_cast<std::size_t>(count) * sizeof(float));
+    std::memcpy(to, static_cast<const float*>(from) + first, static_cast<std::size_t>(count) * sizeof(float));
     return;
   }
-  for (std::int64_t i = 0; i < count; ++i) {
-    if (dtype == kFloat64) {
-      double x;
-      std::memcpy(&x, p + i * 8, sizeof x);
-      to[i] = static_cast<float>(x);
-      continue;
-    }
-    std::uint16_t h;
-    std::memcpy(&h, p + i * 2, sizeof h);
-    const std::uint32_t wide = static_cast<std::uint32_t>(h) << 16;
-    if (dtype == kBFloat16) std::memcpy(to + i, &wide, sizeof wide);
-    else to[i] = half_as_float(h);
-  }
-}
-
-std::uint16_t to_bfloat16(float x) {
-  std::uint32_t u;
-  std::memcpy(&u, &x, sizeof u);
-  if (x != x) return static_cast<std::uint16_t>((u >> 16) | 0x40u);
-  return static_cast<std::uint16_t>((u + 0x7FFFu + ((u >> 16) & 1u)) >> 16);
+  for (std::int64_t i = 0; i < count; ++i) to[i] = elements::load_one(from, dtype, first + i);
 }
 
 // The largest group of 4-bit weights that divides the inputs; 0: none does.
@@ -116,7 +88,7 @@ void Linear::pack_floats(const RawTensor& weight, Dtype dtype) {
     for (std::int64_t k = 0; k < inputs_; ++k) {
       const float x = row[static_cast<std::size_t>(k)];
       if (dtype == kFloat32) values_->as<float>()[at + k * gemm::kFloatPanel] = x;
-      else values_->as<std::uint16_t>()[at + k * gemm::kFloatPanel] = to_bfloat16(x);
+      else elements::store_n<kBFloat16>(values_->as<std::uint16_t>() + at + k * gemm::kFloatPanel, simd::set(x), 1);
     }
   }
 }
