@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from cvmk.errors import ConfigError, DataError
-from cvmk.inference import AsyncTranslator, ExpiredError, Translator
+from cvmk.inference import AsyncTranslator, ExpiredError, Finished, Hypothesis, Partial, Request, Translator
 
 KINDS = pytest.mark.parametrize("of", [Translator.from_model, Translator.of_weights], ids=["torch", "native"])
 
@@ -86,3 +86,32 @@ def test_a_failing_step_is_told_to_those_who_wait(make_model, tokenizer, monkeyp
             assert await one.translate("w4") is not None
 
     run(go())
+
+
+def test_a_step_that_changes_nothing_is_not_told(tokenizer) -> None:
+    """A beam may say the same again."""
+
+    class Stutters:
+        max_length = 40
+
+        def __init__(self) -> None:
+            self.left = [["a"], ["a"], ["a", "b"], ["a", "b"]]
+
+        def submit(self, request: Request) -> None:
+            self.id = request.id
+
+        def step(self) -> list[Any]:
+            if self.left:
+                return [Partial(self.id, tokenizer.encode("".join(self.left.pop(0))))]
+            return [Finished(self.id, [Hypothesis(tokenizer.encode("ab"))])]
+
+        def cancel(self, id: Any) -> bool:
+            return False
+
+    async def go() -> list[str]:
+        said: list[str] = []
+        async with AsyncTranslator(Translator.from_engine(Stutters(), tokenizer)) as one:
+            await one.translate("w4", on_partial=said.append)
+        return said
+
+    assert run(go()) == ["a", "ab"]

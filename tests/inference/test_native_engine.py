@@ -451,3 +451,16 @@ except KeyboardInterrupt:
     assert translator.translate(["a man"])[0].text is not None
 """
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100).stdout == "stopped\n"
+
+
+def test_patience_is_how_many_are_finished(make_model) -> None:
+    """A beam of 8 with the patience of a quarter ends with fewer."""
+    model = make_model(12, seed=3)
+    sources, _ = inputs(model, 6)
+    found = {}
+    for patience in (0.25, 1.0):
+        options = SearchOptions(8, n_best=8, patience=patience, length_penalty=2.0)
+        found[patience] = TorchEngine(model).search(sources, options)
+        agree(native(model).search(sources, options), found[patience])
+    counts = {patience: sum(map(len, one)) for patience, one in found.items()}
+    assert counts[0.25] < counts[1.0]
