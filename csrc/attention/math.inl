@@ -1,10 +1,11 @@
-// Powers of two, tanh, hashes and rows for the attention kernels.
+// Powers of two, tanh and rows for the attention kernels.
 #pragma once
 #include <stdint.h>
 #include <string.h>
 
 #include "attention/params.h"
 #include "common/amx.h"
+#include "common/dropout.h"
 #include "common/elements.h"
 #include "common/simd.h"
 
@@ -78,16 +79,6 @@ CVMK_INLINE F tanh(F x) {
   const F big = 1.0f - 2.0f / (exp2<true>(far * (2.0f * kLog2E)) + 1.0f);
   const F y = a < 0.625f ? small : (x < 0.0f ? -big : big);
   return x == x ? y : x;
-}
-
-// The finaliser of MurmurHash3 (Appleby), on one word and on vectors of them.
-template <typename T>
-CVMK_INLINE T mix(T x) {
-  x ^= x >> 16;
-  x *= 0x85ebca6bu;
-  x ^= x >> 13;
-  x *= 0xc2b2ae35u;
-  return x ^ (x >> 16);
 }
 
 CVMK_INLINE int64_t at(const Integers& x, int64_t i) { return integer_at(x.data, x.dtype, i * x.stride); }

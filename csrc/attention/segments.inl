@@ -58,7 +58,7 @@ inline void rows_at(const Params& p, const Segment& g, int64_t kv_head, int64_t 
     row.head = head;
     row.i = i;
     visible_keys(p, g, i, &row.lo, &row.hi);
-    row.hash = p.dropout_limit != 0 ? mix(mix(p.dropout_key + static_cast<uint32_t>(g.b * p.heads + head)) + static_cast<uint32_t>(g.q0 + i)) : 0;
+    row.hash = p.dropout_limit != 0 ? row_hash(p.dropout_key, g.b * p.heads + head, g.q0 + i) : 0;
     if (++i == g.rows) {
       i = 0;
       ++head;
@@ -67,8 +67,7 @@ inline void rows_at(const Params& p, const Segment& g, int64_t kv_head, int64_t 
 }
 
 inline void column_hashes(const Params& p, int64_t first, int64_t n, uint32_t* hashes) {
-  if (p.dropout_limit == 0) return;
-  for (int64_t j = 0; j < n; ++j) hashes[j] = mix(p.dropout_key ^ mix(static_cast<uint32_t>(first + j)));
+  if (p.dropout_limit != 0) cvmk::column_hashes(p.dropout_key, first, n, hashes);
 }
 
 // Pointers to rows [first, first + count) of a matrix, null from `end` on.

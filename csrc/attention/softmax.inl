@@ -45,12 +45,6 @@ inline void finish_scores(const Params& p, const Segment& g, const Row& row, int
   }
 }
 
-CVMK_INLINE I kept(const uint32_t* columns, uint32_t row, uint32_t limit) {
-  U c;
-  memcpy(&c, columns, sizeof c);
-  return simd::bits<I>(mix(c ^ row) >= limit);
-}
-
 // Two vectors of probabilities to memory, as floats or as bfloat16 numbers.
 template <bool kHalf>
 CVMK_INLINE void store_pair(float* s, uint16_t* half, F x, F y) {

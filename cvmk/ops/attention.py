@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cvmk.ops._call import make, number
+from cvmk.ops._dropout import checked_probability, draw_seed
 from cvmk.ops._dtypes import accumulation_dtype, autocast_lower
 from cvmk.ops._op import Op
 from cvmk.ops._watch import autocast_enabled, unobserved
@@ -78,16 +79,14 @@ def flash_attention(
         dV = P'^T dO,  dP = (dO V^T) M / (1 - p),  D_i = <dO_i, O_i>,  dS = P (dP - D + g),  dbias = dS,
         dX = dS (1 - tanh^2(X / c)) with X = scale q k^T,  dq = scale dX k,  dk = scale dX^T q.
 
-    Dropout draws one seed (two 32-bit words s0, s1) from torch's generator for the device of q. All in unsigned 32-bit arithmetic,
-    with mix = the finaliser of MurmurHash3 (Appleby): x ^= x >> 16; x *= 0x85ebca6b; x ^= x >> 13; x *= 0xc2b2ae35; x ^= x >> 16:
-        key = mix(mix(s0) ^ s1),  row = mix(mix(key + b H + h) + i),  column = mix(key ^ mix(j)),
-    and probability (b, h, i, j) is kept where mix(row ^ column) >= floor(dropout_p 2^32). Packed: b = 0, and i, j count packed rows.
+    Dropout draws one seed from torch's generator for the device of q; probability (b, h, i, j) is element (b H + h, i, j) of the hash in
+    `cvmk.ops._dropout`. Packed: b = 0, and i, j count packed rows.
 
     Raises TypeError for a wrong dtype and for a number that asks for a gradient, ValueError for a wrong shape or number.
     """
     call = _prepare(q, k, v, causal, window, key_lengths, query_start, bias, softcap, scale, dropout_p, cu_seqlens_q, cu_seqlens_k)
     if call.dropout_p > 0:
-        call = call._replace(dropout_seed=torch.randint(-(2**31), 2**31, (2,), dtype=torch.int64, device=q.device))
+        call = call._replace(dropout_seed=draw_seed(q.device))
     out, lse = op(call)
     return (out, lse) if return_lse else out
 
@@ -155,9 +154,7 @@ def _prepare(
     packed = (cu_seqlens_q is not None or cu_seqlens_k is not None) and _check_packing(q, cu_seqlens_q, cu_seqlens_k, key_lengths, query_start)
     width = check_qk(q, k, ("q", "k"), packed)
     check_values(k, v)
-    dropout_p = number("dropout_p", dropout_p)
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p must be in [0, 1), not {dropout_p}")
+    dropout_p = checked_probability(dropout_p)
     scale = default_scale(width) if scale is None else checked_scale("scale", scale, q.dtype)
     softcap = number("softcap", softcap)
     if softcap:

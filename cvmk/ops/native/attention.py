@@ -9,14 +9,13 @@ from torch import Tensor
 
 from cvmk.ops._backend import Backend
 from cvmk.ops._call import Needs, make
+from cvmk.ops._dropout import words
 from cvmk.ops._storage import with_memory
 from cvmk.ops.attention import Call, Out, row_bias_gradient
 from cvmk.ops.native import library, reason
 from cvmk.ops.native._memory import NUMBER
 
 _NATIVE: Any = library()
-NO_DROPOUT = (1.0, 0, 0)
-"""The factor of what stays, and the key and limit of the generator, where nothing is dropped."""
 
 
 def forward(c: Call) -> Out:
@@ -30,7 +29,7 @@ def forward(c: Call) -> Out:
     else:
         rows, heads, _ = q.shape
         out, lse = q.new_empty(rows, heads, v.shape[2]), NUMBER.new_empty(heads, rows)
-    factor, key, limit = NO_DROPOUT if c.dropout_seed is None else _dropout(c.dropout_seed, c.dropout_p)
+    factor, key, limit = words(c.dropout_seed, c.dropout_p)
     _NATIVE.attention_forward(c, out, lse, factor, key, limit)
     return make(Out, (out, lse))
 
@@ -47,7 +46,7 @@ def backward(grads: Out, c: Call, saved: Out, needs: Needs) -> tuple[Tensor | No
     if bias is not None and needs.bias:
         by_row = bias.dim() == 0 or bias.shape[-1] == 1
         dbias = row_bias_gradient(bias, lse, grad_lse) if by_row else torch.empty(bias.shape, dtype=bias.dtype)
-    factor, key, limit = NO_DROPOUT if c.dropout_seed is None else _dropout(c.dropout_seed, c.dropout_p)
+    factor, key, limit = words(c.dropout_seed, c.dropout_p)
     _NATIVE.attention_backward(
         c, out, lse, factor, key, limit, grad_out, grad_lse, dq, dk, dv, None if by_row else dbias
     )  # fmt: skip
@@ -73,22 +72,6 @@ def with_contiguous_rows(c: Call) -> Call:
 def rows_contiguous(x: Tensor) -> Tensor:
     """x, or a copy where its last dimension is not contiguous (a gradient may be an expanded number)."""
     return x if x.is_contiguous() or x.stride(-1) == 1 else with_memory(x).contiguous()
-
-
-def _dropout(seed: Tensor, p: float) -> tuple[float, int, int]:
-    """1 / (1 - p), the generator's key and the limit under which an element is dropped; the docstring of the op has the formulas."""
-    if p <= 0:
-        return NO_DROPOUT
-    first, second = (int(word) & 0xFFFFFFFF for word in seed.tolist())
-    return 1.0 / (1.0 - p), _mix(_mix(first) ^ second), int(p * 2**32)
-
-
-def _mix(x: int) -> int:
-    x ^= x >> 16
-    x = x * 0x85EBCA6B & 0xFFFFFFFF
-    x ^= x >> 13
-    x = x * 0xC2B2AE35 & 0xFFFFFFFF
-    return x ^ x >> 16
 
 
 def unavailable() -> str | None:

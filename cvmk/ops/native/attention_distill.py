@@ -14,11 +14,12 @@ from torch import Tensor
 from cvmk.ops import attention
 from cvmk.ops._backend import Backend
 from cvmk.ops._call import Needs, make
+from cvmk.ops._dropout import NO_DROPOUT
 from cvmk.ops._storage import with_memory
 from cvmk.ops.attention_distill import Call, Out, maps_alone
 from cvmk.ops.native import library
 from cvmk.ops.native._memory import NUMBER
-from cvmk.ops.native.attention import NO_DROPOUT, rows_contiguous, unavailable, with_contiguous_rows
+from cvmk.ops.native.attention import rows_contiguous, unavailable, with_contiguous_rows
 
 _NATIVE: Any = library()
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)

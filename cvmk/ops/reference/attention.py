@@ -19,6 +19,7 @@ from cvmk.ops._backend import Backend
 from cvmk.ops._call import Needs
 from cvmk.ops._dtypes import accumulation_dtype
 from cvmk.ops.attention import Call, Out, check_offsets
+from cvmk.ops.reference._dropout import at_least, column_words, counting, key_of, mix
 
 LOG2E, LN2 = math.log2(math.e), math.log(2)
 BLOCK = 1 << 24
@@ -382,18 +383,7 @@ def _kept(c: Call, part: Part, q: Tensor, k: Tensor) -> Tensor | None:
 
 def dropout_keep(seed: Tensor, p: float, part: Part, heads: int, keys: int) -> Tensor:
     """Which probabilities of the block stay: bool [b, H, rows, Tk], by the hash in the docstring of `cvmk.ops.flash_attention`."""
-    words = seed.to(torch.int32)
-    key = _mix(_mix(words[:1]) ^ words[1:])
-    counts = [torch.arange(n, dtype=torch.int32, device=seed.device) for n in (part.batch.stop, heads, part.rows.stop, keys)]
-    head = _mix(counts[0][part.batch, None] * heads + counts[1] + key)
-    row = _mix(head[..., None] + counts[2][part.rows])
-    column = _mix(_mix(counts[3]) ^ key)
-    # Unsigned order as signed: both sides less 2^31.
-    return (_mix(row[..., None] ^ column) ^ -(2**31)) >= int(p * 2**32) - 2**31
-
-
-def _mix(x: Tensor) -> Tensor:
-    """The finaliser of MurmurHash3 on int32 words, which wrap as uint32 do; shifts are made logical by a mask."""
-    x = (x ^ ((x >> 16) & 0xFFFF)) * -0x7A143595
-    x = (x ^ ((x >> 13) & 0x7FFFF)) * -0x3D4D51CB
-    return x ^ ((x >> 16) & 0xFFFF)
+    key = key_of(seed)
+    batch, head, row = (counting(n, seed.device) for n in (part.batch.stop, heads, part.rows.stop))
+    rows = mix(mix(batch[part.batch, None] * heads + head + key)[..., None] + row[part.rows])
+    return at_least(mix(rows[..., None] ^ column_words(key, keys)), p)
