@@ -21,7 +21,8 @@ from cvmk.inference import processors
 from cvmk.inference.options import BROKEN, Hypothesis, SearchOptions, final_score
 from cvmk.inference.processors import History
 from cvmk.inference.scheduler import Entry
-from cvmk.nn import CVMTransformer, DecoderState
+from cvmk.inference.shortlist import Shortlist, wanted
+from cvmk.nn import AttentionMaps, CVMTransformer, DecoderState
 from cvmk.text.tokenizers import Tokenizer
 
 BOS, EOS = Tokenizer.BOS, Tokenizer.EOS
@@ -32,7 +33,7 @@ _PREFIX_SCORES = 1 << 24
 """Scores of prefixes that are computed at once."""
 
 
-def begin(model: CVMTransformer, entries: Sequence[Entry]) -> Decoding:
+def begin(model: CVMTransformer, entries: Sequence[Entry], shortlist: Shortlist | None = None) -> Decoding:
     """Encode the sources of entries with the same options, and read their prefixes."""
     options = entries[0].request.options
     sources = [entry.request.source for entry in entries]
@@ -44,7 +45,8 @@ def begin(model: CVMTransformer, entries: Sequence[Entry]) -> Decoding:
     sentences = [_Sentence(entry, max(options.limit(len(entry.request.source), room), least * len(entry.request.prefix))) for entry in entries]
     state = model.start(memory, max(sentence.limit for sentence in sentences) + 1, options.beam_size)
     kind = _Sampling if options.temperature else _Greedy if options.beam_size == 1 else _Beam
-    return kind(model, state, sentences, options)
+    lists = wanted(shortlist, options)
+    return kind(model, state, sentences, options, [lists.of(entry.request.source, entry.request.prefix) for entry in entries] if lists else [])
 
 
 def next_scores(logits: Tensor) -> Tensor:
@@ -70,13 +72,16 @@ class Decoding(ABC):
     The next step feeds `tokens` [N]; `totals` [B, beam_size] are sums of log probabilities, in float64.
     """
 
-    def __init__(self, model: CVMTransformer, state: DecoderState, sentences: list[_Sentence], options: SearchOptions) -> None:
+    def __init__(
+        self, model: CVMTransformer, state: DecoderState, sentences: list[_Sentence], options: SearchOptions, listed: Sequence[Sequence[int]]
+    ) -> None:
         self.model, self.state, self.sentences, self.options = model, state, sentences, options
         self.device = state.memory.output.device
         self.tokens = torch.full((state.rows,), BOS, device=self.device)
-        self.history = History(len(sentences), options.beam_size, self.device)
+        self.history = History(len(sentences), options.beam_size, self.device, state.memory.output.shape[1] if options.alignments else 0)
+        self.maps = self._maps(None, 1)[:, 0]  # the attention of the next pieces
         self.totals = torch.zeros((len(sentences), options.beam_size), dtype=torch.float64, device=self.device)
-        self.reshaping = processors.reshaping(options)
+        self.reshaping = processors.reshaping(options, listed, model.vocab_size, self.device)
         self.forbidding = processors.forbidding(options, [sentence.limit for sentence in sentences], self.device)
         # The large tensors of a step stay until those of the next are there: else the allocator gives their memory back to the system in between.
         self._kept: tuple[Tensor, ...] = ()
@@ -108,7 +113,9 @@ class Decoding(ABC):
     # -- a step ------------------------------------------------------------------------------------------------------------------
     def _scores(self) -> tuple[Tensor, Tensor]:
         """For each row and piece, the logit where the piece may follow, else -inf [N, V]; and the normaliser [N]."""
-        scores, normaliser = self._normalised(self.model.step(self.tokens, self.state), self.history)
+        attended = AttentionMaps() if self.options.alignments else None
+        scores, normaliser = self._normalised(self.model.step(self.tokens, self.state, attended), self.history)
+        self.maps = self._maps(attended, 1)[:, 0]
         agreeing = self._agreeing() if self.options.prefix_bias else []
         chances = [(row, piece, math.exp(float(scores[row, piece]) - float(normaliser[row]))) for row, piece in agreeing]
         for processor in self.forbidding:
@@ -119,6 +126,12 @@ class Decoding(ABC):
             scores[row, piece] = math.log((1 - bias) * chance + bias)
             normaliser[row] = 0
         return scores, normaliser
+
+    def _maps(self, attended: AttentionMaps | None, positions: int) -> Tensor:
+        """The weights of the last cross-attention, their mean over the heads, of so many positions of each row: [N, positions, S]."""
+        if attended is None:
+            return self.history.maps.new_empty((self.state.rows, positions, self.history.maps.shape[2]))
+        return attended.cross[-1].probabilities().mean(dim=1).view(self.state.rows, positions, -1).to(self.history.maps.dtype)
 
     def _agreeing(self) -> list[tuple[int, int]]:
         """The rows that have said what their prefix says so far, with its next piece."""
@@ -141,7 +154,11 @@ class Decoding(ABC):
         no finite numbers."""
         pieces = self.history.row(row)
         score = final_score(total, len(pieces), self.options.length_penalty)
-        return Hypothesis(pieces, score, (*self.history.row_scores(row), *end)) if math.isfinite(total) else BROKEN
+        if not math.isfinite(total):
+            return BROKEN
+        source = self.sentences[row // self.options.beam_size].entry.request.source
+        alignment = self.history.row_maps(row, len(source) + 1) if self.options.alignments else ()
+        return Hypothesis(pieces, score, (*self.history.row_scores(row), *end), alignment)
 
     def so_far(self, entry: Entry) -> list[Hypothesis]:
         """The n best of what an entry that is in it has found and is at."""
@@ -156,7 +173,7 @@ class Decoding(ABC):
     def _go_on(self, scores: Tensor) -> None:
         """The pieces that were chosen, `tokens`, are said, with these log probabilities; finished sentences leave when they are many, or have no
         room for another piece."""
-        self.history.append(self.tokens, scores)
+        self.history.append(self.tokens, scores, self.maps)
         self._leave(_LEAVE if self.history.longest < self.state.max_length else 0)
 
     def _leave(self, share: float) -> None:
@@ -182,17 +199,19 @@ class Decoding(ABC):
         fed = torch.cat((self.tokens[:, None], pieces[:, :-1]), dim=1)
         at_once = max(1, _PREFIX_SCORES // (len(pieces) * self.model.vocab_size))
         totals, read = self.totals.flatten(), History(len(prefixes), copies, self.device)
-        told = torch.zeros(pieces.shape, dtype=torch.float64, device=self.device)
+        told, maps = torch.zeros(pieces.shape, dtype=torch.float64, device=self.device), []
         for start in range(0, longest, at_once):
             part = fed[:, start : start + at_once]
-            logits = self.model.extend(part, self.state, (lengths - start).clamp(0, part.shape[1]))
+            attended = AttentionMaps() if self.options.alignments else None
+            logits = self.model.extend(part, self.state, (lengths - start).clamp(0, part.shape[1]), attended)
+            maps.append(self._maps(attended, part.shape[1]))
             for t in range(start, start + part.shape[1]):
                 read.pieces = pieces[:, :t]
                 scores, normaliser = self._normalised(logits[:, t - start], read)
                 told[:, t] = torch.where(t < lengths, scores.gather(1, pieces[:, t : t + 1])[:, 0] - normaliser, 0.0)
                 totals += told[:, t]
         self.totals = totals.view(-1, copies)
-        self.history.append_rows(prefixes, told)
+        self.history.append_rows(prefixes, told, torch.cat(maps, dim=1))
         self.tokens = torch.where(lengths > 0, pieces.gather(1, (lengths - 1).clamp(min=0)[:, None])[:, 0], self.tokens)
 
     def _rows(self, values: list[list[int]] | list[int]) -> Tensor:
@@ -224,8 +243,10 @@ class _Beam(Decoding):
     finished, and the best others live on. A sentence is done when `beam` hypotheses are finished, when none that lives can
     still come among the n_best, or at its limit."""
 
-    def __init__(self, model: CVMTransformer, state: DecoderState, sentences: list[_Sentence], options: SearchOptions) -> None:
-        super().__init__(model, state, sentences, options)
+    def __init__(
+        self, model: CVMTransformer, state: DecoderState, sentences: list[_Sentence], options: SearchOptions, listed: Sequence[Sequence[int]]
+    ) -> None:
+        super().__init__(model, state, sentences, options, listed)
         self.totals[:, 1:] = float("-inf")  # the hypotheses of a sentence begin as one
 
     def advance(self) -> list[tuple[Entry, list[Hypothesis]]]:
@@ -242,6 +263,7 @@ class _Beam(Decoding):
             return ended
         self.state.reorder(rows)
         self.history.reorder(rows)
+        self.maps = self.maps.index_select(0, rows)
         self._go_on(said)
         return ended
 

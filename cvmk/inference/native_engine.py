@@ -19,7 +19,7 @@ from cvmk.formats.folder import WEIGHTS, read_model_weights
 from cvmk.formats.tensors import RawTensor
 from cvmk.inference.engine import Event, Finished, Partial, Request, check_pieces, check_request
 from cvmk.inference.options import BROKEN, Hypothesis, SearchOptions
-from cvmk.inference.shortlist import Shortlist, load_shortlist
+from cvmk.inference.shortlist import Shortlist, load_shortlist, wanted
 
 if TYPE_CHECKING:
     from cvmk.nn import CVMTransformer
@@ -192,26 +192,18 @@ class NativeEngine:
         for index, source in enumerate(sources):
             check_pieces(source, () if prefixes is None else prefixes[index], options, self._max_length, self._vocab_size)
         limits = [max(options.limit(len(source), self._max_length), least) for source, least in zip(sources, hard, strict=True)]
-        lists = []
-        if options.shortlist:
-            given = prefixes or [()] * len(sources)
-            lists = [self._pieces(source, prefix, options) for source, prefix in zip(sources, given, strict=True)]
+        shortlist, lists = wanted(self._shortlist, options), []
+        if shortlist is not None:
+            lists = [shortlist.of(source, prefix) for source, prefix in zip(sources, prefixes or [()] * len(sources), strict=True)]
         found = self._engine.search(sources, prefixes or (), limits, _options(options), lists)
         return [_hypotheses(one, len(source) + 1) for one, source in zip(found, sources, strict=True)]
 
     def _native(self, request: Request) -> tuple[Any, ...]:
         limit = request.options.limit(len(request.source), self._max_length)
         hard = 0 if request.options.prefix_bias else len(request.prefix)
-        pieces = self._pieces(request.source, request.prefix, request.options)
+        shortlist = wanted(self._shortlist, request.options)
+        pieces = [] if shortlist is None else shortlist.of(request.source, request.prefix)  # [] lets all be said
         return list(request.source), list(request.prefix), max(limit, hard), _options(request.options), pieces, request.state
-
-    def _pieces(self, source: Sequence[int], prefix: Sequence[int], options: SearchOptions) -> list[int]:
-        """The only ids that may be said; none: all may."""
-        if not options.shortlist:
-            return []
-        if self._shortlist is None:
-            raise ConfigError("the model has no shortlist: make one with `cvmk shortlist`, or leave shortlist out")
-        return self._shortlist.of(source, prefix)
 
     def _events(self, told: list[tuple[int, int, list[Any]]]) -> list[Event]:
         found: list[Event] = []

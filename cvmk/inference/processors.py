@@ -19,15 +19,16 @@ _FORBIDDEN = float("-inf")
 
 
 class History:
-    """What each of N hypotheses has said so far: `pieces` [N, t], int64, and their log probabilities `scores` [N, t], float64, each row's at its
-    right end behind padding.
+    """What each of N hypotheses has said so far: `pieces` [N, t], int64, their log probabilities `scores` [N, t], float64, and their attention
+    to the source `maps` [N, t, S], float32 (S = 0 where nobody asks), each row's at its right end behind padding.
 
     Rows stand in groups of `copies`, one group a sentence, whose hypotheses are equally long.
     """
 
-    def __init__(self, sentences: int, copies: int, device: torch.device) -> None:
+    def __init__(self, sentences: int, copies: int, device: torch.device, source: int = 0) -> None:
         self.pieces = torch.empty((sentences * copies, 0), dtype=torch.long, device=device)
         self.scores = torch.empty((sentences * copies, 0), dtype=torch.float64, device=device)
+        self.maps = torch.empty((sentences * copies, 0, source), device=device)
         self._copies = copies
         self._set_missing([0] * sentences)
 
@@ -56,41 +57,50 @@ class History:
         """The log probabilities of its pieces."""
         return self.scores[row, self._missing[row // self._copies] :].tolist()
 
-    def append(self, pieces: Tensor, scores: Tensor) -> None:
-        """One more piece a row, [N], and its log probability."""
+    def row_maps(self, row: int, source: int) -> tuple[tuple[float, ...], ...]:
+        """The attention of its pieces to a source of so many positions."""
+        return tuple(map(tuple, self.maps[row, self._missing[row // self._copies] :, :source].tolist()))
+
+    def append(self, pieces: Tensor, scores: Tensor, maps: Tensor) -> None:
+        """One more piece a row, [N], its log probability, and its attention [N, S]."""
         self.pieces = torch.cat((self.pieces, pieces[:, None]), dim=1)
         self.scores = torch.cat((self.scores, scores[:, None].to(self.scores.dtype)), dim=1)
+        self.maps = torch.cat((self.maps, maps[:, None]), dim=1)
 
-    def append_rows(self, pieces: Sequence[Sequence[int]], scores: Tensor) -> None:
-        """More pieces of each sentence, the same for all its hypotheses, to an empty history; scores [N, longest], each row's at its left end."""
+    def append_rows(self, pieces: Sequence[Sequence[int]], scores: Tensor, maps: Tensor) -> None:
+        """More pieces of each sentence, the same for all its hypotheses, to an empty history; scores [N, longest] and maps [N, longest, S], each
+        row's at its left end."""
         longest = max(map(len, pieces), default=0)
         rows = [[*[PAD] * (longest - len(row)), *row] for row in pieces]
         self.pieces = torch.tensor(rows, dtype=torch.long, device=self.pieces.device).view(len(rows), longest).repeat_interleave(self._copies, dim=0)
         self._set_missing([longest - len(row) for row in pieces])
         columns = torch.arange(longest, device=scores.device)[None] - (0 if self._padding is None else self._padding[:, None])
-        self.scores = scores.gather(1, columns.clamp(min=0).expand_as(scores)).to(self.scores.dtype)
+        columns = columns.clamp(min=0).expand_as(scores)
+        self.scores = scores.gather(1, columns).to(self.scores.dtype)
+        self.maps = maps.gather(1, columns[:, :, None].expand_as(maps))
 
     def reorder(self, rows: Tensor) -> None:
         """Row i goes on from row rows[i] of the same sentence."""
-        self.pieces, self.scores = self.pieces.index_select(0, rows), self.scores.index_select(0, rows)
+        self.pieces, self.scores, self.maps = (tensor.index_select(0, rows) for tensor in (self.pieces, self.scores, self.maps))
 
     def select(self, sentences: Sequence[int], rows: Tensor) -> None:
         """Keep these sentences; `rows` are theirs."""
         missing = [self._missing[sentence] for sentence in sentences]
         spare = min(missing, default=0)
-        self.pieces, self.scores = self.pieces.index_select(0, rows)[:, spare:], self.scores.index_select(0, rows)[:, spare:]
+        self.pieces, self.scores, self.maps = (tensor.index_select(0, rows)[:, spare:] for tensor in (self.pieces, self.scores, self.maps))
         self._set_missing([count - spare for count in missing])
 
     def join(self, other: History) -> None:
         """The other's sentences after these."""
-        longest = max(self.pieces.shape[1], other.pieces.shape[1])
-        missing, padded, scores = [], [], []
+        longest, source = max(self.pieces.shape[1], other.pieces.shape[1]), max(self.maps.shape[2], other.maps.shape[2])
+        missing, padded, scores, maps = [], [], [], []
         for history in (self, other):
             more = longest - history.pieces.shape[1]
             missing += [count + more for count in history._missing]
             padded.append(torch.nn.functional.pad(history.pieces, (more, 0), value=PAD))
             scores.append(torch.nn.functional.pad(history.scores, (more, 0)))
-        self.pieces, self.scores = torch.cat(padded), torch.cat(scores)
+            maps.append(torch.nn.functional.pad(history.maps, (0, source - history.maps.shape[2], more, 0)))
+        self.pieces, self.scores, self.maps = torch.cat(padded), torch.cat(scores), torch.cat(maps)
         self._set_missing(missing)
 
     def _set_missing(self, missing: list[int]) -> None:
@@ -123,6 +133,26 @@ class RepetitionPenalty(Processor):
     def __call__(self, history: History, scores: Tensor) -> None:
         said = scores.gather(1, history.pieces)
         scores.scatter_(1, history.pieces, torch.where(said > 0, said / self._penalty, said * self._penalty))
+
+
+class Listed(Processor):
+    """Nothing but the pieces of a sentence's shortlist."""
+
+    def __init__(self, listed: Sequence[Sequence[int]], vocab_size: int, copies: int, device: torch.device) -> None:
+        others = torch.ones((len(listed), vocab_size), dtype=torch.bool)
+        for row, ids in zip(others, listed, strict=True):
+            row[list(ids)] = False
+        self._others, self._copies = others.to(device), copies
+
+    def __call__(self, history: History, scores: Tensor) -> None:
+        scores.view(-1, self._copies, scores.shape[1]).masked_fill_(self._others[:, None], _FORBIDDEN)
+
+    def select(self, sentences: Sequence[int], rows: Tensor) -> None:
+        self._others = self._others[list(sentences)]
+
+    def join(self, other: Processor) -> None:
+        assert isinstance(other, Listed)
+        self._others = torch.cat((self._others, other._others))
 
 
 class Suppressed(Processor):
@@ -190,9 +220,11 @@ class MaxLength(Processor):
         self._set([*self._limits, *other._limits])
 
 
-def reshaping(options: SearchOptions) -> list[Processor]:
-    """The processors that change the model's probabilities: they see the logits, before these are normalised."""
-    return [RepetitionPenalty(options.repetition_penalty)] if options.repetition_penalty != 1 else []
+def reshaping(options: SearchOptions, listed: Sequence[Sequence[int]], vocab_size: int, device: torch.device) -> list[Processor]:
+    """The processors that change the model's probabilities: they see the logits, before these are normalised. listed[b] has the only pieces of sentence b,
+    where the options ask for a shortlist."""
+    found: list[Processor] = [Listed(listed, vocab_size, options.beam_size, device)] if options.shortlist else []
+    return [*found, RepetitionPenalty(options.repetition_penalty)] if options.repetition_penalty != 1 else found
 
 
 def forbidding(options: SearchOptions, limits: Sequence[int], device: torch.device) -> list[Processor]:

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cvmk.errors import DataError
+from cvmk.errors import ConfigError, DataError
 from cvmk.files import write_bytes
 from cvmk.formats.tensors import RawTensor, read_tensors
+from cvmk.inference.options import SearchOptions
 from cvmk.text.tokenizers import Tokenizer
 
 if TYPE_CHECKING:
@@ -50,16 +51,23 @@ class Shortlist:
         write_bytes(folder / FILE, save({"starts": self.starts, "targets": self.targets, "frequent": self.frequent}))
 
 
+def wanted(shortlist: Shortlist | None, options: SearchOptions) -> Shortlist | None:
+    """The model's shortlist where the options ask for it. Raises ConfigError where it has none then."""
+    if options.shortlist and shortlist is None:
+        raise ConfigError("the model has no shortlist: make one with `cvmk shortlist`, or leave shortlist out")
+    return shortlist if options.shortlist else None
+
+
 def load_shortlist(folder: Path, vocab_size: int) -> Shortlist | None:
     """The shortlist of a model's folder; None where it has none. Raises DataError for one that is corrupt or of another vocabulary."""
     file = folder / FILE
     if not file.exists():
         return None
     found: dict[str, RawTensor] = read_tensors(file, remedy=_REMEDY)
-    wanted = ("starts", "targets", "frequent")
-    if set(found) != set(wanted) or any(tensor.dtype != "int32" or tensor.data.ndim != 1 for tensor in found.values()):
+    names = ("starts", "targets", "frequent")
+    if set(found) != set(names) or any(tensor.dtype != "int32" or tensor.data.ndim != 1 for tensor in found.values()):
         raise DataError(f"{file} is no shortlist: {_REMEDY}")
-    starts, targets, frequent = (found[name].data for name in wanted)
+    starts, targets, frequent = (found[name].data for name in names)
     sound = len(starts) == vocab_size + 1 and starts[0] == 0 and starts[-1] == len(targets) and bool((starts[1:] >= starts[:-1]).all())
     if not sound or any(len(ids) and not (Tokenizer.EOS <= ids.min() and ids.max() < vocab_size) for ids in (targets, frequent)):
         raise DataError(f"{file} belongs to another vocabulary or is damaged: {_REMEDY}")

@@ -17,6 +17,7 @@ from cvmk.inference import decoding
 from cvmk.inference.engine import Event, Request, check_request, search_batch
 from cvmk.inference.options import Hypothesis, SearchOptions
 from cvmk.inference.scheduler import Entry, Scheduler
+from cvmk.inference.shortlist import Shortlist, load_shortlist, wanted
 from cvmk.nn import CVMTransformer
 
 ComputeType = Literal["float32", "bfloat16"]
@@ -62,7 +63,7 @@ def load(folder: Path, manifest: Manifest, device: str, compute_type: str, threa
     """The engine of a model's folder. `threads` becomes PyTorch's number, for the whole process. Raises DataError where its weights are not sound."""
     if threads is not None:
         torch.set_num_threads(threads)
-    return TorchEngine(load_model(folder, manifest), device, compute_type)
+    return TorchEngine(load_model(folder, manifest), device, compute_type, shortlist=load_shortlist(folder, manifest.vocab_size))
 
 
 def of_model(model: CVMTransformer) -> TorchEngine:
@@ -75,13 +76,18 @@ class TorchEngine:
 
     device and compute_type None leave the model as it is, so that an engine made of a model in training always uses its
     present weights; otherwise the engine keeps a copy where the model has to be converted. max_batch_tokens bounds what submitted requests run at
-    once: source positions times hypotheses.
+    once: source positions times hypotheses; shortlist is what `SearchOptions.shortlist` asks for.
 
     Requests begin and leave between steps. Those with the same options are decoded together, newcomers with those that run already.
     """
 
     def __init__(
-        self, model: CVMTransformer, device: str | None = None, compute_type: str | None = None, max_batch_tokens: int = MAX_BATCH_TOKENS
+        self,
+        model: CVMTransformer,
+        device: str | None = None,
+        compute_type: str | None = None,
+        max_batch_tokens: int = MAX_BATCH_TOKENS,
+        shortlist: Shortlist | None = None,
     ) -> None:
         parameter = next(model.parameters())
         to_device = parameter.device if device is None else check_device(device)
@@ -92,7 +98,7 @@ class TorchEngine:
             model = copy.deepcopy(model).to(device=to_device, dtype=dtype)
         if max_batch_tokens < 1:
             raise ConfigError(f"max_batch_tokens is {max_batch_tokens}, and must be at least 1")
-        self.model = model
+        self.model, self.shortlist = model, shortlist
         self._scheduler = Scheduler(self._begin, max_batch_tokens)
 
     @property
@@ -121,7 +127,7 @@ class TorchEngine:
             return search_batch(alone, sources, options, prefixes)
 
     def _begin(self, entries: Sequence[Entry]) -> decoding.Decoding:
-        return decoding.begin(self.model, entries)
+        return decoding.begin(self.model, entries, self.shortlist)
 
     @contextlib.contextmanager
     def _evaluating(self) -> Iterator[None]:
@@ -152,6 +158,4 @@ class _Alone:
 
 def _check(request: Request, engine: TorchEngine) -> None:
     check_request(request, engine.max_length, engine.model.vocab_size)
-    for name in ("alignments", "shortlist"):
-        if getattr(request.options, name):
-            raise ConfigError(f"the torch engine has no {name}: use the native engine, or leave {name} out")
+    wanted(engine.shortlist, request.options)

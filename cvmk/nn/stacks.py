@@ -85,11 +85,13 @@ class Decoder(Stack):
                 maps.cross.append(cross)
         return normed
 
-    def extend(self, x: Tensor, span: Span, memory: Memory, states: list[MixerState]) -> Tensor:
-        """The next positions x [N, T, d] of rows that `states` remember -> [N, T, d] behind the last norm."""
+    def extend(self, x: Tensor, span: Span, memory: Memory, states: list[MixerState], maps: AttentionMaps | None = None) -> Tensor:
+        """The next positions x [N, T, d] of rows that `states` remember -> [N, T, d] behind the last norm. `maps` gets those of cross-attention."""
         norms, lengths = self.norms, memory.lengths if memory.padded else None
         normed: Tensor = norms[0](x)
         for layer, block in enumerate(self.blocks):
             keys, values = memory.cross[layer]
-            x, normed, _, _ = block(x, normed, norms[layer + 1], span, Source(keys, values, lengths), states[layer], False)
+            x, normed, _, cross = block(x, normed, norms[layer + 1], span, Source(keys, values, lengths), states[layer], maps is not None)
+            if maps is not None:
+                maps.cross.append(cross)
         return normed

@@ -96,23 +96,26 @@ class CVMTransformer(nn.Module):
         """
         return DecoderState.start(self._plan(self.decoder), memory, max_length, copies)
 
-    def step(self, tokens: Tensor, state: DecoderState) -> Tensor:
-        """Feed one token a hypothesis, [N] (BOS first) -> logits [N, V] of the next one. Call it without gradients."""
-        return self.embeddings.logits(self._extend(tokens[:, None], state, None)[:, 0])
+    def step(self, tokens: Tensor, state: DecoderState, maps: AttentionMaps | None = None) -> Tensor:
+        """Feed one token a hypothesis, [N] (BOS first) -> logits [N, V] of the next one. Call it without gradients.
 
-    def extend(self, tokens: Tensor, state: DecoderState, lengths: Tensor | None = None) -> Tensor:
+        `maps` gets the cross-attention of each block: the queries [B, H, copies, D] of a sentence's hypotheses stand together.
+        """
+        return self.embeddings.logits(self._extend(tokens[:, None], state, None, maps)[:, 0])
+
+    def extend(self, tokens: Tensor, state: DecoderState, lengths: Tensor | None = None, maps: AttentionMaps | None = None) -> Tensor:
         """Feed T tokens a hypothesis at once, [N, T] -> logits [N, T, V]; the same as T steps. Call it without gradients.
 
         With lengths [N], integers, only the first lengths[n] of row n are tokens; the others are padding, for which the logits mean nothing,
-        and the row goes on behind its last token.
+        and the row goes on behind its last token. `maps` as of `step`, with the queries [B, H, copies * T, D].
         """
-        return self.embeddings.logits(self._extend(tokens, state, lengths))
+        return self.embeddings.logits(self._extend(tokens, state, lengths, maps))
 
-    def _extend(self, tokens: Tensor, state: DecoderState, lengths: Tensor | None) -> Tensor:
+    def _extend(self, tokens: Tensor, state: DecoderState, lengths: Tensor | None, maps: AttentionMaps | None) -> Tensor:
         if tokens.shape[0] != state.rows:
             raise ValueError(f"tokens have {tokens.shape[0]} rows and the state has {state.rows}: give one row a hypothesis")
         x, span = self._embed(self.embeddings.embed_target(tokens), state.lengths.span(tokens.shape[1], lengths, state.max_length))
-        features = self.decoder.extend(x, span, state.memory, state.mixers)
+        features = self.decoder.extend(x, span, state.memory, state.mixers, maps)
         state.lengths.advance(span)
         return features
 

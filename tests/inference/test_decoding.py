@@ -5,6 +5,7 @@ import math
 import random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -201,7 +202,8 @@ def test_no_ngram_twice(make_model, size: int, beam_size: int) -> None:
 def test_forbidden_repeats_by_definition(histories: list[list[int]], size: int) -> None:
     scores = torch.zeros(len(histories), 8)
     history = History(len(histories), 1, torch.device("cpu"))
-    history.append_rows(histories, torch.zeros(len(histories), max(map(len, histories))))
+    longest = max(map(len, histories))
+    history.append_rows(histories, torch.zeros(len(histories), longest), torch.zeros(len(histories), longest, 0))
     NoRepeatNgram(size)(history, scores)
     for row, history in enumerate(histories):
         grams = {tuple(history[i : i + size]) for i in range(len(history) - size + 1)}
@@ -253,11 +255,13 @@ def test_a_prefix_counts_as_pieces_of_the_translation(make_model) -> None:
 def test_long_prefixes_are_read_in_parts(make_model, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model(20, seed=1, sharpness=2.0).double()
     batch, prefixes = sources(4, 20, seed=5), sources(4, 20, longest=20, seed=6)
-    whole = TorchEngine(model).search(batch, SearchOptions(2), prefixes)
+    options = SearchOptions(2, alignments=True)
+    whole = TorchEngine(model).search(batch, options, prefixes)
     monkeypatch.setattr(decoding, "_PREFIX_SCORES", 3 * 8 * 20)
-    for found, expected in zip(TorchEngine(model).search(batch, SearchOptions(2), prefixes), whole, strict=True):
+    for found, expected in zip(TorchEngine(model).search(batch, options, prefixes), whole, strict=True):
         assert [h.tokens for h in found] == [h.tokens for h in expected]
         assert [h.score for h in found] == pytest.approx([h.score for h in expected], abs=1e-9)
+        assert all(np.asarray(h.alignment) == pytest.approx(np.asarray(e.alignment), abs=1e-6) for h, e in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize(("source", "prefix", "suppressed", "message"), [

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import random
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -195,8 +197,33 @@ def test_alignments(make_model) -> None:
             cross = maps.cross[-1]
             weights = (cross.q @ cross.k.repeat_interleave(cross.q.shape[1] // cross.k.shape[1], 1).transpose(-1, -2) * cross.scale).softmax(-1).mean(1)[0]
             assert np.asarray(best.alignment) == pytest.approx(weights[: len(best.tokens)].numpy(), abs=1e-5)
-    with pytest.raises(ConfigError, match="alignments"):
-        TorchEngine(model).search([[4]], SearchOptions(alignments=True))
+
+
+@pytest.mark.parametrize("name", ["greedy", "beam", "samples", "biased beam"])
+@pytest.mark.parametrize("kind", ["plain", "modern"])
+def test_alignments_of_both_engines(make_model, kind: str, name: str) -> None:
+    """With prefixes, in a batch, and with newcomers in between."""
+    model = make_model(**{"vocabulary": 90, "seed": 3, "sharpness": 2.0, **MODELS[kind]})
+    options = dataclasses.replace(OPTIONS[name], alignments=True)
+    sources, prefixes = inputs(model, 8)
+    expected = native(model).search(sources, options, prefixes)
+
+    def same(found: Sequence[Hypothesis], index: int) -> None:
+        assert [h.tokens for h in found] == [h.tokens for h in expected[index]]
+        for one, other in zip(found, expected[index], strict=True):
+            assert len(one.alignment) == len(one.tokens) and all(len(row) == len(sources[index]) + 1 for row in one.alignment)
+            assert np.asarray(one.alignment) == pytest.approx(np.asarray(other.alignment), abs=1e-5)
+
+    engine = TorchEngine(model)
+    for index, found in enumerate(engine.search(sources, options, prefixes)):
+        same(found, index)
+    waiting, ended = [Request(index, source, options, prefixes[index]) for index, source in enumerate(sources)], 0
+    while ended < len(sources):
+        if waiting:
+            engine.submit(waiting.pop())
+        for event in engine.step():
+            same(event.hypotheses, event.id)
+            ended += 1
 
 
 # -- a folder's model --------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import random
 import subprocess
@@ -16,7 +17,7 @@ from runs import command
 from cvmk.errors import ConfigError, DataError
 from cvmk.formats import save_model_folder
 from cvmk.formats.torch_weights import manifest_of, raw_tensors
-from cvmk.inference import Request, SearchOptions, Translator
+from cvmk.inference import Request, SearchOptions, Translator, decoding
 from cvmk.inference.native_engine import NativeEngine
 from cvmk.inference.shortlist import FILE, Shortlist, build_shortlist, load_shortlist
 from cvmk.inference.torch_engine import TorchEngine
@@ -47,43 +48,57 @@ def shortlist_of(vocabulary: int, seed: int = 0) -> Shortlist:
     [SearchOptions(), SearchOptions(4, n_best=4), SearchOptions(3, no_repeat_ngram=2, repetition_penalty=1.3, suppressed=(7, 9), min_length=5),
      SearchOptions(2, 2, temperature=1.0, seed=3), SearchOptions(2, prefix_bias=0.5), SearchOptions(40)],
 )  # fmt: skip
-def test_as_if_all_other_pieces_were_impossible(make_model, monkeypatch: pytest.MonkeyPatch, compute_type: str, options: SearchOptions) -> None:
-    """Against the engine without it and a model whose output bias, so to speak, forbids the others: each source alone."""
+def test_both_engines_choose_among_its_pieces(make_model, compute_type: str, options: SearchOptions) -> None:
     model = make_model(150, seed=3, sharpness=2.0, d_model=32, heads=2)
     shortlist = shortlist_of(150)
     engine = NativeEngine(manifest_of(model), raw_tensors(model), compute_type, 2, shortlist=shortlist)
-    chosen = SearchOptions(**{**{name: getattr(options, name) for name in options.__dataclass_fields__}, "shortlist": True})
+    chosen = dataclasses.replace(options, shortlist=True)
     sources, prefixes = [[5, 6, 7], [8], [], [20] * 9], [[], [30], [], [40, 41]]
     found = engine.search(sources, chosen, prefixes)
     if compute_type == "float32":
-        from cvmk.inference import decoding
-
-        for source, prefix, one in zip(sources, prefixes, found, strict=True):
-            allowed = torch.full((150,), -math.inf)
-            allowed[shortlist.of(source, prefix)] = 0
-            with monkeypatch.context() as patch:
-                plain = decoding.next_scores
-                patch.setattr(decoding, "next_scores", lambda logits, plain=plain, allowed=allowed: plain(logits) + allowed)
-                expected = TorchEngine(model).search([source], options, [prefix])[0]
-            assert [h.tokens for h in one] == [h.tokens for h in expected]
-            assert [h.score for h in one] == pytest.approx([h.score for h in expected], abs=1e-4)
+        expected = TorchEngine(model, shortlist=shortlist).search(sources, chosen, prefixes)
+        assert [[h.tokens for h in one] for one in found] == [[h.tokens for h in one] for one in expected]
+        for one, other in zip(found, expected, strict=True):
+            assert [h.score for h in one] == pytest.approx([h.score for h in other], abs=1e-4)
     for source, prefix, one in zip(sources, prefixes, found, strict=True):
         assert set(one[0].tokens) <= set(shortlist.of(source, prefix))
         alone = engine.search([source], chosen, [prefix])[0]
         assert [(h.tokens, h.score) for h in alone] == [(h.tokens, h.score) for h in one]
 
 
-def test_with_others_that_have_none(make_model) -> None:
-    model = make_model(150, seed=3, sharpness=2.0)
-    engine = NativeEngine(manifest_of(model), raw_tensors(model), "int8", 2, shortlist=shortlist_of(150))
+def test_as_if_all_other_pieces_were_impossible(make_model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against a model whose output bias, so to speak, forbids the others: probabilities are of the listed pieces."""
+    model, shortlist = make_model(150, seed=3, sharpness=2.0), shortlist_of(150)
+    engine, options = TorchEngine(model, shortlist=shortlist), SearchOptions(4, n_best=4, shortlist=True, no_repeat_ngram=2, repetition_penalty=1.3)
+    sources, prefixes = [[5, 6, 7], [8], [], [20] * 9], [[], [30], [], [40, 41]]
+    found = engine.search(sources, options, prefixes)
+    for source, prefix, one in zip(sources, prefixes, found, strict=True):
+        bias = torch.full((150,), -math.inf)
+        bias[shortlist.of(source, prefix)] = 0
+        with monkeypatch.context() as patch:
+            plain = decoding.next_scores
+            patch.setattr(decoding, "next_scores", lambda logits, plain=plain, bias=bias: plain(logits) + bias)
+            expected = engine.search([source], dataclasses.replace(options, shortlist=False), [prefix])[0]
+        assert [h.tokens for h in one] == [h.tokens for h in expected]
+        assert [h.score for h in one] == pytest.approx([h.score for h in expected], abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["native", "torch"])
+def test_with_others_that_have_none(make_model, kind: str) -> None:
+    model, shortlist = make_model(150, seed=3, sharpness=2.0), shortlist_of(150)
+    engine: Any = TorchEngine(model, shortlist=shortlist)
+    if kind == "native":
+        engine = NativeEngine(manifest_of(model), raw_tensors(model), "int8", 2, shortlist=shortlist)
     kinds = [SearchOptions(2, shortlist=index % 2 == 0) for index in range(8)]
     alone = [engine.search([[4 + index]], options)[0] for index, options in enumerate(kinds)]
+    found: dict[Any, Any] = {}
     for index, options in enumerate(kinds):
         engine.submit(Request(index, [4 + index], options))
-    found: dict[Any, Any] = {}
+        found |= {event.id: event.hypotheses for event in engine.step()}
     while len(found) < 8:
         found |= {event.id: event.hypotheses for event in engine.step()}
-    assert [found[index] for index in range(8)] == alone
+    assert [[h.tokens for h in found[index]] for index in range(8)] == [[h.tokens for h in one] for one in alone]
+    assert all(set(found[index][0].tokens) <= set(shortlist.of([4 + index])) for index in (0, 2, 4, 6))
 
 
 def test_refusals(make_model, tokenizer, tmp_path: Path) -> None:
@@ -93,13 +108,16 @@ def test_refusals(make_model, tokenizer, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="shortlist"):
             Translator(tmp_path, engine=engine).translate(["ab"], shortlist=True)
     shortlist_of(tokenizer.vocab_size).save(tmp_path)
-    assert Translator(tmp_path).translate(["ab"], shortlist=True)[0].text is not None
+    for engine in ("native", "torch"):
+        assert Translator(tmp_path, engine=engine).translate(["ab"], shortlist=True)[0].text is not None
     shortlist_of(tokenizer.vocab_size + 1).save(tmp_path)
     with pytest.raises(DataError, match="another vocabulary"):
         load_shortlist(tmp_path, tokenizer.vocab_size)
     (tmp_path / FILE).write_bytes(b"1234567890")
     with pytest.raises(DataError, match="cvmk shortlist"):
         Translator(tmp_path)
+    with pytest.raises(DataError, match="cvmk shortlist"):
+        Translator(tmp_path, engine="torch")
 
 
 def test_the_verb(make_model, tokenizer, tmp_path: Path) -> None:
