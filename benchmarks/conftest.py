@@ -75,6 +75,18 @@ def compare(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., dic
     return run
 
 
+@pytest.fixture
+def record_row(request: pytest.FixtureRequest, benchmark: Any) -> Callable[[dict[str, Any]], None]:
+    """record_row({"case": ..., "megabytes": {"cvmk": ..., peer: ...}}): a row of memory, which was measured elsewhere."""
+
+    def record(row: dict[str, Any]) -> None:
+        benchmark.extra_info.update(row)
+        benchmark.pedantic(lambda: None)
+        request.config.stash[ROWS].append(row)
+
+    return record
+
+
 def _in_turn(contestants: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str, list[float]]:
     """Seconds a call, one sample a round; a sample repeats the call so often that it lasts a millisecond at least.
 
@@ -121,6 +133,9 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     terminalreporter.write_line(f"{machine['processor']}, {machine['threads']} threads, torch {machine['packages']['torch']}, python {machine['python']}")
     width = max(len(row["case"]) for row in rows)
     for row in rows:
+        if "megabytes" in row:
+            terminalreporter.write_line(f"{row['case']:<{width}}  " + "  ".join(f"{name} {size:9.1f} MB" for name, size in row["megabytes"].items()))
+            continue
         peers = "  ".join(f"{name} {_milliseconds(seconds)}" for name, seconds in row["seconds"].items() if name != "cvmk")
         ratio = f"{row['ratio']:6.2f}x" if row["ratio"] else "      -"
         limit = f"{row['limit_share']:6.1%} of limit" if row["limit_share"] else ""
