@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,9 +14,10 @@ from cvmk.config.schema import DistillationConfig, ModelConfig
 from cvmk.distill.layer_map import attention_pairs, hidden_pairs
 from cvmk.distill.representations import Projection, attention_distance, hidden_distance, real_positions
 from cvmk.errors import ConfigError
+from cvmk.nn import AttentionMap, Unprojected
 
-Output = tuple[Tensor, Any, Any]
-"""What a model returns: logits [B, T, V], hidden states or None, attention maps or None."""
+Output = tuple[Tensor | Unprojected, Any, Any]
+"""What a model returns: logits [B, T, V] or what they are made of, hidden states or None, attention maps or None."""
 
 
 class Targets(Protocol):
@@ -41,7 +43,8 @@ class Losses:
 class DistillationObjective(nn.Module):
     """loss = alpha T^2 D(teacher, student) + (1 - alpha) CE + beta * hidden + gamma * attention.
 
-    The first two are `ops.kd_loss`, means over the target tokens. "hidden" is the mean of `hidden_distance` over the pairs of layers
+    The first two are `ops.kd_loss`, means over the target tokens; from logits that are not made yet `ops.linear_kd_loss`, which never makes
+    them. "hidden" is the mean of `hidden_distance` over the pairs of layers
     that distillation.layer_map and .hidden name; each pair of different widths has a learned projection, a parameter of this module
     (train it with the student; it is not part of the student). "attention" is the mean of `attention_distance` over the pairs and
     kinds. Without a teacher what is left is cross-entropy. A part of weight 0 is not computed.
@@ -67,6 +70,8 @@ class DistillationObjective(nn.Module):
         self.alpha, self.beta, self.gamma = (config.alpha, config.beta, config.gamma) if teacher is not None else (0.0, 0.0, 0.0)
         self.hidden_pairs = hidden_pairs(config, student, teacher) if teacher is not None and self.beta else []
         self.attention_pairs = attention_pairs(config, student, teacher) if teacher is not None and self.gamma else []
+        uses = Counter((kind, s) for kind, s, _ in self.attention_pairs)
+        self._imitations = {(kind, s): t for kind, s, t in self.attention_pairs if uses[kind, s] == 1}
         self.projections = nn.ModuleDict()
         if teacher is not None and student.d_model != teacher.d_model:
             for stack, s, t in self.hidden_pairs:
@@ -87,6 +92,15 @@ class DistillationObjective(nn.Module):
         """Whether both models have to return attention maps."""
         return bool(self.attention_pairs)
 
+    def imitated(self, teacher_output: Output | None) -> dict[tuple[str, int], AttentionMap]:
+        """The teacher's maps that a student's attention can be compared with while it attends: those of its maps that imitate one map only.
+
+        They are for `CVMTransformer.forward_unprojected`; what it does not compare, `forward` does.
+        """
+        if teacher_output is None or teacher_output[2] is None:
+            return {}
+        return {(kind, s): getattr(teacher_output[2], kind)[t] for (kind, s), t in self._imitations.items()}
+
     def forward(self, student_output: Output, teacher_output: Output | None, batch: Targets, *, normalizer: float | Tensor | None = None) -> Losses:
         """The losses of one batch.
 
@@ -98,22 +112,9 @@ class DistillationObjective(nn.Module):
 
         Raises ValueError where something needed is missing.
         """
-        logits = student_output[0]
         self._check(student_output, teacher_output)
-        teacher_logits = teacher_output[0] if teacher_output is not None and self.alpha else None
-        total, kd, ce = ops.kd_loss(
-            logits,
-            teacher_logits,
-            batch.tgt_out,
-            temperature=self.temperature,
-            alpha=self.alpha,
-            divergence=self.divergence,
-            mixture=self.mixture,
-            label_smoothing=self.label_smoothing,
-            ignore_index=self.pad_id,
-            normalizer=normalizer,
-            return_parts=True,
-        )
+        taught = teacher_output[0] if teacher_output is not None and self.alpha else None
+        total, kd, ce = self._logits(student_output[0], taught, batch.tgt_out, normalizer)
         parts = {"cross_entropy": ce, "logits": kd, "hidden": torch.zeros_like(ce), "attention": torch.zeros_like(ce)}
         share = 1.0 if normalizer is None else batch.tokens / normalizer
         if self.needs_hidden and teacher_output is not None:
@@ -124,9 +125,35 @@ class DistillationObjective(nn.Module):
             total = total + self.gamma * parts["attention"]
         return Losses(total, {"loss": total.detach(), **{name: part.detach() for name, part in parts.items()}})
 
+    def _logits(
+        self, student: Tensor | Unprojected, teacher: Tensor | Unprojected | None, target: Tensor, normalizer: float | Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss of the logits, and its two parts."""
+        options: Any = {
+            "temperature": self.temperature,
+            "alpha": self.alpha,
+            "divergence": self.divergence,
+            "mixture": self.mixture,
+            "label_smoothing": self.label_smoothing,
+            "ignore_index": self.pad_id,
+            "normalizer": normalizer,
+            "return_parts": True,
+        }
+        found: tuple[Tensor, Tensor, Tensor]
+        if isinstance(student, Unprojected) and not isinstance(teacher, Tensor):
+            hidden, matrix = (None, None) if teacher is None else teacher
+            found = ops.linear_kd_loss(student.features, student.matrix, hidden, matrix, target, **options)
+        else:
+            ours, theirs = (x.logits() if isinstance(x, Unprojected) else x for x in (student, teacher))
+            assert ours is not None
+            found = ops.kd_loss(ours, theirs, target, **options)
+        return found
+
     def _check(self, student_output: Output, teacher_output: Output | None) -> None:
-        if student_output[0].shape[-1] != self.vocab_size:
-            raise ValueError(f"the student's logits have {student_output[0].shape[-1]} entries, but the vocabulary has {self.vocab_size}")
+        logits = student_output[0]
+        entries = logits.matrix.shape[0] if isinstance(logits, Unprojected) else logits.shape[-1]
+        if entries != self.vocab_size:
+            raise ValueError(f"the student's logits have {entries} entries, but the vocabulary has {self.vocab_size}")
         if teacher_output is None and self.needs_teacher:
             raise ValueError("the objective needs the teacher's output: run the teacher where needs_teacher is true")
         for who, output in (("student", student_output), ("teacher", teacher_output)):

@@ -50,12 +50,14 @@ def hidden_distance(student: Tensor, teacher: Tensor, real: Tensor, projection: 
 
 
 def attention_distance(student: Any, teacher: Any, real: Tensor) -> Tensor:
-    """Mean over real queries and heads of KL(teacher's map || student's map), from queries and keys: no map is made.
+    """Mean over real queries and heads of KL(teacher's map || student's map), from queries and keys: no map is made. Where the student's map says
+    its divergence, it has been compared with this teacher's while it attended.
 
     student, teacher: `cvmk.nn` AttentionMap or the like (q, k, scale, causal, key_lengths), with any numbers and sizes of heads (how
     heads are paired: `ops.attention_kl`); real [B, Tq] -> scalar.
     """
-    rows = ops.attention_kl(
-        student.q, student.k, teacher.q, teacher.k, causal=student.causal, key_lengths=student.key_lengths, scale=student.scale, teacher_scale=teacher.scale
-    )
+    rows: Tensor | None = getattr(student, "divergence", None)
+    if rows is None:
+        scales = {"scale": student.scale, "teacher_scale": teacher.scale}
+        rows = ops.attention_kl(student.q, student.k, teacher.q, teacher.k, causal=student.causal, key_lengths=student.key_lengths, **scales)
     return rows.masked_fill(~real.unsqueeze(1), 0.0).sum() / (real.sum().clamp(min=1) * rows.shape[1])

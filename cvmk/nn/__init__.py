@@ -4,7 +4,7 @@ from cvmk.nn.cache import DecoderState, EncoderState
 from cvmk.nn.linear import Linear
 from cvmk.nn.memory import Memory
 from cvmk.nn.mixers import MIXERS
-from cvmk.nn.outputs import AttentionMap, AttentionMaps, HiddenStates
+from cvmk.nn.outputs import AttentionMap, AttentionMaps, HiddenStates, Unprojected
 from cvmk.nn.parameters import count_parameters, decays
 from cvmk.nn.quantized_linear import QuantizedLinear
 from cvmk.nn.transformer import CVMTransformer
@@ -20,6 +20,7 @@ __all__ = [
     "Linear",
     "Memory",
     "QuantizedLinear",
+    "Unprojected",
     "count_parameters",
     "decays",
 ]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from cvmk.config.schema import ModelConfig
 from cvmk.nn.linear import Linear
 from cvmk.nn.mixers import CrossAttention, Mixer, build_mixer
-from cvmk.nn.outputs import AttentionMap
+from cvmk.nn.outputs import AttentionMap, MapWish
 from cvmk.nn.positions import Span
 from cvmk.nn.residual import residual
 from cvmk.nn.state import MixerState
@@ -42,7 +42,7 @@ class FeedForward(nn.Module):
         return mixed
 
 
-def _mix(mixer: Mixer, normed: Tensor, span: Span, state: MixerState | None, return_map: bool) -> tuple[Tensor, AttentionMap | None]:
+def _mix(mixer: Mixer, normed: Tensor, span: Span, state: MixerState | None, return_map: MapWish) -> tuple[Tensor, AttentionMap | None]:
     """Whole sequences without a state; with one, the positions that come next."""
     if state is not None:
         return mixer.extend(normed, span, state), None
@@ -62,7 +62,7 @@ class EncoderBlock(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, x: Tensor, normed: Tensor, following: nn.Module, span: Span, state: MixerState | None, return_map: bool
+        self, x: Tensor, normed: Tensor, following: nn.Module, span: Span, state: MixerState | None, return_map: MapWish
     ) -> tuple[Tensor, Tensor, AttentionMap | None]:
         """x [B, T, d] and mixer_norm(x) -> the residual stream behind the block, `following` of it, and the mixer's map."""
         mixed, own = _mix(self.mixer, normed, span, state, return_map)
@@ -93,7 +93,15 @@ class DecoderBlock(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, x: Tensor, normed: Tensor, following: nn.Module, span: Span, source: Source, state: MixerState | None, return_map: bool
+        self,
+        x: Tensor,
+        normed: Tensor,
+        following: nn.Module,
+        span: Span,
+        source: Source,
+        state: MixerState | None,
+        return_map: MapWish,
+        return_cross: MapWish,
     ) -> tuple[Tensor, Tensor, AttentionMap | None, AttentionMap | None]:
         """x [N, T, d] and mixer_norm(x) -> the residual stream behind the block, `following` of it, and the maps of mixer and cross-attention.
 
@@ -105,7 +113,7 @@ class DecoderBlock(nn.Module):
         rows, sentences = normed.shape[0], source.keys.shape[0]
         if rows != sentences:
             normed = normed.view(sentences, rows // sentences * normed.shape[1], normed.shape[2])
-        mixed, cross = self.cross(normed, source.keys, source.values, source.lengths, return_map)
+        mixed, cross = self.cross(normed, source.keys, source.values, source.lengths, return_cross)
         x, normed = residual(x, mixed if rows == sentences else mixed.view(x.shape), self.dropout, self.ffn_norm)
         x, normed = residual(x, self.ffn(normed), self.dropout, following)
         return x, normed, own, cross

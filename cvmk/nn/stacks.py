@@ -55,7 +55,7 @@ class Encoder(Stack):
         normed: Tensor = norms[0](x)
         for layer, block in enumerate(self.blocks):
             state = states[layer] if states is not None else None
-            x, normed, own = block(x, normed, norms[layer + 1], span, state, maps is not None)
+            x, normed, own = block(x, normed, norms[layer + 1], span, state, maps is not None and maps.wish("encoder"))
             if hidden is not None:
                 hidden.encoder.append(x)
             if maps is not None and own is not None:
@@ -77,7 +77,8 @@ class Decoder(Stack):
         normed: Tensor = norms[0](x)
         for layer, block in enumerate(self.blocks):
             keys, values = block.cross.keys_values(memory)
-            x, normed, own, cross = block(x, normed, norms[layer + 1], span, Source(keys, values, lengths), None, maps is not None)
+            own_wish, cross_wish = (False, False) if maps is None else (maps.wish("decoder"), maps.wish("cross"))
+            x, normed, own, cross = block(x, normed, norms[layer + 1], span, Source(keys, values, lengths), None, own_wish, cross_wish)
             if hidden is not None:
                 hidden.decoder.append(x)
             if maps is not None:
@@ -91,7 +92,7 @@ class Decoder(Stack):
         normed: Tensor = norms[0](x)
         for layer, block in enumerate(self.blocks):
             keys, values = memory.cross[layer]
-            x, normed, _, cross = block(x, normed, norms[layer + 1], span, Source(keys, values, lengths), states[layer], maps is not None)
+            x, normed, _, cross = block(x, normed, norms[layer + 1], span, Source(keys, values, lengths), states[layer], False, maps is not None)
             if maps is not None:
                 maps.cross.append(cross)
         return normed

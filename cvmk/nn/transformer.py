@@ -10,9 +10,10 @@ from cvmk.config.schema import ModelConfig
 from cvmk.errors import ConfigError
 from cvmk.nn.cache import DecoderState, EncoderState, Plan
 from cvmk.nn.embeddings import Embeddings
+from cvmk.nn.linear import TiedLinear
 from cvmk.nn.memory import Memory
 from cvmk.nn.mixers import mixer_names
-from cvmk.nn.outputs import AttentionMaps, HiddenStates
+from cvmk.nn.outputs import AttentionMap, AttentionMaps, HiddenStates, Unprojected
 from cvmk.nn.positions import POSITIONS, Span
 from cvmk.nn.stacks import Decoder, Encoder
 from cvmk.nn.state import GROWS, StateTensor, row_nbytes
@@ -60,8 +61,31 @@ class CVMTransformer(nn.Module):
     ) -> tuple[Tensor, HiddenStates | None, AttentionMaps | None]:
         """`forward` without the output layer: what it reads, [B, T, d], so that a loss can be computed from it and
         `embeddings.output_matrix` without the logits (`ops.linear_kd_loss`)."""
+        return self._features(src, tgt, return_hidden, AttentionMaps() if return_attention else None)
+
+    def forward_unprojected(
+        self,
+        src: Tensor,
+        tgt: Tensor,
+        *,
+        return_hidden: bool = False,
+        return_attention: bool = False,
+        imitated: Mapping[tuple[str, int], AttentionMap] | None = None,
+    ) -> tuple[Unprojected | Tensor, HiddenStates | None, AttentionMaps | None]:
+        """`forward` whose logits nobody has made yet, but for an output layer that is more than a product by `embeddings.output_matrix`.
+
+        imitated   a teacher's maps by kind ("encoder", "decoder", "cross") and place in the student's list of that kind: attentions that can
+                   say their divergence from it while they attend (`AttentionMap.divergence`). Goes with return_attention.
+        """
+        features, hidden, maps = self._features(src, tgt, return_hidden, AttentionMaps(imitated=imitated or {}) if return_attention else None)
+        embeddings = self.embeddings
+        plain = isinstance(embeddings.projection, TiedLinear)
+        return Unprojected(features, embeddings.output_matrix) if plain else embeddings.logits(features), hidden, maps
+
+    def _features(
+        self, src: Tensor, tgt: Tensor, return_hidden: bool, maps: AttentionMaps | None
+    ) -> tuple[Tensor, HiddenStates | None, AttentionMaps | None]:
         hidden = HiddenStates() if return_hidden else None
-        maps = AttentionMaps() if return_attention else None
         memory, lengths = self._encode(src, hidden, maps)
         x, span = self._embed(self.embeddings.embed_target(tgt), Span(0, tgt.shape[1], tgt.shape[1], (tgt != self.pad_id).sum(dim=1)))
         return self.decoder(x, span, memory, lengths, hidden, maps), hidden, maps

@@ -55,7 +55,7 @@ class TrainingStep:
         self._teacher = teacher if objective.needs_teacher else None
         self._clip_norm = clip_norm
         self._lower = torch.bfloat16 if precision == "bfloat16" else None
-        self._wants = {"return_hidden": objective.needs_hidden, "return_attention": objective.needs_attention}
+        self._wants: Any = {"return_hidden": objective.needs_hidden, "return_attention": objective.needs_attention}
 
     def __call__(self, batches: Sequence[Batch], factor: float) -> StepResult:
         """One step, at `factor` times the optimiser's learning rates. A loss or a gradient that is not finite changes no weight."""
@@ -101,8 +101,10 @@ class TrainingStep:
             taught: Any = None
             if self._teacher is not None:
                 with torch.no_grad():
-                    taught = self._teacher(batch.src, batch.tgt_in, **self._wants)
-            losses: Losses = self._objective(self._model(batch.src, batch.tgt_in, **self._wants), taught, batch, normalizer=tokens)
+                    taught = self._teacher.forward_unprojected(batch.src, batch.tgt_in, **self._wants)
+            imitated = self._objective.imitated(taught)
+            found = self._model.forward_unprojected(batch.src, batch.tgt_in, imitated=imitated, **self._wants)
+            losses: Losses = self._objective(found, taught, batch, normalizer=tokens)
             return losses
 
 

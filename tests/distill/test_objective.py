@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cvmk import ops
 from cvmk.config.schema import DistillationConfig, ModelConfig
-from cvmk.distill import DistillationObjective
+from cvmk.distill import DistillationObjective, representations
 from cvmk.distill import objective as module
 from cvmk.distill.representations import Projection, hidden_distance
 from cvmk.errors import ConfigError
@@ -271,3 +272,68 @@ def test_other_errors() -> None:
     assert math.isfinite(objective(mixture=0.3, divergence="js")(ours, theirs, batch).total.item())
     with pytest.raises(ConfigError, match=r"distillation\.layer_map"):
         objective(beta=1.0, layer_map=[(1, 1)])
+
+
+def unprojected(student: CVMTransformer, teacher: CVMTransformer, batch: Batch, made: DistillationObjective) -> tuple[Any, Any]:
+    """As the training step runs the two models."""
+    with torch.no_grad():
+        theirs = teacher.forward_unprojected(batch.src, batch.tgt_in, return_hidden=True, return_attention=True)
+    imitated = made.imitated(theirs)
+    return student.forward_unprojected(batch.src, batch.tgt_in, return_hidden=True, return_attention=True, imitated=imitated), theirs
+
+
+@pytest.mark.parametrize("options", [{}, {"tie_embeddings": False}, {"attention_dropout": 0.0, "norm": "rmsnorm", "kv_heads": 1}], ids=str)
+@pytest.mark.parametrize("layers", ["uniform", [(0, 1), (0, 0)]], ids=["one to one", "one to two"])
+def test_without_logits_and_with_fused_maps_losses_and_gradients_are_the_same(options: dict[str, Any], layers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = make_batch(PAIRS, pad=1)
+    torch.manual_seed(5)
+    student, teacher = CVMTransformer(STUDENT.model_copy(update=options), VOCABULARY).double(), CVMTransformer(TEACHER, VOCABULARY).double()
+    made = objective(alpha=0.3, beta=0.7, gamma=0.2, temperature=2.0, layer_map=layers)
+    parameters = [*student.parameters(), *made.parameters()]
+    results, compared = [], []
+    monkeypatch.setattr(representations.ops, "attention_kl", lambda *a, real=ops.attention_kl, **o: compared.append(1) or real(*a, **o))
+    for run in (lambda: outputs(student, teacher, batch), lambda: unprojected(student, teacher, batch, made)):
+        compared.clear()
+        losses = made(*run(), batch)
+        results.append((losses.parts, torch.autograd.grad(losses.total, parameters)))
+    (parts, grads), (same_parts, same_grads) = results
+    assert len(compared) == (0 if layers == "uniform" else 6)
+    for name, part in parts.items():
+        torch.testing.assert_close(same_parts[name], part, rtol=1e-10, atol=1e-12)
+    for mine, other in zip(grads, same_grads, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-9, atol=1e-12)
+
+
+def test_dropped_attention_weights_are_compared_undropped() -> None:
+    """The op that attends and compares does not drop: the maps are then compared by themselves."""
+    batch = make_batch(PAIRS)
+    student, teacher = CVMTransformer(STUDENT.model_copy(update={"attention_dropout": 0.9}), VOCABULARY).double(), models()[1]
+    made = objective(gamma=1.0)
+    ours, theirs = unprojected(student.train(), teacher, batch, made)
+    assert all(found.divergence is None for kind in ("encoder", "decoder", "cross") for found in getattr(ours[2], kind))
+    assert ours[2].encoder[0].q.requires_grad and made(ours, theirs, batch).parts["attention"] > 0
+    assert unprojected(student.eval(), teacher, batch, made)[0][2].cross[0].divergence is not None
+
+
+def test_logits_of_one_side_and_hidden_states_of_the_other_are_one_loss() -> None:
+    batch = make_batch(PAIRS)
+    student, teacher = models()
+    made = objective(alpha=0.6)
+    (ours, theirs), (lazy_ours, lazy_theirs) = outputs(student, teacher, batch), unprojected(student, teacher, batch, made)
+    expected = made(ours, theirs, batch).total
+    for pair in ((lazy_ours, theirs), (ours, lazy_theirs)):
+        torch.testing.assert_close(made(*pair, batch).total, expected)
+    with pytest.raises(ValueError, match="the student's logits have 5 entries, but the vocabulary has 17"):
+        made((lazy_ours[0]._replace(matrix=torch.zeros(5, 8)), None, None), lazy_theirs, batch)
+
+
+@pytest.mark.exhaustive
+def test_losses_compile_as_one_graph() -> None:
+    batch = make_batch(PAIRS)
+    student, teacher = (model.float() for model in models())
+    made = objective(alpha=0.3, beta=0.7, gamma=0.2).float()
+
+    def losses() -> Tensor:
+        return made(*unprojected(student, teacher, batch, made), batch).total
+
+    torch.testing.assert_close(torch.compile(losses, backend="aot_eager", fullgraph=True)(), losses())

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cvmk.config import DistillationConfig, ModelConfig, OptimizerConfig
 from cvmk.distill import DistillationObjective
@@ -36,13 +38,13 @@ def corpus(pairs: int = 12) -> TokenizedCorpus:
 
 
 class Setting:
-    def __init__(self, *, teacher: bool = False, seed: int = 1, clip_norm: float = 0.0, **options: Any) -> None:
+    def __init__(self, *, teacher: bool = False, seed: int = 1, clip_norm: float = 0.0, vocabulary: int = VOCABULARY, **options: Any) -> None:
         torch.manual_seed(seed)
-        self.model = CVMTransformer(MODEL, VOCABULARY, 0)
-        self.teacher = CVMTransformer(TEACHER, VOCABULARY, 0).eval() if teacher else None
+        self.model = CVMTransformer(MODEL, vocabulary, 0)
+        self.teacher = CVMTransformer(TEACHER, vocabulary, 0).eval() if teacher else None
         distillation = DistillationConfig(beta=0.5, gamma=0.5) if teacher else DistillationConfig(alpha=0.0)
         self.objective = DistillationObjective(
-            distillation, label_smoothing=0.1, student=MODEL, teacher=TEACHER if teacher else None, vocab_size=VOCABULARY
+            distillation, label_smoothing=0.1, student=MODEL, teacher=TEACHER if teacher else None, vocab_size=vocabulary
         )
         self.optimizer = options.pop("optimizer", Optimizer(torch.optim.SGD([*self.model.parameters(), *self.objective.parameters()], lr=0.5)))
         self.step = TrainingStep(
@@ -56,6 +58,29 @@ class Setting:
 def batches(groups: Sequence[Sequence[int]]) -> list[Batch]:
     found = corpus()
     return [collate(found, group) for group in groups]
+
+
+class Sizes(TorchDispatchMode):
+    """The largest tensor that an operation made."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        found = function(*arguments, **(options or {}))
+        self.largest = max([self.largest, *(x.numel() for x in pytree.tree_leaves(found) if isinstance(x, Tensor))])
+        return found
+
+
+@pytest.mark.parametrize("teacher", [False, True])
+def test_a_step_never_makes_the_logits(teacher: bool) -> None:
+    vocabulary, rows = 20_000, 30
+    setting = Setting(teacher=teacher, vocabulary=vocabulary)
+    ids = torch.randint(4, vocabulary, (3, rows, 8))
+    lengths = torch.full((rows,), 8)
+    batch = Batch(*ids, lengths, lengths, torch.arange(rows), rows * 8)
+    with Sizes() as sizes:
+        setting.step([batch], 1.0)
+    assert vocabulary * MODEL.d_model <= sizes.largest < vocabulary * rows * 8
 
 
 @pytest.mark.parametrize("teacher", [False, True])

@@ -9,7 +9,7 @@ from cvmk import ops
 from cvmk.config.schema import ModelConfig
 from cvmk.nn.linear import Linear
 from cvmk.nn.mixers.base import Mixer
-from cvmk.nn.outputs import AttentionMap
+from cvmk.nn.outputs import AttentionMap, MapWish
 from cvmk.nn.positions import Span
 from cvmk.nn.state import GROWS, MixerState, StateLayout, StateTensor
 
@@ -45,8 +45,16 @@ class _Heads:
         assert isinstance(mixed, Tensor)
         return mixed.transpose(1, 2).flatten(2)
 
-    def map(self, q: Tensor, k: Tensor, key_lengths: Tensor | None) -> AttentionMap:
-        return AttentionMap(q, k, self.scale, self.causal, key_lengths)
+    def attend_mapped(
+        self, q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None, training: bool, wish: MapWish
+    ) -> tuple[Tensor, AttentionMap | None]:
+        """`attend` as the model says, and the map that is wished for; its divergence only where no weight is dropped, which the op does not do."""
+        if not isinstance(wish, AttentionMap) or (training and self.dropout):
+            mixed = self.attend(q, k, v, key_lengths, self.causal, training)
+            return mixed, AttentionMap(q, k, self.scale, self.causal, key_lengths) if wish else None
+        scales = {"scale": self.scale, "teacher_scale": wish.scale}
+        mixed, divergence = ops.flash_attention_distill(q, k, v, wish.q, wish.k, causal=self.causal, key_lengths=key_lengths, **scales)
+        return mixed.transpose(1, 2).flatten(2), AttentionMap(q, k, self.scale, self.causal, key_lengths, divergence)
 
 
 class SelfAttention(Mixer):
@@ -65,11 +73,11 @@ class SelfAttention(Mixer):
         q, k, v = (heads.split(part) for part in self.qkv(x).split((heads.q_width, heads.kv_width, heads.kv_width), dim=-1))
         return span.rotate(q), span.rotate(k), v
 
-    def forward(self, x: Tensor, span: Span, return_map: bool) -> tuple[Tensor, AttentionMap | None]:
+    def forward(self, x: Tensor, span: Span, return_map: MapWish) -> tuple[Tensor, AttentionMap | None]:
         q, k, v = self._project(x, span)
         lengths = None if self.causal else span.lengths  # a causal query never sees the padding to its right
-        mixed: Tensor = self.out(self.heads.attend(q, k, v, lengths, self.causal, self.training))
-        return mixed, self.heads.map(q, k, lengths) if return_map else None
+        mixed, found = self.heads.attend_mapped(q, k, v, lengths, self.training, return_map)
+        return self.out(mixed), found
 
     def state_layout(self, dtype: torch.dtype) -> StateLayout:
         return self.heads.layout(dtype)
@@ -105,8 +113,8 @@ class CrossAttention(nn.Module):
         k, v = self.key_value(memory).chunk(2, dim=-1)
         return self.heads.split(k), self.heads.split(v)
 
-    def forward(self, x: Tensor, keys: Tensor, values: Tensor, lengths: Tensor | None, return_map: bool) -> tuple[Tensor, AttentionMap | None]:
+    def forward(self, x: Tensor, keys: Tensor, values: Tensor, lengths: Tensor | None, return_map: MapWish) -> tuple[Tensor, AttentionMap | None]:
         """x [B, T, d] over keys and values [B, Hkv, S, D], of which the first lengths [B] (None: all) are real -> [B, T, d]."""
         q = self.heads.split(self.query(x))
-        mixed: Tensor = self.out(self.heads.attend(q, keys, values, lengths, False, self.training))
-        return mixed, self.heads.map(q, keys, lengths) if return_map else None
+        mixed, found = self.heads.attend_mapped(q, keys, values, lengths, self.training, return_map)
+        return self.out(mixed), found

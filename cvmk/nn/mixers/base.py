@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cvmk.config.schema import ModelConfig
-from cvmk.nn.outputs import AttentionMap
+from cvmk.nn.outputs import AttentionMap, MapWish
 from cvmk.nn.positions import Span
 from cvmk.nn.state import MixerState, StateLayout
 
@@ -32,8 +32,11 @@ class Mixer(nn.Module, ABC):
         self.causal = causal
 
     @abstractmethod
-    def forward(self, x: Tensor, span: Span, return_map: bool) -> tuple[Tensor, AttentionMap | None]:
+    def forward(self, x: Tensor, span: Span, return_map: MapWish) -> tuple[Tensor, AttentionMap | None]:
         """x [B, T, d], whole sequences that stand as `span` says -> [B, T, d] and, where asked for and there is one, the attention map.
+
+        A `return_map` that is a teacher's map may be compared with while attending: the map then says the divergence. It is computed
+        from the map where that does not.
 
         Padding (behind span.lengths) must not reach real positions; what is returned for it is open. span.rotate turns queries
         and keys where positions are rotary, and a mixer without any need not call it.
