@@ -1,10 +1,12 @@
 // Binds the engine: a model made of named arrays, requests in, events out. Python decides nothing here; cvmk/inference/native_engine.py does.
-#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <functional>
 #include <memory>
+#include <numeric>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -64,12 +66,13 @@ struct PythonEngine {
 PythonEngine make(const py::dict& config, const py::dict& weights, const std::string& compute, int threads, std::int64_t budget) {
   RawTensors tensors;
   for (const auto& [name, value] : weights) {
-    const auto pair = value.cast<std::pair<std::string, py::array>>();
-    const py::array& array = pair.second;
-    if (!(array.flags() & py::array::c_style)) throw BadModel("the weight " + name.cast<std::string>() + " is not contiguous");
-    RawTensor tensor{array.data(), dtype_named(pair.first), {}};
-    if (array.itemsize() != size_of(tensor.dtype)) throw BadModel("the weight " + name.cast<std::string>() + " is not an array of " + pair.first);
-    for (py::ssize_t i = 0; i < array.ndim(); ++i) tensor.shape.push_back(array.shape(i));
+    const auto [dtype, buffer, shape] = value.cast<std::tuple<std::string, py::object, std::vector<std::int64_t>>>();
+    Py_buffer view;
+    if (PyObject_GetBuffer(buffer.ptr(), &view, PyBUF_SIMPLE) != 0) throw py::error_already_set();  // what is not contiguous
+    RawTensor tensor{view.buf, dtype_named(dtype), shape};
+    const std::int64_t bytes = view.len, size = std::accumulate(shape.begin(), shape.end(), size_of(tensor.dtype), std::multiplies<>());
+    PyBuffer_Release(&view);  // `weights` keeps what it belongs to
+    if (bytes != size) throw BadModel("has " + std::to_string(bytes) + " bytes for " + name.cast<std::string>() + ", whose shape asks for " + std::to_string(size));
     tensors.emplace(name.cast<std::string>(), std::move(tensor));
   }
   const Config read = read_config(config);

@@ -71,7 +71,7 @@ class Line:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from cvmk.config.schema import MAX_THREADS
+    from cvmk.config.section import MAX_THREADS
     from cvmk.inference.options import SearchOptions, scalar_options
 
     search = {option.name: getattr(arguments, option.name) for option in scalar_options() if option.name != "prefix_bias"}  # nothing here has a prefix

@@ -13,7 +13,7 @@ from cvmk.config.data import CorpusConfig, DataConfig, TokenizerConfig
 from cvmk.config.distillation import DistillationConfig, Divergence, LayerMap, SequenceLevelConfig
 from cvmk.config.model import Mixer, ModelConfig
 from cvmk.config.optimizer import OptimizerConfig, ScheduleConfig, Share
-from cvmk.config.section import BY_CONTENT, MAY_CHANGE, TABLES_MUST_MATCH, Document, Section
+from cvmk.config.section import BY_CONTENT, MAX_THREADS, MAY_CHANGE, TABLES_MUST_MATCH, Document, Section
 from cvmk.config.training import GuardConfig, Metric, TrainingConfig, ValidationConfig
 
 __all__ = [
@@ -40,7 +40,6 @@ __all__ = [
     "ValidationConfig",
 ]
 
-MAX_THREADS = 1024
 
 class RunConfig(Section):
     folder: Annotated[str, MAY_CHANGE] = Field(

@@ -11,6 +11,9 @@ from typing import Any, ClassVar
 from pydantic import BaseModel, ConfigDict
 from pydantic.fields import FieldInfo
 
+MAX_THREADS = 1024
+"""The most threads that anything may be given."""
+
 
 class Section(BaseModel):
     """A table of the TOML file. Unknown keys are errors, values are not coerced across types."""

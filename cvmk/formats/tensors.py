@@ -1,4 +1,4 @@
-"""Tensors of a safetensors file, mapped into memory and checked, without torch.
+"""Tensors of a safetensors file, mapped into memory and checked, without torch and, as long as nobody asks for arrays, without numpy.
 
 The file is: length of the header (8 bytes, little-endian), header (JSON: name -> dtype, shape, data_offsets; and `__metadata__`), data. The
 offsets count from the end of the header, and the tensors fill the data without gaps, so a truncated file is told by its size.
@@ -7,10 +7,13 @@ https://github.com/huggingface/safetensors#format
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
-from dataclasses import dataclass
+import mmap
+import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,27 +21,39 @@ from cvmk.errors import DataError
 from cvmk.files import explained
 
 if TYPE_CHECKING:
-    import numpy as np  # it takes long to import: only where a file is read
+    import numpy as np
 
 REMEDY = "restore it or save the model again"
 _HEADER_LIMIT = 100_000_000  # bytes; the format's own
+_DIMENSIONS_LIMIT, _SIZE_LIMIT = 64, 2**63  # of a shape; numpy's
 _DTYPES = {
     "BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "U32": "uint32", "I32": "int32", "U64": "uint64", "I64": "int64",
     "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64",
 }  # fmt: skip
 """The file's name of a dtype, and everybody else's."""
+_ITEMSIZE = {code: 1 if code == "BOOL" else int(code.lstrip("BFIU")) // 8 for code in _DTYPES}
+_BITS = {"bfloat16": "uint16"}
+"""What numpy has in the place of a dtype that it lacks."""
 
 
-@dataclass(frozen=True)
 class RawTensor:
-    """A tensor in a mapped file. `data` is read-only, of the tensor's shape, and in numpy's dtype, but bfloat16, which numpy lacks: its bits in uint16."""
+    """A tensor in memory, most often of a mapped file: its dtype and shape, and as `buffer` its bytes, contiguous, without a copy.
 
-    dtype: str
-    data: np.ndarray
+    Made of an array, or of a buffer and the shape.
+    """
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.data.shape
+    def __init__(self, dtype: str, buffer: np.ndarray | memoryview, shape: Sequence[int] | None = None) -> None:
+        self.dtype, self.buffer, self.shape = dtype, buffer, tuple(buffer.shape or () if shape is None else shape)
+
+    @functools.cached_property
+    def data(self) -> np.ndarray:
+        """The values, read-only where they are a file's, in numpy's dtype, but bfloat16, which numpy lacks: its bits in uint16."""
+        import numpy as np  # it takes long to import, and megabytes: the native engine does without
+
+        if isinstance(self.buffer, np.ndarray):
+            return self.buffer
+        dtype = np.dtype(_BITS.get(self.dtype, self.dtype))
+        return np.frombuffer(self.buffer, dtype).reshape(self.shape) if self.buffer.nbytes else np.empty(self.shape, dtype)
 
     @property
     def is_float(self) -> bool:
@@ -58,52 +73,53 @@ def read_tensors(file: Path, checksum: str | None = None, remedy: str = REMEDY) 
 
     The file stays mapped while a tensor lives; it must be replaced, never rewritten in place.
     """
-    import numpy as np
-
     if not file.is_file():
         raise DataError(f"{file} is missing: {remedy}")
-    with explained(file, "read"):
-        data = np.memmap(file, dtype=np.uint8, mode="r") if file.stat().st_size else np.empty(0, dtype=np.uint8)
+    with explained(file, "read"), open(file, "rb") as opened:
+        data = memoryview(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) if os.fstat(opened.fileno()).st_size else b"")
     try:
         tensors = _parse(data)
-    except (ValueError, OverflowError) as error:  # numpy refuses shapes that the format allows
+    except _Corrupt as error:
         raise DataError(f"{file} is truncated or corrupt ({error}): {remedy}") from error
-    if checksum is not None and hashlib.sha256(data.data).hexdigest() != checksum:
+    if checksum is not None and hashlib.sha256(data).hexdigest() != checksum:
         raise DataError(f"{file} is corrupt (its checksum is not the one in the manifest): {remedy}")
     return tensors
+
+
+def let_go(tensors: Iterable[RawTensor]) -> None:
+    """Take the pages of mapped files out of this process's memory; what is read again comes back by itself, most often from the system's cache."""
+    owners = {id(owner): owner for tensor in tensors if isinstance(owner := getattr(tensor.buffer, "obj", None), mmap.mmap)}
+    for owner in owners.values() if hasattr(mmap, "MADV_DONTNEED") else ():
+        owner.madvise(mmap.MADV_DONTNEED)
 
 
 class _Corrupt(ValueError):
     """What is wrong with a file."""
 
 
-def _parse(data: np.ndarray) -> dict[str, RawTensor]:
-    import numpy as np
-
+def _parse(data: memoryview) -> dict[str, RawTensor]:
     header, body = _header(data)
     entries = sorted((_entry(name, value) for name, value in header.items() if name != "__metadata__"), key=lambda entry: entry[3:])
     tensors, end = {}, 0
     for name, code, shape, begin, stop in entries:
         if begin != end:
             raise _Corrupt(f"the tensor {name} begins at byte {begin} of the data and not at {end}")
-        name_of_dtype = _DTYPES[code]
-        dtype = np.dtype("uint16" if name_of_dtype == "bfloat16" else name_of_dtype)
-        if stop - begin != math.prod(shape) * dtype.itemsize:
+        if stop - begin != math.prod(shape) * _ITEMSIZE[code]:
             raise _Corrupt(f"the tensor {name} has {stop - begin} bytes, which is not the size of its shape {list(shape)}")
         if stop > len(body):
             raise _Corrupt(f"the tensor {name} ends at byte {stop} of the data, which has {len(body)}")
-        tensors[name] = RawTensor(name_of_dtype, np.ndarray(shape, dtype, body, offset=begin) if stop > begin else np.empty(shape, dtype))
+        tensors[name] = RawTensor(_DTYPES[code], body[begin:stop], shape)
         end = stop
     if end != len(body):
         raise _Corrupt(f"its tensors fill {end} bytes and the data has {len(body)}")
     return tensors
 
 
-def _header(data: np.ndarray) -> tuple[dict[str, Any], np.ndarray]:
+def _header(data: memoryview) -> tuple[dict[str, Any], memoryview]:
     """The header's content, and the data behind it."""
     if len(data) < 8:
         raise _Corrupt(f"it has {len(data)} bytes")
-    length = int.from_bytes(data[:8].tobytes(), "little")
+    length = int.from_bytes(data[:8], "little")
     if length > min(len(data) - 8, _HEADER_LIMIT):
         raise _Corrupt("its header is cut off, or it is no safetensors file")
     try:
@@ -133,4 +149,6 @@ def _entry(name: str, value: Any) -> tuple[str, str, tuple[int, ...], int, int]:
         raise _Corrupt(f"the tensor {name} has the unknown dtype {code!r}")
     if not all(type(number) is int and number >= 0 for number in numbers) or end < begin:
         raise _Corrupt(f"its header does not describe the tensor {name}")
+    if len(shape) > _DIMENSIONS_LIMIT or math.prod(filter(None, shape)) * _ITEMSIZE[code] >= _SIZE_LIMIT:
+        raise _Corrupt(f"the tensor {name} has a shape that no memory holds")
     return name, code, shape, begin, end

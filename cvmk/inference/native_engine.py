@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from cvmk import libraries
+from cvmk.config.section import MAX_THREADS
 from cvmk.errors import ConfigError, DataError
 from cvmk.formats import Manifest
 from cvmk.formats.folder import WEIGHTS, read_model_weights
-from cvmk.formats.tensors import RawTensor
+from cvmk.formats.tensors import RawTensor, let_go
 from cvmk.inference.engine import Event, Finished, Partial, Request, check_pieces, check_request
 from cvmk.inference.options import BROKEN, Hypothesis, SearchOptions
 from cvmk.inference.shortlist import Shortlist, load_shortlist, wanted
@@ -103,13 +104,16 @@ class NativeEngine:
         for name, number in (("threads", threads), ("max_batch_tokens", max_batch_tokens), ("max_sessions", max_sessions)):
             if number is not None and number < 1:
                 raise ConfigError(f"{name} is {number}, and must be at least 1")
+        if threads is not None and threads > MAX_THREADS:
+            raise ConfigError(f"threads is {threads}, and must be at most {MAX_THREADS}")
         model = manifest.model
         config = {**model.model_dump(), "kv_heads": model.kv_heads or model.heads, "vocab_size": manifest.vocab_size}
-        given = {name: (tensor.dtype, tensor.data) for name, tensor in weights.items()}
+        given = {name: (tensor.dtype, tensor.buffer, tensor.shape) for name, tensor in weights.items()}
         library, reason = libraries.load("_native", "native")
         if library is None:
             raise ConfigError(f"the native engine needs the native library: {reason}")
         self._engine = library.Engine(config, given, compute_type, threads or default_threads(), max_batch_tokens)
+        let_go(weights.values())  # all but embeddings is packed by now
         self._max_length, self._vocab_size = model.max_length, manifest.vocab_size
         self._lock = threading.Lock()
         self._max_sessions, self._shortlist = max_sessions, shortlist

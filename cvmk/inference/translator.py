@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from cvmk.config.section import MAX_THREADS
 from cvmk.errors import ConfigError, DataError
 from cvmk.formats import load_model_tokenizer, read_model_manifest
 from cvmk.inference import engines
@@ -74,8 +75,8 @@ class Translator:
         self, path: str | os.PathLike[str], device: str = "cpu", compute_type: str = "auto", *, engine: str = "auto", threads: int | None = None
     ) -> None:
         folder, manifest, self.info = read_model_manifest(path)
-        if threads is not None and threads < 1:
-            raise ConfigError(f"threads is {threads}, and must be at least 1")
+        if threads is not None and not 1 <= threads <= MAX_THREADS:
+            raise ConfigError(f"threads is {threads}, and must be between 1 and {MAX_THREADS}")
         self.tokenizer = load_model_tokenizer(folder, manifest)
         name, self.engine = engines.build(folder, manifest, device, compute_type, engine, threads)
         self._explain: Callable[[], list[EngineAnswer]] = lambda: engines.explain(manifest, device, compute_type, name)

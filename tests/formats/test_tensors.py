@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save
 
 from cvmk.errors import DataError
-from cvmk.formats.tensors import read_tensors
+from cvmk.formats.tensors import let_go, read_tensors
 from cvmk.formats.torch_weights import read_weights
 
 DTYPES = (
@@ -67,6 +67,21 @@ def test_tensors_do_not_change_with_the_file(tmp_path: Path) -> None:
     assert found.tolist() == [2, 2, 2, 2]
 
 
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="the system does not tell which pages of a file are in memory")
+def test_pages_that_are_let_go(tmp_path: Path) -> None:
+    file = tmp_path / "weights"
+    file.write_bytes(save({"x": torch.ones(2**20), "y": torch.zeros(0)}))
+
+    def resident() -> int:
+        text = Path("/proc/self/smaps").read_text().split(str(file))[1]
+        return int(text.split("Rss:")[1].split()[0]) << 10
+
+    tensors = read_tensors(file)
+    assert tensors["x"].data.sum() == 2**20 and resident() > 2**22
+    let_go(tensors.values())
+    assert resident() < 2**16 and tensors["x"].data.sum() == 2**20
+
+
 ONE = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 BAD = {
     "nothing": (b"", b"", "0 bytes"),
@@ -88,6 +103,7 @@ BAD = {
     "a gap": ({"a": ONE, "b": {**ONE, "data_offsets": [12, 20]}}, bytes(20), "begins at byte 12 of the data and not at 8"),
     "an overlap": ({"a": ONE, "b": {**ONE, "data_offsets": [4, 12]}}, bytes(12), "begins at byte 4 of the data and not at 8"),
     "a huge empty shape": ({"a": {**ONE, "shape": [2**63, 0], "data_offsets": [0, 0]}}, b"", "corrupt"),
+    "a huge empty shape of small sizes": ({"a": {**ONE, "shape": [2**40, 2**40, 0], "data_offsets": [0, 0]}}, b"", "no memory holds"),
     "too many dimensions": ({"a": {**ONE, "shape": [1] * 100 + [2]}}, bytes(8), "corrupt"),
 }
 

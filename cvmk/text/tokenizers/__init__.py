@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from cvmk.config.schema import TokenizerConfig
 from cvmk.errors import ConfigError, DataError
 from cvmk.files import read_json
 from cvmk.text.tokenizers.base import DESCRIPTION, FORMATS, Tokenizer, corrupt
+
+if TYPE_CHECKING:
+    from cvmk.config.data import TokenizerConfig
 
 __all__ = ["Tokenizer", "load_tokenizer", "train_tokenizer"]
 

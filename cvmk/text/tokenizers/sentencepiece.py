@@ -14,14 +14,17 @@ import random
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import sentencepiece
 
-from cvmk.config.schema import TokenizerConfig
 from cvmk.errors import ConfigError, DataError
 from cvmk.files import read_bytes, write_bytes
 from cvmk.text.tokenizers.base import Tokenizer, corrupt, read_normalization, without_surrogates, write_description
 from cvmk.text.tokenizers.normalization import IDENTITY, RULES
+
+if TYPE_CHECKING:
+    from cvmk.config.data import TokenizerConfig
 
 MODEL = "tokenizer.model"
 TRAINING_SENTENCES = 2_000_000  # more do not improve a vocabulary; beyond it a seeded sample is taken
