@@ -61,7 +61,7 @@ cvmk_kernels(cvmk_cpu scan base avx2 avx512)  # a scan has no matrix products
 cvmk_kernels(cvmk_cpu cached base avx2 avx512)
 cvmk_kernels(cvmk_cpu norm base avx2 avx512)
 cvmk_kernels(cvmk_cpu vocabulary base avx2 avx512)
-set(CVMK_BINDINGS attention distill engine gemm scan)
+set(CVMK_BINDINGS attention distill engine gemm norm scan)
 list(TRANSFORM CVMK_BINDINGS REPLACE "(.+)" "csrc/bindings/\\1.cpp")
 find_package(Threads REQUIRED)
 target_link_libraries(cvmk_cpu PUBLIC Threads::Threads)

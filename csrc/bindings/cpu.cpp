@@ -19,6 +19,7 @@ void bind_distill(py::module_& m);
 void bind_engine(py::module_& m);
 void bind_gemm(py::module_& m);
 void bind_memory(py::module_& m);
+void bind_norm(py::module_& m);
 void bind_scan(py::module_& m);
 
 namespace {
@@ -153,5 +154,6 @@ PYBIND11_MODULE(_native, m) {
   bind_engine(m);
   bind_gemm(m);
   bind_memory(m);
+  bind_norm(m);
   bind_scan(m);
 }

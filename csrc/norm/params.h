@@ -3,6 +3,7 @@
 
 #include <stdint.h>
 
+#include "common/dtype.h"
 #include "common/kernel.h"
 
 namespace cvmk::norm {
@@ -19,8 +20,42 @@ struct Residual {
   bool rms;
 };
 
+// Contiguous elements of any floating type but float64; null where there are none.
+struct Elements {
+  void* data;
+  Dtype dtype;
+};
+
+// What both passes of training share: rows [rows, n], and dropout of the branch (common/dropout.h; one group, rows and columns counted from 0).
+struct Shape {
+  int64_t rows, n;
+  Elements weight;  // [n]
+  float keep_factor;
+  uint32_t dropout_key, dropout_limit;
+  bool rms;
+};
+
+// sum = x + dropout(branch), rounded to its type, and normed = norm(sum) with the statistics of each row. Without a branch there is no sum, and normed = norm(x).
+struct ResidualForward {
+  Shape shape;
+  Elements x, branch, bias, sum, normed;  // bias [n] or null
+  float* stats;                           // [2, rows]: means (0 for rms), then 1 / sqrt(variance + epsilon); or null
+  float epsilon;
+};
+
+// The gradients of x and branch, those of weight and bias summed over the rows; each null where it is not wanted. cvmk/ops/residual_norm.py has the formulas.
+struct ResidualBackward {
+  Shape shape;
+  Elements sum;                    // x, where there is no branch
+  Elements grad_sum, grad_normed;  // null: 0
+  Elements dx, dbranch, dweight, dbias;
+  const float* stats;
+};
+
 struct Kernels {
   Kernel<Residual> residual;
+  Kernel<ResidualForward> forward;
+  Kernel<ResidualBackward> backward;
 };
 const Kernels& kernels(IsaLevel level);
 const Kernels& kernels();

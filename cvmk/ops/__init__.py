@@ -14,6 +14,7 @@ from cvmk.ops.int8_linear import int8_linear
 from cvmk.ops.kd_loss import kd_loss
 from cvmk.ops.linear_kd_loss import linear_kd_loss
 from cvmk.ops.quantize import QuantizedWeight, quantize_int4, quantize_int8
+from cvmk.ops.residual_norm import residual_norm
 from cvmk.ops.selective_scan import selective_scan, selective_state_update
 from cvmk.ops.sketch import CVMSketch
 
@@ -33,6 +34,7 @@ __all__ = [
     "linear_kd_loss",
     "quantize_int4",
     "quantize_int8",
+    "residual_norm",
     "selective_scan",
     "selective_state_update",
     "use",

@@ -103,6 +103,10 @@ def _linear_kd(normal: Normal) -> Call:
     return "512 rows, 128 and 256 to 8000, bfloat16", tensors, {"temperature": 2.0}
 
 
+def _residual(normal: Normal) -> Call:
+    return "2048 rows of 512, dropout 0.1, bfloat16", (normal(2048, 512), normal(2048, 512), normal(512), normal(512)), {"dropout_p": 0.1}
+
+
 CASES: dict[str, Callable[[Normal], Call]] = {
     "flash_attention": _attention,
     "flash_attention_distill": _distilled,
@@ -113,4 +117,5 @@ CASES: dict[str, Callable[[Normal], Call]] = {
     "int4_linear": _int4,
     "kd_loss": _kd,
     "linear_kd_loss": _linear_kd,
+    "residual_norm": _residual,
 }

@@ -329,6 +329,14 @@ def _linear_kd(make: _Maker) -> Iterator[Case]:
     )
 
 
+def _residual(make: _Maker) -> Iterator[Case]:
+    t = {"x": make.normal(3, 11, 70), "branch": make.normal(3, 11, 70), "weight": make.normal(70, dtype=torch.float32)}
+    t["bias"] = make.normal(70, dtype=torch.float32)
+    yield Case(f"33 rows of 70, layer, {make.name}", t, lambda t: ops.residual_norm(**t), tuple(t), 0.1)
+    t = {"x": make.normal(33, 70), "weight": make.normal(70)}
+    yield Case(f"33 rows of 70, the norm alone, rms, {make.name}", t, lambda t: ops.residual_norm(t["x"], None, t["weight"], norm="rms")[1], tuple(t), 0.1)
+
+
 CASES: dict[str, Callable[[_Maker], Iterator[Case]]] = {
     "flash_attention": _attention,
     "flash_attention_distill": _distilled,
@@ -340,4 +348,5 @@ CASES: dict[str, Callable[[_Maker], Iterator[Case]]] = {
     "kd_loss": _kd,
     "kd_loss_in_place": _in_place,
     "linear_kd_loss": _linear_kd,
+    "residual_norm": _residual,
 }

@@ -78,6 +78,10 @@ def _linear_kd_loss(backend: str) -> tuple[Tensors, Callable[..., Any]]:
     return tensors | {"target": torch.tensor([1, 0, 6])}, ops.linear_kd_loss
 
 
+def _residual_norm(backend: str) -> tuple[Tensors, Callable[..., Any]]:
+    return {"x": _normal(3, 16), "branch": _normal(3, 16), "weight": _normal(16), "bias": _normal(16)}, ops.residual_norm
+
+
 CASES: dict[str, Callable[[str], tuple[Tensors, Callable[..., Any]]]] = {
     "flash_attention": _attention,
     "flash_attention_distill": _attention_distill,
@@ -88,6 +92,7 @@ CASES: dict[str, Callable[[str], tuple[Tensors, Callable[..., Any]]]] = {
     "int4_linear": _int4,
     "kd_loss": _kd_loss,
     "linear_kd_loss": _linear_kd_loss,
+    "residual_norm": _residual_norm,
 }
 
 

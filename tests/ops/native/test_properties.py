@@ -191,6 +191,23 @@ def linear(draw: Draw, bits: int) -> Case:
     return Case(t, lambda t: ops.int4_linear(t["x"], ops.quantize_int4(weight, group), t.get("bias"), activation=activation), (), ("x",))
 
 
+def residual_norm(draw: Draw) -> Case:
+    lead, n = draw.one_of([(1,), (7,), (70,), (0,), (3, 12)]), draw.size(1, 2, 16, 33, 130)
+    weights = draw.one_of((draw.dtype, torch.float32))
+    t = {"x": draw.normal(*lead, n), "weight": draw.normal(n, dtype=weights)}
+    if draw.yes():
+        t["branch"] = draw.normal(*lead, n, dtype=draw.one_of((draw.dtype, torch.bfloat16)))
+    if draw.yes():
+        t["bias"] = draw.normal(n, dtype=weights)
+    p, norm, eps = draw.one_of((0.0, 0.1, 0.999)), draw.one_of(("layer", "rms")), draw.one_of((1e-5, 1e-2))
+
+    def call(t: dict[str, Tensor]) -> Any:
+        torch.manual_seed(7)
+        return ops.residual_norm(t["x"], t.get("branch"), t["weight"], t.get("bias"), norm=norm, eps=eps, dropout_p=p)
+
+    return Case(t, call, tuple(t), ("x", *(("branch",) if "branch" in t else ())), 0.1)
+
+
 CASES: dict[str, Callable[[Draw], Case]] = {
     "attention": attention,
     "distilled attention": distilled_attention,
@@ -198,6 +215,7 @@ CASES: dict[str, Callable[[Draw], Case]] = {
     "step": step,
     "kd_loss": kd_loss,
     "linear_kd_loss": linear_kd_loss,
+    "residual_norm": residual_norm,
     "int8_linear": lambda draw: linear(draw, 8),
     "int4_linear": lambda draw: linear(draw, 4),
 }
