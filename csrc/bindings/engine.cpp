@@ -5,6 +5,7 @@
 #include <functional>
 #include <memory>
 #include <numeric>
+#include <set>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -21,9 +22,9 @@ using namespace cvmk;
 using namespace cvmk::engine;
 
 Dtype dtype_named(const std::string& name) {
-  for (const Dtype dtype : {kFloat32, kBFloat16, kFloat16, kFloat64})
+  for (const Dtype dtype : {kFloat32, kBFloat16, kFloat16, kFloat64, kInt8, kUint8, kInt32})
     if (name == name_of(dtype)) return dtype;
-  throw BadModel("has weights in " + name + ", which is no floating type: restore it or save the model again");
+  throw BadModel("has weights in " + name + ", which no weight is stored in: restore it or save the model again");
 }
 
 template <typename T>
@@ -63,7 +64,7 @@ struct PythonEngine {
   std::unique_ptr<Engine> engine;
 };
 
-PythonEngine make(const py::dict& config, const py::dict& weights, const std::string& compute, int threads, std::int64_t budget) {
+PythonEngine make(const py::dict& config, const py::dict& weights, const std::string& compute, int threads, std::int64_t budget, const std::set<std::string>& tokens) {
   RawTensors tensors;
   for (const auto& [name, value] : weights) {
     const auto [dtype, buffer, shape] = value.cast<std::tuple<std::string, py::object, std::vector<std::int64_t>>>();
@@ -80,7 +81,7 @@ PythonEngine make(const py::dict& config, const py::dict& weights, const std::st
   PythonEngine made{weights, nullptr};
   {
     const py::gil_scoped_release release;
-    made.engine = std::make_unique<Engine>(read, tensors, type, threads, Budget{budget, 512});
+    made.engine = std::make_unique<Engine>(read, tensors, type, threads, Budget{budget, 512}, tokens);
   }
   return made;
 }
@@ -160,7 +161,8 @@ void bind_engine(py::module_& m) {
   py::class_<GrowingSource, std::shared_ptr<GrowingSource>>(m, "GrowingSource", "What an engine keeps of a source that grows")
       .def_property_readonly("kept", &GrowingSource::kept, "positions of the last source that had been encoded before");
   py::class_<PythonEngine>(m, "Engine", "An encoder-decoder that translates piece ids; see cvmk/inference/native_engine.py")
-      .def(py::init(&make), "config"_a, "weights"_a, "compute_type"_a, "threads"_a, "budget"_a)
+      .def(py::init(&make), "config"_a, "weights"_a, "compute_type"_a, "threads"_a, "budget"_a,
+           "tokens"_a = std::set<std::string>())
       .def("submit",
            [](PythonEngine& e, std::int64_t id, const py::tuple& request, bool partial, double timeout) {
              e.engine->submit(id, read_request(request), partial, timeout);

@@ -9,8 +9,8 @@ namespace {
 
 }  // namespace
 
-Engine::Engine(const Config& config, const RawTensors& tensors, Compute compute, int threads, Budget budget)
-    : model_(config, tensors, compute), budget_(budget), pool_(threads), submitted_(model_, memory_, threads, budget) {}
+Engine::Engine(const Config& config, const RawTensors& tensors, Compute compute, int threads, Budget budget, const std::set<std::string>& tokens)
+    : model_(config, tensors, compute, tokens), budget_(budget), pool_(threads), submitted_(model_, memory_, threads, budget) {}
 
 void Engine::submit(std::int64_t id, Request request, bool partial, double timeout) {
   submitted_.submit(id, std::move(request), partial, timeout > 0.0 ? Scheduler::now() + timeout : 0.0);

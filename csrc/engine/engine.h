@@ -3,6 +3,7 @@
 
 #include <functional>
 #include <mutex>
+#include <set>
 #include <stdexcept>
 
 #include "engine/scheduler.h"
@@ -16,7 +17,7 @@ struct Interrupted : std::runtime_error {
 class Engine {
  public:
   // threads: at least 1, the caller's among them.
-  Engine(const Config& config, const RawTensors& tensors, Compute compute, int threads, Budget budget);
+  Engine(const Config& config, const RawTensors& tensors, Compute compute, int threads, Budget budget, const std::set<std::string>& tokens = {});
 
   const Model& model() const { return model_; }
   int threads() const { return pool_.size(); }

@@ -26,31 +26,66 @@ char* Workspace::get(std::int64_t bytes) {
 }
 
 // -- weights ------------------------------------------------------------------------------------------------------------------------
-const RawTensor& Model::find(const RawTensors& tensors, const std::string& name, const std::vector<std::int64_t>& shape) {
+const RawTensor& Model::find(const Weights& weights, const std::string& name, const std::vector<std::int64_t>& shape, Dtype dtype) {
   found_.insert(name);
-  const auto found = tensors.find(name);
-  if (found == tensors.end()) throw BadModel("lacks the tensor " + name + ": it does not belong to config.json; restore both");
+  const auto found = weights.tensors.find(name);
+  if (found == weights.tensors.end()) throw BadModel("lacks the tensor " + name + ": it does not belong to config.json; restore both");
   const auto text = [](const std::vector<std::int64_t>& sizes) {
     std::string s = "[";
     for (std::size_t i = 0; i < sizes.size(); ++i) s += (i == 0 ? "" : ", ") + std::to_string(sizes[i]);
     return s + "]";
   };
   if (found->second.shape != shape) throw BadModel("has " + name + " of shape " + text(found->second.shape) + " where config.json asks for " + text(shape) + ": restore both");
-  check_finite(name, found->second);
+  const Dtype own = found->second.dtype;
+  const bool floating = own == kFloat32 || own == kBFloat16 || own == kFloat16 || own == kFloat64;
+  if (dtype == kNoDtype ? !floating : own != dtype)
+    throw BadModel("has " + name + " in " + name_of(own) + " where config.json asks for " + (dtype == kNoDtype ? "a floating type" : name_of(dtype)) + ": restore both");
+  if (floating) check_finite(name, found->second);
   return found->second;
 }
 
-Model::Model(const Config& config, const RawTensors& tensors, Compute compute) : config_(config) {
+StoredWeight Model::stored(const Weights& weights, const std::string& name, const std::string& smooth, std::int64_t outputs, std::int64_t inputs) {
+  const auto has = [&](const std::string& other) { return weights.tensors.count(other) != 0; };
+  const bool eight = weights.tensors.at(name + ".values").dtype == kInt8;
+  StoredWeight w{};
+  w.tokens = weights.tokens.count(name) != 0;
+  w.values = find(weights, name + ".values", {outputs, eight ? inputs : inputs / 2}, eight ? kInt8 : kUint8);
+  if (has(smooth)) w.smooth = find(weights, smooth, {inputs}, kFloat32);
+  if (eight) {
+    w.scales = find(weights, name + ".scales", {outputs}, kFloat32);
+    check_values(w, name);
+    return w;
+  }
+  const auto scales = weights.tensors.find(name + ".scales");
+  const std::int64_t groups = scales != weights.tensors.end() && scales->second.shape.size() == 2 ? scales->second.shape[1] : 1;
+  w.scales = find(weights, name + ".scales", {outputs, groups}, kFloat32);
+  if (has(name + ".zeros")) w.zeros = find(weights, name + ".zeros", {outputs, groups}, kUint8);
+  if (has(name + ".order")) w.order = find(weights, name + ".order", {inputs}, kInt32);
+  if (groups < 1 || inputs % groups != 0 || inputs / groups % 32 != 0 || (w.tokens && (w.zeros.data != nullptr || w.order.data != nullptr)))
+    throw BadModel("has 4-bit values in " + name + " whose groups or zeros the native engine does not have: restore it or save the model again");
+  check_values(w, name);
+  return w;
+}
+
+Model::Table Model::table(const Weights& weights, const std::string& name) {
+  const std::int64_t d = config_.d_model;
+  if (is_stored(weights, name)) return {{}, stored(weights, name, "", config_.vocabulary, d)};
+  return {find(weights, name, {config_.vocabulary, d}), {}};
+}
+
+Model::Model(const Config& config, const RawTensors& tensors, Compute compute, const std::set<std::string>& tokens) : config_(config) {
+  const Weights weights{tensors, compute, tokens};
   const std::int64_t d = config.d_model;
-  source_table_ = find(tensors, "embeddings.source", {config.vocabulary, d});
-  target_table_ = config.tied ? source_table_ : find(tensors, "embeddings.target", {config.vocabulary, d});
-  output_ = Linear(config.tied ? source_table_ : find(tensors, "embeddings.output", {config.vocabulary, d}), nullptr, compute, gemm::kNone);
+  source_table_ = table(weights, "embeddings.source");
+  target_table_ = config.tied ? source_table_ : table(weights, "embeddings.target");
+  const Table output = config.tied ? source_table_ : table(weights, "embeddings.output");
+  output_ = output.floats.data != nullptr ? Linear(output.floats, nullptr, compute, gemm::kNone) : Linear(output.stored, nullptr, gemm::kNone);
   weight_bytes_ += output_.bytes();
-  for (std::int64_t i = 0; i < config.encoder_layers; ++i) encoder_.push_back(block(tensors, "encoder.blocks." + std::to_string(i), false, compute));
-  for (std::int64_t i = 0; i < config.decoder_layers; ++i) decoder_.push_back(block(tensors, "decoder.blocks." + std::to_string(i), true, compute));
+  for (std::int64_t i = 0; i < config.encoder_layers; ++i) encoder_.push_back(block(weights, "encoder.blocks." + std::to_string(i), false));
+  for (std::int64_t i = 0; i < config.decoder_layers; ++i) decoder_.push_back(block(weights, "decoder.blocks." + std::to_string(i), true));
   const auto norm = [&](const std::string& name) {
-    Norm found{read_vector(find(tensors, name + ".weight", {d})), {}};
-    if (!config.rms) found.bias = read_vector(find(tensors, name + ".bias", {d}));
+    Norm found{read_vector(find(weights, name + ".weight", {d})), {}};
+    if (!config.rms) found.bias = read_vector(find(weights, name + ".bias", {d}));
     return found;
   };
   encoder_norm_ = norm("encoder.norm");
@@ -77,22 +112,24 @@ Model::Model(const Config& config, const RawTensors& tensors, Compute compute) :
   }
 }
 
-Linear Model::linear(const RawTensors& tensors, const std::string& name, std::int64_t outputs, std::int64_t inputs, Compute compute, gemm::Activation activation) {
-  const RawTensor* bias = config_.bias ? &find(tensors, name + ".bias", {outputs}) : nullptr;
-  const Linear found(find(tensors, name + ".weight", {outputs, inputs}), bias, compute, activation);
+Linear Model::linear(const Weights& weights, const std::string& name, std::int64_t outputs, std::int64_t inputs, gemm::Activation activation) {
+  const RawTensor* bias = config_.bias ? &find(weights, name + ".bias", {outputs}) : nullptr;
+  const std::string weight = name + ".weight";
+  const Linear found = is_stored(weights, weight) ? Linear(stored(weights, weight, name + ".smooth_scale", outputs, inputs), bias, activation)
+                                                  : Linear(find(weights, weight, {outputs, inputs}), bias, weights.compute, activation);
   weight_bytes_ += found.bytes();
   return found;
 }
 
-Model::Block Model::block(const RawTensors& tensors, const std::string& name, bool decoder, Compute compute) {
+Model::Block Model::block(const Weights& weights, const std::string& name, bool decoder) {
   const std::int64_t d = config_.d_model, kv = config_.kv_heads * head_size();
   const auto norm = [&](const std::string& part) {
-    Norm found{read_vector(find(tensors, name + part + ".weight", {d})), {}};
-    if (!config_.rms) found.bias = read_vector(find(tensors, name + part + ".bias", {d}));
+    Norm found{read_vector(find(weights, name + part + ".weight", {d})), {}};
+    if (!config_.rms) found.bias = read_vector(find(weights, name + part + ".bias", {d}));
     return found;
   };
   const auto layer = [&](const std::string& part, std::int64_t outputs, std::int64_t inputs, gemm::Activation activation = gemm::kNone) {
-    return linear(tensors, name + part, outputs, inputs, compute, activation);
+    return linear(weights, name + part, outputs, inputs, activation);
   };
   Block b;
   b.mixer_norm = norm(".mixer_norm");
@@ -127,10 +164,11 @@ Caches Model::caches(float* memory, std::int64_t capacity, std::int64_t layers) 
 }
 
 // -- parts of a layer ---------------------------------------------------------------------------------------------------------------
-void Model::embed(const RawTensor& table, std::int32_t id, std::int64_t position, float* x) const {
+void Model::embed(const Table& table, std::int32_t id, std::int64_t position, float* x) const {
   const std::int64_t d = config_.d_model;
   const float scale = static_cast<float>(std::sqrt(static_cast<double>(d)));
-  read_row(table, id, x);
+  if (table.floats.data != nullptr) read_row(table.floats, id, x);
+  else read_row(table.stored, id, x);
   const float* added = config_.positions == Positions::kSinusoidal ? table_.data() + position * d : nullptr;
   for (std::int64_t i = 0; i < d; ++i) x[i] = x[i] * scale + (added == nullptr ? 0.0f : added[i]);
 }

@@ -77,8 +77,10 @@ struct StepResult {
 
 class Model {
  public:
+  // A weight that is stored quantised has tensors name + ".values", ".scales" and perhaps ".zeros" and ".order", whatever `compute` says of the others; the
+  // 4-bit ones that `tokens` names are multiplied with rows that are quantised to bytes. What the values say is the caller's to check (cvmk/formats/stored.py).
   // Raises BadModel where a tensor is missing or of another shape.
-  Model(const Config& config, const RawTensors& tensors, Compute compute);
+  Model(const Config& config, const RawTensors& tensors, Compute compute, const std::set<std::string>& tokens = {});
 
   const Config& config() const { return config_; }
   std::int64_t weight_bytes() const { return weight_bytes_; }
@@ -122,10 +124,24 @@ class Model {
   }
   Caches caches(float* memory, std::int64_t capacity, std::int64_t layers) const;
 
-  const RawTensor& find(const RawTensors& tensors, const std::string& name, const std::vector<std::int64_t>& shape);
-  Block block(const RawTensors& tensors, const std::string& name, bool decoder, Compute compute);
-  Linear linear(const RawTensors& tensors, const std::string& name, std::int64_t outputs, std::int64_t inputs, Compute compute, gemm::Activation activation);
-  void embed(const RawTensor& table, std::int32_t id, std::int64_t position, float* x) const;
+  // A matrix of embeddings: floats, or stored values.
+  struct Table {
+    RawTensor floats;
+    StoredWeight stored;
+  };
+  struct Weights {
+    const RawTensors& tensors;
+    Compute compute;
+    const std::set<std::string>& tokens;
+  };
+
+  const RawTensor& find(const Weights& weights, const std::string& name, const std::vector<std::int64_t>& shape, Dtype dtype = kNoDtype);
+  bool is_stored(const Weights& weights, const std::string& name) const { return weights.tensors.count(name + ".values") != 0; }
+  StoredWeight stored(const Weights& weights, const std::string& name, const std::string& smooth, std::int64_t outputs, std::int64_t inputs);
+  Table table(const Weights& weights, const std::string& name);
+  Block block(const Weights& weights, const std::string& name, bool decoder);
+  Linear linear(const Weights& weights, const std::string& name, std::int64_t outputs, std::int64_t inputs, gemm::Activation activation);
+  void embed(const Table& table, std::int32_t id, std::int64_t position, float* x) const;
   void residual(float* x, const float* branch, const Norm& norm, std::int64_t rows, float* out, const Team& team) const;
   void rotate(float* x, std::int64_t heads, std::int64_t position) const;
   void feed_forward(const Block& block, Buffers& b, const Norm& following, const Team& team) const;
@@ -136,7 +152,7 @@ class Model {
 
   Config config_;
   std::set<std::string> found_;  // while it is made: the tensors that it has asked for
-  RawTensor source_table_, target_table_;
+  Table source_table_, target_table_;
   std::vector<Block> encoder_, decoder_;
   Norm encoder_norm_, decoder_norm_;
   Linear output_;

@@ -54,7 +54,47 @@ void check_finite(const std::string& name, const RawTensor& tensor) {
   }
 }
 
+void check_values(const StoredWeight& weight, const std::string& name) {
+  const auto refuse = [&](const std::string& what) { throw BadModel("has in " + name + " " + what + ": restore it or quantise the model again"); };
+  const std::int64_t inputs = weight.inputs();
+  if (weight.bits() == 8) {
+    const auto* values = static_cast<const std::int8_t*>(weight.values.data);
+    if (std::count(values, values + weight.outputs() * inputs, std::int8_t{-128}) != 0) refuse("the value -128 where values lie within -127 ... 127");
+    return;
+  }
+  const auto* zeros = static_cast<const std::uint8_t*>(weight.zeros.data);
+  const std::int64_t groups = weight.outputs() * weight.scales.shape[1];
+  if (zeros != nullptr && std::any_of(zeros, zeros + groups, [](std::uint8_t zero) { return zero > 15; })) refuse("a zero above 15");
+  const auto* order = static_cast<const std::int32_t*>(weight.order.data);
+  if (order == nullptr) return;
+  std::vector<bool> seen(static_cast<std::size_t>(inputs));
+  for (std::int64_t k = 0; k < inputs; ++k) {
+    if (order[k] < 0 || order[k] >= inputs || seen[static_cast<std::size_t>(order[k])]) refuse("an order that is no permutation of its inputs");
+    seen[static_cast<std::size_t>(order[k])] = true;
+  }
+}
+
 void read_row(const RawTensor& matrix, std::int64_t row, float* to) { as_floats(matrix.data, matrix.dtype, row * matrix.shape[1], matrix.shape[1], to); }
+
+// As QuantizedWeight.dequantize: (value - zero) * scale in float32.
+void read_row(const StoredWeight& matrix, std::int64_t row, float* to) {
+  const std::int64_t inputs = matrix.inputs();
+  const float* scales = static_cast<const float*>(matrix.scales.data);
+  if (matrix.bits() == 8) {
+    const std::int8_t* values = static_cast<const std::int8_t*>(matrix.values.data) + row * inputs;
+    for (std::int64_t k = 0; k < inputs; ++k) to[k] = static_cast<float>(values[k]) * scales[row];
+    return;
+  }
+  const std::int64_t groups = matrix.scales.shape[1], group = inputs / groups;
+  const auto* values = static_cast<const std::uint8_t*>(matrix.values.data) + row * (inputs / 2);
+  const auto* zeros = static_cast<const std::uint8_t*>(matrix.zeros.data);
+  const auto* order = static_cast<const std::int32_t*>(matrix.order.data);
+  for (std::int64_t k = 0; k < inputs; ++k) {
+    const std::int64_t g = row * groups + k / group;
+    const int code = values[k / 2] >> (k % 2 * 4) & 15, zero = zeros == nullptr ? 8 : zeros[g];
+    to[order == nullptr ? k : order[k]] = static_cast<float>(code - zero) * scales[g];
+  }
+}
 
 std::vector<float> read_vector(const RawTensor& tensor) {
   std::vector<float> found(static_cast<std::size_t>(tensor.shape[0]));
@@ -71,6 +111,31 @@ Linear::Linear(const RawTensor& weight, const RawTensor* bias, Compute compute, 
     case Compute::kBFloat16: pack_floats(weight, kBFloat16); break;
     case Compute::kInt8: pack_int8(weight); break;
     case Compute::kInt4: pack_int4(weight); break;
+    case Compute::kInt4Floats: throw std::logic_error("4-bit weights times floats are made of stored weights");
+  }
+}
+
+Linear::Linear(const StoredWeight& weight, const RawTensor* bias, gemm::Activation activation)
+    : compute_(weight.bits() == 8 ? Compute::kInt8 : weight.tokens ? Compute::kInt4 : Compute::kInt4Floats),
+      activation_(activation), outputs_(weight.outputs()), inputs_(weight.inputs()) {
+  if (bias != nullptr) bias_ = read_vector(*bias);
+  if (weight.smooth.data != nullptr) smooth_ = read_vector(weight.smooth);
+  const float* scales = static_cast<const float*>(weight.scales.data);
+  if (compute_ == Compute::kInt8) {
+    pack_int8(static_cast<const std::int8_t*>(weight.values.data), scales);
+    return;
+  }
+  const std::int64_t groups = weight.scales.shape[1];
+  group_ = inputs_ / groups;
+  if (compute_ == Compute::kInt4Floats) {
+    pack_int4_floats(weight);
+    return;
+  }
+  room_for_int4();
+  const auto* values = static_cast<const std::uint8_t*>(weight.values.data);
+  for (std::int64_t n = 0; n < outputs_; ++n) {
+    for (std::int64_t g = 0; g < groups; ++g) put_scale(n, g, scales[n * groups + g]);
+    for (std::int64_t k = 0; k < inputs_; ++k) put_int4(n, k, values[n * (inputs_ / 2) + k / 2] >> (k % 2 * 4) & 15u);
   }
 }
 
@@ -106,38 +171,64 @@ void Linear::pack_int8(const RawTensor& weight) {
       values[static_cast<std::size_t>(n * inputs_ + k)] = q != q ? std::int8_t{0} : static_cast<std::int8_t>(std::min(127.0f, std::max(-127.0f, q)));
     }
   }
+  pack_int8(values.data(), scales.data());
+}
+
+void Linear::pack_int8(const std::int8_t* values, const float* scales) {
   const gemm::PackedSizes sizes = gemm::packed_int8_sizes(outputs_, inputs_);
   bytes_ = sizes.values + sizes.scales * 4;
   values_ = std::make_shared<Storage>(static_cast<std::size_t>(sizes.values));
   scales_ = std::make_shared<Storage>(static_cast<std::size_t>(sizes.scales) * sizeof(float));
-  gemm::pack_int8(values.data(), scales.data(), outputs_, inputs_, values_->as<std::int8_t>(), scales_->as<float>());
+  gemm::pack_int8(values, scales, outputs_, inputs_, values_->as<std::int8_t>(), scales_->as<float>());
 }
 
 // As ops.quantize_int4 (symmetric): scale = largest / 7.5 of a group, value = round_half_even(w / scale) + 8.
 void Linear::pack_int4(const RawTensor& weight) {
-  const std::int64_t groups = inputs_ / group_, panels = pieces(outputs_, gemm::kPanel), steps = inputs_ / 8;
-  const std::int64_t values = panels * steps * gemm::kStep, scales = panels * groups * gemm::kPanel;
-  bytes_ = values + scales * 4;
-  values_ = std::make_shared<Storage>(static_cast<std::size_t>(values));
-  scales_ = std::make_shared<Storage>(static_cast<std::size_t>(scales) * sizeof(float));
-  std::uint8_t* to = values_->as<std::uint8_t>();
-  float* to_scales = scales_->as<float>();
-  std::fill_n(to, values, std::uint8_t{0});
-  std::fill_n(to_scales, scales, 0.0f);
+  room_for_int4();
   std::vector<float> row(static_cast<std::size_t>(inputs_));
   for (std::int64_t n = 0; n < outputs_; ++n) {
     read_row(weight, n, row.data());
-    const std::int64_t panel = n / gemm::kPanel, lane = n % gemm::kPanel;
-    for (std::int64_t g = 0; g < groups; ++g) {
+    for (std::int64_t g = 0; g < inputs_ / group_; ++g) {
       const float top = largest(row.data() + g * group_, group_), scale = top == 0.0f ? 1.0f : std::max(top / 7.5f, kSmallestScale);
-      to_scales[(panel * groups + g) * gemm::kPanel + lane] = scale;
+      put_scale(n, g, scale);
       for (std::int64_t k = g * group_; k < (g + 1) * group_; ++k) {
         const float q = std::nearbyint(row[static_cast<std::size_t>(k)] / scale) + 8.0f;
-        const unsigned code = static_cast<unsigned>(std::min(15.0f, std::max(0.0f, q)));
-        to[(panel * steps + k / 8) * gemm::kStep + lane * 4 + k % 4] |= static_cast<std::uint8_t>(code << (k % 8 / 4 * 4));
+        put_int4(n, k, static_cast<unsigned>(std::min(15.0f, std::max(0.0f, q))));
       }
     }
   }
+}
+
+void Linear::room_for_int4() {
+  const std::int64_t panels = pieces(outputs_, gemm::kPanel), values = panels * (inputs_ / 8) * gemm::kStep, scales = panels * (inputs_ / group_) * gemm::kPanel;
+  bytes_ = values + scales * 4;
+  values_ = std::make_shared<Storage>(static_cast<std::size_t>(values));
+  scales_ = std::make_shared<Storage>(static_cast<std::size_t>(scales) * sizeof(float));
+  std::fill_n(values_->as<std::uint8_t>(), values, std::uint8_t{0});
+  std::fill_n(scales_->as<float>(), scales, 0.0f);
+}
+
+void Linear::put_int4(std::int64_t n, std::int64_t k, unsigned code) {
+  const std::int64_t panel = n / gemm::kPanel, lane = n % gemm::kPanel;
+  values_->as<std::uint8_t>()[(panel * (inputs_ / 8) + k / 8) * gemm::kStep + lane * 4 + k % 4] |= static_cast<std::uint8_t>(code << (k % 8 / 4 * 4));
+}
+
+void Linear::put_scale(std::int64_t n, std::int64_t group, float scale) {
+  scales_->as<float>()[(n / gemm::kPanel * (inputs_ / group_) + group) * gemm::kPanel + n % gemm::kPanel] = scale;
+}
+
+void Linear::pack_int4_floats(const StoredWeight& weight) {
+  const std::int64_t groups = inputs_ / group_;
+  const gemm::PackedSizes sizes = gemm::packed_int4_sizes(outputs_, inputs_, groups);
+  const auto* zeros = static_cast<const std::uint8_t*>(weight.zeros.data);
+  bytes_ = sizes.values + sizes.scales * 4 + (zeros == nullptr ? 0 : sizes.zeros);
+  values_ = std::make_shared<Storage>(static_cast<std::size_t>(sizes.values));
+  scales_ = std::make_shared<Storage>(static_cast<std::size_t>(sizes.scales) * sizeof(float));
+  if (zeros != nullptr) zeros_ = std::make_shared<Storage>(static_cast<std::size_t>(sizes.zeros));
+  gemm::pack_int4(static_cast<const std::uint8_t*>(weight.values.data), static_cast<const float*>(weight.scales.data), zeros, outputs_, inputs_, groups,
+                  values_->as<std::uint8_t>(), scales_->as<float>(), zeros == nullptr ? nullptr : zeros_->as<std::uint8_t>());
+  const auto* order = static_cast<const std::int32_t*>(weight.order.data);
+  if (order != nullptr) order_.assign(order, order + inputs_);
 }
 
 Linear Linear::rows(const std::vector<std::int32_t>& outputs) const {
@@ -147,6 +238,8 @@ Linear Linear::rows(const std::vector<std::int32_t>& outputs) const {
   found.outputs_ = count;
   found.inputs_ = inputs_;
   found.group_ = group_;
+  found.smooth_ = smooth_;
+  found.order_ = order_;
   for (const std::int32_t n : outputs)
     if (!bias_.empty()) found.bias_.push_back(bias_[static_cast<std::size_t>(n)]);
   // A panel's units of `bytes` stand side by side, one of each of its `width` outputs, `steps` times.
@@ -194,6 +287,17 @@ Linear Linear::rows(const std::vector<std::int32_t>& outputs) const {
       gather(*values_, *found.values_, gemm::kPanel, inputs_ / 8, 4);
       gather(*scales_, *found.scales_, gemm::kPanel, inputs_ / group_, 4);
       break;
+    case Compute::kInt4Floats: {
+      const std::int64_t groups = inputs_ / group_;
+      const gemm::PackedSizes sizes = gemm::packed_int4_sizes(count, inputs_, groups);
+      found.bytes_ = sizes.values + sizes.scales * 4 + (zeros_ == nullptr ? 0 : sizes.zeros);
+      found.values_ = room(sizes.values);
+      found.scales_ = room(sizes.scales * 4);
+      gather(*values_, *found.values_, gemm::kPanel, block_bytes() / gemm::kStep, gemm::kStep);
+      gather(*scales_, *found.scales_, gemm::kPanel, groups, 4);
+      if (zeros_ != nullptr) gather(*zeros_, *(found.zeros_ = room(sizes.zeros)), gemm::kPanel, groups, 1);
+      break;
+    }
   }
   return found;
 }
@@ -236,6 +340,8 @@ void Linear::run(const gemm::Linear& linear, std::int64_t first, const Team& tea
       p.linear = linear;
       p.linear.scales = scales_->as<float>() + first;
       p.weight = values_->as<std::int8_t>() + first * padded;
+      p.smooth_scale = smooth_.empty() ? nullptr : smooth_.data();
+      p.smooth_dtype = kFloat32;
       p.sums = reinterpret_cast<const std::int32_t*>(values_->as<std::int8_t>() + up(outputs_, gemm::kPanel) * padded) + first;
       const auto& kernel = gemm::kernels_for(p).int8;
       return cvmk::run(kernel, p, team);
@@ -248,6 +354,17 @@ void Linear::run(const gemm::Linear& linear, std::int64_t first, const Team& tea
       p.group = group_;
       const auto& kernel = gemm::kernels_for(p).int4_bytes;
       return cvmk::run(kernel, p, team);
+    }
+    case Compute::kInt4Floats: {
+      gemm::Int4Linear p{};
+      const std::int64_t groups = inputs_ / group_;
+      p.linear = linear;
+      p.linear.scales = scales_->as<float>() + first * groups;
+      p.weight = reinterpret_cast<const std::uint16_t*>(values_->as<char>() + first * block_bytes());
+      p.zeros = zeros_ == nullptr ? nullptr : zeros_->as<std::uint8_t>() + first * groups;
+      p.order = order_.empty() ? nullptr : order_.data();
+      p.group = group_;
+      return cvmk::run(gemm::kernels().int4, p, team);
     }
   }
 }

@@ -24,14 +24,25 @@ struct BadModel : std::runtime_error {
 // A tensor in memory that outlives the model: a mapped file.
 struct RawTensor {
   const void* data;
-  Dtype dtype;  // a floating type
+  Dtype dtype;
   std::vector<std::int64_t> shape;
 };
 typedef std::map<std::string, RawTensor> RawTensors;
 
+// A quantised weight [outputs, inputs] in memory, canonical as cvmk/ops/quantize.py has it: int8 or, two a byte, 4-bit values and their float32 scales.
+// What a weight does not have has no data.
+struct StoredWeight {
+  RawTensor values, scales, zeros, order;
+  RawTensor smooth;  // float32 [inputs]: the rows of x are divided by it
+  bool tokens;       // whether 4-bit values meet rows of x that are quantised to bytes; then there are neither zeros nor an order
+  std::int64_t bits() const { return values.dtype == kInt8 ? 8 : 4; }
+  std::int64_t outputs() const { return values.shape[0]; }
+  std::int64_t inputs() const { return values.shape[1] * (bits() == 8 ? 1 : 2); }
+};
+
 // How weights are stored and multiplied: float32; bfloat16 weights with float32 sums; int8 weights scaled by rows and 4-bit weights scaled
-// by groups, both times rows of x that are quantised to bytes. Biases, norms and embeddings stay what they are.
-enum class Compute { kFloat32, kBFloat16, kInt8, kInt4 };
+// by groups, both times rows of x that are quantised to bytes; 4-bit weights times x as it is. Biases, norms and embeddings stay what they are.
+enum class Compute { kFloat32, kBFloat16, kInt8, kInt4, kInt4Floats };
 
 // Memory for packed weights; what is small shares its pages with others: a block has 2 MiB at least.
 class Storage {
@@ -64,6 +75,8 @@ class Linear {
   Linear() = default;
   // weight [outputs, inputs], bias [outputs] or null.
   Linear(const RawTensor& weight, const RawTensor* bias, Compute compute, gemm::Activation activation);
+  // A weight as it is stored, bit for bit.
+  Linear(const StoredWeight& weight, const RawTensor* bias, gemm::Activation activation);
 
   std::int64_t outputs() const { return outputs_; }
   std::int64_t inputs() const { return inputs_; }
@@ -83,19 +96,31 @@ class Linear {
   void run(const gemm::Linear& linear, std::int64_t first, const Team& team) const;
   void pack_floats(const RawTensor& weight, Dtype dtype);
   void pack_int8(const RawTensor& weight);
+  void pack_int8(const std::int8_t* values, const float* scales);
   void pack_int4(const RawTensor& weight);
+  void pack_int4_floats(const StoredWeight& weight);
+  // Bytes of an output's 4-bit values in the layout of Int4Linear.
+  std::int64_t block_bytes() const { return (inputs_ + 127) / 128 * gemm::kStep; }
+  // Room for 4-bit values and scales by groups, in the layout of Int4Bytes.
+  void room_for_int4();
+  void put_int4(std::int64_t n, std::int64_t k, unsigned code);
+  void put_scale(std::int64_t n, std::int64_t group, float scale);
 
   Compute compute_ = Compute::kFloat32;
   gemm::Activation activation_ = gemm::kNone;
   std::int64_t outputs_ = 0, inputs_ = 0, group_ = 0, bytes_ = 0;
-  std::shared_ptr<Storage> values_, scales_;
-  std::vector<float> bias_;
+  std::shared_ptr<Storage> values_, scales_, zeros_;
+  std::vector<float> bias_, smooth_;
+  std::vector<std::int32_t> order_;
 };
 
 // Raises BadModel, with what is wrong, where a number is not finite.
 void check_finite(const std::string& name, const RawTensor& tensor);
+// Raises BadModel where a number is none that such a weight has: the value -128, a zero above 15, an order that is no permutation.
+void check_values(const StoredWeight& weight, const std::string& name);
 // A row as float32.
 void read_row(const RawTensor& matrix, std::int64_t row, float* to);
+void read_row(const StoredWeight& matrix, std::int64_t row, float* to);
 std::vector<float> read_vector(const RawTensor& tensor);
 
 }  // namespace cvmk::engine

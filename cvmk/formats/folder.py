@@ -6,6 +6,7 @@ model.safetensors holds the state dict of CVMTransformer (shared matrices once; 
         weight [d] and, for LayerNorm, bias [d]
     ....mixer.qkv (rows [q; k; v]), ....mixer.out, ....cross.query, ....cross.key_value (rows [k; v]), ....cross.out,
     ....ffn.inner (for SwiGLU rows [gate; up]), ....ffn.outer: weight [out, in] and, with model.bias, bias [out]
+A matrix that is quantised has the tensors of `stored` in the place of its own.
 
 Nothing here imports torch: `torch_weights` makes a model of a folder, and a folder of a model.
 """
@@ -16,12 +17,14 @@ import contextlib
 import os
 import secrets
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from cvmk.errors import DataError
 from cvmk.files import explained, followed, sync_folder, write_bytes, write_json, write_text
-from cvmk.formats.manifest import CONFIG, Manifest, read_manifest
+from cvmk.formats.manifest import CONFIG, QUANTIZED, Manifest, Schemes, read_manifest
+from cvmk.formats.stored import PARTS, SMOOTH
 from cvmk.formats.tensors import RawTensor, read_tensors
 from cvmk.text.tokenizers import Tokenizer, load_tokenizer
 
@@ -33,8 +36,10 @@ _PLACES = ("", "model", BEST)
 
 
 # -- writing --------------------------------------------------------------------------------------------------------------------
-def write_model_folder(path: str | os.PathLike[str], manifest: Manifest, weights: bytes, tokenizer: Tokenizer, card: str) -> None:
-    """Write a model's folder; `weights` is the content of model.safetensors.
+def write_model_folder(
+    path: str | os.PathLike[str], manifest: Manifest, weights: bytes, tokenizer: Tokenizer, card: str, others: Mapping[str, str] | None = None
+) -> None:
+    """Write a model's folder; `weights` is the content of model.safetensors, `others` more files by name.
 
     The files are written beside `path` and moved into place together. A model that stood there is replaced; other files in its
     folder stay, and so does a link that `path` is: what it points at is written. Raises DataError where it cannot be written (what
@@ -54,6 +59,8 @@ def write_model_folder(path: str | os.PathLike[str], manifest: Manifest, weights
             write_bytes(temporary / WEIGHTS, weights)
             tokenizer.save(temporary)
             write_text(temporary / CARD, card)
+            for name, text in (others or {}).items():
+                write_text(temporary / name, text)
             write_json(temporary / CONFIG, config)
             _move_into_place(temporary, path)
         finally:
@@ -116,13 +123,23 @@ def load_model_tokenizer(folder: Path, manifest: Manifest) -> Tokenizer:
 
 
 def read_model_weights(folder: Path, manifest: Manifest) -> dict[str, RawTensor]:
-    """The tensors of a model by name, mapped into memory, checked against its manifest: the checksum, and that each is stored as its scheme says.
+    """The tensors of a model by name, mapped into memory, checked against its manifest: the checksum, and that each is stored as its scheme says
+    (of quantised weights `stored.split_weights` says that).
 
     Raises DataError where the file is missing, corrupt or another one.
     """
     file = folder / WEIGHTS
     weights = read_tensors(file, manifest.weights_sha256)
     for name, tensor in weights.items():
-        if manifest.schemes is not None and tensor.dtype != (scheme := manifest.schemes.of(name)).type:
+        if manifest.schemes is None or _is_part(name, manifest.schemes):
+            continue
+        if tensor.dtype != (scheme := manifest.schemes.of(name)).type:
             raise DataError(f"{file} has {name} in {tensor.dtype} where {CONFIG} says {scheme.type}: restore both")
     return weights
+
+
+def _is_part(tensor: str, schemes: Schemes) -> bool:
+    """Whether a tensor is a part of a quantised weight, which no scheme of its own belongs to."""
+    owner, _, part = tensor.rpartition(".")
+    weight = f"{owner}.weight" if part == SMOOTH else owner
+    return part in (*PARTS, SMOOTH) and tensor not in schemes.weights and schemes.of(weight).type in QUANTIZED

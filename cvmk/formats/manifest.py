@@ -11,8 +11,12 @@
     languages         {"source": code, "target": code}, or null
     and whatever else the writer adds.
 
-A scheme is {"type": name, option: value, ...}. Those of FLOATS have no options and store a weight as one tensor of that dtype. Format 1 has
-neither `requires` nor `schemes`: the tensors' dtypes say how they are stored.
+A scheme is {"type": name, option: value, ...}. Those of FLOATS have no options and store a weight as one tensor of that dtype. Those of QUANTIZED
+store it as the tensors of `stored`:
+    int8     one scale an output; rows of activations are quantised to 8 bits each ("activations": "token")
+    int4     "group": inputs of a scale, 32, 64 or 128; "activations": "float", as they are, or "token", quantised to 8 bits by rows; "zeros" and
+             "order": whether the weight has zero points and an order of its inputs (with "token" neither)
+Format 1 has neither `requires` nor `schemes`: the tensors' dtypes say how they are stored.
 """
 
 from __future__ import annotations
@@ -35,8 +39,18 @@ FORMAT = 2
 READABLE = (1, 2)
 CONFIG = "config.json"
 FLOATS = ("float32", "float64", "bfloat16", "float16")
-SCHEMES: dict[str, frozenset[str]] = {name: frozenset() for name in FLOATS}
+QUANTIZED = ("int8", "int4")
+SCHEMES: dict[str, frozenset[str]] = {
+    **{name: frozenset() for name in FLOATS},
+    "int8": frozenset({"activations"}),
+    "int4": frozenset({"activations", "group", "zeros", "order"}),
+}
 """The types of schemes that this version reads, with the options that each must have."""
+_OPTIONS: dict[str, dict[str, tuple[Any, ...]]] = {
+    "int8": {"activations": ("token",)},
+    "int4": {"activations": ("float", "token"), "group": (32, 64, 128), "zeros": (False, True), "order": (False, True)},
+}
+"""The values that an option may have."""
 _BASE = frozenset({"scheme:float32", "mixer:attention", "encoder:bidirectional", "positions:sinusoidal", "positions:rotary"})
 """What every reader of a format knows, so that nobody has to require it."""
 _REMEDY = "restore it or save the model again"
@@ -62,6 +76,11 @@ class Scheme:
             raise ValueError(f"the scheme {value['type']!r} is unknown to cvmk {cvmk.__version__}")
         if options.keys() != SCHEMES[value["type"]]:
             raise ValueError(f"the scheme {value['type']!r} has the options {sorted(options)} and not {sorted(SCHEMES[value['type']])}")
+        for key, allowed in _OPTIONS.get(value["type"], {}).items():
+            if not any(type(options[key]) is type(one) and options[key] == one for one in allowed):
+                raise ValueError(f"the scheme {value['type']!r} has {key} = {options[key]!r} and not one of {', '.join(map(repr, allowed))}")
+        if value["type"] == "int4" and options["activations"] == "token" and (options["zeros"] or options["order"]):
+            raise ValueError("the scheme 'int4' has zeros or an order, and activations by tokens go with neither")
         return cls(value["type"], options)
 
 

@@ -16,19 +16,29 @@ from torch import Tensor
 from cvmk.errors import DataError
 from cvmk.files import write_json
 from cvmk.formats.folder import WEIGHTS, load_model_tokenizer, read_model_manifest, read_model_weights, write_model_folder
-from cvmk.formats.manifest import CONFIG, Manifest, Scheme, Schemes
+from cvmk.formats.manifest import CONFIG, Manifest, Schemes
+from cvmk.formats.quantized_weights import install, original_size, weight_schemes
+from cvmk.formats.stored import split_weights
 from cvmk.formats.tensors import REMEDY, RawTensor, read_tensors
 from cvmk.nn import CVMTransformer, count_parameters
 from cvmk.text.tokenizers import Tokenizer
 
 
 # -- writing --------------------------------------------------------------------------------------------------------------------
-def save_model_folder(path: str | os.PathLike[str], model: CVMTransformer, tokenizer: Tokenizer, card: str, extra: dict[str, Any] | None = None) -> None:
+def save_model_folder(
+    path: str | os.PathLike[str],
+    model: CVMTransformer,
+    tokenizer: Tokenizer,
+    card: str,
+    extra: dict[str, Any] | None = None,
+    others: Mapping[str, str] | None = None,
+) -> None:
     """Write a model's folder, whole or not at all, as `folder.write_model_folder` says. `extra` goes into config.json as it is: `languages`, how
-    it was trained. Raises DataError where it cannot be written, and ValueError where `extra` would overwrite a key or the tokenizer is not the model's.
+    it was trained. `others` are more files, by name. Raises
+    DataError where it cannot be written, and ValueError where `extra` would overwrite a key or the tokenizer is not the model's.
     """
     weights = safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()})
-    write_model_folder(path, manifest_of(model, tokenizer.fingerprint, hashlib.sha256(weights).hexdigest(), extra), weights, tokenizer, card)
+    write_model_folder(path, manifest_of(model, tokenizer.fingerprint, hashlib.sha256(weights).hexdigest(), extra), weights, tokenizer, card, others)
 
 
 def describe_model(folder: Path, model: CVMTransformer, tokenizer: Tokenizer, extra: dict[str, Any] | None = None) -> None:
@@ -43,9 +53,9 @@ def manifest_of(model: CVMTransformer, tokenizer: str = "", checksum: str | None
         model=model.config,
         vocab_size=model.vocab_size,
         pad_id=model.pad_id,
-        parameters=count_parameters(model),
+        parameters=count_parameters(model) + original_size(model),
         tokenizer=tokenizer,
-        schemes=Schemes.of_weights({name: Scheme(str(tensor.dtype).removeprefix("torch.")) for name, tensor in model.state_dict().items()}),
+        schemes=Schemes.of_weights(weight_schemes(model)),
         weights_sha256=checksum,
         extra=extra or {},
     )
@@ -74,14 +84,20 @@ def load_model_folder(path: str | os.PathLike[str]) -> tuple[CVMTransformer, Tok
 
 
 def load_model(folder: Path, manifest: Manifest) -> CVMTransformer:
-    """The model of a folder whose manifest was read. Where its weights have several dtypes, it gets the narrowest that holds them all."""
-    weights = _tensors(read_model_weights(folder, manifest))
+    """The model of a folder whose manifest was read. Where its floating weights have several dtypes, it gets the narrowest that holds them all."""
+    floats, stored = split_weights(read_model_weights(folder, manifest), manifest.schemes, folder / WEIGHTS)
+    weights = _tensors(floats)
     arguments = manifest.model, manifest.vocab_size, manifest.pad_id
     with torch.device("meta"):  # nothing is allocated before the sizes are known to be those of the weights
         shapes = CVMTransformer(*arguments).state_dict()
+    for name, weight in stored.items():
+        if shapes.pop(name, torch.empty(0)).shape != weight.shape:
+            raise DataError(f"{folder / WEIGHTS} has the quantised weight {name} {list(weight.shape)}, which {CONFIG} does not ask for: restore both")
     _check_weights(shapes, weights, folder / WEIGHTS)
-    model = CVMTransformer(*arguments).to(functools.reduce(torch.promote_types, {tensor.dtype for tensor in weights.values()}))
-    model.load_state_dict(weights)
+    model = CVMTransformer(*arguments)
+    install(model, {name: (weight.scheme, _tensors(weight.parts), weight.smooth) for name, weight in stored.items()})
+    model.to(functools.reduce(torch.promote_types, {tensor.dtype for tensor in weights.values()}, next(iter(weights.values())).dtype))
+    model.load_state_dict(weights, strict=False)
     return model.eval()
 
 

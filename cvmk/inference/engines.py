@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from cvmk.errors import ConfigError
 from cvmk.formats import Manifest
+from cvmk.formats.manifest import FLOATS
 from cvmk.inference.engine import Engine
 
 if TYPE_CHECKING:
@@ -73,10 +74,12 @@ def of_model(model: CVMTransformer) -> tuple[str, Engine]:
 
 
 def stored_type(manifest: Manifest, compute_type: str) -> str:
-    """What "auto" means for a model: the type that most of its weights are stored in, where an engine computes in it, else float32. "bf16" is bfloat16."""
+    """What "auto" means for a model: the type that most of its floating weights are stored in, where an engine computes in it, else float32; quantised weights
+    are multiplied as they are stored whatever it is. "bf16" is bfloat16."""
     if compute_type == "auto":
-        stored = manifest.schemes.default.type if manifest.schemes is not None else "float32"
-        return stored if stored in ("bfloat16", "int8", "int4") else "float32"
+        schemes = manifest.schemes
+        floats = [] if schemes is None else [scheme.type for scheme in (schemes.default, *schemes.weights.values()) if scheme.type in FLOATS]
+        return "bfloat16" if floats[:1] == ["bfloat16"] else "float32"
     return {"bf16": "bfloat16"}.get(compute_type, compute_type)
 
 

@@ -17,6 +17,7 @@ from cvmk.config.section import MAX_THREADS
 from cvmk.errors import ConfigError, DataError
 from cvmk.formats import Manifest
 from cvmk.formats.folder import WEIGHTS, read_model_weights
+from cvmk.formats.stored import split_weights
 from cvmk.formats.tensors import RawTensor, let_go
 from cvmk.inference.engine import Event, Finished, Partial, Request, check_pieces, check_request
 from cvmk.inference.options import BROKEN, Hypothesis, SearchOptions
@@ -85,8 +86,9 @@ def default_threads() -> int:
 class NativeEngine:
     """An `engine.Engine` over weights by the names of `formats.folder`; they stay mapped while it lives.
 
-    compute_type says how matrices are stored and multiplied: "float32", "bfloat16" (float32 sums), "int8" (weights by rows) or "int4" (weights in
-    groups of at most 128), both times activations that are quantised by tokens. threads None: as many as the process may use. max_batch_tokens bounds
+    compute_type says how matrices that come as floats are stored and multiplied: "float32", "bfloat16" (float32 sums), "int8" (weights by rows) or "int4"
+    (weights in groups of at most 128), both times activations that are quantised by tokens. Weights that come quantised (`formats.stored`) stay as they
+    are, bit for bit, and are multiplied as their schemes say. threads None: as many as the process may use. max_batch_tokens bounds
     what submitted requests run at once: source positions times hypotheses; max_sessions how many growing sources are open at once; shortlist is what
     `SearchOptions.shortlist` asks for. Raises ConfigError for numbers below 1, ValueError where a weight is missing or of another shape.
     """
@@ -108,11 +110,13 @@ class NativeEngine:
             raise ConfigError(f"threads is {threads}, and must be at most {MAX_THREADS}")
         model = manifest.model
         config = {**model.model_dump(), "kv_heads": model.kv_heads or model.heads, "vocab_size": manifest.vocab_size}
+        _, stored = split_weights(weights, manifest.schemes, Path(WEIGHTS))
+        tokens = {name for name, weight in stored.items() if weight.scheme.options["activations"] == "token"}
         given = {name: (tensor.dtype, tensor.buffer, tensor.shape) for name, tensor in weights.items()}
         library, reason = libraries.load("_native", "native")
         if library is None:
             raise ConfigError(f"the native engine needs the native library: {reason}")
-        self._engine = library.Engine(config, given, compute_type, threads or default_threads(), max_batch_tokens)
+        self._engine = library.Engine(config, given, compute_type, threads or default_threads(), max_batch_tokens, tokens)
         let_go(weights.values())  # all but embeddings is packed by now
         self._max_length, self._vocab_size = model.max_length, manifest.vocab_size
         self._lock = threading.Lock()

@@ -7,6 +7,7 @@ from cvmk.nn.mixers import MIXERS
 from cvmk.nn.outputs import AttentionMap, AttentionMaps, HiddenStates, Unprojected
 from cvmk.nn.parameters import count_parameters, decays
 from cvmk.nn.quantized_linear import QuantizedLinear
+from cvmk.nn.quantized_table import QuantizedTable
 from cvmk.nn.transformer import CVMTransformer
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "Linear",
     "Memory",
     "QuantizedLinear",
+    "QuantizedTable",
     "Unprojected",
     "count_parameters",
     "decays",

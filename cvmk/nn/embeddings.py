@@ -10,14 +10,19 @@ from torch.nn import functional as F
 
 from cvmk.config.schema import ModelConfig
 from cvmk.nn.linear import TiedLinear
+from cvmk.nn.quantized_table import QuantizedTable
 
 
 class Embeddings(nn.Module):
     """`source` [V, d]; with tie_embeddings it is the target embedding and the output matrix as well.
 
     Untied, `target` and `output` [V, d] are parameters of their own; tied, they are None and nothing is stored twice.
-    `projection` is the output layer, a linear layer by the output matrix.
+    `projection` is the output layer, a linear layer by the output matrix. `quantize` puts a quantised matrix in the place of a parameter.
     """
+
+    source: nn.Parameter | QuantizedTable
+    target: nn.Parameter | QuantizedTable | None
+    output: nn.Parameter | QuantizedTable | None
 
     def __init__(self, config: ModelConfig, vocab_size: int) -> None:
         super().__init__()
@@ -27,22 +32,43 @@ class Embeddings(nn.Module):
         self.output = None if config.tie_embeddings else nn.Parameter(torch.empty(vocab_size, config.d_model))
         for matrix in self.parameters():
             nn.init.normal_(matrix, std=config.d_model**-0.5)
-        self.projection = TiedLinear(self, "output_matrix")
+        self.projection = TiedLinear(self, "output_layer")
+
+    def quantize(self, name: str, table: QuantizedTable) -> None:
+        """Put a quantised matrix in the place of `source`, `target` or `output`. Raises ValueError where there is none of that name and size."""
+        before = getattr(self, name, None) if name in ("source", "target", "output") else None
+        if before is None:
+            raise ValueError(f"the embeddings have no matrix {name!r} of their own")
+        shape = before.weight.shape if isinstance(before, QuantizedTable) else tuple(before.shape)
+        if table.weight.shape != shape:
+            raise ValueError(f"embeddings.{name} is {list(shape)} and the quantised matrix {list(table.weight.shape)}")
+        delattr(self, name)
+        self.add_module(name, table)
 
     def embed_source(self, ids: Tensor) -> Tensor:
         """ids [...] -> [..., d], scaled by sqrt(d)."""
-        return F.embedding(ids, self.source) * self.scale
+        return _rows(self.source, ids) * self.scale
 
     def embed_target(self, ids: Tensor) -> Tensor:
         """ids [...] -> [..., d], scaled by sqrt(d)."""
-        return F.embedding(ids, self.source if self.target is None else self.target) * self.scale
+        return _rows(self.source if self.target is None else self.target, ids) * self.scale
+
+    @property
+    def output_layer(self) -> nn.Parameter | QuantizedTable:
+        """What the output matrix is held by."""
+        return self.source if self.output is None else self.output
 
     @property
     def output_matrix(self) -> Tensor:
-        """The matrix [V, d] that turns hidden states into logits."""
-        return self.source if self.output is None else self.output
+        """The matrix [V, d] that turns hidden states into logits; made anew at each call where it is quantised."""
+        layer = self.output_layer
+        return layer.matrix() if isinstance(layer, QuantizedTable) else layer
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [..., d] -> [..., V]."""
         logits: Tensor = self.projection(hidden)
         return logits
+
+
+def _rows(matrix: nn.Parameter | QuantizedTable, ids: Tensor) -> Tensor:
+    return matrix.rows(ids) if isinstance(matrix, QuantizedTable) else F.embedding(ids, matrix)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +56,8 @@ class Linear(nn.Linear):
 
 
 class TiedLinear(nn.Module):
-    """activation(x W^T) by a matrix that is a parameter of another module: it is trained, saved, counted and cast there only."""
+    """activation(x W^T) by a matrix that is a parameter of another module, or a layer in it that holds the matrix: it is trained, saved, counted and cast
+    there only."""
 
     def __init__(self, owner: nn.Module, name: str) -> None:
         super().__init__()
@@ -65,13 +66,18 @@ class TiedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """W [N, K], the owner's present parameter."""
-        weight: Tensor = getattr(self._owner[0], self._name)
+        """W [N, K], the owner's present parameter, or what its layer says W is."""
+        found: Any = getattr(self._owner[0], self._name)
+        weight: Tensor = found if isinstance(found, Tensor) else found.matrix()
         return weight
 
     def forward(self, x: Tensor, activation: Activation | None = None) -> Tensor:
         """x [..., K] -> [..., N] (half of them for swiglu)."""
-        return activate(F.linear(x, self.weight), activation)
+        found: Any = getattr(self._owner[0], self._name)
+        if isinstance(found, Tensor):
+            return activate(F.linear(x, found), activation)
+        projected: Tensor = found(x, activation)
+        return projected
 
 
 def scale_residual_outputs(module: nn.Module) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from cvmk import ops
 from cvmk.nn.linear import Activation
 from cvmk.ops import QuantizedWeight
-from cvmk.ops.quantize import GROUP_SIZES, WEIGHT_TENSORS
+from cvmk.ops.quantize import GROUP_SIZES, WEIGHT_TENSORS, rounded_rows
 
 _SMOOTH = "smooth_scale"
 
@@ -24,6 +24,8 @@ class QuantizedLinear(nn.Module):
     weight        `QuantizedWeight` of `ops.quantize_int8`, `ops.quantize_int4` or `QuantizedWeight.from_tensors`.
     bias          [N], floating, or None. It becomes a parameter.
     smooth_scale  [K], floating, or None; 8 bits only: SmoothQuant's scale, by which W was multiplied before it was quantised.
+    activations   what the weight is multiplied with: "token", rows of x that are quantised to 8 bits each by its largest magnitude, as `ops.int8_linear`
+                  does (the only one of 8 bits, and their default), or "float", x as it is (the default of 4 bits).
 
     The weight stands packed for its device. In a state dict it is canonical, so that every machine loads it, whatever its processor: the tensors
     of `QuantizedWeight.tensors` as "weight.values", "weight.scales" and, where there are some, "weight.zeros" and "weight.order"; with them
@@ -33,6 +35,8 @@ class QuantizedLinear(nn.Module):
     Raises TypeError and ValueError for arguments that do not fit.
     """
 
+    weight_key: ClassVar[str] = "weight."
+    """What stands before the names of the weight's tensors in a state dict."""
     bias: nn.Parameter | None
     smooth_scale: Tensor | None
     _weight_values: Tensor  # with the next three, the weight; packed, they are nobody else's affair
@@ -40,7 +44,9 @@ class QuantizedLinear(nn.Module):
     _weight_zeros: Tensor | None
     _weight_order: Tensor | None
 
-    def __init__(self, weight: QuantizedWeight, bias: Tensor | None = None, *, smooth_scale: Tensor | None = None) -> None:
+    def __init__(
+        self, weight: QuantizedWeight, bias: Tensor | None = None, *, smooth_scale: Tensor | None = None, activations: str | None = None
+    ) -> None:
         super().__init__()
         if not isinstance(weight, QuantizedWeight):
             raise TypeError(f"QuantizedLinear: weight is a {type(weight).__name__}; quantise it with ops.quantize_int8 or quantize_int4, or use from_linear")
@@ -48,6 +54,7 @@ class QuantizedLinear(nn.Module):
         _check_vector(_SMOOTH, smooth_scale, weight.in_features, weight.device)
         if smooth_scale is not None and weight.bits != 8:
             raise ValueError(f"QuantizedLinear: smooth_scale goes with 8 bits and the weight has {weight.bits}: leave it out")
+        self.activations = _checked_activations(activations, weight.bits)
         self.out_features, self.in_features, self.bits, self.group_size = weight.out_features, weight.in_features, weight.bits, weight.group_size
         self._hold(weight.pack())
         self._place(_SMOOTH, None if smooth_scale is None else smooth_scale.detach().float())
@@ -63,6 +70,7 @@ class QuantizedLinear(nn.Module):
         symmetric: bool = True,
         order: Tensor | None = None,
         smooth_scale: Tensor | None = None,
+        activations: str | None = None,
     ) -> QuantizedLinear:
         """A float layer's weight, rounded to nearest in 8 bits (`ops.quantize_int8`) or 4 (`ops.quantize_int4`, to which `group_size`, `symmetric`
         and `order` belong), on the layer's device; its bias copied.
@@ -79,7 +87,7 @@ class QuantizedLinear(nn.Module):
         else:
             weight = ops.quantize_int4(linear.weight, group_size, symmetric=symmetric, order=order)
         bias = None if linear.bias is None else linear.bias.detach().clone().requires_grad_(linear.bias.requires_grad)
-        return cls(weight, bias, smooth_scale=smooth_scale).train(linear.training)
+        return cls(weight, bias, smooth_scale=smooth_scale, activations=activations).train(linear.training)
 
     @classmethod
     def empty(
@@ -91,6 +99,7 @@ class QuantizedLinear(nn.Module):
         bits: int = 8,
         group_size: int = 64,
         smooth: bool = False,
+        activations: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> QuantizedLinear:
@@ -107,7 +116,7 @@ class QuantizedLinear(nn.Module):
             scales = (out_features, in_features // group_size)
         weight = QuantizedWeight(values, values.new_ones(scales, dtype=torch.float32), None, None, out_features, in_features, bits, group_size)
         vector = values.new_zeros(out_features, dtype=dtype or torch.get_default_dtype()).requires_grad_() if bias else None
-        return cls(weight, vector, smooth_scale=values.new_ones(in_features, dtype=torch.float32) if smooth else None)
+        return cls(weight, vector, smooth_scale=values.new_ones(in_features, dtype=torch.float32) if smooth else None, activations=activations)
 
     # -- the weight --------------------------------------------------------------------------------------------------------------
     @property
@@ -150,12 +159,13 @@ class QuantizedLinear(nn.Module):
         """x [..., K], floating -> [..., N] (half of them for swiglu) in x's dtype."""
         if self.bits == 8:
             return ops.int8_linear(x, self.weight, self.bias, smooth_scale=self.smooth_scale, activation=activation)
-        return ops.int4_linear(x, self.weight, self.bias, activation=activation)
+        return ops.int4_linear(rounded_rows(x) if self.activations == "token" else x, self.weight, self.bias, activation=activation)
 
     def extra_repr(self) -> str:
         group = f", group_size={self.group_size}" if self.bits == 4 else ""
         smooth = ", smooth_scale=True" if self.smooth_scale is not None else ""
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, bits={self.bits}{group}{smooth}"
+        rows = f", activations={self.activations!r}" if self.bits == 4 else ""
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, bits={self.bits}{group}{smooth}{rows}"
 
     # -- moved and cast ----------------------------------------------------------------------------------------------------------
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
@@ -180,7 +190,7 @@ class QuantizedLinear(nn.Module):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name, tensor in self.weight.tensors().items():
-            destination[f"{prefix}weight.{name}"] = tensor
+            destination[f"{prefix}{self.weight_key}{name}"] = tensor
         if self.smooth_scale is not None:
             destination[prefix + _SMOOTH] = self.smooth_scale
 
@@ -194,10 +204,12 @@ class QuantizedLinear(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        ours = {key: state_dict[key] for key in state_dict if key.startswith(f"{prefix}weight.") or key in (f"{prefix}weight", prefix + _SMOOTH)}
+        at = prefix + self.weight_key
+        own = {at + name for name in WEIGHT_TENSORS}
+        ours = {key: state_dict[key] for key in state_dict if key in own or key.startswith(f"{prefix}weight.") or key in (f"{prefix}weight", prefix + _SMOOTH)}
         rest = {key: value for key, value in state_dict.items() if key not in ours}
         super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
-        tensors = {name: ours.pop(key) for name in WEIGHT_TENSORS if (key := f"{prefix}weight.{name}") in ours}
+        tensors = {name: ours.pop(key) for name in WEIGHT_TENSORS if (key := at + name) in ours}
         smooth = ours.pop(prefix + _SMOOTH, None)
         if f"{prefix}weight" in ours:
             del ours[f"{prefix}weight"]
@@ -207,7 +219,7 @@ class QuantizedLinear(nn.Module):
             return
         if strict:
             unexpected_keys.extend(ours)
-        missing = [f"{prefix}weight.{name}" for name in ("values", "scales") if name not in tensors]
+        missing = [at + name for name in ("values", "scales") if name not in tensors]
         missing += [prefix + _SMOOTH] if self.smooth_scale is not None and smooth is None else []
         if len(missing) == 2 + (self.smooth_scale is not None) and not tensors:
             missing_keys.extend(missing)  # nothing of the weight: without `strict` it stays
@@ -271,6 +283,14 @@ def _moved(fn: Callable[[Tensor], Tensor], tensor: Tensor | None) -> Tensor | No
     if found.dtype != torch.uint8:  # `.type(dtype)` casts integers too
         return whole.to(found.device)
     return found.view(whole.dtype).view(whole.shape)
+
+
+def _checked_activations(activations: str | None, bits: int) -> str:
+    """The activations of a layer of so many bits. Raises ValueError for what it does not have."""
+    allowed = ("token",) if bits == 8 else ("float", "token")
+    if activations is not None and activations not in allowed:
+        raise ValueError(f"QuantizedLinear: activations is {activations!r}, and a weight of {bits} bits has {' or '.join(map(repr, allowed))}")
+    return activations or allowed[0]
 
 
 def _check_bits(bits: int) -> None:

@@ -196,7 +196,7 @@ class CVMTransformer(nn.Module):
         return row_nbytes(plan.encoded, max_length) + plan.nbytes(max_length)
 
     def _plan(self, stack: Encoder | Decoder) -> Plan:
-        weight, config = self.embeddings.source, self.config
+        weight, config = next(self.decoder.norm.parameters()), self.config
         encoded = {"output": StateTensor((GROWS, config.d_model), weight.dtype)}
         for layer, block in enumerate(self.decoder.blocks):
             encoded |= {f"cross.{layer}.{name}": entry for name, entry in block.cross.state_layout(weight.dtype).items()}

@@ -291,6 +291,20 @@ def order_of_groups(group_index: torch.Tensor, group_size: int) -> torch.Tensor:
     return order.to(torch.int32)
 
 
+def rounded_rows(x: torch.Tensor) -> torch.Tensor:
+    """x [..., K], floating, as `int8_linear` sees it: each row rounded to 255 steps of its largest magnitude, in x's dtype. The gradient goes straight through.
+
+    With a = max(max_k |x[m, k]|, 2^-100):  q = clamp(round_half_even(x * (127 / a)), -127, 127),  result q * (a / 127). A row that is not finite
+    stays as it is.
+    """
+    wide = x.detach().to(_dtypes.accumulation_dtype(x.dtype))
+    largest = wide.abs().amax(-1, keepdim=True).clamp_(min=2.0**-100)
+    steps = torch.full_like(largest, 127.0)
+    rounded = (wide * (steps / largest)).round_().clamp_(-127, 127).mul_(largest / steps)
+    rounded = torch.where(largest.isfinite(), rounded, wide).to(x.dtype)
+    return x + (rounded - x).detach() if torch.is_grad_enabled() and x.requires_grad else rounded
+
+
 def inverse_order(order: torch.Tensor) -> torch.Tensor:
     """The permutation that undoes `order`."""
     return torch.argsort(order)

@@ -262,3 +262,19 @@ def test_the_weight_is_packed_as_the_kernels_want_it() -> None:
     layer = QuantizedLinear(ops.quantize_int8(x(20, 64)).plain())
     assert layer.weight.layout == layer.weight.pack().layout
     assert isinstance(layer.weight, QuantizedWeight) and layer.weight.nbytes == sum(buffer.nbytes for buffer in layer.buffers())
+
+
+# -- activations by tokens -------------------------------------------------------------------------------------------------------------
+def test_four_bits_times_rounded_rows() -> None:
+    layer = QuantizedLinear.from_linear(linear(), bits=4, group_size=32, activations="token")
+    plain = QuantizedLinear.from_linear(linear(), bits=4, group_size=32)
+    scale = x().abs().amax(1, keepdim=True) / 127
+    assert torch.allclose(layer(x()), plain((x() / scale).round() * scale), atol=1e-5) and not torch.equal(layer(x()), plain(x()))
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert other.activations == "token" and torch.equal(other(x()), layer(x()))
+    seen = x().requires_grad_()
+    layer(seen).sum().backward()
+    assert seen.grad is not None and torch.allclose(seen.grad, layer.weight.dequantize().sum(0).expand(3, -1), atol=1e-5)
+    for bits, activations in ((8, "float"), (4, "static")):
+        with pytest.raises(ValueError, match=f"activations is '{activations}', and a weight of {bits} bits has"):
+            QuantizedLinear.from_linear(linear(), bits=bits, activations=activations)
