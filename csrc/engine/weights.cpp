@@ -58,6 +58,8 @@ void check_values(const StoredWeight& weight, const std::string& name) {
   const auto refuse = [&](const std::string& what) { throw BadModel("has in " + name + " " + what + ": restore it or quantise the model again"); };
   const std::int64_t inputs = weight.inputs();
   if (weight.bits() == 8) {
+    const auto* smooth = static_cast<const float*>(weight.smooth.data);
+    if (smooth != nullptr && !std::all_of(smooth, smooth + inputs, [](float s) { return s > 0.0f; })) refuse("a smoothing scale that is not positive");
     const auto* values = static_cast<const std::int8_t*>(weight.values.data);
     if (std::count(values, values + weight.outputs() * inputs, std::int8_t{-128}) != 0) refuse("the value -128 where values lie within -127 ... 127");
     return;

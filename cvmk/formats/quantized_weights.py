@@ -57,6 +57,8 @@ def install(model: CVMTransformer, weights: Mapping[str, tuple[Scheme, Mapping[s
         except ValueError as error:
             raise DataError(f"the quantised weight {name} is not sound ({error}): restore it or quantise the model again") from error
         scale = None if smooth is None else torch.from_numpy(smooth.float32().copy())
+        if scale is not None and not (scale.isfinite() & (scale > 0)).all():
+            raise DataError(f"the quantised weight {name} has a smoothing scale that is not positive and finite: restore it or quantise the model again")
         replace_layer(model, name, weight, smooth_scale=scale, activations=str(scheme.options["activations"]))
 
 

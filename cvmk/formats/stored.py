@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
 from cvmk.errors import DataError
 from cvmk.formats.manifest import CONFIG, QUANTIZED, Scheme, Schemes
 from cvmk.formats.tensors import RawTensor
