@@ -20,6 +20,7 @@ void bind_engine(py::module_& m);
 void bind_gemm(py::module_& m);
 void bind_memory(py::module_& m);
 void bind_norm(py::module_& m);
+void bind_optimizer(py::module_& m);
 void bind_scan(py::module_& m);
 
 namespace {
@@ -155,5 +156,6 @@ PYBIND11_MODULE(_native, m) {
   bind_gemm(m);
   bind_memory(m);
   bind_norm(m);
+  bind_optimizer(m);
   bind_scan(m);
 }

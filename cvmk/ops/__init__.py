@@ -7,6 +7,7 @@ environment variable CVMK_BACKEND.
 from cvmk.ops._backend import use
 from cvmk.ops._explain import Explanation, backends_report, explain
 from cvmk.ops._measured import UnmeasuredBackendWarning
+from cvmk.ops.adamw import adamw
 from cvmk.ops.attention import flash_attention
 from cvmk.ops.attention_distill import attention_kl, flash_attention_distill
 from cvmk.ops.int4_linear import int4_linear
@@ -23,6 +24,7 @@ __all__ = [
     "Explanation",
     "QuantizedWeight",
     "UnmeasuredBackendWarning",
+    "adamw",
     "attention_kl",
     "backends_report",
     "explain",

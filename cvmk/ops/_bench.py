@@ -84,6 +84,11 @@ def _update(normal: Normal) -> Call:
     )
 
 
+def _adamw(normal: Normal) -> Call:
+    param, grad, first, second = (normal(1 << 20).float() for _ in range(4))
+    return "1 M parameters, float32", (param, grad, first, second.abs()), {"step": 10, "learning_rate": 1e-6}
+
+
 def _int8(normal: Normal) -> Call:
     return "64 rows, 512 to 2048, bfloat16", (normal(64, 512), ops.quantize_int8(normal(2048, 512))), {}
 
@@ -108,6 +113,7 @@ def _residual(normal: Normal) -> Call:
 
 
 CASES: dict[str, Callable[[Normal], Call]] = {
+    "adamw": _adamw,
     "flash_attention": _attention,
     "flash_attention_distill": _distilled,
     "attention_kl": _maps,

@@ -274,6 +274,16 @@ def _update(make: _Maker) -> Iterator[Case]:
     yield Case(f"34 channels, 17 states, {make.name}", t, call)
 
 
+def _adamw(make: _Maker) -> Iterator[Case]:
+    def call(t: dict[str, Any]) -> Any:
+        param, first, second = (t[name].clone() for name in ("param", "exp_avg", "exp_avg_sq"))
+        ops.adamw(param, t["grad"], first, second, step=3, learning_rate=0.1, betas=(0.9, 0.98), eps=1e-3, weight_decay=0.1)
+        return param, first, second
+
+    t = {"param": make.normal(20000), "grad": make.normal(20000), "exp_avg": make.normal(20000, scale=0.1), "exp_avg_sq": make.normal(20000).abs()}
+    yield Case(f"20000 parameters, {make.name}", t, call)
+
+
 def _int8(make: _Maker) -> Iterator[Case]:
     def call(t: dict[str, Any], activation: str | None = None) -> Tensor:
         return ops.int8_linear(t["x"], t["weight"], t["bias"], activation=activation)
@@ -338,6 +348,7 @@ def _residual(make: _Maker) -> Iterator[Case]:
 
 
 CASES: dict[str, Callable[[_Maker], Iterator[Case]]] = {
+    "adamw": _adamw,
     "flash_attention": _attention,
     "flash_attention_distill": _distilled,
     "attention_kl": _maps,

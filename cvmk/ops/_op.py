@@ -106,7 +106,7 @@ class Op:
         def fake(*arguments: Any) -> Any:
             return self._as_returned(self._fake_forward(make(self.call, arguments)))
 
-        returns = f"({', '.join(results)})" if len(results) > 1 else results[0]
+        returns = results[0] if len(results) == 1 else f"({', '.join(results)})"
         packet = self._define("forward", f"({', '.join(declared)}) -> {returns}", implementation, fake)
         if self.written:
 
@@ -149,7 +149,9 @@ class Op:
         return getattr(torch.ops.cvmk, full).default
 
     def _as_returned(self, results: Any) -> Any:
-        """Results as the dispatcher takes them."""
+        """Results as the dispatcher takes them; None of an op that only writes to its arguments."""
+        if not self.outputs:
+            return None
         if self.outputs == 1:
             return results if isinstance(results, torch.Tensor) else results[0]
         return tuple(results)

@@ -47,6 +47,16 @@ def _update(backend: str) -> tuple[Tensors, Callable[..., Any]]:
     return tensors | {"D": _normal(2), "z": _normal(1, 2), "dt_bias": _normal(2)}, ops.selective_state_update
 
 
+def _adamw(backend: str) -> tuple[Tensors, Callable[..., Any]]:
+    tensors = {"param": _normal(6), "grad": _normal(6), "exp_avg": _normal(6), "exp_avg_sq": _normal(6).abs()}
+
+    def call(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> tuple[Tensor, ...]:
+        ops.adamw(param, grad, exp_avg, exp_avg_sq, step=1, learning_rate=0.1)
+        return param, exp_avg, exp_avg_sq
+
+    return tensors, call
+
+
 def _int8(backend: str) -> tuple[Tensors, Callable[..., Any]]:
     made = ops.quantize_int8(_normal(4, 32))
 
@@ -83,6 +93,7 @@ def _residual_norm(backend: str) -> tuple[Tensors, Callable[..., Any]]:
 
 
 CASES: dict[str, Callable[[str], tuple[Tensors, Callable[..., Any]]]] = {
+    "adamw": _adamw,
     "flash_attention": _attention,
     "flash_attention_distill": _attention_distill,
     "attention_kl": _attention_kl,

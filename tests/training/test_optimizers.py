@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from cvmk.files import followed
 from cvmk.nn import CVMTransformer
 from cvmk.training.optimizers import Optimizer, build, build_optimizer
 from cvmk.training.optimizers.build import BUILDERS, Groups, parameter_groups
+from cvmk.training.optimizers.flat_adamw import FlatAdamW
 from cvmk.training.trainer import Trainer
 
 MODEL = ModelConfig(d_model=16, ffn=32, heads=2, encoder_layers=1, decoder_layers=1, max_length=32)
@@ -73,6 +76,99 @@ def test_rates_and_a_step() -> None:
     assert all((now != then).any() for now, then in zip(optimizer.parameters, before, strict=True))
     optimizer.zero_grad()
     assert all(parameter.grad is None for parameter in optimizer.parameters)
+
+
+def both(dtype: torch.dtype = torch.float64) -> tuple[list[torch.nn.Parameter], FlatAdamW, list[torch.nn.Parameter], Optimizer]:
+    """The same parameters, some of odd sizes, under AdamW over flat memory and under PyTorch's."""
+    sides: list[Any] = []
+    for kind in (FlatAdamW, Optimizer):
+        torch.manual_seed(2)
+        shapes = [(3, 5), (7,), (16, 2), (), (0, 4), (40, 33)]
+        parameters = [torch.nn.Parameter(torch.randn(shape, dtype=dtype)) for shape in shapes]
+        groups = [{"params": parameters[:3], "weight_decay": 0.1}, {"params": parameters[3:], "weight_decay": 0.0}]
+        sides += [parameters, kind(torch.optim.AdamW(groups, lr=0.05, betas=(0.9, 0.98), eps=1e-9))]
+    return tuple(sides)  # type: ignore[return-value]
+
+
+def advance(parameters: list[torch.nn.Parameter], optimizer: Optimizer, step: int, *, norm: float = 1.0, without: Sequence[int] = ()) -> float:
+    generator = torch.Generator().manual_seed(step)
+    for i, parameter in enumerate(parameters):
+        gradient = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+        parameter.grad = None if i in without else gradient
+    optimizer.set_factor(1 / step)
+    found = float(optimizer.clip(norm))
+    optimizer.step(lambda: pytest.fail("AdamW looks once"))
+    optimizer.zero_grad()
+    return found
+
+
+def test_steps_over_flat_memory_are_those_of_pytorch_and_so_are_checkpoints() -> None:
+    """Parameters that get no gradient are left alone, and keep their own count of steps; either side goes on from the other's checkpoint."""
+    ours, flat, theirs, plain = both()
+    for step, norm, without in ((1, 1.0, ()), (2, 0.0, (1,)), (3, 1e6, (0, 5)), (4, 0.5, range(6)), (5, 1.0, ())):
+        norms = [advance(parameters, optimizer, step, norm=norm, without=without) for parameters, optimizer in ((ours, flat), (theirs, plain))]
+        assert norms[0] == pytest.approx(norms[1], rel=1e-12)
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-13)
+    saved, expected = flat.state_dict(), plain.state_dict()
+    assert saved["param_groups"] == expected["param_groups"] and saved["state"].keys() == expected["state"].keys()
+    for index, state in expected["state"].items():
+        torch.testing.assert_close(saved["state"][index], state, rtol=1e-12, atol=1e-13)
+    saved = copy.deepcopy(saved)
+    flat.load_state_dict(copy.deepcopy(expected))
+    plain.load_state_dict(saved)
+    advance(ours, flat, 6), advance(theirs, plain, 6)
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-13)
+
+
+def test_a_checkpoint_from_before_the_first_step_is_that_of_a_fresh_optimiser() -> None:
+    ours, flat, *_ = both()
+    fresh = copy.deepcopy(flat.state_dict())
+    weights = [parameter.detach().clone() for parameter in ours]
+    advance(ours, flat, 1), advance(ours, flat, 2)
+    once = [parameter.detach().clone() for parameter in ours]
+    flat.load_state_dict(fresh)
+    with torch.no_grad():
+        for parameter, weight in zip(ours, weights, strict=True):
+            parameter.copy_(weight)
+    advance(ours, flat, 1), advance(ours, flat, 2)
+    assert all(torch.equal(a, b) for a, b in zip(ours, once, strict=True))
+
+
+def test_weights_that_were_cast_or_replaced_are_laid_out_anew() -> None:
+    ours, flat, theirs, plain = both(torch.float32)
+    advance(ours, flat, 1), advance(theirs, plain, 1)
+    for parameter in ours + theirs:
+        parameter.data = parameter.data.double()
+    plain.load_state_dict(plain.state_dict())  # casts the moments
+    advance(ours, flat, 2), advance(theirs, plain, 2)
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+    ours[0].data = ours[0].data.bfloat16()
+    with pytest.raises(RuntimeError, match="build the optimiser after moving or casting"):
+        advance(ours, flat, 3)
+
+
+def test_whoever_packed_a_weight_is_told_that_it_changed_and_copies_are_apart() -> None:
+    ours, flat, *_ = both(torch.float32)
+    advance(ours, flat, 1)
+    versions, twin, before = [parameter._version for parameter in ours], copy.deepcopy(ours[0]), ours[0].detach().clone()
+    advance(ours, flat, 2, without=(1,))
+    assert [now > then for now, then in zip([parameter._version for parameter in ours], versions, strict=True)] == [True, False, True, True, True, True]
+    assert torch.equal(twin, before) and not torch.equal(ours[0], before)
+    assert twin.untyped_storage().nbytes() == twin.numel() * 4
+
+
+def test_flat_steps_have_the_same_bits_for_any_number_of_threads() -> None:
+    found, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            parameter = torch.nn.Parameter(torch.linspace(-1, 1, 300_000))
+            optimizer = FlatAdamW(torch.optim.AdamW([parameter], lr=0.1))
+            norm = advance([parameter], optimizer, 1, norm=0.3)
+            found.append((norm, parameter.detach().clone()))
+    finally:
+        torch.set_num_threads(before)
+    assert all(norm == found[0][0] and torch.equal(weights, found[0][1]) for norm, weights in found)
 
 
 # -- whole runs ----------------------------------------------------------------------------------------------------------------------

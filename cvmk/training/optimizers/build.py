@@ -11,6 +11,7 @@ from cvmk.config import OptimizerConfig
 from cvmk.errors import ConfigError
 from cvmk.nn import decays
 from cvmk.training.optimizers.base import Optimizer
+from cvmk.training.optimizers.flat_adamw import FlatAdamW
 
 Groups = list[dict[str, Any]]
 
@@ -41,9 +42,11 @@ def parameter_groups(config: OptimizerConfig, modules: Iterable[torch.nn.Module]
 
 
 def _adamw(config: OptimizerConfig, groups: Groups) -> Optimizer:
-    """AdamW (Loshchilov & Hutter 2019), fused where PyTorch has it."""
-    first = next(parameter for group in groups for parameter in group["params"])
-    return Optimizer(torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=_has_fused(first)))
+    """AdamW (Loshchilov & Hutter 2019): over flat memory on the CPU, else PyTorch's, fused where it has that."""
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    fused = _has_fused(parameters[0])
+    inner = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=fused)
+    return FlatAdamW(inner) if FlatAdamW.takes(parameters) else Optimizer(inner)
 
 
 def _has_fused(parameter: torch.nn.Parameter) -> bool:

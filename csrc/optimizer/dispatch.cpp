@@ -1,0 +1,4 @@
+#include "common/levels.h"
+#include "optimizer/params.h"
+
+CVMK_LEVELS(optimizer)
