@@ -15,6 +15,7 @@ from cvmk.nn.memory import Memory
 from cvmk.nn.mixers import mixer_names
 from cvmk.nn.outputs import AttentionMaps, HiddenStates
 from cvmk.nn.positions import Span
+from cvmk.nn.residual import first_norm
 from cvmk.nn.state import MixerState, StateLayout
 
 
@@ -52,7 +53,7 @@ class Encoder(Stack):
     ) -> Tensor:
         """x [B, T, d] -> [B, T, d] behind the last norm: whole sentences, or the next positions of those that `states` remember."""
         norms = self.norms
-        normed: Tensor = norms[0](x)
+        normed = first_norm(x, norms[0])
         for layer, block in enumerate(self.blocks):
             state = states[layer] if states is not None else None
             x, normed, own = block(x, normed, norms[layer + 1], span, state, maps is not None and maps.wish("encoder"))
@@ -74,7 +75,7 @@ class Decoder(Stack):
     ) -> Tensor:
         """Whole sequences x [B, T, d] over memory [B, S, d], of which the first lengths [B] positions are real -> [B, T, d] behind the last norm."""
         norms = self.norms
-        normed: Tensor = norms[0](x)
+        normed = first_norm(x, norms[0])
         for layer, block in enumerate(self.blocks):
             keys, values = block.cross.keys_values(memory)
             own_wish, cross_wish = (False, False) if maps is None else (maps.wish("decoder"), maps.wish("cross"))
@@ -89,7 +90,7 @@ class Decoder(Stack):
     def extend(self, x: Tensor, span: Span, memory: Memory, states: list[MixerState], maps: AttentionMaps | None = None) -> Tensor:
         """The next positions x [N, T, d] of rows that `states` remember -> [N, T, d] behind the last norm. `maps` gets those of cross-attention."""
         norms, lengths = self.norms, memory.lengths if memory.padded else None
-        normed: Tensor = norms[0](x)
+        normed = first_norm(x, norms[0])
         for layer, block in enumerate(self.blocks):
             keys, values = memory.cross[layer]
             x, normed, _, cross = block(x, normed, norms[layer + 1], span, Source(keys, values, lengths), states[layer], False, maps is not None)

@@ -1,7 +1,7 @@
-"""What runs and model folders of earlier versions rely on: names and shapes of weights, and every number of a training step.
+"""What runs and model folders of earlier versions rely on: names and shapes of weights, and every number of a training step within rounding.
 
-The model's formula is written out here as it was when those runs were made (norm, sublayer, dropout, sum, one after the other), and
-must give the same bits, draws of dropout included.
+The model's formula is written out here as it was when those runs were made (norm, sublayer, dropout, sum, one after the other). Dropout's masks
+are those of its seeds, which are drawn in the order in which the formula comes to them.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from cvmk import ops
 from cvmk.config.schema import ModelConfig
 from cvmk.nn import CVMTransformer
+from cvmk.ops.reference._dropout import kept_rows
 
 TINY: dict[str, Any] = {"d_model": 8, "ffn": 12, "heads": 2, "kv_heads": 1, "encoder_layers": 1, "decoder_layers": 1}
 WITH_BIAS = {
@@ -116,7 +117,13 @@ class Formula:
         self.model, self.config = model, model.config
 
     def drop(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.config.dropout, self.model.training)
+        p, n = self.config.dropout, x.shape[-1]
+        if p == 0 or not self.model.training:
+            return x
+        seed = torch.randint(-(2**31), 2**31, (2,))
+        keep = kept_rows(seed, p, x.numel() // n, n)
+        assert keep is not None
+        return x * keep.view(x.shape) / (1 - p)
 
     def attend(self, layer: Any, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, causal: bool) -> Tensor:
         size = self.config.d_model // self.config.heads
@@ -149,7 +156,7 @@ class Formula:
         if self.config.positions == "sinusoidal":
             angle = angles(ids.shape[1], self.config.d_model, 10000.0)
             x = x + torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1).float()
-        return self.drop(x)
+        return x * F.dropout(torch.ones(x.shape), self.config.dropout, self.model.training).to(x.dtype)
 
     def __call__(self, src: Tensor, tgt: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Logits, and the blocks' outputs."""
@@ -173,22 +180,18 @@ class Formula:
         return F.linear(model.decoder.norm(x), model.embeddings.source if output is None else output), found
 
 
-def trained(model: CVMTransformer, forward: Any, autocast: bool) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """The losses of three steps and the weights behind them."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+def trained(model: CVMTransformer, forward: Any, autocast: bool) -> dict[str, Tensor]:
+    """The loss, the hidden states and the gradients of a step of training."""
     torch.manual_seed(11)
-    losses = []
-    for _ in range(3):
-        src, tgt = torch.randint(4, 30, (5, 9)), torch.randint(4, 30, (5, 7))
-        src[1, 5:] = tgt[2, 3:] = src[3, :] = 0
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            logits, hidden = forward(src, tgt)
-        loss = F.cross_entropy(logits.float().flatten(0, 1), tgt.flatten()) + sum((x.float().square().mean() for x in hidden), torch.zeros(()))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.detach())
-    return losses, model.state_dict()
+    src, tgt = torch.randint(4, 30, (5, 9)), torch.randint(4, 30, (5, 7))
+    src[1, 5:] = tgt[2, 3:] = src[3, :] = 0
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        logits, hidden = forward(src, tgt)
+    wide = torch.promote_types(model.embeddings.source.dtype, torch.float32)
+    loss = F.cross_entropy(logits.to(wide).flatten(0, 1), tgt.flatten()) + sum((x.to(wide).square().mean() for x in hidden), torch.zeros(()))
+    loss.backward()
+    states = {f"hidden {i}": x.detach() for i, x in enumerate(hidden)}
+    return {"loss": loss.detach(), **states, **{name: x.grad for name, x in model.named_parameters() if x.grad is not None}}
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
@@ -201,17 +204,23 @@ def trained(model: CVMTransformer, forward: Any, autocast: bool) -> tuple[list[T
     ],
     ids=str,
 )
-def test_training_steps_have_the_same_bits(options: dict[str, Any], autocast: bool) -> None:
+def test_a_training_step_is_that_of_the_formula(options: dict[str, Any], autocast: bool) -> None:
+    """Two baselines: at most 3 times as far from the formula in float64 as the formula is in the step's own types, and four roundings."""
     torch.manual_seed(5)
-    sizes = {"d_model": 32, "ffn": 48, "heads": 4, "encoder_layers": 2, "decoder_layers": 3, "max_length": 16, "dropout": 0.2}
+    sizes: dict[str, Any] = {"d_model": 32, "ffn": 48, "heads": 4, "encoder_layers": 2, "decoder_layers": 3, "max_length": 16, "dropout": 0.2}
+    if autocast:  # the slope of relu jumps, and roundings of 2^-8 move elements across
+        sizes["activation"] = "gelu"
     model = CVMTransformer(ModelConfig(**{**sizes, **options}), 30)
-    twin = copy.deepcopy(model)
+    twin, law = copy.deepcopy(model), copy.deepcopy(model).double()
 
     def forward(src: Tensor, tgt: Tensor) -> tuple[Tensor, list[Tensor]]:
         logits, hidden, _ = model(src, tgt, return_hidden=True)
         return logits, [*hidden.encoder, *hidden.decoder]
 
-    losses, weights = trained(model, forward, autocast)
-    before, kept = trained(twin, Formula(twin), autocast)
-    assert [loss.item() for loss in losses] == [loss.item() for loss in before]
-    assert all(torch.equal(weights[name], kept[name]) for name in kept)
+    found, before, exact = trained(model, forward, autocast), trained(twin, Formula(twin), autocast), trained(law, Formula(law), False)
+    assert found.keys() == before.keys() == exact.keys()
+    eps = torch.finfo(torch.bfloat16 if autocast else torch.float32).eps
+    for name, want in exact.items():
+        assert found[name].dtype == before[name].dtype and found[name].shape == want.shape, name
+        errors = [(x[name].double() - want).abs().max().item() for x in (found, before)]
+        assert errors[0] <= 3 * errors[1] + 4 * eps * max(want.abs().max().item(), 1e-2), (name, errors, want.abs().max())
