@@ -18,6 +18,7 @@ void bind_attention(py::module_& m);
 void bind_distill(py::module_& m);
 void bind_engine(py::module_& m);
 void bind_gemm(py::module_& m);
+void bind_linear(py::module_& m);
 void bind_memory(py::module_& m);
 void bind_norm(py::module_& m);
 void bind_optimizer(py::module_& m);
@@ -154,6 +155,7 @@ PYBIND11_MODULE(_native, m) {
   bind_distill(m);
   bind_engine(m);
   bind_gemm(m);
+  bind_linear(m);
   bind_memory(m);
   bind_norm(m);
   bind_optimizer(m);

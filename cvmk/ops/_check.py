@@ -302,6 +302,18 @@ def _int4(make: _Maker) -> Iterator[Case]:
     yield Case(f"one row, gelu, {make.name}", {"x": make.normal(1, 192), "bias": make.normal(70)}, lambda t: call(t, "gelu"), **rest)
 
 
+def _fused(make: _Maker) -> Iterator[Case]:
+    t = {"x": make.normal(33, 200), "weight": make.normal(70, 200, scale=0.07), "bias": make.normal(70)}
+
+    def call(activation: str, t: dict[str, Any]) -> Any:
+        torch.manual_seed(3)
+        return ops.fused_linear(t["x"], t["weight"], t["bias"], activation=activation, dropout_p=0.1)
+
+    with torch.random.fork_rng():
+        for activation in ("relu", "swiglu"):
+            yield Case(f"33 rows, 200 to 70, {activation}, dropout, {make.name}", t, functools.partial(call, activation), tuple(t), 0.1)
+
+
 def _kd(make: _Maker) -> Iterator[Case]:
     target = make.below(701, 9)
     target[4] = -100
@@ -354,6 +366,7 @@ CASES: dict[str, Callable[[_Maker], Iterator[Case]]] = {
     "attention_kl": _maps,
     "selective_scan": _scan,
     "selective_state_update": _update,
+    "fused_linear": _fused,
     "int8_linear": _int8,
     "int4_linear": _int4,
     "kd_loss": _kd,

@@ -92,6 +92,10 @@ def _residual_norm(backend: str) -> tuple[Tensors, Callable[..., Any]]:
     return {"x": _normal(3, 16), "branch": _normal(3, 16), "weight": _normal(16), "bias": _normal(16)}, ops.residual_norm
 
 
+def _fused_linear(backend: str) -> tuple[Tensors, Callable[..., Any]]:
+    return {"x": _normal(3, 32), "weight": _normal(4, 32), "bias": _normal(4)}, ops.fused_linear
+
+
 CASES: dict[str, Callable[[str], tuple[Tensors, Callable[..., Any]]]] = {
     "adamw": _adamw,
     "flash_attention": _attention,
@@ -99,6 +103,7 @@ CASES: dict[str, Callable[[str], tuple[Tensors, Callable[..., Any]]]] = {
     "attention_kl": _attention_kl,
     "selective_scan": _scan,
     "selective_state_update": _update,
+    "fused_linear": _fused_linear,
     "int8_linear": _int8,
     "int4_linear": _int4,
     "kd_loss": _kd_loss,
