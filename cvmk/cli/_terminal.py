@@ -11,6 +11,7 @@ import json
 import os
 import re
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 _STRICT = ("strict", "surrogateescape")
@@ -48,6 +49,12 @@ def _occupy_closed_descriptors() -> None:
     os.close(descriptor)
     if sys.stderr is None:  # print(file=None) would mean standard output
         sys.stderr = open(os.devnull, "w", encoding="utf-8")
+
+
+def table(rows: Sequence[tuple[str, ...]]) -> str:
+    """Rows with their columns below each other."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
 def show(text: str) -> None:

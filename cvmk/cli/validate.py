@@ -6,11 +6,11 @@ import argparse
 import contextlib
 import sys
 import time
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from cvmk.cli._arguments import number, points, positive, samples, share
 from cvmk.cli._streams import STANDARD_INPUT, is_standard, need_open, standard_input
-from cvmk.cli._terminal import show, show_json
+from cvmk.cli._terminal import show, show_json, table
 from cvmk.errors import ConfigError, DataError, QualityGateError
 from cvmk.hardware import keep_freed_memory
 from cvmk.text.lines import decode_line, text_lines
@@ -33,15 +33,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tokenize", default="auto", metavar="NAME",
         help="how BLEU finds words: auto (default: by the model's target language), 13a intl zh ja-mecab ko-mecab flores101 flores200 char none",
     )  # fmt: skip
-    parser.add_argument("--beam-size", type=_positive, default=1, metavar="N", help="beam of the search; default: 1, greedy")
+    parser.add_argument("--beam-size", type=positive, default=1, metavar="N", help="beam of the search; default: 1, greedy")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ... or auto; default: cpu")
-    parser.add_argument("--batch-tokens", type=_positive, default=4096, metavar="N", help="tokens translated at a time; default: 4096")
-    parser.add_argument("--bootstrap", type=_samples, default=1000, metavar="N", help="resamples of the bootstrap; default: 1000")
-    parser.add_argument("--confidence", type=_share, default=0.95, metavar="SHARE", help="confidence of the intervals; default: 0.95")
+    parser.add_argument("--batch-tokens", type=positive, default=4096, metavar="N", help="tokens translated at a time; default: 4096")
+    parser.add_argument("--bootstrap", type=samples, default=1000, metavar="N", help="resamples of the bootstrap; default: 1000")
+    parser.add_argument("--confidence", type=share, default=0.95, metavar="SHARE", help="confidence of the intervals; default: 0.95")
     parser.add_argument(
         "--min-score", action="append", default=[], metavar="METRIC=VALUE", help="exit 3 if the score is worse (for ter: larger) than VALUE; may be repeated"
     )
-    parser.add_argument("--max-drop", type=_points, metavar="X", help="exit 3 if the first metric is more than X points worse than the baseline's")
+    parser.add_argument("--max-drop", type=points, metavar="X", help="exit 3 if the first metric is more than X points worse than the baseline's")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout, and nothing else")
 
 
@@ -81,11 +81,11 @@ def read_lines(path: str) -> list[str]:
     """Lines of a UTF-8 text, plain or compressed, without line ends. Raises DataError: missing, empty, not UTF-8 (with the line), corrupt."""
     name = STANDARD_INPUT if is_standard(path) else path
     lines = []
-    for number, line in enumerate(text_lines(name, standard_input() if is_standard(path) else None), 1):
+    for row, line in enumerate(text_lines(name, standard_input() if is_standard(path) else None), 1):
         try:
             lines.append(decode_line(line.removesuffix(b"\r")))
         except UnicodeDecodeError as error:
-            raise DataError(f"{name} line {number} is not valid UTF-8 (byte {error.start + 1}): convert the file to UTF-8") from error
+            raise DataError(f"{name} line {row} is not valid UTF-8 (byte {error.start + 1}): convert the file to UTF-8") from error
     return lines
 
 
@@ -203,7 +203,7 @@ def _text(report: dict[str, Any]) -> str:
         for score, pair in zip(report["scores"], baseline["paired"], strict=True):
             values = (f"{pair['value_a']:.2f}", f"{pair['value_b']:.2f}", f"{pair['difference']:+.2f}", f"[{pair['low']:+.2f}, {pair['high']:+.2f}]")
             rows.append((_label(score), *values, f"{pair['p_value']:.4f}"))
-        parts.append(f"Paired bootstrap, {report['bootstrap']} resamples\n{_table(rows)}")
+        parts.append(f"Paired bootstrap, {report['bootstrap']} resamples\n{table(rows)}")
     parts += [f"Note: {note}" for note in report["notes"]]
     if report["gates"] and report["passed"]:
         parts.append("All quality gates passed.")
@@ -216,18 +216,13 @@ def _model_text(system: dict[str, Any], percent: str, prefix: str = "") -> str:
     rows = [("metric", "score", percent, "signature")]
     for score in system["scores"]:
         rows.append((_label(score), f"{score['value']:.2f}", f"[{score['low']:.2f}, {score['high']:.2f}]", score["signature"]))
-    return f"{prefix}{system['model']}: {speed}\n{_table(rows)}"
+    return f"{prefix}{system['model']}: {speed}\n{table(rows)}"
 
 
 def _label(score: dict[str, Any]) -> str:
     from cvmk.validation.metrics import Score
 
     return Score(score["metric"], score["value"], score["signature"], score["fallback"]).label
-
-
-def _table(rows: Sequence[tuple[str, ...]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
 def _metrics(given: list[str], limited: list[str]) -> list[str]:
@@ -247,48 +242,6 @@ def _limit(text: str) -> tuple[str, float]:
     try:
         if not separator:
             raise ValueError
-        return metric, _number(value)
+        return metric, number(value)
     except ValueError:
         raise ConfigError(f"--min-score {text!r} is not METRIC=VALUE: write for example --min-score bleu=30") from None
-
-
-def _number(text: str) -> float:
-    number = float(text)
-    if number != number or number in (float("inf"), float("-inf")):
-        raise ValueError(text)
-    return number
-
-
-def _points(text: str) -> float:
-    number = _number(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"{text} is negative: give the points that the score may drop")
-    return number
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is too small: give 1 or more")
-    return number
-
-
-def _samples(text: str) -> int:
-    from cvmk.config.training import MAX_RESAMPLES
-
-    number = int(text)
-    if not 50 <= number <= MAX_RESAMPLES:
-        raise argparse.ArgumentTypeError(f"{text} is too {'small' if number < 50 else 'large'}: give 50 to {MAX_RESAMPLES}")
-    return number
-
-
-def _share(text: str) -> float:
-    number = _number(text)
-    if not 0.5 < number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is no confidence: give a number between 0.5 and 1, such as 0.95")
-    return number
-
-
-# argparse names a converter by __name__ in its messages: "invalid whole number value: 'x'".
-_positive.__name__ = _samples.__name__ = "whole number"
-_points.__name__ = _share.__name__ = "number"

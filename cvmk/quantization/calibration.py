@@ -104,6 +104,9 @@ def check_language(name: str, texts: Sequence[str], sources: Sequence[str], refe
     """Raises DataError where calibration text is not of the language of the evaluation sources: its pieces are more like those of the references, or like
     neither, or it needs twice as many pieces a word as the sources do."""
 
+    if not any(map(trimmed, texts)):
+        raise DataError(f"{name} is empty: give sentences of the kind that the model will translate")
+
     def pieces(lines: Sequence[str]) -> Counter[int]:
         return Counter(piece for line in lines[:1000] for piece in tokenizer.encode(trimmed(line)))
 

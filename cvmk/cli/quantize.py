@@ -1,0 +1,133 @@
+"""`cvmk quantize MODEL --scheme S --calibrate FILE --evaluate SRC REF -o OUT`: a smaller model, and what that costs."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from typing import Any
+
+from cvmk.cli._arguments import number, points, positive, samples
+from cvmk.cli._terminal import complain, show, show_json, table
+from cvmk.errors import ConfigError, DataError
+
+HELP = "Compress a model to 8 or 4 bits, and refuse one that translates worse."
+_BEST = {"w8a8": "smoothquant", "w4a16": "gptq", "w4a8": "gptq"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Quantise a model, and compare it with what it was on an evaluation set. A model that loses more than --max-drop gets its most "
+    parser.description += "sensitive matrices in a higher precision, one by one; if that is not enough the exit code is 3 and nothing is written."
+    parser.add_argument("model", metavar="MODEL", help="folder of a model or of a run; it stays as it is")
+    parser.add_argument("-o", "--output", required=True, metavar="OUT", help="folder to write, whole or not at all")
+    parser.add_argument(
+        "--scheme", default="w8a8", choices=tuple(_BEST),
+        help="w8a8 (default): weights and activations in 8 bits; w4a16: weights in 4 bits; w4a8: weights in 4 bits, activations in 8",
+    )  # fmt: skip
+    parser.add_argument("--method", choices=("smoothquant", "gptq", "awq", "rtn"), help="default: smoothquant for w8a8, gptq for the others")
+    parser.add_argument("--calibrate", required=True, metavar="FILE", help="sentences of the source language, one a line, plain or compressed")
+    parser.add_argument("--calibration-sentences", type=positive, default=128, metavar="N", help="how many of them are used (default 128)")
+    parser.add_argument("--evaluate", required=True, nargs=2, metavar=("SRC", "REF"), help="the evaluation set: sentences and their reference translations")
+    parser.add_argument("--beam-size", type=positive, default=1, metavar="N", help="beam of its translations (default 1, greedy)")
+    parser.add_argument("--max-drop", type=points, default=0.3, metavar="X", help="points of BLEU that may be lost (default 0.3)")
+    parser.add_argument("--max-raised", type=_count, metavar="N", help="matrices that may get a higher precision (default: a quarter of them)")
+    parser.add_argument(
+        "--keep", nargs="+", default=[], choices=("embeddings", "output", "cross"), help="parts that stay floats: embeddings, output layer, cross-attention"
+    )
+    parser.add_argument("--group-size", type=int, default=64, choices=(32, 64, 128), help="inputs that share a scale, of 4-bit weights (default 64)")
+    parser.add_argument("--symmetric", action="store_true", help="4-bit weights without zero points (w4a8 has none anyway)")
+    parser.add_argument("--damping", type=number, default=0.01, metavar="X", help="gptq: share of the mean that is added to the diagonal (default 0.01)")
+    parser.add_argument("--in-order", action="store_true", help="gptq: round inputs in their own order, not the largest first")
+    parser.add_argument("--moving-groups", action="store_true", help="gptq: scales of a group as its weights have become, not as they were")
+    parser.add_argument("--bootstrap", type=samples, default=1000, metavar="N", help="resamples of the bootstrap (default 1000)")
+    parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: all that the process may use)")
+    parser.add_argument("--json", action="store_true", help="print the report as one JSON object on stdout, and nothing else")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from cvmk.cli.validate import read_lines
+    from cvmk.quantization.quantize import GateFailure, quantize
+    from cvmk.quantization.recipe import Recipe
+
+    method: Any = arguments.method or _BEST[arguments.scheme]
+    recipe = Recipe(
+        arguments.scheme, method, arguments.group_size, True if arguments.symmetric else None,
+        tuple(dict.fromkeys(arguments.keep)), arguments.damping, not arguments.in_order, not arguments.moving_groups,
+    )  # fmt: skip
+    _threads(arguments.threads)
+    calibration = read_lines(arguments.calibrate)
+    source, reference = arguments.evaluate
+    sources, references = read_lines(source), read_lines(reference)
+    if len(sources) != len(references):
+        raise DataError(f"{source} has {len(sources)} lines but {reference} has {len(references)}: the two files must be aligned line by line")
+    failure = None
+    with contextlib.redirect_stdout(sys.stderr) if arguments.json else contextlib.nullcontext():
+        try:
+            report = quantize(
+                arguments.model, arguments.output, recipe, calibration=calibration, sources=sources, references=references,
+                calibration_sentences=arguments.calibration_sentences, max_drop=arguments.max_drop, max_raised=arguments.max_raised,
+                beam_size=arguments.beam_size, bootstrap=arguments.bootstrap, calibration_name=arguments.calibrate, say=complain,
+            )  # fmt: skip
+        except GateFailure as error:
+            failure, report = error, error.report
+    if arguments.json:
+        show_json(report)
+    else:
+        show(text_of(report, None if failure else arguments.output))
+    if failure is not None:
+        raise failure
+    return 0
+
+
+def text_of(report: dict[str, Any], out: str | None) -> str:
+    """The report for people; `out` is where the model is, None where it was not written."""
+    percent = f"{100 * report['evaluation']['confidence']:g}% interval"
+    rows = [("metric", "before", percent, "after", percent, "difference", percent, "p")]
+    for before, after, pair in zip(report["before"]["scores"], report["after"]["scores"], report["paired"], strict=True):
+        spans = [f"[{score['low']:.2f}, {score['high']:.2f}]" for score in (before, after)]
+        difference = (f"{pair['difference']:+.2f}", f"[{pair['low']:+.2f}, {pair['high']:+.2f}]", f"{pair['p_value']:.4f}")
+        rows.append((before["metric"], f"{before['value']:.2f}", spans[0], f"{after['value']:.2f}", spans[1], *difference))
+    layers = [("matrix", "stored", "bytes", "signal to noise, dB", "rounded to nearest")]
+    for layer in report["layers"]:
+        ratios = ("" if value is None else f"{value:.1f}" for value in (layer["snr"], layer["nearest_snr"]))
+        layers.append((layer["name"], layer["stored"], str(layer["bytes"]), *ratios))
+    parts = [table(rows), _facts(report), table(layers)]
+    if report["changed"]:
+        shown = [f"{one['line']}: {one['source']}\n   before  {one['before']}\n   after   {one['after']}" for one in report["changed"]]
+        parts.append("The sentences that changed most\n" + "\n".join(shown))
+    parts.append("Nothing was written." if out is None else f"{out}: {report['recipe']['scheme']} by {report['recipe']['method']}")
+    return "\n\n".join(parts)
+
+
+def _facts(report: dict[str, Any]) -> str:
+    sizes = report["sizes"]
+    lines = [f"weights: {sizes['float32']} bytes in float32, {sizes['after']} now ({sizes['ratio']:.3f})"]
+    rates = [report[when]["tokens_per_second"] for when in ("before", "after")]
+    if None not in rates:
+        lines.append(f"speed: {rates[0]:.0f} tokens/s before, {rates[1]:.0f} after")
+    if report["raised"]:
+        lines.append(f"in a higher precision: {', '.join(report['raised'])}")
+    lines += [f"trial with {trial['raised']} raised: BLEU {trial['value']:.2f} ({-trial['drop']:+.2f})" for trial in report["trials"][:-1]]
+    return "\n".join(lines)
+
+
+def _threads(threads: int | None) -> None:
+    from cvmk.config.section import MAX_THREADS
+
+    if threads is None:
+        return
+    if threads > MAX_THREADS:
+        raise ConfigError(f"--threads is {threads}, and must be at most {MAX_THREADS}")
+    import torch
+
+    torch.set_num_threads(threads)
+
+
+def _count(text: str) -> int:
+    found = int(text)
+    if found < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative: give 0 or more")
+    return found
+
+
+_count.__name__ = "whole number"
