@@ -18,7 +18,9 @@ BOM = "\ufeff"
 
 @contextlib.contextmanager
 def explained(path: str | os.PathLike[str], action: str) -> Iterator[None]:
-    """Turn an OSError into a DataError: "cannot <action> <path>: <reason>"."""
+    """Turn an OSError into a DataError: "cannot <action> <path>: <reason>". The empty name is one at once: paths would take it for the working directory."""
+    if not os.fspath(path):
+        raise DataError(f"cannot {action} a file whose name is empty: name a file")
     try:
         yield
     except OSError as error:
@@ -34,7 +36,7 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
 def read_json(path: str | os.PathLike[str]) -> Any:
     try:
         return json.loads(read_bytes(path).decode("utf-8").removeprefix(BOM))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, and nesting without end
         raise DataError(f"{os.fspath(path)} is not valid JSON ({error}): restore it or write it again") from error
 
 

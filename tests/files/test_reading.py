@@ -231,9 +231,7 @@ def test_json_with_a_byte_order_mark(tmp_path: Path) -> None:
 def test_reading_errors_name_the_file(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"cannot read .*nothing"):
         read_bytes(tmp_path / "nothing")
-    (tmp_path / "bad.json").write_bytes(b'{"a": ')
-    with pytest.raises(DataError, match=r"bad\.json is not valid JSON"):
-        read_json(tmp_path / "bad.json")
-    (tmp_path / "bad.json").write_bytes(b'"\xff"')
-    with pytest.raises(DataError, match=r"bad\.json is not valid JSON"):
-        read_json(tmp_path / "bad.json")
+    for content in (b'{"a": ', b'"\xff"', b"[" * 100_000, b"1" * 10_000):
+        (tmp_path / "bad.json").write_bytes(content)
+        with pytest.raises(DataError, match=r"bad\.json is not valid JSON"):
+            read_json(tmp_path / "bad.json")

@@ -109,9 +109,9 @@ def write_description(folder: str | os.PathLike[str], tokenizer: Tokenizer, **mo
 def read_normalization(folder: str | os.PathLike[str], description: dict[str, object]) -> str:
     """The rule that a parsed `tokenizer.json` names. Raises DataError where it is unknown."""
     name = description.get("normalization", IDENTITY)
-    if name not in RULES:
+    if not isinstance(name, str) or name not in RULES:
         raise corrupt(Path(folder) / DESCRIPTION, f"normalization {name!r} is unknown")
-    return str(name)
+    return name
 
 
 def corrupt(path: str | os.PathLike[str], reason: str) -> DataError:

@@ -25,6 +25,7 @@ BYTE_OFFSET = len(Tokenizer.SPECIAL_PIECES)
 FIRST_MERGE = BYTE_OFFSET + 256
 CACHED_WORDS = 100_000
 MINIMUM_COUNT = 2  # a pair seen once teaches nothing
+_LONGEST = 1 << 23  # bytes of all pieces together, beyond any that were learnt: merges of a damaged file may double a piece each time
 
 # The alternatives cover every character, so joining the words gives the text back.
 _WORDS = re.compile(r" ?[^\W\d_]+| ?\d+| ?(?:[^\w\s]|_)+|\s+(?!\S)|\s+")
@@ -39,9 +40,13 @@ class FallbackTokenizer(Tokenizer):
         self.merges, self.normalization = merges, normalization
         self._ranks = {pair: rank for rank, pair in enumerate(merges)}
         self._bytes: list[bytes] = [b""] * BYTE_OFFSET + [bytes([value]) for value in range(256)]
+        room = _LONGEST
         for left, right in merges:
             if not (BYTE_OFFSET <= left < len(self._bytes) and BYTE_OFFSET <= right < len(self._bytes)):
                 raise ValueError(f"merge {len(self._bytes) - FIRST_MERGE} names pieces that come after it")
+            room -= len(self._bytes[left]) + len(self._bytes[right])
+            if room < 0:
+                raise ValueError(f"its pieces have more than {_LONGEST} bytes together")
             self._bytes.append(self._bytes[left] + self._bytes[right])
         self.pieces = [*self.SPECIAL_PIECES, *("".join(map(_visible, piece)) for piece in self._bytes[BYTE_OFFSET:])]
         self._word = lru_cache(CACHED_WORDS)(self._encode_word)
