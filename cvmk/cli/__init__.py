@@ -4,10 +4,14 @@ rollback, 5 input or output, 130 interrupted."""
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import pkgutil
 import re
-from collections.abc import Sequence
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from types import FrameType
 
 from cvmk import __version__
 from cvmk.cli import _terminal
@@ -15,6 +19,7 @@ from cvmk.errors import CvmkError, DataError
 from cvmk.libraries import check_environment
 
 INTERRUPTED = 130
+_TERMINATED = 143  # what shells say of a process that SIGTERM ended
 _OUT_OF_MEMORY = re.compile(r"can't allocate memory|not enough memory|out of memory", re.IGNORECASE)  # as torch says it
 
 
@@ -22,7 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb and return its exit code. A deliberate error is one sentence on stderr, never a traceback."""
     _terminal.prepare()
     try:
-        code = _run(arguments)
+        with _terminable():
+            code = _run(arguments)
         _terminal.flush()
         return code
     except CvmkError as error:
@@ -31,6 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _terminal.complain("interrupted")
         return INTERRUPTED
+    except _Terminated:
+        _terminal.complain("terminated")
+        return _TERMINATED
     except BrokenPipeError:  # the reader of our output went away
         return 0
     except OSError as error:
@@ -46,6 +55,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return DataError.exit_code
     finally:
         _terminal.settle()
+
+
+class _Terminated(BaseException):
+    """SIGTERM, which by itself would leave half-written files behind."""
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM raises _Terminated, unless somebody else handles it (training does for itself)."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise _Terminated
+
+    mine = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if mine:
+        signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        if mine:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _run(arguments: Sequence[str] | None) -> int:

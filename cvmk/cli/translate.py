@@ -89,8 +89,8 @@ def run(arguments: argparse.Namespace) -> int:
     with contextlib.ExitStack() as stack:
         file = None if is_standard(arguments.input) else stack.enter_context(open_input(arguments.input))
         translator = _translator(arguments)
-        source = file or standard_input()  # a model is loaded while one waits for the first line
         sink = stack.enter_context(output(arguments.output))
+        source = file or standard_input()  # waits for the first line
         stack.enter_context(_own_warnings())
         for lines, trouble in read_lines(source, name, LINES_AT_ONCE):
             _translate(translator, lines, name, options, arguments.json, sink)

@@ -27,8 +27,8 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     replaced is written to as it is: a device, a pipe, an open file of this process (/dev/stdout, /dev/fd/3). Raises DataError where
     the file cannot be written; a regular file that stood there is then untouched. A pipe whose reader went away is a BrokenPipeError.
     """
-    path = Path(path)
     with explained(path, "write"):
+        path = Path(path)
         target = _to_replace(path)
     with _written_directly(path) if target is None else _written_aside(path, target) as file:
         yield file

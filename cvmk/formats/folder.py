@@ -92,8 +92,12 @@ def _move_into_place(temporary: Path, path: Path) -> None:
 # -- reading --------------------------------------------------------------------------------------------------------------------
 def resolve_model_folder(path: str | os.PathLike[str]) -> Path:
     """The model's folder: `path` itself, or inside a run's folder its `model`, else its best checkpoint. Raises DataError where there is none."""
-    path = followed(path)
-    if not path.exists():
+    if not os.fspath(path):
+        raise DataError("the name of the model is empty: name the folder of a model or of a run")
+    with explained(path, "read"):
+        path = followed(path)
+        there = path.exists()
+    if not there:
         raise DataError(f"{path} does not exist: name the folder of a model or of a run")
     if not path.is_dir():
         raise DataError(f"{path} is a file: name the folder of a model or of a run")

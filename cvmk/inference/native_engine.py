@@ -20,7 +20,7 @@ from cvmk.formats.folder import WEIGHTS, read_model_weights
 from cvmk.formats.stored import split_weights
 from cvmk.formats.tensors import RawTensor, let_go
 from cvmk.inference.engine import Event, Finished, Partial, Request, check_pieces, check_request
-from cvmk.inference.options import BROKEN, Hypothesis, SearchOptions
+from cvmk.inference.options import BROKEN, Hypothesis, SearchOptions, checked_number
 from cvmk.inference.shortlist import Shortlist, load_shortlist, wanted
 
 if TYPE_CHECKING:
@@ -103,11 +103,9 @@ class NativeEngine:
         max_sessions: int = MAX_SESSIONS,
         shortlist: Shortlist | None = None,
     ) -> None:
-        for name, number in (("threads", threads), ("max_batch_tokens", max_batch_tokens), ("max_sessions", max_sessions)):
-            if number is not None and number < 1:
-                raise ConfigError(f"{name} is {number}, and must be at least 1")
-        if threads is not None and threads > MAX_THREADS:
-            raise ConfigError(f"threads is {threads}, and must be at most {MAX_THREADS}")
+        threads = int(checked_number("threads", min(default_threads(), MAX_THREADS) if threads is None else threads, 1, MAX_THREADS))
+        max_batch_tokens = int(checked_number("max_batch_tokens", max_batch_tokens, 1, _MOST))
+        max_sessions = int(checked_number("max_sessions", max_sessions, 1))
         model = manifest.model
         config = {**model.model_dump(), "kv_heads": model.kv_heads or model.heads, "vocab_size": manifest.vocab_size}
         _, stored = split_weights(weights, manifest.schemes, Path(WEIGHTS))
@@ -116,7 +114,7 @@ class NativeEngine:
         library, reason = libraries.load("_native", "native")
         if library is None:
             raise ConfigError(f"the native engine needs the native library: {reason}")
-        self._engine = library.Engine(config, given, compute_type, threads or default_threads(), max_batch_tokens, tokens)
+        self._engine = library.Engine(config, given, compute_type, threads, max_batch_tokens, tokens)
         let_go(weights.values())  # all but embeddings is packed by now
         self._max_length, self._vocab_size = model.max_length, manifest.vocab_size
         self._lock = threading.Lock()

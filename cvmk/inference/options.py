@@ -67,22 +67,18 @@ class SearchOptions:
     def __post_init__(self) -> None:
         for option in scalar_options():
             self._check_scalar(option)
+        for name in ("shortlist", "alignments"):
+            if isinstance(value := getattr(self, name), float) or value not in (0, 1):
+                raise ConfigError(f"{name} is {value!r}, and must be True or False")
+            object.__setattr__(self, name, bool(value))
         if self.n_best > self.beam_size:
             raise ConfigError(f"n_best ({self.n_best}) is more than beam_size ({self.beam_size}): ask for fewer or search with a larger beam")
         self._check_suppressed()
 
     def _check_scalar(self, option: Field[Any]) -> None:
-        name, value, least, most = option.name, getattr(self, option.name), option.metadata["least"], option.metadata["most"]
         whole = isinstance(option.default, int)
-        kind = "a whole number" if whole else "a number"
-        if isinstance(value, bool) or not hasattr(value, "__index__" if whole else "__float__"):
-            raise ConfigError(f"{name} is {value!r}, and must be {kind}")
-        number = value.__index__() if whole else float(value)
-        if not number >= least or number == math.inf:
-            raise ConfigError(f"{name} is {value}, and must be {kind} of at least {least}")
-        if most is not None and number > most:
-            raise ConfigError(f"{name} is {value}, and must be at most {most}")
-        object.__setattr__(self, name, number)
+        number = checked_number(option.name, getattr(self, option.name), option.metadata["least"], option.metadata["most"], whole)
+        object.__setattr__(self, option.name, number)
 
     def _check_suppressed(self) -> None:
         try:
@@ -97,6 +93,19 @@ class SearchOptions:
         """The most pieces of a translation, EOS not counted; BOS takes one of the model's positions."""
         room = model_max_length - 1
         return min(room, max(self.min_length, int(min(self.max_length_a * source_pieces + min(self.max_length_b, room), room))))
+
+
+def checked_number(name: str, value: Any, least: float, most: float | None = None, whole: bool = True) -> int | float:
+    """`value` as a number of Python's. Raises ConfigError, with the name, for what is none, or none from `least` to `most` (None: no limit)."""
+    kind = "a whole number" if whole else "a number"
+    if isinstance(value, bool) or not hasattr(value, "__index__" if whole else "__float__"):
+        raise ConfigError(f"{name} is {value!r}, and must be {kind}")
+    number: int | float = value.__index__() if whole else float(value)
+    if not number >= least or number == math.inf:
+        raise ConfigError(f"{name} is {value}, and must be {kind} of at least {least}")
+    if most is not None and number > most:
+        raise ConfigError(f"{name} is {value}, and must be at most {most}")
+    return number
 
 
 def scalar_options() -> tuple[Field[Any], ...]:

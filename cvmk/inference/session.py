@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Self
 
-from cvmk.inference.engine import Request
+from cvmk.inference.engine import Request, check_pieces
 from cvmk.inference.options import SearchOptions
 from cvmk.inference.translator import Translation, Translator
 
@@ -52,20 +53,25 @@ class Session:
         return self._state.kept if self._state is not None else 0
 
     def append(self, text: str) -> None:
-        """More of the source; the space between words is its own."""
+        """More of the source; the space between words is its own. Raises RuntimeError for a closed session."""
+        self._check_open()
+        if not isinstance(text, str):
+            raise TypeError(f"a source grows by strings, and {type(text).__name__} was given")
         self.source += text
 
-    def commit(self, tokens: list[int]) -> None:
+    def commit(self, tokens: Sequence[int]) -> None:
         """These pieces of the translation are said: all that follow begin with them. Raises ValueError where they do not begin with
-        what was committed before."""
+        what was committed before, ConfigError where the model has no such pieces or no room for them."""
+        tokens = list(tokens)
         if tokens[: len(self.committed)] != self.committed:
             raise ValueError(f"the first {len(self.committed)} of the {len(tokens)} pieces are not those that were committed: what was said stays")
-        self.committed = list(tokens)
+        translator = self._translator
+        check_pieces((), tokens, self._options, translator.engine.max_length, translator.tokenizer.vocab_size)
+        self.committed = tokens
 
     def translate(self) -> Translation:
         """The translation of the source so far. Raises DataError for one that is too long, RuntimeError for a closed session."""
-        if self._closed:
-            raise RuntimeError("the session is closed: open another one")
+        self._check_open()
         translator = self._translator
         source = translator.encode(self.source)
         if not source:
@@ -74,3 +80,7 @@ class Session:
         if self._state is None:
             return translator.decode(engine.search([source], self._options, [self.committed])[0])
         return translator.decode(engine.search_one(Request(None, source, self._options, self.committed, state=self._state)))
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RuntimeError("the session is closed: open another one")

@@ -15,7 +15,7 @@ from cvmk.formats import Manifest
 from cvmk.formats.torch_weights import load_model
 from cvmk.inference import decoding
 from cvmk.inference.engine import Event, Request, check_request, search_batch
-from cvmk.inference.options import Hypothesis, SearchOptions
+from cvmk.inference.options import Hypothesis, SearchOptions, checked_number
 from cvmk.inference.scheduler import Entry, Scheduler
 from cvmk.inference.shortlist import Shortlist, load_shortlist, wanted
 from cvmk.nn import CVMTransformer
@@ -96,8 +96,7 @@ class TorchEngine:
             to_device = parameter.device
         if (to_device, dtype) != (parameter.device, parameter.dtype):
             model = copy.deepcopy(model).to(device=to_device, dtype=dtype)
-        if max_batch_tokens < 1:
-            raise ConfigError(f"max_batch_tokens is {max_batch_tokens}, and must be at least 1")
+        max_batch_tokens = int(checked_number("max_batch_tokens", max_batch_tokens, 1))
         self.model, self.shortlist = model, shortlist
         self._scheduler = Scheduler(self._begin, max_batch_tokens)
 

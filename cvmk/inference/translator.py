@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,7 +14,7 @@ from cvmk.formats import load_model_tokenizer, read_model_manifest
 from cvmk.inference import engines
 from cvmk.inference.engine import Engine
 from cvmk.inference.engines import EngineAnswer
-from cvmk.inference.options import Hypothesis, SearchOptions
+from cvmk.inference.options import Hypothesis, SearchOptions, checked_number
 from cvmk.text.lines import trimmed
 from cvmk.text.tokenizers import Tokenizer
 
@@ -74,12 +74,15 @@ class Translator:
     def __init__(
         self, path: str | os.PathLike[str], device: str = "cpu", compute_type: str = "auto", *, engine: str = "auto", threads: int | None = None
     ) -> None:
+        if threads is not None:
+            threads = int(checked_number("threads", threads, 1, MAX_THREADS))
+        for name, value in (("device", device), ("compute_type", compute_type), ("engine", engine)):
+            if not isinstance(value, str):
+                raise ConfigError(f"{name} is {value!r}, and must be a name")
         folder, manifest, self.info = read_model_manifest(path)
-        if threads is not None and not 1 <= threads <= MAX_THREADS:
-            raise ConfigError(f"threads is {threads}, and must be between 1 and {MAX_THREADS}")
         self.tokenizer = load_model_tokenizer(folder, manifest)
-        name, self.engine = engines.build(folder, manifest, device, compute_type, engine, threads)
-        self._explain: Callable[[], list[EngineAnswer]] = lambda: engines.explain(manifest, device, compute_type, name)
+        chosen, self.engine = engines.build(folder, manifest, device, compute_type, engine, threads)
+        self._explain: Callable[[], list[EngineAnswer]] = lambda: engines.explain(manifest, device, compute_type, chosen)
 
     @classmethod
     def from_model(cls, model: CVMTransformer, tokenizer: Tokenizer, device: str | None = None, compute_type: str | None = None) -> Translator:
@@ -104,6 +107,9 @@ class Translator:
         translator.engine, translator.tokenizer, translator.info = engine, tokenizer, {}
         translator._explain = lambda: [EngineAnswer(type(engine).__name__, (), True)]
         return translator
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a Translator cannot be pickled or copied: make another one of the model's folder where it is needed")
 
     def explain(self) -> list[EngineAnswer]:
         """Every engine, the preferred one first, with the reasons why it cannot run this model, and which one does. A translator that was
@@ -145,14 +151,12 @@ class Translator:
         TooLongError (a DataError) that names it by its number, counted from 1, or with on_long="truncate" loses its end, with a warning. Raises
         ConfigError for an option out of range and a prefix that is too long.
         """
-        if isinstance(texts, str):
-            raise TypeError("texts is one string: give a list of strings")
+        texts = _strings("text", texts)
         options = SearchOptions(
             beam_size, n_best, length_penalty, no_repeat_ngram, max_length_a, max_length_b, min_length, repetition_penalty, suppressed,
             patience, temperature, top_k, top_p, seed, prefix_bias, shortlist, alignments,
         )  # fmt: skip
-        if max_batch_tokens < 1:
-            raise ConfigError(f"max_batch_tokens is {max_batch_tokens}, and must be at least 1")
+        max_batch_tokens = int(checked_number("max_batch_tokens", max_batch_tokens, 1))
         if on_long not in ("error", "truncate"):
             raise ConfigError(f'on_long is {on_long!r}, and must be "error" or "truncate"')
         sources, cut = self._sources(texts, on_long)
@@ -172,7 +176,7 @@ class Translator:
 
     def encode(self, text: str) -> list[int]:
         """Piece ids of a text; white space around it is dropped. Raises DataError for one that is longer than the model reads."""
-        found, _ = self._sources([text], "error")
+        found, _ = self._sources(_strings("text", [text]), "error")
         return found[0]
 
     def decode(self, hypotheses: Sequence[Hypothesis]) -> Translation:
@@ -198,7 +202,7 @@ class Translator:
 
     def _prefixes(self, prefixes: Sequence[str], count: int) -> list[list[int]]:
         """Piece ids of each prefix."""
-        if isinstance(prefixes, str) or len(prefixes) != count:
+        if isinstance(prefixes, str) or len(prefixes := _strings("prefix", prefixes)) != count:
             raise ConfigError(f"prefixes must be a list of {count} strings, one for each text")
         found = self.tokenizer.encode_many([trimmed(prefix) for prefix in prefixes])
         longest = self.engine.max_length - 1
@@ -212,6 +216,17 @@ class Translator:
         decoded = [TranslationHypothesis(self.tokenizer.decode(h.tokens), h.score, h.tokens, h.scores, h.alignment) for h in hypotheses]
         best = decoded[0]
         return Translation(best.text, best.score, best.tokens, decoded, truncated)
+
+
+def _strings(what: str, values: Iterable[str]) -> list[str]:
+    """What was given as a list of strings. Raises TypeError for anything else, so that one text is not taken for its letters."""
+    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
+        raise TypeError(f"a list of strings is asked for, one a {what}, and {type(values).__name__} was given")
+    found = list(values)
+    for index, value in enumerate(found):
+        if not isinstance(value, str):
+            raise TypeError(f"{what} {index + 1} of {len(found)} is no string but {type(value).__name__}")
+    return found
 
 
 def batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -131,6 +132,27 @@ def test_pipes_flow_line_by_line(model: Path) -> None:
         assert process.stdout.read() == b + b"\n"
         assert b"standard input, line 3 is not valid UTF-8" in process.stderr.read()
         assert process.wait(60) == 5
+
+
+@pytest.mark.parametrize("empty", ["model", "--input", "--output"])
+def test_an_empty_name_is_told(model: Path, capsys, empty: str) -> None:
+    arguments = ["translate", "" if empty == "model" else str(model), *(() if empty == "model" else (empty, ""))]
+    assert main(arguments) == 5
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and "empty: name" in told
+
+
+def test_a_terminated_translation_leaves_nothing_behind(model: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "cvmk", "translate", str(model), "--output", "out", "--threads", "1"]
+    running = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path)
+    assert running.stdin is not None
+    running.stdin.write(b"a man\n")
+    running.stdin.flush()
+    while not any(tmp_path.iterdir()):
+        assert running.poll() is None
+        time.sleep(0.01)
+    running.terminate()
+    assert running.communicate()[1] == b"cvmk: terminated\n" and running.returncode == 143 and not any(tmp_path.iterdir())
 
 
 def test_reader_splits_whatever_the_blocks() -> None:

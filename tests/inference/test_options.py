@@ -23,6 +23,7 @@ from cvmk.inference.options import SearchOptions, option_help, scalar_options
     ("no_repeat_ngram", -1), ("no_repeat_ngram", 1.0), ("max_length_a", math.inf), ("max_length_a", -0.1), ("max_length_b", -3), ("min_length", -1),
     ("repetition_penalty", 0.0), ("repetition_penalty", -1.0), ("repetition_penalty", math.nan), ("repetition_penalty", math.inf),
     ("repetition_penalty", 1e30), ("suppressed", 5), ("suppressed", ["x"]), ("suppressed", "56"),
+    ("shortlist", "yes"), ("shortlist", None), ("alignments", 2), ("alignments", 1.0),
     ("suppressed", (3,)), ("suppressed", (-1,)), ("suppressed", [5.0]),
 ])  # fmt: skip
 def test_options_out_of_range_are_named(option: str, value: Any) -> None:
@@ -33,6 +34,7 @@ def test_options_out_of_range_are_named(option: str, value: Any) -> None:
 def test_values_of_other_numeric_types() -> None:
     found = SearchOptions(np.int64(3), length_penalty=np.float32(0.5), max_length_a=2, suppressed=np.array([9, 5, 9]))
     assert found == SearchOptions(3, length_penalty=0.5, max_length_a=2.0, suppressed=(5, 9)) and hash(found) == hash(SearchOptions(**vars(found)))
+    assert SearchOptions(alignments=np.True_, shortlist=0) == SearchOptions(alignments=True)
     assert type(found.beam_size) is int and type(found.max_length_a) is float and found.suppressed == (5, 9)
 
 

@@ -30,11 +30,17 @@ def test_as_if_at_once(make_model, tokenizer, of: Any, options: dict[str, Any]) 
         assert (session.kept > 0) == causal_and_native
         with pytest.raises(ValueError, match="were committed"):
             session.commit([])
+        with pytest.raises(ConfigError, match="ids of pieces are from 4"):
+            session.commit([*session.committed, 10**9])
+        with pytest.raises(TypeError, match="grows by strings"):
+            session.append(None)
+        session.commit(tuple(session.committed))
         session.append(" abc" * 40)
         with pytest.raises(DataError):
             session.translate()
-    with pytest.raises(RuntimeError, match="closed"):
-        session.translate()
+    for use in (session.translate, lambda: session.append("a")):
+        with pytest.raises(RuntimeError, match="closed"):
+            use()
 
 
 def test_edits_encode_what_follows_them(make_model) -> None:

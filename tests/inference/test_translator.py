@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+import pickle
 import random
 import subprocess
 import sys
@@ -84,7 +86,14 @@ def test_wrong_arguments(words) -> None:
     translator = Translator.from_engine(Echo(), words(30))
     with pytest.raises(TypeError, match="list of strings"):
         translator.translate("w4 w5")
+    for texts, message in ((b"w4", "bytes was given"), (None, "NoneType was given"), (["w4", None], "text 2 of 2 is no string but NoneType")):
+        with pytest.raises(TypeError, match=message):
+            translator.translate(texts)
+    with pytest.raises(TypeError, match="prefix 1 of 1 is no string"):
+        translator.translate(["w4"], prefixes=[4])
+    assert len(translator.translate(text for text in ("w4", "w5"))) == 2
     for options, name in (
+        ({"max_batch_tokens": None}, "max_batch_tokens"),
         ({"beam_size": 0}, "beam_size"),
         ({"n_best": 2}, "n_best"),
         ({"max_batch_tokens": 0}, "max_batch_tokens"),
@@ -130,6 +139,21 @@ def test_from_a_folder(tmp_path: Path, make_model) -> None:
         Translator(tmp_path, compute_type="int3")
     with pytest.raises(ConfigError, match="device"):
         Translator(tmp_path, device="gpu")
+
+
+@pytest.mark.parametrize("engine", ["native", "torch"])
+def test_what_a_translator_is_not_made_of(tmp_path: Path, make_model, engine: str) -> None:
+    tokenizer = train_tokenizer(["ab cd ef gh"] * 10, TokenizerConfig(kind="fallback", vocabulary=264))
+    save_model_folder(tmp_path, make_model(tokenizer.vocab_size), tokenizer, "")
+    for name in ("threads", "device", "compute_type"):
+        with pytest.raises(ConfigError, match=f"^{name} is "):
+            Translator(tmp_path, engine=engine, **{name: 1.5})
+    with pytest.raises(DataError, match="name of the model is empty"):
+        Translator("")
+    translator = Translator(tmp_path, engine=engine)
+    for copied in (pickle.dumps, copy.deepcopy):
+        with pytest.raises(TypeError, match="a Translator cannot be pickled or copied: make another one"):
+            copied(translator)
 
 
 def test_import_needs_no_torch() -> None:
