@@ -47,22 +47,18 @@ class Batch:
 
 def collate(corpus: TokenizedCorpus, indices: Sequence[int]) -> Batch:
     """The pairs `indices` of `corpus` as one batch."""
-    pairs = [corpus[index] for index in indices]
-    src_lengths = np.array([len(source) + 1 for source, _ in pairs], np.int64)
-    tgt_lengths = np.array([len(target) + 1 for _, target in pairs], np.int64)
-    src = np.full((len(pairs), src_lengths.max(initial=1)), Tokenizer.PAD, np.int64)
-    tgt_in = np.full((len(pairs), tgt_lengths.max(initial=1)), Tokenizer.PAD, np.int64)
-    tgt_out = tgt_in.copy()
+    rows: np.ndarray = np.asarray(indices, np.int64).reshape(-1)
+    src_lengths, tgt_lengths = (corpus.lengths[rows, side].astype(np.int64) + 1 for side in (0, 1))
+    source_width, target_width = int(src_lengths.max(initial=1)), int(tgt_lengths.max(initial=1))
+    src = corpus.padded(rows, 0, 0, source_width, Tokenizer.PAD)
+    tgt_in = corpus.padded(rows, 1, 1, target_width, Tokenizer.PAD)
+    tgt_out = corpus.padded(rows, 1, 0, target_width, Tokenizer.PAD)
+    every = np.arange(len(rows))
+    src[every, src_lengths - 1] = tgt_out[every, tgt_lengths - 1] = Tokenizer.EOS
     tgt_in[:, 0] = Tokenizer.BOS
-    for row, (source, target) in enumerate(pairs):
-        src[row, : len(source)] = source
-        src[row, len(source)] = Tokenizer.EOS
-        tgt_in[row, 1 : len(target) + 1] = target
-        tgt_out[row, : len(target)] = target
-        tgt_out[row, len(target)] = Tokenizer.EOS
     tensor = torch.from_numpy
     return Batch(
-        tensor(src), tensor(tgt_in), tensor(tgt_out), tensor(src_lengths), tensor(tgt_lengths), torch.tensor(indices, dtype=torch.int64), int(tgt_lengths.sum())
+        tensor(src), tensor(tgt_in), tensor(tgt_out), tensor(src_lengths), tensor(tgt_lengths), tensor(rows.copy()), int(tgt_lengths.sum())
     )
 
 

@@ -13,6 +13,7 @@ import json
 import os
 import struct
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -50,6 +51,23 @@ class TokenizedCorpus:
             raise IndexError(f"pair {index} of a corpus of {len(self.rows)}")
         start, middle, end = self._offsets[2 * index : 2 * index + 3]
         return self._ids[start:middle].astype(np.int32), self._ids[middle:end].astype(np.int32)
+
+    def padded(self, indices: Sequence[int] | np.ndarray, side: int, start: int, width: int, fill: int) -> np.ndarray:
+        """The ids of one side (0 source, 1 target) of the pairs `indices`, int64 [len(indices), width]: each row's from column `start` on, else `fill`.
+
+        Raises IndexError for a pair that is not there and ValueError where a row does not fit.
+        """
+        rows = np.asarray(indices, np.int64).reshape(-1)
+        if len(rows) and not (rows.min() >= 0 and rows.max() < len(self.rows)):
+            raise IndexError(f"pairs {rows.min()} to {rows.max()} of a corpus of {len(self.rows)}")
+        begins, sizes = self._offsets[2 * rows + side], self.lengths[rows, side]
+        if len(rows) and start + sizes.max() > width:
+            raise ValueError(f"{sizes.max()} ids do not fit into {width} columns from column {start} on")
+        found = np.full((len(rows), width), fill, np.int64)
+        columns = np.arange(width - start)
+        real = columns < sizes[:, None]
+        found[:, start:][real] = self._ids[(begins[:, None] + columns)[real]]
+        return found
 
 
 def tokenized(
