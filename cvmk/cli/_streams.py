@@ -9,6 +9,7 @@ from typing import BinaryIO
 
 from cvmk.errors import DataError
 from cvmk.files import atomic, plain, read_text
+from cvmk.text.lines import decode_line, text_lines
 
 STANDARD_INPUT = "standard input"
 
@@ -36,6 +37,22 @@ def read_whole(path: str) -> tuple[str, str]:
         return read_text(path), path
     need_open(sys.stdin, "input")
     return read_text(STANDARD_INPUT, sys.stdin.buffer), STANDARD_INPUT
+
+
+def each_line(path: str) -> Iterator[str]:
+    """The lines of a UTF-8 text, plain or compressed, without line ends, as they are read. Raises DataError: missing, empty, not UTF-8 (with the line),
+    corrupt."""
+    name = STANDARD_INPUT if is_standard(path) else path
+    for number, line in enumerate(text_lines(name, standard_input() if is_standard(path) else None), 1):
+        try:
+            yield decode_line(line.removesuffix(b"\r"))
+        except UnicodeDecodeError as error:
+            raise DataError(f"{name} line {number} is not valid UTF-8 (byte {error.start + 1}): convert the file to UTF-8") from error
+
+
+def read_lines(path: str) -> list[str]:
+    """`each_line`, all of them."""
+    return list(each_line(path))
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 from cvmk.cli._arguments import number, points, positive, samples
+from cvmk.cli._streams import read_lines
 from cvmk.cli._terminal import complain, show, show_json, table
 from cvmk.errors import ConfigError, DataError
 
@@ -25,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="w8a8 (default): weights and activations in 8 bits; w4a16: weights in 4 bits; w4a8: weights in 4 bits, activations in 8",
     )  # fmt: skip
     parser.add_argument("--method", choices=("smoothquant", "gptq", "awq", "rtn"), help="default: smoothquant for w8a8, gptq for the others")
-    parser.add_argument("--calibrate", required=True, metavar="FILE", help="sentences of the source language, one a line, plain or compressed")
+    parser.add_argument("--calibrate", required=True, metavar="FILE", help="sentences of the source language, one a line, such as `cvmk coreset` chooses")
     parser.add_argument("--calibration-sentences", type=positive, default=128, metavar="N", help="how many of them are used (default 128)")
     parser.add_argument("--evaluate", required=True, nargs=2, metavar=("SRC", "REF"), help="the evaluation set: sentences and their reference translations")
     parser.add_argument("--beam-size", type=positive, default=1, metavar="N", help="beam of its translations (default 1, greedy)")
@@ -45,7 +46,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from cvmk.cli.validate import read_lines
     from cvmk.quantization.quantize import GateFailure, quantize
     from cvmk.quantization.recipe import Recipe
 

@@ -9,11 +9,10 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from cvmk.cli._arguments import number, points, positive, samples, share
-from cvmk.cli._streams import STANDARD_INPUT, is_standard, need_open, standard_input
+from cvmk.cli._streams import is_standard, need_open, read_lines
 from cvmk.cli._terminal import show, show_json, table
 from cvmk.errors import ConfigError, DataError, QualityGateError
 from cvmk.hardware import keep_freed_memory
-from cvmk.text.lines import decode_line, text_lines
 
 if TYPE_CHECKING:
     from cvmk.validation.bootstrap import PairedResult
@@ -75,18 +74,6 @@ def run(arguments: argparse.Namespace) -> int:
     if failed:
         raise QualityGateError("; ".join(failed))
     return 0
-
-
-def read_lines(path: str) -> list[str]:
-    """Lines of a UTF-8 text, plain or compressed, without line ends. Raises DataError: missing, empty, not UTF-8 (with the line), corrupt."""
-    name = STANDARD_INPUT if is_standard(path) else path
-    lines = []
-    for row, line in enumerate(text_lines(name, standard_input() if is_standard(path) else None), 1):
-        try:
-            lines.append(decode_line(line.removesuffix(b"\r")))
-        except UnicodeDecodeError as error:
-            raise DataError(f"{name} line {row} is not valid UTF-8 (byte {error.start + 1}): convert the file to UTF-8") from error
-    return lines
 
 
 def _report(arguments: argparse.Namespace, metrics: list[str], limits: list[tuple[str, float]], sources: list[str], references: list[str]) -> dict[str, Any]:

@@ -44,9 +44,9 @@ def search_scale(weights: Sequence[Tensor], inputs: Sequence[InputStatistics], c
 
 
 @torch.no_grad()
-def clipped(weight: Tensor, moment: Tensor, grid: Grid) -> QuantizedWeight:
-    """W [N, K] rounded to nearest within ranges that were shrunk to what makes e^T H e least, e the error of a group's weights and H the second
-    moment of the group's inputs."""
+def clip_ranges(weight: Tensor, moment: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Scales and zeros [N, groups] of ranges that were shrunk to what makes e^T H e least, e the error of a group's weights when they are rounded to nearest
+    and H the second moment of the group's inputs; of W [N, K] with inputs of second moment [K, K]."""
     groups = grid.groups(weight.double())
     blocks = torch.stack([moment[at : at + grid.group, at : at + grid.group].double() for at in range(0, weight.shape[1], grid.group)])
     scales, zeros = grid.fit(groups)
@@ -58,7 +58,13 @@ def clipped(weight: Tensor, moment: Tensor, grid: Grid) -> QuantizedWeight:
         better = loss < least
         least = torch.where(better, loss, least)
         scales, zeros = torch.where(better, some, scales), torch.where(better, at, zeros)
-    return grid.weight(grid.values(groups, scales, zeros).flatten(1), scales, zeros)
+    return scales, zeros
+
+
+def clipped(weight: Tensor, moment: Tensor, grid: Grid) -> QuantizedWeight:
+    """W [N, K] rounded to nearest within the ranges of `clip_ranges`."""
+    scales, zeros = clip_ranges(weight, moment, grid)
+    return grid.weight(grid.values(grid.groups(weight.double()), scales, zeros).flatten(1), scales, zeros)
 
 
 def _error(weights: Sequence[Tensor], inputs: Sequence[InputStatistics], scale: Tensor | None, grid: Grid) -> float:
