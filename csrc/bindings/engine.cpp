@@ -116,6 +116,7 @@ Options read_options(const py::dict& options) {
   o.prefix_bias = options["prefix_bias"].cast<double>();
   o.suppressed = options["suppressed"].cast<std::vector<std::int32_t>>();
   o.alignments = options["alignments"].cast<bool>();
+  o.scores = options["scores"].cast<bool>();
   return o;
 }
 

@@ -3,16 +3,20 @@
 
 #include <stdint.h>
 
+#include "common/dtype.h"
 #include "common/kernel.h"
 
 namespace cvmk::cached {
 
-constexpr int64_t kColumns = 16;  // a capacity is a multiple of this, and so is the width of a value
+constexpr int64_t kColumns = 16;  // positions of a block of keys; a capacity is a multiple of this, and so is the width of a value
 
-// Keys and values of one sequence and layer: keys turned, [kv_heads][d][capacity], so that scores of neighbouring keys are neighbours; values
-// [kv_heads][capacity][up(d, kColumns)], the columns behind d being 0. Float32.
+// Keys and values of one sequence and layer.
+// Float32: keys turned in blocks, [kv_heads][capacity / kColumns][d][kColumns], so that scores of neighbouring keys are neighbours and what a short sequence
+// has stands together; values [kv_heads][capacity][up(d, kColumns)], the columns behind d being 0.
+// Bfloat16: the same in pairs, for products of pairs: keys [kv_heads][capacity / kColumns][pieces(d, 2)][kColumns][2], neighbours in d side by side; values
+// [kv_heads][capacity / 2][up(d, kColumns)][2], neighbouring positions side by side, the second of the last pair being 0 where there is none yet.
 struct Cache {
-  float *keys, *values;
+  void *keys, *values;
   int64_t capacity;
 };
 
@@ -31,6 +35,8 @@ struct Attention {
   const Item* items;
   int64_t count, heads, kv_heads, d, longest;
   float scale;
+  Dtype dtype;  // of the caches: kFloat32 or kBFloat16, with which q and the weights are rounded to it before they are multiplied
+  bool pairs = false;  // whether vdpbf16ps may be used; kernels_for sets it
 };
 
 // Positions first ... first + rows - 1 of a cache, from keys and values whose rows are `stride` apart, kv_heads * d numbers each.
@@ -38,17 +44,31 @@ struct Append {
   const float *keys, *values;
   int64_t stride, rows, first, kv_heads, d;
   Cache cache;
+  Dtype dtype;  // of the cache
+  bool pairs = false;  // kernels_for sets it
+};
+
+// Positions first ... last - 1 of a cache into another one of the same sizes; the block of keys that `first` stands in is copied from its beginning.
+struct Copy {
+  Cache from, to;
+  int64_t first, last, kv_heads, d;
+  Dtype dtype;
 };
 
 struct Kernels {
   Kernel<Attention> attention;
   Kernel<Append> append;
+  Kernel<Copy> copy;
 };
 const Kernels& kernels(IsaLevel level);
 const Kernels& kernels();
 
+// The kernels for a call, in which it sets what depends on the processor.
+const Kernels& kernels_for(Attention& p);
+const Kernels& kernels_for(Append& p);
+
 // Numbers of a cache's keys and of its values.
-CVMK_INLINE int64_t keys_size(int64_t kv_heads, int64_t d, int64_t capacity) { return kv_heads * d * capacity; }
+CVMK_INLINE int64_t keys_size(int64_t kv_heads, int64_t d, int64_t capacity) { return kv_heads * up(d, 2) * capacity; }
 CVMK_INLINE int64_t values_size(int64_t kv_heads, int64_t d, int64_t capacity) { return kv_heads * up(d, kColumns) * capacity; }
 
 }  // namespace cvmk::cached

@@ -30,23 +30,23 @@ double uniform(std::uint64_t seed, std::uint64_t stream, std::uint64_t step) {
 
 std::int64_t Sequence::bytes(const Model& model, const Request& request) {
   const std::int64_t source = Model::capacity_of(static_cast<std::int64_t>(request.source.size()) + 1), own = Model::capacity_of(request.limit + 1);
-  return 4 * ((request.growing == nullptr ? model.cache_size(source) : 0) + request.options.beam_size * model.cache_size(own));
+  return (request.growing == nullptr ? model.cache_bytes(source) : 0) + request.options.beam_size * model.cache_bytes(own);
 }
 
 Sequence::Sequence(const Model& model, Memory& memory, Request request)
     : model_(model), memory_(memory), request_(std::move(request)), source_(request_.source),
       shortlist_(request_.shortlist.empty() ? nullptr : new Shortlist{request_.shortlist, model.output().rows(request_.shortlist)}),
-      floats_(static_cast<float*>(memory.take(bytes(model, request_)))) {
+      block_(static_cast<char*>(memory.take(bytes(model, request_)))) {
   source_.push_back(kEnd);
   const std::int64_t source = Model::capacity_of(static_cast<std::int64_t>(source_.size())), own = Model::capacity_of(request_.limit + 1);
-  float* next = floats_;
+  char* next = block_;
   if (request_.growing == nullptr) {
     encoded_ = model.caches(next, source);
-    next += model.cache_size(source);
+    next += model.cache_bytes(source);
   } else {
     encoded_ = request_.growing->encoded();
   }
-  for (std::int64_t slot = 0; slot < request_.options.beam_size; ++slot, next += model.cache_size(own)) slots_.push_back(model.caches(next, own));
+  for (std::int64_t slot = 0; slot < request_.options.beam_size; ++slot, next += model.cache_bytes(own)) slots_.push_back(model.caches(next, own));
   fed_.assign(slots_.size(), -1);
   nodes_.push_back({-1, kBegin, 0.0f, 0, nullptr});
   Live first{};
@@ -55,7 +55,7 @@ Sequence::Sequence(const Model& model, Memory& memory, Request request)
 }
 
 Sequence::~Sequence() {
-  memory_.give(floats_, bytes(model_, request_));
+  memory_.give(block_, bytes(model_, request_));
 }
 
 Model::Source Sequence::source() {
@@ -108,9 +108,9 @@ void Sequence::ask(std::vector<StepRow>& rows) {
     if (forced) {
       // The prefix at once: each piece asks for the logit of the next one.
       for (std::int64_t i = 0; i < hard_prefix(); ++i) {
-        const float score = 0.0f;
-        StepRow row{nodes_.back().token, i, &slots_[0], &encoded_, source_length, request_.prefix[static_cast<std::size_t>(i)], 0, nullptr, 0, 1.0f, nullptr, 0, shortlist_.get(), nullptr, nullptr};
-        live.node = add_node(live.node, row.wanted, score, nullptr);
+        const std::int32_t next = request_.prefix[static_cast<std::size_t>(i)];
+        StepRow row{nodes_.back().token, i, &slots_[0], &encoded_, source_length, weighed() ? next : -1, 0, weighed(), nullptr, 0, 1.0f, nullptr, 0, shortlist_.get(), nullptr, nullptr};
+        live.node = add_node(live.node, next, 0.0f, nullptr);
         if (o.alignments) {
           nodes_.back().map = std::make_shared<std::vector<float>>(static_cast<std::size_t>(source_length));
           row.map = nodes_.back().map->data();
@@ -121,9 +121,9 @@ void Sequence::ask(std::vector<StepRow>& rows) {
     rules(live);
     const Node& node = nodes_[static_cast<std::size_t>(live.node)];
     const bool full = node.depth >= request_.limit;
-    StepRow row{node.token, node.depth, &slots_[static_cast<std::size_t>(live.slot)], &encoded_, source_length, -1, 0, live.said.data(),
+    StepRow row{node.token, node.depth, &slots_[static_cast<std::size_t>(live.slot)], &encoded_, source_length, -1, 0, weighed(), live.said.data(),
                 static_cast<std::int64_t>(live.said.size()), o.repetition_penalty, live.forbidden.data(), static_cast<std::int64_t>(live.forbidden.size()), shortlist_.get(), nullptr, nullptr};
-    if (full) row.wanted = kEnd;
+    if (full) row.wanted = weighed() ? kEnd : -1;
     else if (live.agrees && node.depth < static_cast<std::int64_t>(request_.prefix.size())) row.wanted = request_.prefix[static_cast<std::size_t>(node.depth)];
     if (!full && o.temperature == 0.0) row.k = o.beam_size == 1 ? 1 : std::min(2 * o.beam_size, model_.config().vocabulary);
     if (!full && o.temperature > 0.0) {
@@ -172,7 +172,8 @@ void Sequence::advance(const StepResult* results) {
     }
   }
   if (request_.options.temperature > 0.0) sample(results);
-  else search(results);
+  else if (weighed()) search(results);
+  else follow(*results);
 }
 
 void Sequence::read_prefix(const StepResult* results, std::int64_t count) {
@@ -216,6 +217,21 @@ void Sequence::collect_biased(std::int64_t parent, const StepResult& result, std
 
 void Sequence::finish(double total, std::int32_t node, float end) {
   if (std::isfinite(total)) found_.push_back({final_score(total, nodes_[static_cast<std::size_t>(node)].depth, request_.options.length_penalty), node, end});
+}
+
+// The piece with the largest logit. The end is not asked for at the limit: only its score could be said.
+void Sequence::follow(const StepResult& result) {
+  const Live& live = live_[0];
+  const bool full = nodes_[static_cast<std::size_t>(live.node)].depth >= request_.limit;  // of a prefix
+  done_ = full || result.ids.empty() || result.ids[0] == kEnd || !std::isfinite(result.values[0]);
+  if (full || (!result.ids.empty() && result.ids[0] == kEnd)) finish(0.0, live.node, 0.0f);
+  if (done_) return;
+  Live child{};
+  child.node = add_node(live.node, result.ids[0], 0.0f, live.map);
+  child.slot = live.slot;
+  done_ = nodes_[static_cast<std::size_t>(child.node)].depth >= request_.limit;
+  if (done_) finish(0.0, child.node, 0.0f);
+  live_[0] = std::move(child);
 }
 
 void Sequence::search(const StepResult* results) {
@@ -285,16 +301,9 @@ void Sequence::copy(std::int64_t from, std::int32_t from_node, std::int64_t to) 
     while (a != b) (depth(a) > depth(b) ? a : b) = nodes_[static_cast<std::size_t>(depth(a) > depth(b) ? a : b)].parent;
     first = depth(a) + 1;
   }
-  const Config& c = model_.config();
-  const std::int64_t d = model_.head_size(), width = up(d, cached::kColumns), begin = first / cached::kColumns * cached::kColumns;
   for (std::size_t layer = 0; layer < slots_[0].layers.size(); ++layer) {
     const cached::Cache &source = slots_[static_cast<std::size_t>(from)].layers[layer], &target = slots_[static_cast<std::size_t>(to)].layers[layer];
-    for (std::int64_t row = 0; row < c.kv_heads * d; ++row)
-      for (std::int64_t i = begin; i < last; i += cached::kColumns)
-        std::memcpy(target.keys + row * target.capacity + i, source.keys + row * source.capacity + i, cached::kColumns * sizeof(float));
-    for (std::int64_t h = 0; h < c.kv_heads; ++h)
-      std::memcpy(target.values + (h * target.capacity + first) * width, source.values + (h * source.capacity + first) * width,
-                  static_cast<std::size_t>((last - first) * width) * sizeof(float));
+    cached::kernels().copy.run({source, target, first, last, model_.config().kv_heads, model_.head_size(), model_.cache_dtype()}, nullptr, Team{});
   }
   fed_[static_cast<std::size_t>(to)] = from_node;
 }
@@ -399,6 +408,11 @@ std::vector<Hypothesis> Sequence::hypotheses() const {
     for (const Live& live : live_) add(live.node, final_score(live.total, nodes_[static_cast<std::size_t>(live.node)].depth, request_.options.length_penalty), nullptr);
   std::sort(found.begin(), found.end(), [](const Hypothesis& a, const Hypothesis& b) { return a.score != b.score ? a.score > b.score : a.pieces < b.pieces; });
   if (found.size() > static_cast<std::size_t>(request_.options.n_best)) found.resize(static_cast<std::size_t>(request_.options.n_best));
+  for (Hypothesis& h : found)
+    if (!request_.options.scores) {
+      h.score = std::numeric_limits<double>::quiet_NaN();
+      h.scores.clear();
+    }
   return found;
 }
 

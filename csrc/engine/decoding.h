@@ -19,7 +19,7 @@ struct Options {
   float repetition_penalty = 1.0f;
   std::uint64_t seed = 0;
   std::vector<std::int32_t> suppressed;  // rising
-  bool alignments = false;
+  bool alignments = false, scores = true;
 };
 
 struct Request {
@@ -33,9 +33,9 @@ struct Request {
 
 struct Hypothesis {
   std::vector<std::int32_t> pieces;
-  std::vector<float> scores;      // log p of each piece and, last, of the end, if it ended
+  std::vector<float> scores;      // log p of each piece and, last, of the end, if it ended; none where Options::scores is false
   std::vector<float> alignment;   // [pieces, source and end sign], where asked for
-  double score = 0.0;
+  double score = 0.0;             // NaN where Options::scores is false
 };
 
 class Sequence {
@@ -90,6 +90,8 @@ class Sequence {
     float score;
   };
 
+  // Whether probabilities are computed: the most probable piece is the one with the largest logit.
+  bool weighed() const { return request_.options.scores || request_.options.beam_size > 1 || request_.options.temperature > 0.0 || biased(); }
   bool biased() const { return request_.options.prefix_bias > 0.0; }
   std::int64_t hard_prefix() const { return biased() ? 0 : static_cast<std::int64_t>(request_.prefix.size()); }
   std::vector<std::int32_t> pieces_of(std::int32_t node) const;
@@ -100,6 +102,7 @@ class Sequence {
   void sample(const StepResult* results);
   std::int32_t draw(const std::vector<float>& logits, const Live& live, double u) const;
   void search(const StepResult* results);
+  void follow(const StepResult& result);
   void survive(const std::vector<Candidate>& chosen);
   void copy(std::int64_t from, std::int32_t from_node, std::int64_t to);
   bool is_done(double best, std::int64_t length) const;
@@ -111,7 +114,7 @@ class Sequence {
   Request request_;
   std::vector<std::int32_t> source_;
   std::unique_ptr<Shortlist> shortlist_;
-  float* floats_;
+  char* block_;
   Caches encoded_;
   std::vector<Caches> slots_;
   std::vector<std::int32_t> fed_;  // the node that each slot's last position belongs to; -1: there is none

@@ -10,9 +10,14 @@
 namespace cvmk::engine {
 namespace {
 
-constexpr std::int32_t kLastNever = 2;  // padding, unknown, beginning: never said (cvmk/text/tokenizers/base.py)
-constexpr std::int64_t kLogits = 1 << 15;  // numbers of a piece of logits: what a first-level cache and a half hold
-constexpr std::int64_t kSummed = 8 * Linear::kRange;  // ids whose exponentials are summed at once, however many rows there are: the sum's bits depend on it
+constexpr std::int64_t kNever = 3;  // padding, unknown, beginning: never said (cvmk/text/tokenizers/base.py)
+constexpr std::int64_t kAlone = 1 << 18;  // multiplications of an output layer below which the calling thread does the work
+
+// Whether matrices are multiplied by rows that are quantised.
+bool quantises_rows(const RawTensors& tensors, Compute compute, const std::set<std::string>& tokens) {
+  const auto stored = [](const auto& named) { return named.second.dtype == kInt8; };
+  return compute == Compute::kInt8 || compute == Compute::kInt4 || !tokens.empty() || std::any_of(tensors.begin(), tensors.end(), stored);
+}
 
 }  // namespace
 
@@ -73,7 +78,7 @@ Model::Table Model::table(const Weights& weights, const std::string& name) {
   return {find(weights, name, {config_.vocabulary, d}), {}};
 }
 
-Model::Model(const Config& config, const RawTensors& tensors, Compute compute, const std::set<std::string>& tokens) : config_(config) {
+Model::Model(const Config& config, const RawTensors& tensors, Compute compute, const std::set<std::string>& tokens) : config_(config), cache_dtype_(quantises_rows(tensors, compute, tokens) ? kBFloat16 : kFloat32) {
   const Weights weights{tensors, compute, tokens};
   const std::int64_t d = config.d_model;
   source_table_ = table(weights, "embeddings.source");
@@ -148,18 +153,9 @@ Model::Block Model::block(const Weights& weights, const std::string& name, bool 
 }
 
 // -- caches -------------------------------------------------------------------------------------------------------------------------
-// Not a multiple of many cache lines: rows of turned keys would fall on each other in the first cache.
-std::int64_t Model::capacity_of(std::int64_t length) {
-  const std::int64_t capacity = up(std::max<std::int64_t>(length, 1), cached::kColumns);
-  return capacity % 128 == 0 ? capacity + cached::kColumns : capacity;
-}
-
-Caches Model::caches(float* memory, std::int64_t capacity, std::int64_t layers) const {
+Caches Model::caches(char* memory, std::int64_t capacity, std::int64_t layers) const {
   Caches found;
-  for (std::int64_t i = 0; i < layers; ++i) {
-    found.layers.push_back({memory, memory + cached::keys_size(config_.kv_heads, head_size(), capacity), capacity});
-    memory += layer_size(capacity);
-  }
+  for (std::int64_t i = 0; i < layers; ++i, memory += layer_bytes(capacity)) found.layers.push_back(cache(memory, capacity));
   return found;
 }
 
@@ -191,9 +187,10 @@ void Model::rotate(float* x, std::int64_t heads, std::int64_t position) const {
 }
 
 void Model::attend(const std::vector<cached::Item>& items, std::int64_t longest, const Team& team) const {
-  const cached::Attention p{items.data(), static_cast<std::int64_t>(items.size()), config_.heads, config_.kv_heads, head_size(), longest,
-                            static_cast<float>(1.0 / std::sqrt(static_cast<double>(head_size())))};
-  cvmk::run(cached::kernels().attention, p, team);
+  cached::Attention p{items.data(), static_cast<std::int64_t>(items.size()), config_.heads, config_.kv_heads, head_size(), longest,
+                            static_cast<float>(1.0 / std::sqrt(static_cast<double>(head_size()))), cache_dtype_};
+  const cached::Kernels& kernels = cached::kernels_for(p);
+  cvmk::run(kernels.attention, p, team);
 }
 
 // What a stack of layers works in: rows of the residual stream, its norm, a branch, and the widest thing between.
@@ -210,6 +207,24 @@ struct Model::Buffers {
   }
 };
 
+// Keys and values to their caches; the kernel is looked up once.
+struct Model::Append {
+  cached::Append call;
+  const cached::Kernels& kernels;
+
+  explicit Append(const Model& m) : call{nullptr, nullptr, 0, 0, 0, m.config_.kv_heads, m.head_size(), {}, m.cache_dtype_}, kernels(cached::kernels_for(call)) {}
+  void operator()(const float* keys, const float* values, std::int64_t stride, std::int64_t rows, std::int64_t first, const cached::Cache& cache) const {
+    cached::Append p = call;
+    p.keys = keys;
+    p.values = values;
+    p.stride = stride;
+    p.rows = rows;
+    p.first = first;
+    p.cache = cache;
+    kernels.append.run(p, nullptr, Team{});
+  }
+};
+
 void Model::feed_forward(const Block& block, Buffers& b, const Norm& following, const Team& team) const {
   block.inner(b.normed, b.rows, b.wide, team);
   block.outer(b.wide, b.rows, b.branch, team);
@@ -223,25 +238,26 @@ void Model::encode(const std::vector<Source>& sources, Workspace& workspace, con
   for (const Source& s : sources) {
     rows += s.length - s.first;
     longest = std::max(longest, s.length);
-    if (s.encoder == nullptr) keys += layer_size(capacity_of(s.length));
+    if (s.encoder == nullptr) keys += layer_bytes(capacity_of(s.length));
   }
   if (rows == 0) return;
   Arena count;
   Buffers(count, config_, rows);
-  count.take<float>(keys);
+  count.take<char>(keys);
   Arena arena{workspace.get(count.used)};
   Buffers b(arena, config_, rows);
-  float* memory = arena.take<float>(keys);
+  char* memory = arena.take<char>(keys);
   std::vector<cached::Cache> own;
   for (const Source& s : sources) {
     const std::int64_t capacity = capacity_of(s.length);
-    own.push_back({memory, memory + cached::keys_size(config_.kv_heads, head_size(), capacity), capacity});
-    if (s.encoder == nullptr) memory += layer_size(capacity);
+    own.push_back(cache(memory, capacity));
+    if (s.encoder == nullptr) memory += layer_bytes(capacity);
   }
   float* x = b.x;
   for (const Source& s : sources)
     for (std::int64_t i = s.first; i < s.length; ++i, x += d) embed(source_table_, s.ids[i], i, x);
   residual(b.x, nullptr, encoder_.empty() ? encoder_norm_ : encoder_[0].mixer_norm, rows, b.normed, team);
+  const Append append(*this);
   std::vector<cached::Item> items;
   for (std::size_t layer = 0; layer < encoder_.size(); ++layer) {
     const Block& block = encoder_[layer];
@@ -253,7 +269,7 @@ void Model::encode(const std::vector<Source>& sources, Workspace& workspace, con
       const cached::Cache& cache = sources[i].encoder == nullptr ? own[i] : sources[i].encoder->layers[layer];
       float* qkv = b.wide + first * width;
       for (std::int64_t t = 0; config_.positions == Positions::kRotary && t < length; ++t) rotate(qkv + t * width, config_.heads + config_.kv_heads, start + t);
-      cached::kernels().append.run({qkv + d, qkv + d + kv, width, length, start, config_.kv_heads, head_size(), cache}, nullptr, team);
+      append(qkv + d, qkv + d + kv, width, length, start, cache);
       if (config_.causal_encoder)
         for (std::int64_t t = 0; t < length; ++t) items.push_back({qkv + t * width, b.normed + (first + t) * d, 1, width, d, cache, start + t + 1, nullptr});
       else
@@ -270,7 +286,7 @@ void Model::encode(const std::vector<Source>& sources, Workspace& workspace, con
     std::int64_t first = 0;
     for (const Source& s : sources) {
       const float* from = b.wide + first * 2 * kv;
-      cached::kernels().append.run({from, from + kv, 2 * kv, s.length - s.first, s.first, config_.kv_heads, head_size(), s.caches->layers[layer]}, nullptr, team);
+      append(from, from + kv, 2 * kv, s.length - s.first, s.first, s.caches->layers[layer]);
       first += s.length - s.first;
     }
   }
@@ -281,13 +297,10 @@ void Model::step(const std::vector<StepRow>& rows, std::vector<StepResult>& resu
   const std::int64_t d = config_.d_model, kv = config_.kv_heads * head_size(), width = d + 2 * kv, count = static_cast<std::int64_t>(rows.size());
   results.resize(rows.size());
   if (count == 0) return;
-  const std::int64_t columns = std::min(up(config_.vocabulary, Linear::kRange), std::max(kSummed, kLogits / count / kSummed * kSummed));
   Arena needed;
   Buffers(needed, config_, count);
-  needed.take<float>(count * columns);
   Arena arena{workspace.get(needed.used)};
   Buffers b(arena, config_, count);
-  float* logits = arena.take<float>(count * columns);
   std::int64_t longest = 0, longest_source = 0;
   for (std::int64_t r = 0; r < count; ++r) {
     const StepRow& row = rows[static_cast<std::size_t>(r)];
@@ -296,6 +309,7 @@ void Model::step(const std::vector<StepRow>& rows, std::vector<StepResult>& resu
     longest_source = std::max(longest_source, row.source_length);
   }
   residual(b.x, nullptr, decoder_.empty() ? decoder_norm_ : decoder_[0].mixer_norm, count, b.normed, team);
+  const Append append(*this);
   std::vector<cached::Item> items;
   items.reserve(rows.size());
   for (std::size_t layer = 0; layer < decoder_.size(); ++layer) {
@@ -308,7 +322,7 @@ void Model::step(const std::vector<StepRow>& rows, std::vector<StepResult>& resu
       float* qkv = b.wide + r * width;
       if (config_.positions == Positions::kRotary) rotate(qkv, config_.heads + config_.kv_heads, row.position);
       const cached::Cache& cache = row.own->layers[layer];
-      cached::kernels().append.run({qkv + d, qkv + d + kv, width, 1, row.position, config_.kv_heads, head_size(), cache}, nullptr, team);
+      append(qkv + d, qkv + d + kv, width, 1, row.position, cache);
       items.push_back({qkv, b.normed + r * d, 1, width, d, cache, row.position + 1, nullptr});
     }
     attend(items, longest, team);
@@ -327,110 +341,121 @@ void Model::step(const std::vector<StepRow>& rows, std::vector<StepResult>& resu
     residual(b.x, b.branch, block.ffn_norm, count, b.normed, team);
     feed_forward(block, b, last ? decoder_norm_ : decoder_[layer + 1].mixer_norm, team);
   }
-  project(rows, b.normed, results, logits, columns, team);
+  project(rows, b.normed, results, team);
 }
 
 // Neighbours that have the same shortlist, or none, together.
-void Model::project(const std::vector<StepRow>& rows, const float* features, std::vector<StepResult>& results, float* logits, std::int64_t width, const Team& team) const {
+void Model::project(const std::vector<StepRow>& rows, const float* features, std::vector<StepResult>& results, const Team& team) const {
   const std::int64_t count = static_cast<std::int64_t>(rows.size());
+  const auto asks = [&](std::int64_t r) {
+    const StepRow& row = rows[static_cast<std::size_t>(r)];
+    return row.k > 0 || row.sum || row.wanted >= 0 || row.logits != nullptr;
+  };
   for (std::int64_t first = 0, end = 0; first < count; first = end) {
     const Shortlist* list = rows[static_cast<std::size_t>(first)].shortlist;
-    while (end < count && rows[static_cast<std::size_t>(end)].shortlist == list) ++end;
-    const float* own = features + first * config_.d_model;
-    if (list == nullptr) project_all(rows.data() + first, end - first, own, results.data() + first, logits, width, team);
-    else project_listed(rows.data() + first, end - first, own, results.data() + first, team);
+    while (end < count && rows[static_cast<std::size_t>(end)].shortlist == list && asks(end) == asks(first)) ++end;
+    if (!asks(first)) continue;
+    project(rows.data() + first, end - first, features + first * config_.d_model, list, results.data() + first, team);
   }
 }
 
 namespace {
 
-// Room for what a row asks for.
-vocabulary::Row state_of(const StepRow& row, StepResult& result) {
-  result.wanted = row.wanted >= 0 ? -__builtin_inff() : 0.0f;
-  result.values.resize(static_cast<std::size_t>(row.k));
-  result.ids.resize(static_cast<std::size_t>(row.k));
-  return {-__builtin_inff(), 0.0, row.k, 0, result.values.data(), result.ids.data()};
-}
+// What is asked of rows, in places of a list of ids.
+struct Asked {
+  std::vector<vocabulary::Row> rows;
+  std::vector<std::vector<std::int32_t>> places;
+  std::vector<std::vector<float>> logits;
 
-void finish(const vocabulary::Row& state, StepResult& result) {
-  const double shift = std::isfinite(state.maximum) ? static_cast<double>(state.maximum) : 0.0;
-  result.normaliser = shift + std::log(state.sum);
-  result.values.resize(static_cast<std::size_t>(state.count));
-  result.ids.resize(static_cast<std::size_t>(state.count));
-}
+  Asked(const StepRow* from, std::int64_t count, const Shortlist* list) {
+    for (std::int64_t r = 0; r < count; ++r) {
+      const StepRow& row = from[r];
+      rows.push_back({row.k, row.sum, row.wanted, row.logits, row.said, row.said_count, row.penalty, row.forbidden, row.forbidden_count,
+                      row.wanted < 0 && row.logits == nullptr && row.said_count == 0 && row.forbidden_count == 0});
+      if (list == nullptr) continue;
+      vocabulary::Row& asked = rows.back();
+      asked.wanted = place(*list, row.wanted);
+      if (row.logits != nullptr) asked.logits = logits.emplace_back(list->ids.size()).data();
+      translate(*list, asked.said, asked.said_count);
+      translate(*list, asked.forbidden, asked.forbidden_count);
+    }
+  }
 
-float penalised(float logit, float penalty) { return logit > 0.0f ? logit / penalty : logit * penalty; }
+  static std::int32_t place(const Shortlist& list, std::int32_t id) {
+    const auto found = std::lower_bound(list.ids.begin(), list.ids.end(), id);
+    return found != list.ids.end() && *found == id ? static_cast<std::int32_t>(found - list.ids.begin()) : -1;
+  }
+  void translate(const Shortlist& list, const std::int32_t*& ids, std::int64_t& count) {
+    if (count == 0) return;
+    std::vector<std::int32_t>& found = places.emplace_back();
+    for (std::int64_t i = 0; i < count; ++i)
+      if (const std::int32_t at = place(list, ids[i]); at >= 0) found.push_back(at);
+    ids = found.data();
+    count = static_cast<std::int64_t>(found.size());
+  }
+};
+
+// What the threads of a projection write to: the first one's best ids go to the results themselves.
+struct Findings {
+  std::vector<vocabulary::Part> parts;
+  std::vector<vocabulary::Best> best;
+
+  Findings(Arena& arena, const Asked& asked, StepResult* results, std::int64_t threads, std::int64_t segments, std::int64_t never) {
+    const std::int64_t count = static_cast<std::int64_t>(asked.rows.size());
+    float *shifts = arena.take<float>(count * segments), *sums = arena.take<float>(count * segments), *wanted = arena.take<float>(count);
+    best.resize(static_cast<std::size_t>(threads * count));
+    for (std::int64_t t = 0; t < threads; ++t) {
+      vocabulary::Best* own = best.data() + t * count;
+      for (std::int64_t r = 0; r < count; ++r) {
+        const std::int64_t k = asked.rows[static_cast<std::size_t>(r)].k;
+        if (t == 0) {
+          results[r].values.resize(static_cast<std::size_t>(k));
+          results[r].ids.resize(static_cast<std::size_t>(k));
+        }
+        own[r] = {0, t == 0 ? results[r].values.data() : arena.take<float>(k), t == 0 ? results[r].ids.data() : arena.take<std::int32_t>(k)};
+      }
+      parts.push_back({asked.rows.data(), own, arena.take<vocabulary::Lanes>(count), shifts, sums, wanted, 0, 0, segments, never});
+    }
+  }
+};
 
 }  // namespace
 
-// Logits, `width` columns at a time, into what is asked of each row.
-void Model::project_all(const StepRow* rows, std::int64_t count, const float* features, StepResult* results, float* logits, std::int64_t width, const Team& team) const {
-  std::vector<vocabulary::Row> states;
-  std::vector<std::int64_t> said(static_cast<std::size_t>(count), 0), offsets(1, 0);
-  std::vector<std::int32_t> forbidden;
+void Model::project(const StepRow* rows, std::int64_t count, const float* features, const Shortlist* list, StepResult* results, const Team& team) const {
+  const Linear& layer = list == nullptr ? output_ : list->output;
+  const std::int64_t n = layer.outputs(), segments = pieces(n, vocabulary::kSegment);
+  const std::int64_t threads = count * n * config_.d_model <= kAlone ? 1 : std::min<std::int64_t>(team.size, segments);
+  const Asked asked(rows, count, list);
+  const auto plan = [&](Arena& arena) { return Findings(arena, asked, results, threads, segments, list == nullptr ? kNever : 0); };
+  Arena needed;
+  needed.take<char>(layer.prepared_bytes(count));
+  plan(needed);
+  const Scratch scratch(needed.used);
+  Arena arena{scratch.data()};
+  const Linear::Prepared prepared = layer.prepare(features, count, arena.take<char>(layer.prepared_bytes(count)));
+  Findings found = plan(arena);
+  std::fill_n(found.parts[0].wanted, count, -__builtin_inff());
+  const vocabulary::Kernels& kernels = vocabulary::kernels();
+  team.share(threads, segments, [&](std::int64_t first, std::int64_t last, int thread) {
+    vocabulary::Part& part = found.parts[static_cast<std::size_t>(thread)];
+    part.first = first * vocabulary::kSegment;
+    part.n = std::min(n, last * vocabulary::kSegment) - part.first;
+    if (part.n > 0) layer.range(prepared, part.first, part.n, {kernels.take, &part});
+  });
   for (std::int64_t r = 0; r < count; ++r) {
-    forbidden.insert(forbidden.end(), rows[r].forbidden, rows[r].forbidden + rows[r].forbidden_count);
-    offsets.push_back(static_cast<std::int64_t>(forbidden.size()));
-    states.push_back(state_of(rows[r], results[r]));
-  }
-  for (std::int64_t first = 0; first < config_.vocabulary; first += width) {
-    const std::int64_t n = std::min(width, config_.vocabulary - first);
-    output_.range(features, count, first, n, logits, team);
-    for (std::int64_t r = 0; r < count; ++r) {
-      const StepRow& row = rows[r];
-      float* own = logits + r * n;
-      for (std::int64_t id = first; id <= std::min<std::int64_t>(kLastNever, first + n - 1); ++id) own[id - first] = -__builtin_inff();
-      for (std::int64_t& s = said[static_cast<std::size_t>(r)]; s < row.said_count && row.said[s] < first + n; ++s) {
-        float& logit = own[row.said[s] - first];
-        logit = penalised(logit, row.penalty);
-      }
-      if (row.logits != nullptr) std::memcpy(row.logits + first, own, static_cast<std::size_t>(n) * sizeof(float));
-      if (row.wanted >= first && row.wanted < first + n) results[r].wanted = own[row.wanted - first];
-    }
-    for (std::int64_t at = 0; at < n; at += kSummed) {
-      const vocabulary::Piece piece{logits + at, count, std::min(kSummed, n - at), n, first + at, states.data(), forbidden.empty() ? nullptr : forbidden.data(), offsets.data()};
-      vocabulary::kernels().top_k.run(piece, nullptr, team);
-    }
-  }
-  for (std::int64_t r = 0; r < count; ++r) finish(states[static_cast<std::size_t>(r)], results[r]);
-}
-
-// The same over a shortlist, whose places stand for the ids until the end.
-void Model::project_listed(const StepRow* rows, std::int64_t count, const float* features, StepResult* results, const Team& team) const {
-  const Shortlist& list = *rows[0].shortlist;
-  const std::int64_t n = static_cast<std::int64_t>(list.ids.size());
-  const auto place = [&](std::int32_t id) {
-    const auto found = std::lower_bound(list.ids.begin(), list.ids.end(), id);
-    return found != list.ids.end() && *found == id ? found - list.ids.begin() : std::ptrdiff_t{-1};
-  };
-  const Scratch scratch(count * n * 4);
-  float* logits = reinterpret_cast<float*>(scratch.data());
-  std::vector<vocabulary::Row> states;
-  std::vector<std::int64_t> offsets(1, 0);
-  std::vector<std::int32_t> forbidden;
-  list.output.range(features, count, 0, n, logits, team);
-  for (std::int64_t r = 0; r < count; ++r) {
-    const StepRow& row = rows[r];
-    float* own = logits + r * n;
-    for (std::int64_t s = 0; s < row.said_count; ++s)
-      if (const std::ptrdiff_t at = place(row.said[s]); at >= 0) own[at] = penalised(own[at], row.penalty);
-    for (std::int64_t f = 0; f < row.forbidden_count; ++f)
-      if (const std::ptrdiff_t at = place(row.forbidden[f]); at >= 0) forbidden.push_back(static_cast<std::int32_t>(at));
-    offsets.push_back(static_cast<std::int64_t>(forbidden.size()));
-    states.push_back(state_of(row, results[r]));
-    if (const std::ptrdiff_t at = place(row.wanted); at >= 0) results[r].wanted = own[at];
-    if (row.logits != nullptr) {
-      std::fill_n(row.logits, config_.vocabulary, -__builtin_inff());
-      for (std::int64_t i = 0; i < n; ++i) row.logits[list.ids[static_cast<std::size_t>(i)]] = own[i];
-    }
-  }
-  for (std::int64_t at = 0; at < n; at += kSummed) {
-    const vocabulary::Piece piece{logits + at, count, std::min(kSummed, n - at), n, at, states.data(), forbidden.empty() ? nullptr : forbidden.data(), offsets.data()};
-    vocabulary::kernels().top_k.run(piece, nullptr, team);
-  }
-  for (std::int64_t r = 0; r < count; ++r) {
-    finish(states[static_cast<std::size_t>(r)], results[r]);
-    for (std::int32_t& id : results[r].ids) id = list.ids[static_cast<std::size_t>(id)];
+    StepResult& result = results[r];
+    const vocabulary::Row& row = asked.rows[static_cast<std::size_t>(r)];
+    kernels.merge(row, found.parts.data(), threads, r);
+    const auto kept = static_cast<std::size_t>(found.best[static_cast<std::size_t>(r)].count);
+    result.values.resize(kept);
+    result.ids.resize(kept);
+    result.wanted = rows[r].wanted >= 0 ? found.parts[0].wanted[r] : 0.0f;
+    result.normaliser = row.sum ? kernels.normaliser(found.parts[0].shifts + r * segments, found.parts[0].sums + r * segments, segments) : 0.0;
+    if (list == nullptr) continue;
+    for (std::int32_t& id : result.ids) id = list->ids[static_cast<std::size_t>(id)];
+    if (rows[r].logits == nullptr) continue;
+    std::fill_n(rows[r].logits, config_.vocabulary, -__builtin_inff());
+    for (std::size_t i = 0; i < list->ids.size(); ++i) rows[r].logits[list->ids[i]] = row.logits[i];
   }
 }
 

@@ -1,6 +1,7 @@
 // An encoder-decoder: sources to caches of keys and values, and steps of rows of the decoder.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <set>
@@ -56,6 +57,7 @@ struct StepRow {
   std::int64_t source_length;
   std::int32_t wanted;      // an id whose logit is asked for; -1: none
   std::int64_t k;           // how many of the best ids; 0: none
+  bool sum;                 // whether the normaliser is asked for
   // What happens to the row's logits first.
   const std::int32_t* said;  // rising ids whose logits the repetition penalty changes
   std::int64_t said_count;
@@ -70,7 +72,7 @@ struct StepRow {
 // What a step says of a row.
 struct StepResult {
   float wanted;       // the logit; 0 where none was asked for
-  double normaliser;  // log of the sum of the exponentials
+  double normaliser;  // log of the sum of the exponentials; 0 where it was not asked for
   std::vector<float> values;  // the k largest that may be chosen, falling; in any order where k is above vocabulary::kSorted
   std::vector<std::int32_t> ids;
 };
@@ -87,13 +89,15 @@ class Model {
   const Linear& output() const { return output_; }
   std::int64_t head_size() const { return config_.d_model / config_.heads; }
 
-  // Numbers (floats) of the caches of a sequence of `capacity` positions: all decoder layers. capacity_of rounds a length up.
-  static std::int64_t capacity_of(std::int64_t length);
-  std::int64_t cache_size(std::int64_t capacity) const { return config_.decoder_layers * layer_size(capacity); }
-  std::int64_t encoder_cache_size(std::int64_t capacity) const { return config_.encoder_layers * layer_size(capacity); }
-  // Caches in `memory`, cache_size(capacity) or encoder_cache_size(capacity) floats.
-  Caches caches(float* memory, std::int64_t capacity) const { return caches(memory, capacity, config_.decoder_layers); }
-  Caches encoder_caches(float* memory, std::int64_t capacity) const { return caches(memory, capacity, config_.encoder_layers); }
+  // Bfloat16 where activations are quantised, else float32.
+  Dtype cache_dtype() const { return cache_dtype_; }
+  // Bytes of the caches of a sequence of `capacity` positions: all decoder layers. capacity_of rounds a length up.
+  static std::int64_t capacity_of(std::int64_t length) { return up(std::max<std::int64_t>(length, 1), cached::kColumns); }
+  std::int64_t cache_bytes(std::int64_t capacity) const { return config_.decoder_layers * layer_bytes(capacity); }
+  std::int64_t encoder_cache_bytes(std::int64_t capacity) const { return config_.encoder_layers * layer_bytes(capacity); }
+  // Caches in `memory`, cache_bytes(capacity) or encoder_cache_bytes(capacity) of it.
+  Caches caches(char* memory, std::int64_t capacity) const { return caches(memory, capacity, config_.decoder_layers); }
+  Caches encoder_caches(char* memory, std::int64_t capacity) const { return caches(memory, capacity, config_.encoder_layers); }
 
   // Sources (ids with the end sign), each to the caches of the decoder's cross-attention. Where `encoder` is given, the encoder keeps its own keys and values
   // there, and the positions before `first`, which are there already, are not encoded again; the encoder must be causal, else first is 0.
@@ -118,11 +122,15 @@ class Model {
     Linear qkv, out, cross_query, cross_key_value, cross_out, inner, outer;
   };
   struct Buffers;
+  struct Append;
 
-  std::int64_t layer_size(std::int64_t capacity) const {
-    return cached::keys_size(config_.kv_heads, head_size(), capacity) + cached::values_size(config_.kv_heads, head_size(), capacity);
+  std::int64_t layer_bytes(std::int64_t capacity) const {
+    return (cached::keys_size(config_.kv_heads, head_size(), capacity) + cached::values_size(config_.kv_heads, head_size(), capacity)) * size_of(cache_dtype_);
   }
-  Caches caches(float* memory, std::int64_t capacity, std::int64_t layers) const;
+  cached::Cache cache(char* memory, std::int64_t capacity) const {
+    return {memory, memory + cached::keys_size(config_.kv_heads, head_size(), capacity) * size_of(cache_dtype_), capacity};
+  }
+  Caches caches(char* memory, std::int64_t capacity, std::int64_t layers) const;
 
   // A matrix of embeddings: floats, or stored values.
   struct Table {
@@ -146,11 +154,11 @@ class Model {
   void rotate(float* x, std::int64_t heads, std::int64_t position) const;
   void feed_forward(const Block& block, Buffers& b, const Norm& following, const Team& team) const;
   void attend(const std::vector<cached::Item>& items, std::int64_t longest, const Team& team) const;
-  void project(const std::vector<StepRow>& rows, const float* features, std::vector<StepResult>& results, float* logits, std::int64_t width, const Team& team) const;
-  void project_all(const StepRow* rows, std::int64_t count, const float* features, StepResult* results, float* logits, std::int64_t width, const Team& team) const;
-  void project_listed(const StepRow* rows, std::int64_t count, const float* features, StepResult* results, const Team& team) const;
+  void project(const std::vector<StepRow>& rows, const float* features, std::vector<StepResult>& results, const Team& team) const;
+  void project(const StepRow* rows, std::int64_t count, const float* features, const Shortlist* list, StepResult* results, const Team& team) const;
 
   Config config_;
+  Dtype cache_dtype_;
   std::set<std::string> found_;  // while it is made: the tensors that it has asked for
   Table source_table_, target_table_;
   std::vector<Block> encoder_, decoder_;

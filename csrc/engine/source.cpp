@@ -4,14 +4,14 @@ namespace cvmk::engine {
 
 std::int64_t GrowingSource::bytes(const Model& model, std::int64_t longest) {
   const std::int64_t capacity = Model::capacity_of(longest);
-  return 4 * (model.cache_size(capacity) + (model.config().causal_encoder ? model.encoder_cache_size(capacity) : 0));
+  return model.cache_bytes(capacity) + (model.config().causal_encoder ? model.encoder_cache_bytes(capacity) : 0);
 }
 
 GrowingSource::GrowingSource(const Model& model, Memory& memory, std::int64_t longest)
-    : model_(model), memory_(memory), longest_(longest), floats_(static_cast<float*>(memory.take(bytes(model, longest)))) {
+    : model_(model), memory_(memory), longest_(longest), block_(static_cast<char*>(memory.take(bytes(model, longest)))) {
   const std::int64_t capacity = Model::capacity_of(longest);
-  cross_ = model.caches(floats_, capacity);
-  if (model.config().causal_encoder) encoder_ = model.encoder_caches(floats_ + model.cache_size(capacity), capacity);
+  cross_ = model.caches(block_, capacity);
+  if (model.config().causal_encoder) encoder_ = model.encoder_caches(block_ + model.cache_bytes(capacity), capacity);
 }
 
 std::shared_ptr<GrowingSource> GrowingSource::lease(const std::shared_ptr<GrowingSource>& source) {

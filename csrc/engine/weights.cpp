@@ -318,17 +318,59 @@ gemm::Linear Linear::call(const float* x, std::int64_t rows, float* out) const {
   return l;
 }
 
-void Linear::operator()(const float* x, std::int64_t rows, float* out, const Team& team) const { run(call(x, rows, out), 0, team); }
+void Linear::operator()(const float* x, std::int64_t rows, float* out, const Team& team) const { run(call(x, rows, out), 0, nullptr, team); }
 
-void Linear::range(const float* x, std::int64_t rows, std::int64_t first, std::int64_t count, float* out, const Team& team) const {
-  gemm::Linear l = call(x, rows, out);
-  l.outputs = count;
-  l.activation = gemm::kNone;
-  if (l.bias != nullptr) l.bias = static_cast<const float*>(l.bias) + first;
-  run(l, first, team);
+std::int64_t Linear::prepared_bytes(std::int64_t rows) const {
+  if (!prepares()) return 0;
+  return up(gemm::byte_rows_size(rows, inputs_), 64) + up(rows * 4, 64) + (group_ == 0 ? 0 : rows * (inputs_ / group_) * 4);
 }
 
-void Linear::run(const gemm::Linear& linear, std::int64_t first, const Team& team) const {
+Linear::Prepared Linear::prepare(const float* x, std::int64_t rows, char* memory) const {
+  Prepared prepared{x, rows, {}};
+  if (!prepares()) return prepared;
+  Arena arena{memory};
+  gemm::ByteRows& bytes = prepared.bytes;
+  bytes.x = x;
+  bytes.rows = rows;
+  bytes.inputs = inputs_;
+  bytes.group = compute_ == Compute::kInt4 ? group_ : 0;
+  bytes.bytes = arena.take<std::uint8_t>(gemm::byte_rows_size(rows, inputs_));
+  bytes.scales = arena.take<float>(rows);
+  bytes.sums = bytes.group == 0 ? nullptr : arena.take<std::int32_t>(rows * (inputs_ / group_));
+  const auto& kernel = gemm::kernels_for(bytes).byte_rows;
+  kernel.run(bytes, nullptr, Team{});
+  return prepared;
+}
+
+void Linear::range(const Prepared& prepared, std::int64_t first, std::int64_t count, const gemm::Sink& sink) const {
+  if (compute_ == Compute::kInt4Floats) return range_of_int4(prepared, first, count, sink);
+  gemm::Linear l = call(prepared.x, prepared.rows, nullptr);
+  l.outputs = count;
+  l.activation = gemm::kNone;
+  l.sink = &sink;
+  if (l.bias != nullptr) l.bias = static_cast<const float*>(l.bias) + first;
+  run(l, first, prepared.bytes.bytes == nullptr ? nullptr : &prepared.bytes, Team{});
+}
+
+// By way of memory: that kernel takes no sink.
+void Linear::range_of_int4(const Prepared& prepared, std::int64_t first, std::int64_t count, const gemm::Sink& sink) const {
+  constexpr std::int64_t kColumns = 8 * gemm::kPartColumns;
+  const Scratch scratch((prepared.rows * kColumns + gemm::kPartColumns) * 4);
+  float* const out = reinterpret_cast<float*>(scratch.data());
+  for (std::int64_t at = 0; at < count; at += kColumns) {
+    const std::int64_t n = std::min(kColumns, count - at);
+    gemm::Linear l = call(prepared.x, prepared.rows, out);
+    l.outputs = n;
+    l.activation = gemm::kNone;
+    if (l.bias != nullptr) l.bias = static_cast<const float*>(l.bias) + first + at;
+    run(l, first + at, nullptr, Team{});
+    l.bias = nullptr;  // it is in the products
+    for (std::int64_t column = 0; column < n; column += gemm::kPartColumns)
+      sink.take(sink.context, {&l, 0, prepared.rows, at + column, std::min<std::int64_t>(gemm::kPartColumns, n - column), out + column, n, nullptr});
+  }
+}
+
+void Linear::run(const gemm::Linear& linear, std::int64_t first, const gemm::ByteRows* prepared, const Team& team) const {
   switch (compute_) {
     case Compute::kFloat32:
     case Compute::kBFloat16: {
@@ -341,6 +383,7 @@ void Linear::run(const gemm::Linear& linear, std::int64_t first, const Team& tea
       const std::int64_t padded = up(inputs_, gemm::kStep);
       p.linear = linear;
       p.linear.scales = scales_->as<float>() + first;
+      p.prepared = prepared;
       p.weight = values_->as<std::int8_t>() + first * padded;
       p.smooth_scale = smooth_.empty() ? nullptr : smooth_.data();
       p.smooth_dtype = kFloat32;
@@ -354,6 +397,7 @@ void Linear::run(const gemm::Linear& linear, std::int64_t first, const Team& tea
       p.linear.scales = scales_->as<float>() + first * (inputs_ / group_);
       p.weight = values_->as<std::uint8_t>() + first / gemm::kPanel * (inputs_ / 8) * gemm::kStep;
       p.group = group_;
+      p.prepared = prepared;
       const auto& kernel = gemm::kernels_for(p).int4_bytes;
       return cvmk::run(kernel, p, team);
     }

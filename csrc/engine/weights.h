@@ -87,13 +87,22 @@ class Linear {
   Linear rows(const std::vector<std::int32_t>& outputs) const;
   // x [rows, inputs] -> out [rows, out_columns()], both contiguous.
   void operator()(const float* x, std::int64_t rows, float* out, const Team& team) const;
-  // The outputs [first, first + count) only, without activation; `first` is a multiple of kRange. out [rows, count].
-  static constexpr std::int64_t kRange = 64;
-  void range(const float* x, std::int64_t rows, std::int64_t first, std::int64_t count, float* out, const Team& team) const;
+  // Rows of x [rows, inputs] as several calls of `range` multiply them: quantised once, in `memory` of prepared_bytes(rows).
+  struct Prepared {
+    const float* x;
+    std::int64_t rows;
+    gemm::ByteRows bytes;
+  };
+  std::int64_t prepared_bytes(std::int64_t rows) const;
+  Prepared prepare(const float* x, std::int64_t rows, char* memory) const;
+  // The outputs [first, first + count) only, without activation, into `sink`; `first` is a multiple of gemm::kFloatPanel.
+  void range(const Prepared& prepared, std::int64_t first, std::int64_t count, const gemm::Sink& sink) const;
 
  private:
+  bool prepares() const { return (compute_ == Compute::kInt8 && smooth_.empty()) || compute_ == Compute::kInt4; }
+  void range_of_int4(const Prepared& prepared, std::int64_t first, std::int64_t count, const gemm::Sink& sink) const;
   gemm::Linear call(const float* x, std::int64_t rows, float* out) const;
-  void run(const gemm::Linear& linear, std::int64_t first, const Team& team) const;
+  void run(const gemm::Linear& linear, std::int64_t first, const gemm::ByteRows* prepared, const Team& team) const;
   void pack_floats(const RawTensor& weight, Dtype dtype);
   void pack_int8(const RawTensor& weight);
   void pack_int8(const std::int8_t* values, const float* scales);

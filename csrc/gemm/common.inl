@@ -163,6 +163,7 @@ CVMK_INLINE void finish_as(const Linear& p, const Item& item, const Sum* sums, i
 
 template <typename Sum>
 inline __attribute__((noinline)) void finish(const Linear& p, const Item& item, const Sum* sums, int64_t stride, const float* row_scales, int64_t row, int64_t rows) {
+  if (p.sink != nullptr) return p.sink->take(p.sink->context, {&p, row, rows, item.column, least(item.width * kPanel, p.outputs - item.column), sums, stride, row_scales});
   switch (p.activation) {
     case kRelu: return finish_as<kRelu>(p, item, sums, stride, row_scales, row, rows);
     case kGelu: return finish_as<kGelu>(p, item, sums, stride, row_scales, row, rows);

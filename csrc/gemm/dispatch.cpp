@@ -17,5 +17,6 @@ const Kernels& with_vnni(bool& vnni) {
 
 const Kernels& kernels_for(Int8Linear& p) { return with_vnni(p.vnni); }
 const Kernels& kernels_for(Int4Bytes& p) { return with_vnni(p.vnni); }
+const Kernels& kernels_for(ByteRows& p) { return with_vnni(p.vnni); }
 
 }  // namespace cvmk::gemm

@@ -56,6 +56,7 @@ inline F activated(int activation, F y) {
 inline void finish_floats(const FloatLinear& p, int64_t panel, int64_t row, int64_t rows, const float* sums, const float* up_sums) {
   const Linear& l = p.linear;
   const int64_t width = out_columns(l), first = panel * kFloatPanel, columns = least(kFloatPanel, width - first);
+  if (l.sink != nullptr) return l.sink->take(l.sink->context, {&l, row, rows, first, columns, sums, kFloatPanel, nullptr});
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t v = 0; v < columns; v += kLanes) {
       const int left = static_cast<int>(least(kLanes, columns - v));

@@ -84,6 +84,17 @@ inline void bytes_item(const Int4Bytes& p, const Item& item, const uint8_t* a, i
   finish(p.linear, item, static_cast<const float*>(sums), stride, nullptr, row, rows);
 }
 
+// A row as signed bytes, and their sums in each group. Returns its scale.
+inline float quantise_groups(const float* x, int64_t inputs, int64_t group, uint8_t* to, int32_t* sums) {
+  const float scale = quantise_row<kFloat32>(x, nullptr, inputs, 0, to, kStep);
+  for (int64_t g = 0; g < inputs / group; ++g) {
+    int32_t sum = 0;
+    for (int64_t k = g * group; k < (g + 1) * group; ++k) sum += static_cast<int8_t>(to[k]);
+    sums[g] = sum;
+  }
+  return scale;
+}
+
 struct BytesPlan {
   int width, threads;
   int64_t padded, round, items, sums_each;
@@ -120,18 +131,14 @@ inline void bytes_as(const Int4Bytes& p, char* scratch, const Team& team) {
   const int64_t groups = l.inputs / p.group;
   for (int64_t start = 0; start < l.rows; start += plan.round) {
     const int64_t rows = least(plan.round, l.rows - start);
-    for (int64_t r = 0; r < rows; ++r) {
-      uint8_t* to = plan.rows + r * plan.padded;
-      plan.scales[r] = quantise_row<kFloat32>(static_cast<const float*>(l.x) + (start + r) * l.x_stride, nullptr, l.inputs, 0, to, kStep);
-      for (int64_t g = 0; g < groups; ++g) {
-        int32_t sum = 0;
-        for (int64_t k = g * p.group; k < (g + 1) * p.group; ++k) sum += static_cast<int8_t>(to[k]);
-        plan.row_sums[r * groups + g] = sum;
-      }
-    }
+    for (int64_t r = 0; p.prepared == nullptr && r < rows; ++r)
+      plan.scales[r] = quantise_groups(static_cast<const float*>(l.x) + (start + r) * l.x_stride, l.inputs, p.group, plan.rows + r * plan.padded, plan.row_sums + r * groups);
+    const uint8_t* bytes = p.prepared == nullptr ? plan.rows : p.prepared->bytes + start * plan.padded;
+    const int32_t* row_sums = p.prepared == nullptr ? plan.row_sums : p.prepared->sums + start * groups;
+    const float* scales = p.prepared == nullptr ? plan.scales : p.prepared->scales + start;
     team.share(plan.threads, plan.items, [&](int64_t first, int64_t last, int thread) {
       for (int64_t i = first; i < last; ++i)
-        bytes_item<kVnni>(p, item_of(l, i * plan.width * kPanel, plan.width), plan.rows, plan.padded, plan.row_sums, plan.scales, start, rows, plan.sums + thread * plan.sums_each);
+        bytes_item<kVnni>(p, item_of(l, i * plan.width * kPanel, plan.width), bytes, plan.padded, row_sums, scales, start, rows, plan.sums + thread * plan.sums_each);
     });
   }
 }

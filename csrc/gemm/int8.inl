@@ -23,7 +23,7 @@ inline Int8Plan plan_int8(const Int8Linear& p, const Team& team) {
   Int8Plan plan{};
   if (l.rows == 0) return plan;
   plan.padded = up(l.inputs, kStep);
-  plan.tiles = CVMK_GEMM_TILES && l.rows > (p.vnni ? 4 : 0);
+  plan.tiles = in_tiles(l.rows, p.vnni);
   const int limit = l.rows * l.inputs * l.outputs <= kAlone ? 1 : team.size;
   plan.width = l.activation == kSwiglu ? 2 : 4;
   const bool apart = plan.padded * l.outputs <= kCachedWeight || l.rows >= l.outputs;
@@ -33,7 +33,7 @@ inline Int8Plan plan_int8(const Int8Linear& p, const Team& team) {
   plan.threads = static_cast<int>(least(limit, plan.units));
   plan.sums_each = (plan.tiles ? kSumRows : kVectorRows) * kMostPanels * kPanel;
   plan.inverses = p.smooth_scale ? plan.padded : 0;
-  plan.each = up(plan.round * plan.padded + (up(plan.round, 16) + plan.sums_each + plan.inverses) * 4, 4096) + 1024;
+  plan.each = up((p.prepared == nullptr ? plan.round * plan.padded : 0) + (up(plan.round, 16) + plan.sums_each + plan.inverses) * 4, 4096) + 1024;
   return plan;
 }
 
@@ -45,29 +45,30 @@ inline void int8_linear_as(const Int8Linear& p, const Int8Plan& plan, char* scra
   const int64_t padded = plan.padded, round = plan.round, blocks = plan.blocks;
   team.share(plan.threads, plan.units, [&](int64_t first, int64_t last, int thread) {
     Arena own{scratch + thread * plan.each};
-    uint8_t* a = own.take<uint8_t>(round * padded);
+    uint8_t* a = own.take<uint8_t>(p.prepared == nullptr ? round * padded : 0);
     float *row_scales = own.take<float>(up(round, 16)), *inverse = p.smooth_scale ? own.take<float>(plan.inverses) : nullptr;
     int32_t* sums = own.take<int32_t>(plan.sums_each);
-    if (inverse) invert(p, inverse, padded);
+    if (p.prepared == nullptr && inverse) invert(p, inverse, padded);
 #if CVMK_GEMM_TILES
     if (tiles) configure_rows(l.rows);
 #endif
     int64_t quantised = -1;
     for (int64_t i = first; i < last; ++i) {
       const int64_t row = i / blocks * round, rows = least(round, l.rows - row);
-      for (int64_t r = 0; row != quantised && r < rows; ++r) {
-        uint8_t* to = tiles ? a + r / kPanel * kPanel * padded + r % kPanel * kStep : a + r * padded;
-        row_scales[r] = quantise(p, inverse, row + r, kVnni && !tiles ? 0x80 : 0, to, tiles ? kPanel * kStep : kStep);
-      }
+      if (p.prepared == nullptr && row != quantised)
+        for (int64_t r = 0; r < rows; ++r)
+          row_scales[r] = quantise(p, inverse, row + r, kVnni && !tiles ? 0x80 : 0, byte_row(a, r, padded, tiles), tiles ? kPanel * kStep : kStep);
       quantised = row;
+      const uint8_t* bytes = p.prepared == nullptr ? a : p.prepared->bytes + row * padded;
+      const float* scales = p.prepared == nullptr ? row_scales : p.prepared->scales + row;
       const Item item = item_of(l, i % blocks * width * kPanel, width);
 #if CVMK_GEMM_TILES
       if (tiles) {
-        tile_item(p, item, a, padded / kStep, row_scales, row, rows, sums);
+        tile_item(p, item, bytes, padded / kStep, scales, row, rows, sums);
         continue;
       }
 #endif
-      vector_item<kVnni>(p, item, a, padded, row_scales, row, rows, sums);
+      vector_item<kVnni>(p, item, bytes, padded, scales, row, rows, sums);
     }
 #if CVMK_GEMM_TILES
     if (tiles) _tile_release();

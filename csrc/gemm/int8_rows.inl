@@ -145,6 +145,14 @@ inline float quantise_row(const void* x, const float* inverse, int64_t inputs, u
   return finite ? largest / 127.0f : __builtin_nanf("");
 }
 
+// Whether so many rows are multiplied by tiles; their bytes then stand in tiles.
+inline bool in_tiles(int64_t rows, bool vnni) { return CVMK_GEMM_TILES && rows > (vnni ? 4 : 0); }
+
+// Where the bytes of row r begin.
+CVMK_INLINE uint8_t* byte_row(uint8_t* bytes, int64_t r, int64_t padded, bool tiles) {
+  return tiles ? bytes + r / kPanel * kPanel * padded + r % kPanel * kStep : bytes + r * padded;
+}
+
 inline float quantise(const Int8Linear& p, const float* inverse, int64_t row, uint8_t flip, uint8_t* to, int64_t chunk_stride) {
   const Linear& l = p.linear;
   const char* x = static_cast<const char*>(l.x) + row * l.x_stride * size_of(l.x_dtype);

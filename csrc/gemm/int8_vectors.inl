@@ -35,8 +35,9 @@ CVMK_INLINE I dot4(I sum, I a, I b) {
 #endif
 }
 
+// `next`: bytes that a later call will read, a line of which is asked for at every step; beyond the end of a weight they are never read.
 template <bool kVnni, int kRows, int kPanels>
-inline void vector_block(const uint8_t* a, int64_t padded, const int8_t* const* b, const int32_t* const* start, int32_t* sums, int64_t stride) {
+inline void vector_block(const uint8_t* a, int64_t padded, const int8_t* const* b, const int32_t* const* start, const int8_t* next, int32_t* sums, int64_t stride) {
   I sum[kRows][kPanels * kVectors];
   for (int p = 0; p < kPanels; ++p)
     for (int v = 0; v < kVectors; ++v) {
@@ -45,6 +46,7 @@ inline void vector_block(const uint8_t* a, int64_t padded, const int8_t* const* 
       for (int r = 0; r < kRows; ++r) sum[r][p * kVectors + v] = first;
     }
   for (int64_t k = 0; k < padded; k += 4) {
+    __builtin_prefetch(next + k * kPanel, 0, 2);
     I w[kPanels * kVectors];
 #pragma GCC unroll 16
     for (int p = 0; p < kPanels; ++p)
@@ -73,14 +75,14 @@ constexpr int kBlockRows = 1, kBlockPanels = 1;
 #endif
 
 template <bool kVnni, int kPanels>
-inline int vector_rows(int64_t rows, const uint8_t* a, int64_t padded, const int8_t* const* b, const int32_t* const* start, int32_t* sums, int64_t stride) {
+inline int vector_rows(int64_t rows, const uint8_t* a, int64_t padded, const int8_t* const* b, const int32_t* const* start, const int8_t* next, int32_t* sums, int64_t stride) {
   if constexpr (kBlockRows >= 6) {
-    if (rows >= 6) return vector_block<kVnni, 6, kPanels>(a, padded, b, start, sums, stride), 6;
-    if (rows >= 4) return vector_block<kVnni, 4, kPanels>(a, padded, b, start, sums, stride), 4;
+    if (rows >= 6 && rows != 8) return vector_block<kVnni, 6, kPanels>(a, padded, b, start, next, sums, stride), 6;
+    if (rows >= 4) return vector_block<kVnni, 4, kPanels>(a, padded, b, start, next, sums, stride), 4;
   }
   if constexpr (kBlockRows >= 2)
-    if (rows >= 2) return vector_block<kVnni, 2, kPanels>(a, padded, b, start, sums, stride), 2;
-  return vector_block<kVnni, 1, kPanels>(a, padded, b, start, sums, stride), 1;
+    if (rows >= 2) return vector_block<kVnni, 2, kPanels>(a, padded, b, start, next, sums, stride), 2;
+  return vector_block<kVnni, 1, kPanels>(a, padded, b, start, next, sums, stride), 1;
 }
 
 // Rows [0, rows) of bytes times the item's panels: sums [rows][stride].
@@ -100,18 +102,19 @@ inline void vector_product(const Int8Linear& p, const Item& item, const uint8_t*
     }
     for (int64_t r = 0; r < rows;) {
       const uint8_t* from = a + r * padded;
+      const int8_t* next = b[width - 1] + (1 + r / kBlockRows % width) * kPanel * padded;  // the panel behind these that is the call's turn
       int32_t* to = sums + r * stride + done * kPanel;
       if constexpr (kBlockPanels >= 4)
         if (width == 4) {
-          r += vector_rows<kVnni, 4>(rows - r, from, padded, b, start, to, stride);
+          r += vector_rows<kVnni, 4>(rows - r, from, padded, b, start, next, to, stride);
           continue;
         }
       if constexpr (kBlockPanels >= 2)
         if (width == 2) {
-          r += vector_rows<kVnni, 2>(rows - r, from, padded, b, start, to, stride);
+          r += vector_rows<kVnni, 2>(rows - r, from, padded, b, start, next, to, stride);
           continue;
         }
-      r += vector_rows<kVnni, 1>(rows - r, from, padded, b, start, to, stride);
+      r += vector_rows<kVnni, 1>(rows - r, from, padded, b, start, next, to, stride);
     }
     done += width;
   }

@@ -13,6 +13,25 @@ enum Activation : int { kNone = 0, kRelu = 1, kGelu = 2, kSilu = 3, kSwiglu = 4 
 constexpr int kPanel = 16;  // weight rows (outputs) of a panel
 constexpr int kStep = 64;   // bytes of inputs in one row of a tile: 64 int8 or 32 bfloat16
 
+struct Linear;
+
+// Sums of a product on their way out: rows [row, row + rows) of the columns [column, column + columns), at most kPartColumns of them and, but for the last
+// ones, a multiple of that. A row's come in rising columns.
+constexpr int kPartColumns = 64;
+struct Part {
+  const Linear* linear;
+  int64_t row, rows, column, columns;
+  const void* sums;         // [rows][stride], int32 where row_scales are given, else float32
+  int64_t stride;
+  const float* row_scales;  // [rows], of int32 sums: a sum times its row's scale times linear->scales is the product; null: a sum is the product
+};
+
+// Takes what would be written to `out`; the activation is kNone.
+struct Sink {
+  void (*take)(void* context, const Part& part);
+  void* context;
+};
+
 // What both linears share. Vectors of outputs that hold the weight's scales are padded with zeros to whole panels and one panel more.
 struct Linear {
   const void* x;         // [rows, inputs], inputs contiguous
@@ -23,7 +42,20 @@ struct Linear {
   int64_t rows, inputs, outputs;
   Dtype x_dtype, out_dtype, bias_dtype;
   int activation;
+  const Sink* sink = nullptr;  // of the CPU's int8, int4_bytes and floats: takes the products in place of `out`
 };
+
+// Rows of float32 as bytes for any number of products with weights of `inputs` inputs; kernels_for sets what depends on the processor.
+struct ByteRows {
+  const float* x;  // [rows, inputs], contiguous
+  int64_t rows, inputs;
+  int64_t group;    // 0: for Int8Linear; else for Int4Bytes with so many inputs a group
+  uint8_t* bytes;   // byte_rows_size(rows, inputs) of them
+  float* scales;    // [rows]
+  int32_t* sums;    // [rows, inputs / group], of the bytes of each group, where there are groups
+  bool vnni;
+};
+CVMK_INLINE int64_t byte_rows_size(int64_t rows, int64_t inputs) { return up(rows, 32) * up(inputs, kStep); }
 
 struct Int8Linear {
   Linear linear;
@@ -32,6 +64,7 @@ struct Int8Linear {
   const void* smooth_scale;  // [inputs] or null
   Dtype smooth_dtype;
   bool vnni;  // whether vpdpbusd may be used; kernels_for sets it
+  const ByteRows* prepared = nullptr;  // the rows of x, where they are quantised already
 };
 
 struct Int4Linear {
@@ -51,6 +84,7 @@ struct Int4Bytes {
   const uint8_t* weight;
   int64_t group;  // inputs of a scale, a multiple of 8 that divides the inputs
   bool vnni;      // kernels_for sets it
+  const ByteRows* prepared = nullptr;  // the rows of x, where they are quantised already
 };
 
 constexpr int64_t kFloatPanel = 64;  // weight rows (outputs) of a panel of float_linear
@@ -67,6 +101,7 @@ struct Kernels {
   Kernel<Int4Linear> int4;
   Kernel<FloatLinear> floats;
   Kernel<Int4Bytes> int4_bytes;
+  Kernel<ByteRows> byte_rows;
 };
 const Kernels& kernels(IsaLevel level);
 const Kernels& kernels();
@@ -74,5 +109,6 @@ const Kernels& kernels();
 // The kernels for a call, in which it sets what depends on the processor.
 const Kernels& kernels_for(Int8Linear& p);
 const Kernels& kernels_for(Int4Bytes& p);
+const Kernels& kernels_for(ByteRows& p);
 
 }  // namespace cvmk::gemm

@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <string>
 #include <thread>
 #include <utility>
@@ -113,6 +114,7 @@ std::vector<Request> requests_of(const Config& c, int count) {
     }
     if (i % 9 == 6) o.prefix_bias = 0.5;
     o.alignments = i % 8 == 7;
+    o.scores = i % 3 != 0;
     found.push_back(std::move(r));
   }
   return found;
@@ -121,7 +123,7 @@ std::vector<Request> requests_of(const Config& c, int count) {
 bool same(const std::vector<Hypothesis>& a, const std::vector<Hypothesis>& b) {
   if (a.size() != b.size()) return false;
   for (std::size_t i = 0; i < a.size(); ++i)
-    if (a[i].pieces != b[i].pieces || a[i].score != b[i].score || a[i].scores != b[i].scores || a[i].alignment != b[i].alignment) return false;
+    if (a[i].pieces != b[i].pieces || std::memcmp(&a[i].score, &b[i].score, sizeof a[i].score) != 0 || a[i].scores != b[i].scores || a[i].alignment != b[i].alignment) return false;
   return true;
 }
 

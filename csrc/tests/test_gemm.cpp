@@ -28,8 +28,7 @@ std::size_t padded(int n, int to) { return static_cast<std::size_t>((n + to - 1)
 
 // Small whole numbers: every sum is exact in float32, so the results must be equal.
 Linear linear_of(const std::vector<float>& x, std::vector<float>& out, const std::vector<float>& scales, int m, int k, int n) {
-  Linear l;
-  std::memset(&l, 0, sizeof l);
+  Linear l{};
   l.x = x.data();
   l.x_stride = k;
   l.out = out.data();
@@ -60,8 +59,7 @@ void int8_is_exact(int m, int k, int n) {
     sum *= -128;
     std::memcpy(packed.data() + panels * steps + static_cast<std::size_t>(i) * 4, &sum, 4);
   }
-  Int8Linear p;
-  std::memset(&p, 0, sizeof p);
+  Int8Linear p{};
   p.linear = linear_of(x, out, scales, m, k, n);
   p.weight = packed.data();
   cvmk::run(kernels_for(p).int8, p, cvmk::openmp_team());
@@ -103,8 +101,7 @@ void int4_is_exact(int m, int k, int n, int group, bool bfloat16, bool formats) 
       packed[word] = static_cast<std::uint16_t>(packed[word] | q[static_cast<std::size_t>(i * k + j)] << 4 * (j % 128 / 32));
     }
   }
-  Int4Linear p;
-  std::memset(&p, 0, sizeof p);
+  Int4Linear p{};
   p.linear = linear_of(x, out, scales, m, k, n);
   std::vector<std::uint16_t> rounded(out.size());
   if (bfloat16) {
@@ -158,8 +155,7 @@ void int4_bytes_are_exact(int m, int k, int n, int group) {
       packed[(panel * steps + static_cast<std::size_t>(j / 8)) * kStep + lane * 4 + static_cast<std::size_t>(j % 4)] |= static_cast<std::uint8_t>(value << (j % 8 / 4 * 4));
     }
   }
-  Int4Bytes p;
-  std::memset(&p, 0, sizeof p);
+  Int4Bytes p{};
   p.linear = linear_of(x, out, scales, m, k, n);
   p.weight = packed.data();
   p.group = group;
@@ -196,8 +192,7 @@ void floats_are_exact(int m, int k, int n, Dtype dtype, Activation activation) {
       std::memcpy(&bits, &wide[at], 4);
       narrow[at] = static_cast<std::uint16_t>(bits >> 16);
     }
-  FloatLinear p;
-  std::memset(&p, 0, sizeof p);
+  FloatLinear p{};
   p.linear = linear_of(x, out, bias, m, k, n);
   p.linear.scales = nullptr;
   p.linear.bias = bias.data();

@@ -1,4 +1,4 @@
-// The largest of log-softmax for one instruction-set level.
-#include "vocabulary/top_k.inl"
+// What is asked of rows of logits, for one instruction-set level.
+#include "vocabulary/best.inl"
 
-CVMK_KERNELS(vocabulary) = {{top_k_scratch, run_top_k}};
+CVMK_KERNELS(vocabulary) = {take, merge, normaliser};

@@ -85,6 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
     if is_standard(arguments.output):
         need_open(sys.stdout, "output", "open it, or give --output FILE")
     options = {**search, "max_batch_tokens": arguments.batch_tokens, "on_long": arguments.on_long, "shortlist": arguments.shortlist}
+    options["scores"] = arguments.json or options["n_best"] > 1  # which show them
     name = STANDARD_INPUT if is_standard(arguments.input) else arguments.input
     with contextlib.ExitStack() as stack:
         file = None if is_standard(arguments.input) else stack.enter_context(open_input(arguments.input))

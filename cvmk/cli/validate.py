@@ -140,7 +140,7 @@ def _system(
     from cvmk.validation.validator import translate
 
     start = time.perf_counter()
-    hypotheses, tokens = translate(translator, sources, arguments.beam_size, max_batch_tokens=arguments.batch_tokens, on_long="truncate")
+    hypotheses, tokens = translate(translator, sources, arguments.beam_size, max_batch_tokens=arguments.batch_tokens, on_long="truncate", scores=False)
     seconds = time.perf_counter() - start
     measurements = [measure(metric, hypotheses, references, words) for metric in metrics]
     scores = []

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 import torch
@@ -168,7 +168,11 @@ class Decoding(ABC):
         return self._ranked([*self.sentences[index].found, *living])
 
     def _ranked(self, found: list[Hypothesis]) -> list[Hypothesis]:
-        return sorted(found, key=lambda hypothesis: (-hypothesis.score, hypothesis.tokens))[: self.options.n_best] or [BROKEN]
+        return self._told(sorted(found, key=lambda hypothesis: (-hypothesis.score, hypothesis.tokens))[: self.options.n_best] or [BROKEN])
+
+    def _told(self, found: list[Hypothesis]) -> list[Hypothesis]:
+        """Without their scores where the options ask for none."""
+        return found if self.options.scores else [one if one is BROKEN else replace(one, score=math.nan, scores=()) for one in found]
 
     def _go_on(self, scores: Tensor) -> None:
         """The pieces that were chosen, `tokens`, are said, with these log probabilities; finished sentences leave when they are many, or have no
@@ -232,7 +236,7 @@ class _Greedy(Decoding):
             sentence = self.sentences[index]
             if not sentence.done:
                 sentence.done = True
-                ended.append((sentence.entry, [self._hypothesis(index, self.totals[index, 0].item(), said[index].item())]))
+                ended.append((sentence.entry, self._told([self._hypothesis(index, self.totals[index, 0].item(), said[index].item())])))
         self._go_on(said)
         return ended
 

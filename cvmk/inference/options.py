@@ -43,6 +43,7 @@ class SearchOptions:
     prefix_bias      0: a request's prefix is what its hypotheses begin with. Above: as long as a hypothesis says what the prefix says, its next piece
                      has (1 - prefix_bias) of its probability, plus prefix_bias for the prefix's next piece (Arivazhagan et al. 2020).
     shortlist        whether to choose only among the pieces that the model's shortlist (`cvmk shortlist`) has for the source: probabilities are of these.
+    scores           whether to tell scores. Without them (they are NaN, and none a piece) greedy search computes no probabilities, and is faster.
     alignments       whether to tell how much of the last cross-attention each piece gave to each piece of the source.
     """
 
@@ -62,6 +63,7 @@ class SearchOptions:
     seed: int = _option(0, 0, 2**63 - 1, "of the draws")
     prefix_bias: float = _option(0.0, 0, 0.999999, "0: a prefix is kept; above: how much a prefix adds to the probability of its pieces")
     shortlist: bool = field(default=False, metadata={"help": "choose only among the pieces of the model's shortlist"})
+    scores: bool = field(default=True, metadata={"help": "tell scores; greedy search is faster without"})
     alignments: bool = field(default=False, metadata={"help": "tell the cross-attention of each piece"})
 
     def __post_init__(self) -> None:
@@ -121,9 +123,9 @@ def option_help(name: str) -> str:
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """Pieces without special ids, and the score: sum(log p) / length ** length_penalty with EOS counted.
+    """Pieces without special ids, and the score: sum(log p) / length ** length_penalty with EOS counted; NaN where the options ask for no scores.
 
-    scores     log p of each piece and, where the hypothesis ended, of EOS.
+    scores     log p of each piece and, where the hypothesis ended, of EOS; none where the options ask for none.
     alignment  where asked for, a row a piece: the weights of the last cross-attention, their mean over the heads, for each piece of the source and EOS.
     """
 

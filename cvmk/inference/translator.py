@@ -136,6 +136,7 @@ class Translator:
         seed: int = 0,
         prefix_bias: float = 0.0,
         shortlist: bool = False,
+        scores: bool = True,
         alignments: bool = False,
         prefixes: Sequence[str] | None = None,
         max_batch_tokens: int = 4096,
@@ -154,7 +155,7 @@ class Translator:
         texts = _strings("text", texts)
         options = SearchOptions(
             beam_size, n_best, length_penalty, no_repeat_ngram, max_length_a, max_length_b, min_length, repetition_penalty, suppressed,
-            patience, temperature, top_k, top_p, seed, prefix_bias, shortlist, alignments,
+            patience, temperature, top_k, top_p, seed, prefix_bias, shortlist, scores, alignments,
         )  # fmt: skip
         max_batch_tokens = int(checked_number("max_batch_tokens", max_batch_tokens, 1))
         if on_long not in ("error", "truncate"):

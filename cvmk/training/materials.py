@@ -75,7 +75,7 @@ def teacher_translations(
             with open(path, "a", encoding="utf-8") as file, reporter.progress(f"teacher translates {name}", len(sources), len(done)) as bar:
                 file.truncate(size)
                 for start in range(len(done), len(sources), _CHUNK):
-                    found = translator.translate(list(sources[start : start + _CHUNK]), beam_size=beam_size, on_long="truncate")
+                    found = translator.translate(list(sources[start : start + _CHUNK]), beam_size=beam_size, on_long="truncate", scores=False)
                     texts = [trimmed(one_line(one.text)) for one in found]
                     file.writelines(json.dumps(text, ensure_ascii=False) + "\n" for text in texts)
                     file.flush()

@@ -205,7 +205,7 @@ def _outcome(job: Job, recipe: Recipe, trainer: Trainer, teacher: Teacher | None
     test = None
     if job.corpora.test is not None:
         validator = _validator(job, recipe, job.corpora.test, "test", None, teacher, trainer.events)
-        test = validator.run(trainer.translator(), trainer.progress.step, on_long="truncate")
+        test = validator.run(trainer.translator(), trainer.progress.step, on_long="truncate", scores=False)
     blind = blindness(trainer.validator.history)
     return Outcome(chosen, result, test, diverged, [blind] if blind else [])
 
@@ -254,7 +254,7 @@ def _final_weights(trainer: Trainer) -> tuple[ValidationResult, str]:
     if mean is not None:
         trainer.state.model.load_state_dict(mean)
         # a validator of its own: the history holds what training went through, once each
-        averaged = validator.without_history().run(trainer.translator(), trainer.progress.step, on_long="truncate")
+        averaged = validator.without_history().run(trainer.translator(), trainer.progress.step, on_long="truncate", scores=False)
         steps = ", ".join(map(str, trainer.averages.steps()))
         trainer.events.emit(Average.of(averaged.to_dict() | {"iterations": trainer.averages.steps()}))
         if validator.better(averaged, best):

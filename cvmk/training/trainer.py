@@ -134,7 +134,7 @@ class Trainer:
     def _validate(self) -> None:
         progress, before = self.progress, self.validator.best
         with nvtx.span("validation"):
-            result = self.validator.run(self.translator(), progress.step, on_long="truncate")
+            result = self.validator.run(self.translator(), progress.step, on_long="truncate", scores=False)
         loss = self.state.guard.average_loss
         verdict = self.judge(result, before, progress, loss)
         self.events.emit(Validation.of(result.to_dict() | {"best": verdict.best}))

@@ -20,7 +20,7 @@ import cvmk
 from cvmk.ops import native
 
 QEMU = shutil.which("qemu-x86_64")
-TESTS = ("cpu_features", "elements", "scratch", "team", "sketch", "scan", "attention", "distill", "gemm", "engine")
+TESTS = ("cpu_features", "elements", "scratch", "team", "sketch", "scan", "attention", "distill", "gemm", "norm", "linear", "cached", "vocabulary", "engine")
 LEVELS = {"qemu64": "base", "Haswell": "avx2"}
 pytestmark = [
     pytest.mark.timeout(600),  # it may compile

@@ -1,0 +1,191 @@
+// Caches in bfloat16: a score is a sum of products of pairs of d, a result one of pairs of positions, in float32. Every row and head is a chain of its own, so
+// its bits are the same whatever stands beside it.
+#pragma once
+#include "cached/weigh.inl"
+#include "common/elements.h"
+
+namespace cvmk::cached {
+namespace {
+
+constexpr int kBeside = 4;  // chains that do not wait for each other
+
+// sum += the pairs of the lanes of `cache` times the pair `word`.
+template <bool kPairs>
+CVMK_INLINE F dot2(F sum, I cache, uint32_t word) {
+  const I both = simd::seti(static_cast<int32_t>(word));
+#if defined(__AVX512BF16__)
+  if (kPairs) return simd::bits<F>(_mm512_dpbf16_ps(simd::bits<__m512>(sum), simd::bits<__m512bh>(cache), simd::bits<__m512bh>(both)));
+#elif defined(__AVX512F__)
+  if (kPairs) {
+    __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(cache), "v"(both));
+    return sum;
+  }
+#endif
+  constexpr int32_t kHigh = static_cast<int32_t>(0xFFFF0000u);
+  sum += simd::bits<F>(cache & kHigh) * simd::bits<F>(both & kHigh);
+  return sum + simd::bits<F>(cache << 16) * simd::bits<F>(both << 16);
+}
+
+CVMK_INLINE I load_words(const uint32_t* p) {
+  I v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+CVMK_INLINE uint32_t word_at(const uint16_t* p, int64_t i) {
+  uint32_t word;
+  memcpy(&word, p + 2 * i, sizeof word);
+  return word;
+}
+
+// To the nearest bfloat16; the instruction takes subnormal numbers for 0, as vdpbf16ps does.
+template <bool kPairs>
+CVMK_INLINE simd::H narrow(F x) {
+#if defined(__AVX512F__) && !defined(__AVX512BF16__)
+  if (kPairs) {
+    __m256i found;
+    __asm__("vcvtneps2bf16 %1, %0" : "=v"(found) : "v"(x));
+    return simd::bits<simd::H>(found);
+  }
+#endif
+  return elements::round_bf16(x);
+}
+
+// n floats as bfloat16, zeros up to a whole vector.
+template <bool kPairs>
+CVMK_INLINE void round_row(const float* from, int64_t n, uint16_t* to) {
+  for (int64_t i = 0; i < n; i += kLanes) simd::store_h(to + i, narrow<kPairs>(simd::load_n(from + i, static_cast<int>(least(kLanes, n - i)))));
+}
+
+// What one row and head needs, and its memory.
+struct Chain {
+  const uint32_t *keys, *values;
+  float *scores, *out, *map;
+  uint16_t *q, *weights;
+};
+
+CVMK_INLINE int64_t chain_bytes(int64_t longest, int64_t d) { return up(score_width(longest) * 6 + up(d, kColumns) * 2, 64); }
+CVMK_INLINE int64_t pair_bytes(const Attention& p) { return kBeside * chain_bytes(p.longest, p.d); }
+
+template <bool kPairs, int kChains>
+CVMK_INLINE void chain_scores(const Attention& p, const Chain* chains, int64_t length) {
+  const int64_t deep = pieces(p.d, 2);
+  const auto columns = [&](int64_t j, auto vectors) {
+    constexpr int kVectors = decltype(vectors)::value;
+    int64_t at[kVectors];
+    for (int v = 0; v < kVectors; ++v) at[v] = (j + v * kLanes) / kColumns * deep * kColumns + (j + v * kLanes) % kColumns;
+    F sum[kChains][kVectors] = {};
+    for (int64_t i = 0; i < deep; ++i)
+#pragma GCC unroll 4
+      for (int c = 0; c < kChains; ++c) {
+        const uint32_t word = word_at(chains[c].q, i);
+#pragma GCC unroll 2
+        for (int v = 0; v < kVectors; ++v) sum[c][v] = dot2<kPairs>(sum[c][v], load_words(chains[c].keys + at[v] + i * kColumns), word);
+      }
+    for (int c = 0; c < kChains; ++c)
+      for (int v = 0; v < kVectors; ++v) simd::store(chains[c].scores + j + v * kLanes, sum[c][v]);
+  };
+  int64_t j = 0;
+  for (; length - j > kLanes; j += 2 * kLanes) columns(j, Count<2>{});
+  if (j < length) columns(j, Count<1>{});
+}
+
+template <bool kPairs, int kChains>
+CVMK_INLINE void chain_values(const Attention& p, const Chain* chains, int64_t length, const float* inverse) {
+  const int64_t width = up(p.d, kColumns);
+  const auto columns = [&](int64_t j, auto vectors) {
+    constexpr int kVectors = decltype(vectors)::value;
+    F sum[kChains][kVectors] = {};
+    for (int64_t i = 0; i < pieces(length, 2); ++i)
+#pragma GCC unroll 4
+      for (int c = 0; c < kChains; ++c) {
+        const uint32_t word = word_at(chains[c].weights, i);
+#pragma GCC unroll 2
+        for (int v = 0; v < kVectors; ++v) sum[c][v] = dot2<kPairs>(sum[c][v], load_words(chains[c].values + i * width + j + v * kLanes), word);
+      }
+    for (int c = 0; c < kChains; ++c)
+      for (int v = 0; v < kVectors; ++v) simd::store_n(chains[c].out + j + v * kLanes, sum[c][v] * inverse[c], static_cast<int>(most(0, least(kLanes, p.d - j - v * kLanes))));
+  };
+  int64_t j = 0;
+  for (; width - j >= 2 * kLanes; j += 2 * kLanes) columns(j, Count<2>{});
+  for (; j < width; j += kLanes) columns(j, Count<1>{});
+}
+
+template <bool kPairs, int kChains>
+inline void attend_chains(const Attention& p, const Chain* chains, int64_t length) {
+  float inverse[kChains];
+  chain_scores<kPairs, kChains>(p, chains, length);
+  for (int c = 0; c < kChains; ++c) inverse[c] = weigh_row(chains[c].scores, length, p.scale);
+  for (int c = 0; c < kChains; ++c) {
+    round_row<kPairs>(chains[c].scores, length, chains[c].weights);
+    for (int64_t i = 0; chains[c].map != nullptr && i < length; ++i) chains[c].map[i] += chains[c].scores[i] * inverse[c] / static_cast<float>(p.heads);
+  }
+  chain_values<kPairs, kChains>(p, chains, length, inverse);
+}
+
+template <bool kPairs>
+inline void attend_pairs_as(const Attention& p, const Item& item, char* memory) {
+  const int64_t group = p.heads / p.kv_heads, each = chain_bytes(p.longest, p.d), count = item.rows * p.heads, capacity = item.cache.capacity;
+  for (int64_t first = 0; first < count; first += kBeside) {
+    Chain chains[kBeside];
+    const int64_t n = least(kBeside, count - first);
+    for (int64_t c = 0; c < n; ++c) {
+      const int64_t head = (first + c) / item.rows, row = (first + c) % item.rows, kv = head / group;
+      Chain& chain = chains[c];
+      chain.keys = static_cast<const uint32_t*>(item.cache.keys) + kv * pieces(p.d, 2) * capacity;
+      chain.values = static_cast<const uint32_t*>(item.cache.values) + kv * (capacity / 2) * up(p.d, kColumns);
+      chain.out = item.out + row * item.out_stride + head * p.d;
+      chain.map = item.map == nullptr ? nullptr : item.map + row * item.length;
+      chain.scores = reinterpret_cast<float*>(memory + c * each);
+      chain.weights = reinterpret_cast<uint16_t*>(chain.scores + score_width(p.longest));
+      chain.q = chain.weights + score_width(p.longest);
+      round_row<kPairs>(item.q + row * item.q_stride + head * p.d, p.d, chain.q);
+    }
+    if (n == kBeside) attend_chains<kPairs, kBeside>(p, chains, item.length);
+    else
+      for (int64_t c = 0; c < n; ++c) attend_chains<kPairs, 1>(p, chains + c, item.length);
+  }
+}
+
+inline void attend_pairs(const Attention& p, const Item& item, char* memory) {
+  if (item.length == 0) {
+    for (int64_t r = 0; r < item.rows; ++r) memset(item.out + r * item.out_stride, 0, static_cast<size_t>(p.heads * p.d) * sizeof(float));
+    return;
+  }
+  if (item.map != nullptr) memset(item.map, 0, static_cast<size_t>(item.rows * item.length) * sizeof(float));
+#if defined(__AVX512F__)
+  if (p.pairs) return attend_pairs_as<true>(p, item, memory);
+#endif
+  attend_pairs_as<false>(p, item, memory);
+}
+
+template <bool kPairs>
+inline void append_pairs_as(const Append& p) {
+  const int64_t width = up(p.d, kColumns), deep = pieces(p.d, 2);
+  for (int64_t r = 0; r < p.rows; ++r) {
+    const int64_t position = p.first + r, block = position / kColumns * deep * kColumns + position % kColumns;
+    for (int64_t h = 0; h < p.kv_heads; ++h) {
+      const float *from = p.keys + r * p.stride + h * p.d, *value = p.values + r * p.stride + h * p.d;
+      uint32_t* keys = static_cast<uint32_t*>(p.cache.keys) + h * deep * p.cache.capacity + block;
+      uint32_t* values = static_cast<uint32_t*>(p.cache.values) + (h * (p.cache.capacity / 2) + position / 2) * width;
+      for (int64_t i = 0; i < width; i += kLanes) {
+        const int left = static_cast<int>(most(0, least(kLanes, p.d - i)));
+        uint16_t words[kLanes];
+        simd::store_h(words, narrow<kPairs>(simd::load_n(from + i, left)));
+        for (int k = 0; k < (left + 1) / 2; ++k) keys[(i / 2 + k) * kColumns] = word_at(words, k);
+        const I shown = __builtin_convertvector(narrow<kPairs>(simd::load_n(value + i, left)), I);
+        const I both = position % 2 == 0 ? shown : ((load_words(values + i) & 0xFFFF) | (shown << 16));
+        memcpy(values + i, &both, sizeof both);
+      }
+    }
+  }
+}
+
+inline void append_pairs(const Append& p) {
+#if defined(__AVX512F__)
+  if (p.pairs) return append_pairs_as<true>(p);
+#endif
+  append_pairs_as<false>(p);
+}
+
+}  // namespace
+}  // namespace cvmk::cached
