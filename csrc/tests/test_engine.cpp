@@ -10,87 +10,15 @@
 #include <vector>
 
 #include "tests/check.h"
+#include "tests/random_models.h"
 
 namespace {
 
 using namespace cvmk;
 using namespace cvmk::engine;
-
-struct Random {
-  std::uint64_t state = 1;
-  std::uint64_t bits() {
-    state = state * 6364136223846793005u + 1442695040888963407u;
-    return state >> 33;
-  }
-  int below(int n) { return static_cast<int>(bits() % static_cast<std::uint64_t>(n)); }
-  float real() { return static_cast<float>(bits()) * 0x1.0p-31f - 0.5f; }
-};
-
-struct Weights {
-  std::vector<std::unique_ptr<std::vector<float>>> memory;
-  RawTensors tensors;
-  Random random;
-
-  void add(const std::string& name, std::vector<std::int64_t> shape, float scale, float shift = 0.0f) {
-    std::int64_t count = 1;
-    for (const std::int64_t size : shape) count *= size;
-    memory.push_back(std::make_unique<std::vector<float>>(static_cast<std::size_t>(count)));
-    for (float& x : *memory.back()) x = shift + scale * random.real();
-    tensors[name] = {memory.back()->data(), kFloat32, std::move(shape)};
-  }
-  void layer(const std::string& name, std::int64_t outputs, std::int64_t inputs, bool bias) {
-    add(name + ".weight", {outputs, inputs}, 4.0f / std::sqrt(static_cast<float>(inputs)));
-    if (bias) add(name + ".bias", {outputs}, 0.5f);
-  }
-  void norm(const std::string& name, const Config& c) {
-    add(name + ".weight", {c.d_model}, 0.5f, 1.0f);
-    if (!c.rms) add(name + ".bias", {c.d_model}, 0.5f);
-  }
-
-  explicit Weights(const Config& c) {
-    const std::int64_t kv = c.kv_heads * (c.d_model / c.heads), inner = c.activation == gemm::kSwiglu ? 2 * c.ffn : c.ffn;
-    add("embeddings.source", {c.vocabulary, c.d_model}, 2.0f);
-    if (!c.tied) {
-      add("embeddings.target", {c.vocabulary, c.d_model}, 2.0f);
-      add("embeddings.output", {c.vocabulary, c.d_model}, 2.0f);
-    }
-    for (const bool decoder : {false, true}) {
-      const std::string side = decoder ? "decoder" : "encoder";
-      for (std::int64_t i = 0; i < (decoder ? c.decoder_layers : c.encoder_layers); ++i) {
-        const std::string name = side + ".blocks." + std::to_string(i);
-        for (const char* part : {".mixer_norm", ".ffn_norm"}) norm(name + part, c);
-        layer(name + ".mixer.qkv", c.d_model + 2 * kv, c.d_model, c.bias);
-        layer(name + ".mixer.out", c.d_model, c.d_model, c.bias);
-        layer(name + ".ffn.inner", inner, c.d_model, c.bias);
-        layer(name + ".ffn.outer", c.d_model, c.ffn, c.bias);
-        if (!decoder) continue;
-        norm(name + ".cross_norm", c);
-        layer(name + ".cross.query", c.d_model, c.d_model, c.bias);
-        layer(name + ".cross.key_value", 2 * kv, c.d_model, c.bias);
-        layer(name + ".cross.out", c.d_model, c.d_model, c.bias);
-      }
-      norm(side + ".norm", c);
-    }
-  }
-};
-
-Config config_of(bool other) {
-  Config c{};
-  c.d_model = 32;
-  c.ffn = other ? 40 : 64;
-  c.heads = 4;
-  c.kv_heads = other ? 2 : 4;
-  c.encoder_layers = c.decoder_layers = 2;
-  c.max_length = 48;
-  c.vocabulary = 301;
-  c.rms = c.causal_encoder = other;
-  c.bias = c.tied = !other;
-  c.norm_epsilon = 1e-5f;
-  c.rotary_base = 1e4;
-  c.positions = other ? Positions::kRotary : Positions::kSinusoidal;
-  c.activation = other ? gemm::kSwiglu : gemm::kRelu;
-  return c;
-}
+using testing::Random;
+using testing::Weights;
+using testing::config_of;
 
 std::vector<Request> requests_of(const Config& c, int count) {
   Random random;
