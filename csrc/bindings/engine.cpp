@@ -11,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "engine/candidates.h"
 #include "engine/engine.h"
 
 namespace py = pybind11;
@@ -86,13 +87,27 @@ PythonEngine make(const py::dict& config, const py::dict& weights, const std::st
   return made;
 }
 
+// Arrays of int32, which stay alive with it.
+Candidates make_candidates(const py::buffer& starts, const py::buffer& targets, const py::buffer& frequent, std::int64_t vocabulary) {
+  const auto read = [](const py::buffer& from) {
+    const py::buffer_info array = from.request();
+    if (array.ndim != 1 || array.itemsize != 4 || (array.size > 1 && array.strides[0] != 4)) throw BadModel("a shortlist is made of contiguous arrays of int32");
+    return std::make_pair(static_cast<const std::int32_t*>(array.ptr), static_cast<std::int64_t>(array.size));
+  };
+  const auto [first, count] = read(starts);
+  if (count != vocabulary + 1) throw BadModel("the shortlist belongs to another vocabulary: make it again");
+  const auto [ids, id_count] = read(targets);
+  const auto [common, common_count] = read(frequent);
+  return Candidates(first, ids, id_count, common, common_count, vocabulary);
+}
+
 Request read_request(const py::tuple& from) {
   Request r;
   r.source = from[0].cast<std::vector<std::int32_t>>();
   r.prefix = from[1].cast<std::vector<std::int32_t>>();
   r.limit = from[2].cast<std::int64_t>();
   r.options = from[3].cast<const Options&>();
-  r.shortlist = from[4].cast<std::vector<std::int32_t>>();
+  if (!from[4].is_none()) r.shortlist = from[4].cast<const Candidates&>().of(r.source, r.prefix);
   if (!from[5].is_none()) {
     r.growing = GrowingSource::lease(from[5].cast<std::shared_ptr<GrowingSource>>());
     if (r.growing == nullptr) throw std::runtime_error("the session has a request that has not ended: wait for it, or cancel it");
@@ -159,6 +174,9 @@ std::vector<std::vector<Hypothesis>> search(Engine& engine, std::vector<Request>
 void bind_engine(py::module_& m) {
   py::register_exception<BadModel>(m, "BadModel", PyExc_ValueError);
   py::class_<Options>(m, "SearchOptions", "cvmk.inference.SearchOptions, read once").def(py::init(&read_options));
+  py::class_<Candidates>(m, "Candidates", "cvmk.inference.shortlist.Shortlist for requests")
+      .def(py::init(&make_candidates), "starts"_a, "targets"_a, "frequent"_a, "vocabulary"_a, py::keep_alive<1, 2>(), py::keep_alive<1, 3>(), py::keep_alive<1, 4>())
+      .def("of", &Candidates::of, "source"_a, "prefix"_a);
   py::class_<GrowingSource, std::shared_ptr<GrowingSource>>(m, "GrowingSource", "What an engine keeps of a source that grows")
       .def_property_readonly("kept", &GrowingSource::kept, "positions of the last source that had been encoded before");
   py::class_<PythonEngine>(m, "Engine", "An encoder-decoder that translates piece ids; see cvmk/inference/native_engine.py")
@@ -179,13 +197,13 @@ void bind_engine(py::module_& m) {
              return to_python(events);
            })
       .def("search",
-           [](PythonEngine& e, const py::sequence& sources, const py::sequence& prefixes, const std::vector<std::int64_t>& limits, const Options& options, const py::sequence& shortlists) {
+           [](PythonEngine& e, const py::sequence& sources, const py::sequence& prefixes, const std::vector<std::int64_t>& limits, const Options& options, const Candidates* shortlist) {
              std::vector<Request> read;
              for (std::size_t i = 0; i < limits.size(); ++i) {
                Request r;
                r.source = sources[i].cast<std::vector<std::int32_t>>();
                if (py::len(prefixes) > 0) r.prefix = prefixes[i].cast<std::vector<std::int32_t>>();
-               if (py::len(shortlists) > 0) r.shortlist = shortlists[i].cast<std::vector<std::int32_t>>();
+               if (shortlist != nullptr) r.shortlist = shortlist->of(r.source, r.prefix);
                r.limit = limits[i];
                r.options = options;
                read.push_back(std::move(r));

@@ -29,6 +29,12 @@ std::int64_t group_of(std::int64_t inputs) {
   return 0;
 }
 
+// `steps` units, `stride` bytes from each other in both.
+template <int bytes>
+void copy_units(const char* source, char* target, std::int64_t steps, std::int64_t stride) {
+  for (std::int64_t s = 0; s < steps; ++s, source += stride, target += stride) std::memcpy(target, source, bytes);
+}
+
 // The largest magnitude; NaN where there is one.
 float largest(const float* x, std::int64_t n) {
   float found = 0.0f;
@@ -250,7 +256,10 @@ Linear Linear::rows(const std::vector<std::int32_t>& outputs) const {
       const std::int64_t n = outputs[static_cast<std::size_t>(i)];
       const char* source = from.as<char>() + (n / width * steps * width + n % width) * bytes;
       char* target = to.as<char>() + (i / width * steps * width + i % width) * bytes;
-      for (std::int64_t s = 0; s < steps; ++s, source += width * bytes, target += width * bytes) std::memcpy(target, source, static_cast<std::size_t>(bytes));
+      if (bytes == 4) copy_units<4>(source, target, steps, width * 4);
+      else if (bytes == 2) copy_units<2>(source, target, steps, width * 2);
+      else if (bytes == 1) copy_units<1>(source, target, steps, width);
+      else copy_units<gemm::kStep>(source, target, steps, width * gemm::kStep);
     }
   };
   const auto room = [](std::int64_t bytes) {

@@ -21,7 +21,7 @@ struct BadModel : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// A tensor in memory that outlives the model: a mapped file.
+// A tensor in memory that outlives the model, aligned for its elements: a mapped file.
 struct RawTensor {
   const void* data;
   Dtype dtype;

@@ -37,12 +37,12 @@ class Tensors {
   RawTensors::iterator at(int index) { return std::next(tensors_.begin(), index); }
   void erase(int index) { tensors_.erase(at(index)); }
 
-  // `data` is as many bytes as shape and dtype say; `shift` of them stand before, so that the tensor is not aligned.
+  // `data` is as many bytes as shape and dtype say; `shift` elements stand before, so that the tensor is aligned for its elements only.
   void put(const std::string& name, const std::vector<std::int64_t>& shape, Dtype dtype, const char* data, int shift) {
-    const std::int64_t bytes = bytes_of(shape, dtype);
-    memory_.push_back(std::make_unique<char[]>(static_cast<std::size_t>(bytes + shift)));
-    if (bytes > 0) std::memcpy(memory_.back().get() + shift, data, static_cast<std::size_t>(bytes));
-    tensors_[name] = {memory_.back().get() + shift, dtype, shape};
+    const std::int64_t bytes = bytes_of(shape, dtype), before = shift * size_of(dtype);
+    memory_.push_back(std::make_unique<char[]>(static_cast<std::size_t>(bytes + before)));
+    if (bytes > 0) std::memcpy(memory_.back().get() + before, data, static_cast<std::size_t>(bytes));
+    tensors_[name] = {memory_.back().get() + before, dtype, shape};
   }
 
   static std::int64_t bytes_of(const std::vector<std::int64_t>& shape, Dtype dtype) {
@@ -116,7 +116,8 @@ bool refused(const Config& c, const RawTensors& tensors, Compute compute, Random
     r.options.beam_size = r.options.n_best = 1 + random.below(3);
     r.options.alignments = random.below(2) == 0;
     if (random.below(3) == 0) r.shortlist = {3, 7, 8, 9, 100, 300};
-    for (const Hypothesis& h : engine.search({r})[0])
+    const std::vector<std::vector<Hypothesis>> found = engine.search({r});
+    for (const Hypothesis& h : found[0])
       for (const std::int32_t piece : h.pieces) CHECK(piece > 3 && piece < c.vocabulary);
     return false;
   } catch (const BadModel& error) {

@@ -37,7 +37,8 @@ _BITS = {"bfloat16": "uint16"}
 
 
 class RawTensor:
-    """A tensor in memory, most often of a mapped file: its dtype and shape, and as `buffer` its bytes, contiguous, without a copy.
+    """A tensor in memory, most often of a mapped file: its dtype and shape, and as `buffer` its bytes, contiguous and aligned, without a copy where a file
+    has them so.
 
     Made of an array, or of a buffer and the shape.
     """
@@ -108,7 +109,8 @@ def _parse(data: memoryview) -> dict[str, RawTensor]:
             raise _Corrupt(f"the tensor {name} has {stop - begin} bytes, which is not the size of its shape {list(shape)}")
         if stop > len(body):
             raise _Corrupt(f"the tensor {name} ends at byte {stop} of the data, which has {len(body)}")
-        tensors[name] = RawTensor(_DTYPES[code], body[begin:stop], shape)
+        aligned = (len(data) - len(body) + begin) % _ITEMSIZE[code] == 0  # the library's writer sees to it, the format does not
+        tensors[name] = RawTensor(_DTYPES[code], body[begin:stop] if aligned else memoryview(bytes(body[begin:stop])), shape)
         end = stop
     if end != len(body):
         raise _Corrupt(f"its tensors fill {end} bytes and the data has {len(body)}")

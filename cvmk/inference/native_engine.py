@@ -118,7 +118,9 @@ class NativeEngine:
         let_go(weights.values())  # all but embeddings is packed by now
         self._max_length, self._vocab_size = model.max_length, manifest.vocab_size
         self._lock = threading.Lock()
-        self._max_sessions, self._shortlist = max_sessions, shortlist
+        self._max_sessions, self._shortlist, self._candidates = max_sessions, shortlist, None
+        if shortlist is not None:
+            self._candidates = library.Candidates(*shortlist.arrays(), manifest.vocab_size)
         self._sources: weakref.WeakSet[Any] = weakref.WeakSet()
         self._numbers = itertools.count()
         self._number_of: dict[Hashable, int] = {}
@@ -198,18 +200,17 @@ class NativeEngine:
         for index, source in enumerate(sources):
             check_pieces(source, () if prefixes is None else prefixes[index], options, self._max_length, self._vocab_size)
         limits = [max(options.limit(len(source), self._max_length), least) for source, least in zip(sources, hard, strict=True)]
-        shortlist, lists = wanted(self._shortlist, options), []
-        if shortlist is not None:
-            lists = [shortlist.of(source, prefix) for source, prefix in zip(sources, prefixes or [()] * len(sources), strict=True)]
-        found = self._engine.search(sources, prefixes or (), limits, _options(options), lists)
+        found = self._engine.search(sources, prefixes or (), limits, _options(options), self._wanted(options))
         return [_hypotheses(one, len(source) + 1) for one, source in zip(found, sources, strict=True)]
 
     def _native(self, request: Request) -> tuple[Any, ...]:
         limit = request.options.limit(len(request.source), self._max_length)
         hard = 0 if request.options.prefix_bias else len(request.prefix)
-        shortlist = wanted(self._shortlist, request.options)
-        pieces = [] if shortlist is None else shortlist.of(request.source, request.prefix)  # [] lets all be said
-        return list(request.source), list(request.prefix), max(limit, hard), _options(request.options), pieces, request.state
+        return list(request.source), list(request.prefix), max(limit, hard), _options(request.options), self._wanted(request.options), request.state
+
+    def _wanted(self, options: SearchOptions) -> Any:
+        """The shortlist as the library reads it, where the options ask for it."""
+        return self._candidates if wanted(self._shortlist, options) is not None else None
 
     def _events(self, told: list[tuple[int, int, list[Any]]]) -> list[Event]:
         found: list[Event] = []

@@ -37,6 +37,11 @@ class Shortlist:
     targets: np.ndarray
     frequent: np.ndarray
 
+    def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """starts, targets and frequent, contiguous and of int32."""
+        starts, targets, frequent = (array.astype("int32", order="C", copy=False) for array in (self.starts, self.targets, self.frequent))
+        return starts, targets, frequent
+
     def of(self, source: Sequence[int], prefix: Sequence[int] = ()) -> list[int]:
         """The pieces that a translation of these pieces may say, rising, with the end and those of the prefix."""
         found = {Tokenizer.EOS, *self.frequent.tolist(), *prefix}

@@ -14,6 +14,7 @@ import pytest
 import torch
 from runs import command
 
+from cvmk import libraries
 from cvmk.errors import ConfigError, DataError
 from cvmk.formats import save_model_folder
 from cvmk.formats.torch_weights import manifest_of, raw_tensors
@@ -40,6 +41,26 @@ def shortlist_of(vocabulary: int, seed: int = 0) -> Shortlist:
     generator = np.random.default_rng(seed)
     lists = [np.sort(generator.choice(np.arange(4, vocabulary), 12, replace=False)) for _ in range(vocabulary)]
     return Shortlist(np.arange(0, 12 * vocabulary + 1, 12, dtype=np.int32), np.concatenate(lists).astype(np.int32), np.array([4, 7], np.int32))
+
+
+def test_the_librarys_lists_are_those_of_the_definition() -> None:
+    library, reason = libraries.load("_native", "native")
+    assert library is not None, reason
+    for vocabulary in (20, 64, 130, 1000):
+        shortlist, generator = shortlist_of(vocabulary, vocabulary), random.Random(vocabulary)
+        candidates = library.Candidates(*shortlist.arrays(), vocabulary)
+        for _ in range(50):
+            source, prefix = ([generator.randrange(1, vocabulary) for _ in range(generator.randrange(20))] for _ in range(2))
+            assert candidates.of(source, prefix) == shortlist.of(source, prefix)
+    starts, targets, frequent = shortlist.arrays()
+    wrong = [
+        (starts, targets, frequent, 999), (starts[:-1], targets, frequent, 999), (starts, targets[:-1], frequent, 1000), (starts, targets + 1, frequent, 1000),
+        (starts[::-1].copy(), targets, frequent, 1000), (starts, targets, frequent - 4, 1000), (starts.astype(np.int64), targets, frequent, 1000),
+        (starts, np.repeat(targets, 2)[::2], frequent, 1000),
+    ]  # fmt: skip
+    for arguments in wrong:
+        with pytest.raises(ValueError, match="shortlist"):
+            library.Candidates(*arguments)
 
 
 @pytest.mark.parametrize("compute_type", ["float32", "bfloat16", "int8", "int4"])
