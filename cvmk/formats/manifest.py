@@ -178,7 +178,7 @@ def read_manifest(file: Path) -> tuple[Manifest, dict[str, Any]]:
         weights_sha256=checksum,
         extra={key: value for key, value in info.items() if key not in known},
         format=info["format"],
-        requires=tuple(info.get("requires", ())),
+        requires=() if info["format"] == 1 else tuple(info["requires"]),
         cvmk=str(info.get("cvmk")),
     ), info
 

@@ -18,7 +18,7 @@ from safetensors.numpy import save
 
 from cvmk.config.schema import TokenizerConfig
 from cvmk.errors import CvmkError, DataError
-from cvmk.formats import save_model_folder
+from cvmk.formats import read_model_manifest, save_model_folder
 from cvmk.formats.tensors import read_tensors
 from cvmk.inference import Translator
 from cvmk.inference.shortlist import FILE, Shortlist
@@ -178,7 +178,7 @@ QUIET = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 
 @pytest.mark.usefixtures("little_memory")
 @pytest.mark.parametrize("engine", ["native", "torch"])
-@settings(max_examples=80, deadline=None, suppress_health_check=QUIET)
+@settings(max_examples=80, derandomize=True, deadline=None, suppress_health_check=QUIET)
 @given(data=st.data())
 def test_damage_is_an_error_or_harmless(folder: Path, engine: str, data: st.DataObject) -> None:
     run(folder, data, engine)
@@ -211,6 +211,13 @@ def test_a_damaged_tokenizer(tmp_path: Path, key: str, value: Any) -> None:
     (tmp_path / TOKENIZER).write_text(json.dumps({**description, key: value, **({"vocabulary": 260 + len(value)} if key == "merges" else {})}))
     with pytest.raises(DataError):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("requires", [0, None, [], ["quantum"], {}])
+def test_requirements_are_of_format_2(folder: Path, requires: Any) -> None:
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps({**config, "format": 1, "requires": requires}))
+    assert read_model_manifest(folder)[1].requires == ()
 
 
 def test_a_tensor_without_its_bytes_aligned(folder: Path) -> None:
