@@ -25,7 +25,8 @@ def residual(x: Tensor, branch: Tensor, dropout: nn.Dropout, norm: Any) -> tuple
         x = x + dropout(branch)
         normed: Tensor = norm(x)
         return x, normed
-    return ops.residual_norm(x, branch, norm.weight, getattr(norm, "bias", None), norm=kind, eps=_eps(norm, x), dropout_p=p)
+    weights = norm._parameters
+    return ops.residual_norm(x, branch, weights["weight"], weights.get("bias"), norm=kind, eps=_eps(norm, x), dropout_p=p)
 
 
 def first_norm(x: Tensor, norm: Any) -> Tensor:
@@ -34,13 +35,14 @@ def first_norm(x: Tensor, norm: Any) -> Tensor:
     if kind is None:
         normed: Tensor = norm(x)
         return normed
-    return ops.residual_norm(x, None, norm.weight, getattr(norm, "bias", None), norm=kind, eps=_eps(norm, x))[1]
+    weights = norm._parameters
+    return ops.residual_norm(x, None, weights["weight"], weights.get("bias"), norm=kind, eps=_eps(norm, x))[1]
 
 
 def _kind(norm: Any) -> str | None:
     """The op's name for a norm that it can do; None for a module of another kind, and for one whose hooks are to see what goes in and out."""
     kind = _KINDS.get(type(norm))
-    return None if kind is None or norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm.weight is None else kind
+    return None if kind is None or norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._parameters.get("weight") is None else kind
 
 
 def _eps(norm: Any, x: Tensor) -> float:

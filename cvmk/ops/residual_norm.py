@@ -97,13 +97,13 @@ def prepare(
         raise TypeError(f"x must be float64, float32, bfloat16 or float16, not {dtype}")
     if len(shape) < 1 or shape[-1] == 0:
         raise ValueError(f"x must be [..., n] with n of at least 1, not of shape {list(shape)}")
-    if branch is not None:
+    if branch is not None and (branch.dtype != dtype or branch.shape != shape or branch.device != x.device):
         _check("branch", branch, x, shape)
-        if branch.dtype != dtype:
-            dtype = torch.promote_types(dtype, branch.dtype)
-    _check("weight", weight, x, shape[-1:])
-    if bias is not None:
-        _check("bias", bias, x, shape[-1:])
+        dtype = torch.promote_types(dtype, branch.dtype)
+    columns = shape[-1:]
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and (tensor.dtype != dtype or tensor.shape != columns or tensor.device != x.device):
+            _check(name, tensor, x, columns)
     if norm not in NORMS:
         raise ValueError(f"norm must be one of {', '.join(NORMS)}, not {norm!r}")
     eps, dropout_p = number("eps", eps), 0.0 if branch is None else checked_probability(dropout_p)
@@ -119,5 +119,5 @@ def _check(name: str, tensor: Tensor, x: Tensor, shape: Any) -> None:
         raise ValueError(f"{name} must be of shape {list(shape)} as x {list(x.shape)} is, not {list(tensor.shape)}")
     if tensor.dtype not in _FLOATS:
         raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, not {tensor.dtype}")
-    if not (tensor.is_cpu and x.is_cpu) and tensor.device != x.device:
+    if tensor.device != x.device:
         raise ValueError(f"{name} is on {tensor.device}, and x on {x.device}: move it there")

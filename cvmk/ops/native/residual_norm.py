@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cvmk.ops._backend import Backend
 from cvmk.ops._call import Needs, make
-from cvmk.ops._dropout import words
+from cvmk.ops._dropout import NO_DROPOUT, words
 from cvmk.ops._storage import with_memory
 from cvmk.ops.native import library, reason
 from cvmk.ops.native._memory import NUMBER
@@ -18,6 +18,8 @@ from cvmk.ops.residual_norm import Call, Out, sum_dtype
 
 _NATIVE: Any = library()
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
+_NOTHING = {dtype: torch.empty(0, dtype=dtype, device="cpu") for dtype in TYPES}
+"""Results that nobody asked for, where no gradient is recorded (what autograd records is its own)."""
 
 
 def _contiguous(c: Call) -> Call:
@@ -30,12 +32,15 @@ def _contiguous(c: Call) -> Call:
 
 def forward(c: Call) -> Out:
     c = _contiguous(c)
-    x, branch = c.x, c.branch
-    total = None if branch is None else torch.empty_like(x, dtype=sum_dtype(c))
-    normed = torch.empty_like(x, dtype=c.normed_dtype)
+    x, dtype = c.x, c.x.dtype
+    total = None if c.branch is None else torch.empty_like(x) if c.branch.dtype == dtype else torch.empty_like(x, dtype=sum_dtype(c))
+    normed = torch.empty_like(x) if c.normed_dtype == dtype else torch.empty_like(x, dtype=c.normed_dtype)
     stats = NUMBER.new_empty((2, *x.shape[:-1])) if c.keep_stats else None
-    _NATIVE.residual_norm_forward(c, total, normed, stats, *words(c.dropout_seed, c.dropout_p))
-    return make(Out, (x.new_empty(0) if total is None else total, normed, NUMBER.new_empty(0) if stats is None else stats))
+    factor, key, limit = NO_DROPOUT if c.dropout_seed is None else words(c.dropout_seed, c.dropout_p)
+    _NATIVE.residual_norm_forward(c, total, normed, stats, factor, key, limit)
+    if total is None:
+        total = x.new_empty(0) if c.keep_stats else _NOTHING[dtype]
+    return make(Out, (total, normed, _NOTHING[torch.float32] if stats is None else stats))
 
 
 def backward(grads: Out, c: Call, saved: Out, needs: Needs) -> tuple[Tensor | None, ...]:
