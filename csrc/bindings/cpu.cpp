@@ -16,6 +16,7 @@ using namespace py::literals;
 
 void bind_attention(py::module_& m);
 void bind_distill(py::module_& m);
+void bind_embed(py::module_& m);
 void bind_engine(py::module_& m);
 void bind_gemm(py::module_& m);
 void bind_linear(py::module_& m);
@@ -153,6 +154,7 @@ PYBIND11_MODULE(_native, m) {
   bind_sketch(m);
   bind_attention(m);
   bind_distill(m);
+  bind_embed(m);
   bind_engine(m);
   bind_gemm(m);
   bind_linear(m);

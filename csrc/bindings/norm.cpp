@@ -1,25 +1,18 @@
 // Binds the residual sum with its norm and their gradients.
 #include <cstdint>
 #include <stdexcept>
-#include <string>
 
 #include "bindings/call.h"
+#include "bindings/elements_arguments.h"
 #include "norm/params.h"
 
 namespace {
 
 using namespace cvmk::norm;
 using cvmk::bindings::Arguments;
+using cvmk::Elements;
+using cvmk::bindings::elements;
 using cvmk::bindings::Tensor;
-
-// A tensor of `count` elements without gaps, of a type below float64; null for None.
-Elements elements(const Arguments& in, const Tensor& x, std::int64_t count, const char* name) {
-  if (!x) return {nullptr, cvmk::kFloat32};
-  std::int64_t found = 1;
-  for (int i = 0; i < x.dims; ++i) found *= x.size(i);
-  if (found != count || !x.is_contiguous()) throw std::invalid_argument(in.about(name) + "must have " + std::to_string(count) + " elements without gaps");
-  return {x.data(), in.floating(x, name)};
-}
 
 // The fields of `Call` in cvmk/ops/residual_norm.py, in their order.
 struct Call {

@@ -3,8 +3,8 @@
 
 #include <stdint.h>
 
-#include "common/dtype.h"
 #include "common/kernel.h"
+#include "common/view.h"
 
 namespace cvmk::norm {
 
@@ -20,13 +20,7 @@ struct Residual {
   bool rms;
 };
 
-// Contiguous elements of any floating type but float64; null where there are none.
-struct Elements {
-  void* data;
-  Dtype dtype;
-};
-
-// What both passes of training share: rows [rows, n], and dropout of the branch (common/dropout.h; one group, rows and columns counted from 0).
+// What both passes of training share, all of floating types but float64: rows [rows, n], and dropout of the branch (common/dropout.h; one group, rows and columns counted from 0).
 struct Shape {
   int64_t rows, n;
   Elements weight;  // [n]

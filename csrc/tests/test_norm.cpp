@@ -13,6 +13,7 @@
 namespace {
 
 using namespace cvmk::norm;
+using cvmk::Elements;
 using Floats = std::vector<float>;
 
 std::mt19937 generator(7);

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cvmk import ops
 from cvmk.config.schema import ModelConfig
 from cvmk.nn.linear import TiedLinear
 from cvmk.nn.quantized_table import QuantizedTable
+from cvmk.nn.residual import probability
 
 
 class Embeddings(nn.Module):
@@ -45,13 +47,21 @@ class Embeddings(nn.Module):
         delattr(self, name)
         self.add_module(name, table)
 
-    def embed_source(self, ids: Tensor) -> Tensor:
-        """ids [...] -> [..., d], scaled by sqrt(d)."""
-        return _rows(self.source, ids) * self.scale
+    def embed_source(self, ids: Tensor, positions: Tensor | None = None, dropout: nn.Dropout | None = None) -> Tensor:
+        """ids [N, T] -> [N, T, d], scaled by sqrt(d), with positions [T, d] or [N, T, d] added, and dropped."""
+        return self._embed(self.source, ids, positions, dropout)
 
-    def embed_target(self, ids: Tensor) -> Tensor:
-        """ids [...] -> [..., d], scaled by sqrt(d)."""
-        return _rows(self.source if self.target is None else self.target, ids) * self.scale
+    def embed_target(self, ids: Tensor, positions: Tensor | None = None, dropout: nn.Dropout | None = None) -> Tensor:
+        """As `embed_source`, by the target's matrix."""
+        return self._embed(self.source if self.target is None else self.target, ids, positions, dropout)
+
+    def _embed(self, matrix: nn.Parameter | QuantizedTable, ids: Tensor, positions: Tensor | None, dropout: nn.Dropout | None) -> Tensor:
+        p = probability(dropout)
+        if not isinstance(matrix, QuantizedTable) and p < 1:
+            return ops.embed(ids, matrix, positions, scale=self.scale, dropout_p=p)
+        x = (matrix.rows(ids) if isinstance(matrix, QuantizedTable) else F.embedding(ids, matrix)) * self.scale
+        x = x if positions is None else x + positions
+        return F.dropout(x, p) if p else x
 
     @property
     def output_layer(self) -> nn.Parameter | QuantizedTable:
@@ -68,7 +78,3 @@ class Embeddings(nn.Module):
         """hidden [..., d] -> [..., V]."""
         logits: Tensor = self.projection(hidden)
         return logits
-
-
-def _rows(matrix: nn.Parameter | QuantizedTable, ids: Tensor) -> Tensor:
-    return matrix.rows(ids) if isinstance(matrix, QuantizedTable) else F.embedding(ids, matrix)

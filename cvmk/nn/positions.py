@@ -55,9 +55,14 @@ class Positions(nn.Module):
     A table of positions is no parameter and not part of the state dict.
     """
 
+    def place(self, span: Span) -> tuple[Tensor | None, Span]:
+        """What is added to the embeddings [N, T, d] of the positions of `span`, [T, d] or [N, T, d] or None, and the span that mixers are given."""
+        return None, span
+
     def forward(self, x: Tensor, span: Span) -> tuple[Tensor, Span]:
         """Embeddings x [N, T, d] of the positions of `span` -> the first block's input, and the span that mixers are given."""
-        return x, span
+        added, span = self.place(span)
+        return x if added is None else x + added, span
 
 
 class _Table(Positions):
@@ -103,8 +108,8 @@ class Sinusoidal(_Table):
     def _exact(self) -> Tensor:
         return sinusoidal_table(self._length, self._width)
 
-    def forward(self, x: Tensor, span: Span) -> tuple[Tensor, Span]:
-        return x + self._rows(span), span
+    def place(self, span: Span) -> tuple[Tensor | None, Span]:
+        return self._rows(span), span
 
 
 class Rotary(_Table):
@@ -117,11 +122,11 @@ class Rotary(_Table):
     def _exact(self) -> Tensor:
         return rotary_table(self._length, self._head_size, self._base)
 
-    def forward(self, x: Tensor, span: Span) -> tuple[Tensor, Span]:
+    def place(self, span: Span) -> tuple[Tensor | None, Span]:
         cos, sin = self._rows(span)
         if not isinstance(span.start, int):
             cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-        return x, dataclasses.replace(span, rotation=(cos, sin))
+        return None, dataclasses.replace(span, rotation=(cos, sin))
 
 
 POSITIONS: dict[str, Callable[[ModelConfig], Positions]] = {"sinusoidal": Sinusoidal, "rotary": Rotary, "none": lambda config: Positions()}

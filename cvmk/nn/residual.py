@@ -19,7 +19,7 @@ def residual(x: Tensor, branch: Tensor, dropout: nn.Dropout, norm: Any) -> tuple
     here and nowhere else, by one operation. Under autocast the norm has autocast's dtype, in which the next product reads it; the
     residual stream keeps its own.
     """
-    p = dropout.p if dropout.training else 0.0
+    p = probability(dropout)
     kind = _kind(norm)
     if kind is None or p >= 1:
         x = x + dropout(branch)
@@ -37,6 +37,11 @@ def first_norm(x: Tensor, norm: Any) -> Tensor:
         return normed
     weights = norm._parameters
     return ops.residual_norm(x, None, weights["weight"], weights.get("bias"), norm=kind, eps=_eps(norm, x))[1]
+
+
+def probability(dropout: nn.Dropout | None) -> float:
+    """With which a module drops an element now."""
+    return dropout.p if dropout is not None and dropout.training else 0.0
 
 
 def _kind(norm: Any) -> str | None:

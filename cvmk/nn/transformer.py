@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 
@@ -87,21 +87,21 @@ class CVMTransformer(nn.Module):
     ) -> tuple[Tensor, HiddenStates | None, AttentionMaps | None]:
         hidden = HiddenStates() if return_hidden else None
         memory, lengths = self._encode(src, hidden, maps)
-        x, span = self._embed(self.embeddings.embed_target(tgt), Span(0, tgt.shape[1], tgt.shape[1], (tgt != self.pad_id).sum(dim=1)))
+        x, span = self._embed(self.embeddings.embed_target, tgt, Span(0, tgt.shape[1], tgt.shape[1], (tgt != self.pad_id).sum(dim=1)))
         return self.decoder(x, span, memory, lengths, hidden, maps), hidden, maps
 
     def _encode(self, src: Tensor, hidden: HiddenStates | None, maps: AttentionMaps | None) -> tuple[Tensor, Tensor]:
         lengths = (src != self.pad_id).sum(dim=1)
-        x, span = self._embed(self.embeddings.embed_source(src), Span(0, src.shape[1], src.shape[1], lengths))
+        x, span = self._embed(self.embeddings.embed_source, src, Span(0, src.shape[1], src.shape[1], lengths))
         return self.encoder(x, span, None, hidden, maps), lengths
 
-    def _embed(self, x: Tensor, span: Span) -> tuple[Tensor, Span]:
-        """Embeddings [N, T, d] of the positions of `span` -> the first block's input, and the span that mixers are given."""
+    def _embed(self, embed: Callable[..., Tensor], ids: Tensor, span: Span) -> tuple[Tensor, Span]:
+        """The tokens ids [N, T] at the positions of `span` -> the first block's input [N, T, d], and the span that mixers are given."""
         limit = self.config.max_length
         if span.end > limit:
             raise ConfigError(f"a sequence of {span.end} tokens is longer than model.max_length = {limit}: shorten it or train with a larger one")
-        x, span = self.positions(x, span)
-        return self.dropout(x), span
+        positions, span = self.positions.place(span)
+        return embed(ids, positions, self.dropout), span
 
     # -- step by step ------------------------------------------------------------------------------------------------
     def encode(self, src: Tensor) -> Memory:
@@ -138,7 +138,7 @@ class CVMTransformer(nn.Module):
     def _extend(self, tokens: Tensor, state: DecoderState, lengths: Tensor | None, maps: AttentionMaps | None) -> Tensor:
         if tokens.shape[0] != state.rows:
             raise ValueError(f"tokens have {tokens.shape[0]} rows and the state has {state.rows}: give one row a hypothesis")
-        x, span = self._embed(self.embeddings.embed_target(tokens), state.lengths.span(tokens.shape[1], lengths, state.max_length))
+        x, span = self._embed(self.embeddings.embed_target, tokens, state.lengths.span(tokens.shape[1], lengths, state.max_length))
         features = self.decoder.extend(x, span, state.memory, state.mixers, maps)
         state.lengths.advance(span)
         return features
@@ -159,7 +159,7 @@ class CVMTransformer(nn.Module):
         """
         if src.shape[0] != state.rows:
             raise ValueError(f"src has {src.shape[0]} rows and the state has {state.rows}: give one row a source")
-        x, span = self._embed(self.embeddings.embed_source(src), state.lengths.span(src.shape[1], (src != self.pad_id).sum(dim=1), state.max_length))
+        x, span = self._embed(self.embeddings.embed_source, src, state.lengths.span(src.shape[1], (src != self.pad_id).sum(dim=1), state.max_length))
         output = self.encoder(x, span, state.mixers)
         state.encoded.append("output", output, span)
         for layer, block in enumerate(self.decoder.blocks):

@@ -10,6 +10,7 @@ from cvmk.ops._measured import UnmeasuredBackendWarning
 from cvmk.ops.adamw import adamw
 from cvmk.ops.attention import flash_attention
 from cvmk.ops.attention_distill import attention_kl, flash_attention_distill
+from cvmk.ops.embed import embed
 from cvmk.ops.fused_linear import fused_linear
 from cvmk.ops.int4_linear import int4_linear
 from cvmk.ops.int8_linear import int8_linear
@@ -28,6 +29,7 @@ __all__ = [
     "adamw",
     "attention_kl",
     "backends_report",
+    "embed",
     "explain",
     "flash_attention",
     "flash_attention_distill",

@@ -112,6 +112,12 @@ def _residual(normal: Normal) -> Call:
     return "2048 rows of 512, dropout 0.1, bfloat16", (normal(2048, 512), normal(2048, 512), normal(512), normal(512)), {"dropout_p": 0.1}
 
 
+def _embed(normal: Normal) -> Call:
+    weight = normal(8000, 512)
+    ids = torch.arange(2048, device=weight.device).mul(7).remainder(8000).view(32, 64)
+    return "2048 of 8000 rows of 512, dropout 0.1, bfloat16", (ids, weight, normal(64, 512)), {"scale": 22.6, "dropout_p": 0.1}
+
+
 CASES: dict[str, Callable[[Normal], Call]] = {
     "adamw": _adamw,
     "flash_attention": _attention,
@@ -124,4 +130,5 @@ CASES: dict[str, Callable[[Normal], Call]] = {
     "kd_loss": _kd,
     "linear_kd_loss": _linear_kd,
     "residual_norm": _residual,
+    "embed": _embed,
 }

@@ -359,6 +359,11 @@ def _residual(make: _Maker) -> Iterator[Case]:
     yield Case(f"33 rows of 70, the norm alone, rms, {make.name}", t, lambda t: ops.residual_norm(t["x"], None, t["weight"], norm="rms")[1], tuple(t), 0.1)
 
 
+def _embed(make: _Maker) -> Iterator[Case]:
+    t, ids = {"weight": make.normal(50, 70), "positions": make.normal(13, 70)}, make.below(50, 39).view(3, 13)
+    yield Case(f"39 of 50 rows of 70, {make.name}", t, lambda t: ops.embed(t["ids"], t["weight"], t["positions"], scale=8.0), ("weight",), 0.1, {"ids": ids})
+
+
 CASES: dict[str, Callable[[_Maker], Iterator[Case]]] = {
     "adamw": _adamw,
     "flash_attention": _attention,
@@ -373,4 +378,5 @@ CASES: dict[str, Callable[[_Maker], Iterator[Case]]] = {
     "kd_loss_in_place": _in_place,
     "linear_kd_loss": _linear_kd,
     "residual_norm": _residual,
+    "embed": _embed,
 }

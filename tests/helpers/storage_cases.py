@@ -92,6 +92,10 @@ def _residual_norm(backend: str) -> tuple[Tensors, Callable[..., Any]]:
     return {"x": _normal(3, 16), "branch": _normal(3, 16), "weight": _normal(16), "bias": _normal(16)}, ops.residual_norm
 
 
+def _embed(backend: str) -> tuple[Tensors, Callable[..., Any]]:
+    return {"ids": torch.tensor([[1, 0, 6]]), "weight": _normal(7, 16), "positions": _normal(3, 16)}, ops.embed
+
+
 def _fused_linear(backend: str) -> tuple[Tensors, Callable[..., Any]]:
     return {"x": _normal(3, 32), "weight": _normal(4, 32), "bias": _normal(4)}, ops.fused_linear
 
@@ -109,6 +113,7 @@ CASES: dict[str, Callable[[str], tuple[Tensors, Callable[..., Any]]]] = {
     "kd_loss": _kd_loss,
     "linear_kd_loss": _linear_kd_loss,
     "residual_norm": _residual_norm,
+    "embed": _embed,
 }
 
 

@@ -156,7 +156,7 @@ class Formula:
         if self.config.positions == "sinusoidal":
             angle = angles(ids.shape[1], self.config.d_model, 10000.0)
             x = x + torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1).float()
-        return x * F.dropout(torch.ones(x.shape), self.config.dropout, self.model.training).to(x.dtype)
+        return self.drop(x)
 
     def __call__(self, src: Tensor, tgt: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Logits, and the blocks' outputs."""

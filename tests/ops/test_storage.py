@@ -49,6 +49,7 @@ def test_no_memory_is_read_where_there_is_none(op: str, backend: str) -> None:
         ("int4_linear", ("x", "values", "scales", "zeros", "bias")),
         ("kd_loss", ("student_logits", "teacher_logits")),
         ("residual_norm", ("x", "branch", "weight", "bias")),
+        ("embed", ("weight", "positions")),
     ],
 )
 def test_the_kernels_say_so(op: str, names: tuple[str, ...], backend: str) -> None:
@@ -56,7 +57,9 @@ def test_the_kernels_say_so(op: str, names: tuple[str, ...], backend: str) -> No
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("op,leaf", [("flash_attention", "k"), ("attention_kl", "student_q"), ("selective_scan", "u"), ("residual_norm", "weight")])
+@pytest.mark.parametrize(
+    "op,leaf", [("flash_attention", "k"), ("attention_kl", "student_q"), ("selective_scan", "u"), ("residual_norm", "weight"), ("embed", "weight")]
+)
 def test_storage_given_back_between_the_passes(op: str, leaf: str, backend: str) -> None:
     storage_cases.check_backward(op, backend, leaf, device(backend, op))
 

@@ -210,6 +210,21 @@ def residual_norm(draw: Draw) -> Case:
     return Case(t, call, tuple(t), ("x", *(("branch",) if "branch" in t else ())), 0.1)
 
 
+def embed(draw: Draw) -> Case:
+    shape, n, vocabulary = draw.one_of([(1,), (7,), (3, 40), (0, 5)]), draw.size(1, 2, 16, 33, 130), draw.size(1, 3, 200)
+    ids = draw.integers(vocabulary, *shape)
+    t = {"weight": draw.normal(vocabulary, n)}
+    if draw.yes():
+        t["positions"] = draw.normal(shape[-1], n, dtype=draw.one_of((draw.dtype, torch.float32)))
+    p, scale = draw.one_of((0.0, 0.1, 0.999)), draw.one_of((1.0, 11.3))
+
+    def call(t: dict[str, Tensor]) -> Any:
+        torch.manual_seed(7)
+        return ops.embed(ids, t["weight"], t.get("positions"), scale=scale, dropout_p=p)
+
+    return Case(t, call, ("weight",), ("weight",), 0.1)
+
+
 def fused_linear(draw: Draw) -> Case:
     activation = draw.one_of((None, "relu", "gelu", "silu", "swiglu"))
     m, k, n = draw.size(1, 3, 17, 66, 130, 0), draw.size(1, 31, 64, 200), draw.size(1, 16, 33, 70) * (2 if activation == "swiglu" else 1)
@@ -233,6 +248,7 @@ CASES: dict[str, Callable[[Draw], Case]] = {
     "kd_loss": kd_loss,
     "linear_kd_loss": linear_kd_loss,
     "residual_norm": residual_norm,
+    "embed": embed,
     "fused_linear": fused_linear,
     "int8_linear": lambda draw: linear(draw, 8),
     "int4_linear": lambda draw: linear(draw, 4),

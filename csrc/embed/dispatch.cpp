@@ -1,0 +1,4 @@
+#include "common/levels.h"
+#include "embed/params.h"
+
+CVMK_LEVELS(embed)
