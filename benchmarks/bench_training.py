@@ -32,6 +32,7 @@ from cvmk.nn import CVMTransformer
 from cvmk.text.batching import Batch
 from cvmk.training.optimizers import build_optimizer
 from cvmk.training.step import TrainingStep
+from cvmk.training.work import phase_products
 from cvmk.training.world import World
 
 V, SENTENCES, LENGTH, SMOOTHING, ALPHA, RATE = 8000, 120, 17, 0.1, 0.7, 1e-4
@@ -123,18 +124,6 @@ CONTESTANTS: dict[str, Callable[[Case, Batch], Callable[[], Any]]] = {
 }
 
 
-def operations(case: Case, batch: Batch) -> float:
-    """Of the matrix products of student and teacher, padding left out; a backward pass is two forward passes."""
-    found = 0.0
-    for config, passes in ((case.config, 3), *([(TEACHER, 1)] if case.teacher else [])):
-        source, target = int(batch.src_lengths.sum()), batch.tokens
-        feed, square = 2 * config.ffn * config.d_model, config.d_model**2
-        layers = config.encoder_layers * source * (4 * square + feed) + config.decoder_layers * (target * (6 * square + feed) + source * 2 * square)
-        scores = 2 * config.d_model * LENGTH * (config.encoder_layers * source + 2 * config.decoder_layers * target)
-        found += 2 * passes * (layers + scores + target * config.d_model * V)
-    return found
-
-
 # -- the same results ---------------------------------------------------------------------------------------------------------------------
 def check_results(case: Case, batch: Batch) -> None:
     """Loss and gradients of cvmk are those of the peer."""
@@ -204,7 +193,8 @@ def test_cpu_training_step(compare: Callable[..., Any], size: str, dropout: floa
         check_results(Case(size, 0.0, False, teacher), batch)
     torch._dynamo.reset()
     peers = {name: make(case, batch) for name, make in CONTESTANTS.items() if name != "cvmk"} if comparable else {}
-    limit = cpu_limit(operations=operations(case, batch), dtype=torch.bfloat16 if lowered else torch.float32)
+    operations = sum(phase_products(case.config, TEACHER if case.teacher else None, V, [batch]).values())
+    limit = cpu_limit(operations=operations, dtype=torch.bfloat16 if lowered else torch.float32)
     compare(own_step(case, batch), peers, case=str(case), limit=limit)
 
 

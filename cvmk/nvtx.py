@@ -2,6 +2,7 @@
 
 A profiler that listens says so in the environment of the process that it starts (NVTX_INJECTION64_PATH); CVMK_NVTX=1 says it for one that
 attaches later, CVMK_NVTX=0 turns ranges off. Where nobody listens, or PyTorch was built without CUDA, a range is an object that does nothing.
+A profiler of this process (`cvmk train --profile`) hears of every range for as long as it is `told`.
 Imports nothing of cvmk, and PyTorch at the first range that is listened to.
 """
 
@@ -25,9 +26,25 @@ LISTENING = _listened_to()
 """Whether ranges are recorded in this process."""
 
 
-def span(name: str) -> AbstractContextManager[None]:
+_record: Callable[[str], AbstractContextManager[Any]] | None = None
+
+
+def span(name: str) -> AbstractContextManager[Any]:
     """A range of this name around a block."""
+    if _record is not None:
+        return _record(name)
     return _recorded(name) if LISTENING else _NOTHING
+
+
+@contextlib.contextmanager
+def told(record: Callable[[str], AbstractContextManager[Any]]) -> Iterator[None]:
+    """Until the block ends, ranges are those that `record` makes of their names."""
+    global _record
+    before, _record = _record, record
+    try:
+        yield
+    finally:
+        _record = before
 
 
 def spanned(name: str, function: Callable[..., Any]) -> Callable[..., Any]:

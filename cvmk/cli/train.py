@@ -21,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     again.add_argument("--restart", action="store_true", help="set the run in run.folder aside under another name and start anew")
     parser.add_argument("--explain-config", action="store_true", help="print every key with its default and meaning, and stop")
     parser.add_argument("--check", action="store_true", help="check the configuration, and stop")
+    parser.add_argument("--profile", action="store_true", help="watch some iterations, and write where their time goes to profile/ in run.folder")
     parser.add_argument("--json", action="store_true", help="print the training report as JSON on stdout")
 
 
@@ -54,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     keep_freed_memory()
     try:
-        report = train(config, with_overrides(text, overrides), reporter(), resume=arguments.resume, restart=arguments.restart)
+        report = train(config, with_overrides(text, overrides), reporter(), resume=arguments.resume, restart=arguments.restart, profile=arguments.profile)
     except Interrupted as interruption:
         complain(f"{interruption}; go on with: {command('train', Path(config.run.folder) / 'config.toml', '--resume')}")
         raise

@@ -113,6 +113,7 @@ def forward_function(op: Op) -> type[torch.autograd.Function]:
                     result[at] = value
             return tuple(result)
 
+    Forward.__name__, Forward._backward_cls.__name__ = op.name, f"{op.name}_backward"  # what profilers call them
     return Forward
 
 

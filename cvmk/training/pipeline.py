@@ -30,6 +30,7 @@ from cvmk.training.guard import DivergenceGuard
 from cvmk.training.judge import blindness
 from cvmk.training.materials import Corpora, load_corpora, prepare_tokenizer, teacher_translations
 from cvmk.training.optimizers import build_optimizer
+from cvmk.training.profile import StepProfiler
 from cvmk.training.report import REPORT, Outcome, model_card, training_report, unknown_languages
 from cvmk.training.run_folder import open_run
 from cvmk.training.signals import StopSignal
@@ -56,6 +57,7 @@ class Job:
     world: World
     subscribers: Subscribers
     stop: StopSignal
+    profile: bool = False
 
     @property
     def cache(self) -> Path:
@@ -71,10 +73,12 @@ def train(
     restart: bool = False,
     subscribers: Subscribers | None = None,
     stop: StopSignal | None = None,
+    profile: bool = False,
 ) -> dict[str, Any]:
     """Run a training configuration (`text` is its TOML) to its report, which is also written to `training_report.json`.
 
     `subscribers` are asked for with each model that is trained, and hear its events; `stop` lets one of them, or another thread, end the run.
+    With `profile` some iterations of each model are watched, and `profile/` in its folder says where their time went.
     Raises the errors of cvmk.errors, and Interrupted after Ctrl-C. A run that diverges after its last rollback has exported its best checkpoint before
     it raises DivergedError.
     """
@@ -85,7 +89,7 @@ def train(
     teacher = named_teacher(config.teacher, device)
     given = load_tokenizer(config.tokenizer.path) if config.tokenizer.path is not None else None
     with open_run(config, text, _contents(config, corpora, given, teacher), resume=resume, restart=restart) as folder:
-        job = Job(config, folder, device, corpora, reporter, current_world(), subscribers or (lambda *model: ()), stop or StopSignal())
+        job = Job(config, folder, device, corpora, reporter, current_world(), subscribers or (lambda *model: ()), stop or StopSignal(), profile)
         for corpus in (corpora.train, corpora.valid, corpora.test):
             if corpus is not None:
                 reporter.say(corpus.report.describe(corpus.name))
@@ -185,7 +189,13 @@ def _trainer(job: Job, recipe: Recipe, folder: Path, tokenizer: Tokenizer, teach
     )
     checkpoints, about = folder / "checkpoints", {"languages": config.data.languages}
     store = CheckpointStore(checkpoints, training.keep, lambda into: describe_model(into, model, tokenizer, about), job.world)
-    return Trainer(recipe, state, step, store, WeightHistory(checkpoints / "average", training.average), tokenizer, events, job.stop), corpus
+    profiler = None
+    if job.profile and job.world.writes:
+        parameters, dtype = sum(parameter.numel() for parameter in optimizer.parameters), getattr(torch, training.precision)
+        taught = teacher.model.config if teacher is not None and objective.needs_teacher else None
+        profiler = StepProfiler(folder, recipe.model, taught, tokenizer.vocab_size, parameters, dtype, job.device, job.reporter.say)
+    averages = WeightHistory(checkpoints / "average", training.average)
+    return Trainer(recipe, state, step, store, averages, tokenizer, events, job.stop, profiler), corpus
 
 
 def _diverged(trainer: Trainer) -> str | None:

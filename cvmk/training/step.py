@@ -84,8 +84,7 @@ class TrainingStep:
         """Add the gradients of the batches, of all processes, to the parameters'; the losses."""
         sums: dict[str, Tensor] = {}
         for batch in batches:
-            with nvtx.span("forward"):
-                losses = self._losses(batch, tokens)
+            losses = self._losses(batch, tokens)
             with nvtx.span("backward"):
                 losses.total.backward()
             for name, value in losses.parts.items():
@@ -100,11 +99,13 @@ class TrainingStep:
         with nullcontext() if self._lower is None else torch.autocast(device, self._lower):
             taught: Any = None
             if self._teacher is not None:
-                with torch.no_grad():
+                with nvtx.span("teacher"), torch.no_grad():
                     taught = self._teacher.forward_unprojected(batch.src, batch.tgt_in, **self._wants)
-            imitated = self._objective.imitated(taught)
-            found = self._model.forward_unprojected(batch.src, batch.tgt_in, imitated=imitated, **self._wants)
-            losses: Losses = self._objective(found, taught, batch, normalizer=tokens)
+            with nvtx.span("forward"):
+                imitated = self._objective.imitated(taught)
+                found = self._model.forward_unprojected(batch.src, batch.tgt_in, imitated=imitated, **self._wants)
+            with nvtx.span("loss"):
+                losses: Losses = self._objective(found, taught, batch, normalizer=tokens)
             return losses
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 
 import torch
 
@@ -16,6 +17,7 @@ from cvmk.text.tokenizers import Tokenizer
 from cvmk.training.averaging import WeightHistory
 from cvmk.training.checkpoint import Checkpoint, Checkpoints
 from cvmk.training.judge import Judge, blindness
+from cvmk.training.profile import StepProfiler
 from cvmk.training.schedule import learning_rate_factor
 from cvmk.training.signals import Interrupted, StopSignal
 from cvmk.training.state import Progress, TrainingState
@@ -42,11 +44,12 @@ class Trainer:
         tokenizer: Tokenizer,
         events: EventStream,
         stop: StopSignal,
+        profiler: StepProfiler | None = None,
     ) -> None:
         self.recipe, self.state, self.step = recipe, state, step
         self.store, self.averages, self.tokenizer, self.events = store, averages, tokenizer, events
         self.judge = Judge(state.validator, recipe.guard, recipe.schedule.warmup)
-        self._stop = stop
+        self._stop, self._profiler = stop, profiler
 
     @property
     def progress(self) -> Progress:
@@ -68,7 +71,8 @@ class Trainer:
             if self.progress.step == 0 and self.store.newest() is None:
                 self.save()  # what a divergence before the first validation returns to
             while self.progress.step < iterations and not self.progress.finished:
-                result = self._step()
+                with nullcontext() if self._profiler is None else self._profiler.iteration():
+                    result = self._step()
                 step, interrupted = self.progress.step, self._stop.received
                 validates = step % self.recipe.validation.validate_every == 0 or step == iterations
                 saves = interrupted or step % self.recipe.training.save_every == 0
@@ -90,6 +94,8 @@ class Trainer:
             if self.validator.best is None:  # resumed with fewer iterations than it has behind it
                 self._validate()
         self.store.finish()
+        if self._profiler is not None:
+            self._profiler.finish()
         if blind := blindness(self.validator.history):
             self.events.note(blind)
 
@@ -99,6 +105,8 @@ class Trainer:
         with nvtx.span("data"):
             batches = next(self.state.batches)
         result = self.step(batches, self._factor(progress.step + 1))
+        if self._profiler is not None:
+            self._profiler.took(batches, result.tokens)
         progress.step += 1
         progress.tokens += result.tokens
         progress.seconds += time.monotonic() - started

@@ -312,7 +312,7 @@ def test_phases_are_ranges_for_a_profiler(config: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(nvtx, "span", span)
     train(config, "training.iterations=1", "training.accumulate=2", "training.average=1")
-    assert seen == ["data", *["forward", "backward"] * 2, "optimiser", "validation"]
+    assert seen == ["data", *["forward", "loss", "backward"] * 2, "optimiser", "validation"]
 
 
 class Pruner:
