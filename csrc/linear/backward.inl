@@ -140,7 +140,8 @@ void backward_rows(const Backward& p, const BackwardPlan<E>& plan, int64_t block
     store_rows(p.dx, sums, rows, first, l.inputs, column, least(kGroup, l.inputs - column));
   }
   if (!plan.sums_wanted) return;
-  for (int64_t r = 0; r < least(kRowBlock, plan.depth - first); r += 2) {
+  const int64_t padded = least(kRowBlock, plan.depth - first);
+  for (int64_t r = 0; r < padded; r += 2) {
     const Element* left[2];
     const void* right[2];
     for (int64_t i = 0; i < 2; ++i) {
@@ -150,6 +151,7 @@ void backward_rows(const Backward& p, const BackwardPlan<E>& plan, int64_t block
     E::lay_left(left, s.padded, plan.across, plan.depth, first + r);
     E::lay_right(l.x, right, l.inputs, s.inputs, plan.x, plan.depth, first + r);
   }
+  E::turn_left(plan.across, s.padded, plan.depth, first, padded);
 }
 
 // dW of kAcross packed columns and a group of inputs.

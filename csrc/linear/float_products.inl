@@ -61,6 +61,7 @@ struct FloatProducts {
     const void* const from[2] = {rows[0], rows[1]};
     lay<kAcross>({nullptr, 0, kFloat32, kFloat32}, from, padded, padded, to, depth, s);
   }
+  CVMK_INLINE static void turn_left(float*, int64_t, int64_t, int64_t, int64_t) {}
 
   // c [rows][kGroup] = a left operand in rows, or across, times a group of a right one.
   static void multiply_rows(int64_t rows, int64_t depth, const float* left, int64_t stride, const float* right, float* c) {

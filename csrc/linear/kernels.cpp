@@ -2,36 +2,33 @@
 #include "linear/backward.inl"
 #include "linear/float_products.inl"
 #include "linear/pair_products.inl"
+#include "linear/tile_products.inl"
 
 namespace cvmk::linear {
 namespace {
 
-int64_t forward_scratch(const Forward& p, const Team& team) {
-#if defined(__AVX512F__)
-  if (p.linear.pairs) return forward_scratch_with<PairProducts>(p, team);
+#if defined(__AMX_TILE__)
+typedef TileProducts LoweredProducts;
+#elif defined(__AVX512F__)
+typedef PairProducts LoweredProducts;
+#else
+typedef FloatProducts LoweredProducts;
 #endif
-  return forward_scratch_with<FloatProducts>(p, team);
+
+int64_t forward_scratch(const Forward& p, const Team& team) {
+  return p.linear.pairs ? forward_scratch_with<LoweredProducts>(p, team) : forward_scratch_with<FloatProducts>(p, team);
 }
 
 void run_forward(const Forward& p, char* scratch, const Team& team) {
-#if defined(__AVX512F__)
-  if (p.linear.pairs) return forward_with<PairProducts>(p, scratch, team);
-#endif
-  forward_with<FloatProducts>(p, scratch, team);
+  p.linear.pairs ? forward_with<LoweredProducts>(p, scratch, team) : forward_with<FloatProducts>(p, scratch, team);
 }
 
 int64_t backward_scratch(const Backward& p, const Team& team) {
-#if defined(__AVX512F__)
-  if (p.linear.pairs) return backward_scratch_with<PairProducts>(p, team);
-#endif
-  return backward_scratch_with<FloatProducts>(p, team);
+  return p.linear.pairs ? backward_scratch_with<LoweredProducts>(p, team) : backward_scratch_with<FloatProducts>(p, team);
 }
 
 void run_backward(const Backward& p, char* scratch, const Team& team) {
-#if defined(__AVX512F__)
-  if (p.linear.pairs) return backward_with<PairProducts>(p, scratch, team);
-#endif
-  backward_with<FloatProducts>(p, scratch, team);
+  p.linear.pairs ? backward_with<LoweredProducts>(p, scratch, team) : backward_with<FloatProducts>(p, scratch, team);
 }
 
 }  // namespace

@@ -123,6 +123,7 @@ struct PairProducts {
       _mm512_storeu_si512(place + 32, second);
     }
   }
+  CVMK_INLINE static void turn_left(Half*, int64_t, int64_t, int64_t, int64_t) {}
 
   static void multiply(int64_t rows, int64_t depth, const Half* left, int64_t row, int64_t along, const Half* right, float* c) {
     const int64_t panel = 16 * depth;

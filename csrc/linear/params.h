@@ -36,7 +36,7 @@ struct Linear {
   Dtype dtype;         // of the result and its gradient; bfloat16 operands are multiplied in pairs where the processor can
   float keep_factor;   // 1 / (1 - dropout_p)
   uint32_t dropout_key, dropout_limit;  // common/dropout.h
-  bool pairs;          // whether vdpbf16ps may be used; kernels_for sets it
+  bool pairs;          // whether bfloat16 operands are multiplied in pairs (AVX512_BF16, AMX); kernels_for sets it
 };
 
 struct Forward {

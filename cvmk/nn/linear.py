@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cvmk import ops
+
 Activation = Literal["relu", "gelu", "silu", "swiglu"]
 """As in `ops.int8_linear`: gelu is exact (by erf); swiglu (Shazeer 2020) reads the rows [gate; up] and gives silu(gate) * up, half as wide."""
 
@@ -28,6 +30,17 @@ def activate(x: Tensor, activation: Activation | None) -> Tensor:
             gate, up = x.chunk(2, dim=-1)
             return F.silu(gate) * up
     raise ValueError(f"activation is {activation!r}, and must be None or one of {', '.join(get_args(Activation))}")
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation | None) -> Tensor:
+    """activation(x W^T + b): x [..., K], weight [N, K] -> [..., N] (half of them for swiglu).
+
+    One fused operation where a model is trained: there are gradients to be made, or weights to be rounded for autocast. Elsewhere it would save nothing,
+    and PyTorch's own calls are the quicker ones on the few rows of a step of decoding.
+    """
+    if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
+        return ops.fused_linear(x, weight, bias, activation=activation)
+    return activate(F.linear(x, weight, bias), activation)
 
 
 class Linear(nn.Linear):
@@ -52,7 +65,7 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor, activation: Activation | None = None) -> Tensor:
         """x [..., inputs] -> [..., outputs] (half of them for swiglu)."""
-        return activate(F.linear(x, self.weight, self.bias), activation)
+        return linear(x, self.weight, self.bias, activation)
 
 
 class TiedLinear(nn.Module):
