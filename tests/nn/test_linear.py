@@ -90,3 +90,31 @@ def test_the_output_layer_reads_the_present_matrix_of_its_owner(tied: bool) -> N
     layer(hidden).sum().backward()
     assert getattr(model.embeddings, name).grad is not None
     assert model.bfloat16().embeddings.logits(hidden.bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("activation", [None, *get_args(Activation)])
+def test_training_is_one_operation_and_gives_what_pytorch_gives(activation: Activation | None) -> None:
+    """Forward and backward pass under autocast: no rounded copy of the weight, and a gradient of it that is not rounded."""
+    torch.manual_seed(0)
+    layer, x = Linear(40, 24), torch.randn(7, 3, 40)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = layer(x, activation) if activation is not None else layer(x)
+        assert found.grad_fn is not None and type(found.grad_fn.next_functions[0][0]).__name__ == "fused_linear_backward"
+    assert found.dtype == torch.bfloat16
+    with torch.no_grad():
+        wide = activate(torch.nn.functional.linear(x, layer.weight, layer.bias), activation)
+    torch.testing.assert_close(found.float(), wide, rtol=2e-2, atol=2e-2)
+    found.float().square().sum().backward()
+    assert layer.weight.grad is not None
+    got = layer.weight.grad.clone()
+    layer.zero_grad()
+    activate(torch.nn.functional.linear(x, layer.weight, layer.bias), activation).square().sum().backward()
+    torch.testing.assert_close(got, layer.weight.grad, rtol=0.05, atol=0.05 * layer.weight.grad.abs().max().item())
+    assert got.dtype == torch.float32
+
+
+def test_decoding_calls_pytorch_itself() -> None:
+    """A step of decoding multiplies a few rows: nothing may stand between."""
+    layer, x = Linear(8, 6), torch.randn(2, 8)
+    with torch.no_grad():
+        assert torch.equal(layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias))
