@@ -13,20 +13,9 @@ import triton
 import triton.language as tl
 
 from cvmk.ops.triton.kernels.attention_masks import keys_of_rows, rows_of_keys, span
-from cvmk.ops.triton.kernels.attention_scores import (
-    LOG2E,
-    column_words,
-    dropout_key,
-    finite,
-    is_coarse,
-    kept,
-    load_rows,
-    power,
-    row_words,
-    scores,
-    store_rows,
-)
+from cvmk.ops.triton.kernels.attention_scores import LOG2E, finite, is_coarse, load_rows, power, scores, store_rows
 from cvmk.ops.triton.kernels.common import cast, dot
+from cvmk.ops.triton.kernels.dropout import column_words, dropout_key, kept, row_words
 
 VARYING = ("rows", "keys", "sequences", "left", "right", "threshold")
 

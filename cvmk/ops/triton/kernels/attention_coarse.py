@@ -11,20 +11,9 @@ import triton.language as tl
 
 from cvmk.ops.triton.kernels.attention_backward import VARYING, score_gradients
 from cvmk.ops.triton.kernels.attention_masks import keys_of_rows, rows_of_keys, span
-from cvmk.ops.triton.kernels.attention_scores import (
-    COARSE,
-    LN2,
-    LOG2E,
-    column_words,
-    dropout_key,
-    is_coarse,
-    kept,
-    load_rows,
-    row_words,
-    store_rows,
-    tanh,
-)
+from cvmk.ops.triton.kernels.attention_scores import COARSE, LN2, LOG2E, is_coarse, load_rows, store_rows, tanh
 from cvmk.ops.triton.kernels.common import cast, dot
+from cvmk.ops.triton.kernels.dropout import column_words, dropout_key, kept, row_words
 
 LARGEST = tl.constexpr(3.4028234663852886e38)
 

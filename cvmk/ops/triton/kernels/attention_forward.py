@@ -15,19 +15,9 @@ import triton
 import triton.language as tl
 
 from cvmk.ops.triton.kernels.attention_masks import keys_of_rows, span
-from cvmk.ops.triton.kernels.attention_scores import (
-    LN2,
-    column_words,
-    dropout_key,
-    finite,
-    kept,
-    load_rows,
-    power,
-    row_words,
-    scores,
-    store_rows,
-)
+from cvmk.ops.triton.kernels.attention_scores import LN2, finite, load_rows, power, scores, store_rows
 from cvmk.ops.triton.kernels.common import cast, dot
+from cvmk.ops.triton.kernels.dropout import column_words, dropout_key, kept, row_words
 
 VARYING = ("rows", "keys", "sequences", "left", "right", "threshold")
 

@@ -93,35 +93,3 @@ COARSE = tl.constexpr(256.0)  # a score is rounded to 2e-5 there, and probabilit
 def is_coarse(lse):
     """Which rows with a bias the kernels of attention_coarse.py do, by their log-sum-exps; NaN counts, and -inf in a row that sees nothing does not."""
     return ~((lse > -COARSE) & (lse < COARSE)) & (lse != float("-inf"))
-
-
-# -- dropout: the generator in the docstring of cvmk.ops.flash_attention ----------------------------------------------------------------
-@triton.jit
-def mix(x):
-    x = (x ^ (x >> 16)) * 0x85EBCA6B
-    x = (x ^ (x >> 13)) * 0xC2B2AE35
-    return x ^ (x >> 16)
-
-
-@triton.jit
-def dropout_key(SEED):
-    first, second = tl.load(SEED).to(tl.uint32), tl.load(SEED + 1).to(tl.uint32)
-    return mix(mix(first) ^ second)
-
-
-@triton.jit
-def row_words(key, b, heads, head, queries):
-    """One word a row: `head` and `queries` [n]."""
-    return mix(mix(key + (b * heads + head).to(tl.uint32)) + queries.to(tl.uint32))
-
-
-@triton.jit
-def column_words(key, columns):
-    """One word a key."""
-    return mix(mix(columns.to(tl.uint32)) ^ key)
-
-
-@triton.jit
-def kept(rows, columns, threshold):
-    """Which probabilities stay; rows and columns broadcast to the tile."""
-    return mix(rows ^ columns) >= threshold.to(tl.uint32)
