@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--keep", nargs="+", default=[], choices=("embeddings", "output", "cross"), help="parts that stay floats: embeddings, output layer, cross-attention"
     )
-    parser.add_argument("--group-size", type=int, default=64, choices=(32, 64, 128), help="inputs that share a scale, of 4-bit weights (default 64)")
+    parser.add_argument("--group-size", type=int, default=0, choices=(32, 64, 128), help="inputs of a scale, of 4-bit weights (default: 64, w4a8: 32)")
     parser.add_argument("--symmetric", action="store_true", help="4-bit weights without zero points (w4a8 has none anyway)")
     parser.add_argument("--damping", type=number, default=0.01, metavar="X", help="gptq: share of the mean that is added to the diagonal (default 0.01)")
     parser.add_argument("--in-order", action="store_true", help="gptq: round inputs in their own order, not the largest first")

@@ -10,6 +10,8 @@ from cvmk.formats.manifest import Manifest, Scheme, Schemes
 from cvmk.formats.tensors import RawTensor
 
 if TYPE_CHECKING:
+    from cvmk.formats.awq import awq_weight, read_awq
+    from cvmk.formats.gptq import gptq_weight, read_gptq
     from cvmk.formats.torch_weights import describe_model, load_model_folder, read_weights, save_model_folder
 
 __all__ = [
@@ -18,9 +20,13 @@ __all__ = [
     "RawTensor",
     "Scheme",
     "Schemes",
+    "awq_weight",
     "describe_model",
+    "gptq_weight",
     "load_model_folder",
     "load_model_tokenizer",
+    "read_awq",
+    "read_gptq",
     "read_model_manifest",
     "read_model_weights",
     "read_weights",
@@ -29,10 +35,14 @@ __all__ = [
     "write_model_folder",
 ]
 
-_WITH_TORCH = ("describe_model", "load_model_folder", "read_weights", "save_model_folder")
+_WITH_TORCH = {
+    **dict.fromkeys(("describe_model", "load_model_folder", "read_weights", "save_model_folder"), "torch_weights"),
+    **dict.fromkeys(("gptq_weight", "read_gptq"), "gptq"),
+    **dict.fromkeys(("awq_weight", "read_awq"), "awq"),
+}
 
 
 def __getattr__(name: str) -> Any:
     if name in _WITH_TORCH:
-        return getattr(importlib.import_module("cvmk.formats.torch_weights"), name)
+        return getattr(importlib.import_module(f"cvmk.formats.{_WITH_TORCH[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

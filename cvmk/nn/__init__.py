@@ -6,6 +6,7 @@ from cvmk.nn.memory import Memory
 from cvmk.nn.mixers import MIXERS
 from cvmk.nn.outputs import AttentionMap, AttentionMaps, HiddenStates, Unprojected
 from cvmk.nn.parameters import count_parameters, decays
+from cvmk.nn.quantize_module import Int4Linear, Int8Linear, quantize_module
 from cvmk.nn.quantized_linear import QuantizedLinear
 from cvmk.nn.quantized_table import QuantizedTable
 from cvmk.nn.transformer import CVMTransformer
@@ -18,6 +19,8 @@ __all__ = [
     "DecoderState",
     "EncoderState",
     "HiddenStates",
+    "Int4Linear",
+    "Int8Linear",
     "Linear",
     "Memory",
     "QuantizedLinear",
@@ -25,4 +28,5 @@ __all__ = [
     "Unprojected",
     "count_parameters",
     "decays",
+    "quantize_module",
 ]

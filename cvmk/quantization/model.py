@@ -112,7 +112,7 @@ def chosen_sites(model: CVMTransformer, recipe: Recipe) -> list[Site]:
     found = [site for site in sites(model) if site.kind not in keep and not (site.kind == "embeddings" and tied and "output" in keep)]
     if not found:
         raise ConfigError("nothing is left to quantise: keep less")
-    wrong = check_group(found, model, recipe.group_size) if recipe.bits == 4 else None
+    wrong = check_group(found, model, recipe.group) if recipe.bits == 4 else None
     if wrong:
         raise ConfigError(f"{wrong}: choose another group size (32, 64 or 128), or w8a8")
     return found

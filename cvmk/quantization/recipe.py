@@ -19,7 +19,7 @@ class Recipe:
 
     scheme         w8a8: 8-bit weights by rows, activations by tokens in 8 bits. w4a16: 4-bit weights in groups, activations as they are. w4a8: both.
     method         rtn: round to nearest. smoothquant, gptq, awq: see the modules of these names.
-    group_size     inputs of a scale, of 4-bit weights: 32, 64 or 128.
+    group_size     inputs of a scale, of 4-bit weights: 32, 64 or 128; 0: 64 for w4a16 and 32 for w4a8.
     symmetric      4-bit weights without zero points; None: without for w4a8, which has none, and with them for w4a16.
     keep           parts that stay in floats: "embeddings" and "output" (where they are one matrix, either), "cross" (cross-attention).
     damping, act_order, static_groups     of gptq.
@@ -29,7 +29,7 @@ class Recipe:
 
     scheme: SchemeName = "w8a8"
     method: Method = "rtn"
-    group_size: int = 64
+    group_size: int = 0
     symmetric: bool | None = None
     keep: tuple[Part, ...] = ()
     damping: float = 0.01
@@ -37,7 +37,7 @@ class Recipe:
     static_groups: bool = True
 
     def __post_init__(self) -> None:
-        for name, allowed in (("scheme", get_args(SchemeName)), ("method", get_args(Method)), ("group_size", (32, 64, 128))):
+        for name, allowed in (("scheme", get_args(SchemeName)), ("method", get_args(Method)), ("group_size", (0, 32, 64, 128))):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}, and must be one of {', '.join(map(str, allowed))}")
         unknown = [part for part in self.keep if part not in get_args(Part)]
@@ -53,6 +53,11 @@ class Recipe:
             raise ConfigError("w4a8 has weights without zero points, in groups of neighbours: leave symmetric and static_groups as they are, or choose w4a16")
 
     @property
+    def group(self) -> int:
+        """Inputs of a scale, of 4-bit weights."""
+        return self.group_size or (32 if self.scheme == "w4a8" else 64)
+
+    @property
     def bits(self) -> int:
         return 8 if self.scheme == "w8a8" else 4
 
@@ -65,7 +70,7 @@ class Recipe:
         """The grid of a matrix of so many inputs."""
         if self.bits == 8:
             return Grid(8, columns)
-        return Grid(4, self.group_size, self.scheme == "w4a8" if self.symmetric is None else self.symmetric)
+        return Grid(4, self.group, self.scheme == "w4a8" if self.symmetric is None else self.symmetric)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

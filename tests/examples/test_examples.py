@@ -39,3 +39,9 @@ def test_the_readme_s_commands_are_those_of_ci() -> None:
     readme, ci = (ROOT / "README.md").read_text(encoding="utf-8"), (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     assert "pip install -c constraints.txt '.[test]' && pytest" in readme
     assert re.search(r"pip install .*-c constraints\.txt '\.\[test\]'", ci) and re.search(r"^pytest\npytest -m exhaustive$", ci, re.MULTILINE)
+
+
+def test_quantising_a_module() -> None:
+    done = subprocess.run([sys.executable, str(ROOT / "examples" / "quantize_in_pytorch.py")], capture_output=True, text=True, timeout=100, check=True)
+    found = re.findall(r"(w\S+): (\S+) of the size, relative error (\S+)", done.stdout)
+    assert [scheme for scheme, _, _ in found] == ["w8a8", "w4a16", "w4a8"] and all(float(size) < 0.27 and 0 < float(error) < 0.2 for _, size, error in found)
