@@ -20,6 +20,7 @@ import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from paired_caches import attention_of_pairs
 
 from cvmk import hardware, ops
 from cvmk.config.schema import ModelConfig
@@ -157,23 +158,6 @@ def quantised(model: CVMTransformer, compute_type: str) -> CVMTransformer:
         if isinstance(module, (Linear, TiedLinear)):
             module.forward = forward(module)
     return model
-
-
-def attention_of_pairs(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool, key_lengths: Any, query_start: Any = None, scale: float, dropout_p: float
-) -> torch.Tensor:
-    """Of caches in bfloat16: q, keys, values and the weights before their division by the sum are rounded to it."""
-    group = q.shape[1] // k.shape[1]
-    q, k, v = (x.bfloat16().float() for x in (q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)))
-    queries, keys = q.shape[2], k.shape[2]
-    positions = torch.arange(keys)
-    start = torch.tensor([keys - queries]) if query_start is None else query_start
-    seen = (positions < (torch.tensor([keys]) if key_lengths is None else key_lengths)[:, None])[:, None, None]
-    if causal:
-        seen = seen & (positions <= (start[:, None] + torch.arange(queries))[..., None])[:, None]
-    scores = (q @ k.transpose(-1, -2)).masked_fill(~seen, -torch.inf)
-    weights = ((scores - scores.amax(-1, keepdim=True)) * scale).exp()
-    return weights.bfloat16().float() @ v / weights.sum(-1, keepdim=True)
 
 
 @pytest.mark.parametrize("compute_type", ["int8", "int4"])
