@@ -65,6 +65,7 @@ struct FloatProducts {
 
   // c [rows][kGroup] = a left operand in rows, or across, times a group of a right one.
   static void multiply_rows(int64_t rows, int64_t depth, const float* left, int64_t stride, const float* right, float* c) {
+    if (depth == 0) memset(c, 0, static_cast<size_t>(rows * kGroup) * sizeof(float));
     product::multiply_parts(rows, kGroup, depth, kPart, {left, stride, 1, depth, 0}, {right, kPanel * depth, kPanel}, c, kGroup, false);
   }
   static void multiply_across(int64_t depth, const float* left, const float* right, float* c) {

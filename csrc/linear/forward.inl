@@ -19,9 +19,9 @@ struct ForwardPlan {
     const Linear& l = p.linear;
     const int64_t blocks = blocks_of(l);
     threads = threads_for(l, team);
-    const int64_t spans = least(groups, blocks >= 4 * threads ? 1 : pieces(4 * threads, most(1, blocks)));
-    span = pieces(groups, spans);
-    items = blocks * pieces(groups, span);
+    const int64_t spans = blocks >= 4 * threads ? 1 : pieces(4 * threads, most(1, blocks));
+    span = most(1, pieces(groups, spans));
+    items = blocks * pieces(groups, span);  // none without rows or columns
     each = up(kRowBlock * depth * static_cast<int64_t>(sizeof(Element)), 64) + shape.halves * kRowBlock * kGroup * 4;
     packed = arena->take<Element>(shape.padded * depth);
     own = arena->take<char>(threads * each);

@@ -127,6 +127,7 @@ struct PairProducts {
 
   static void multiply(int64_t rows, int64_t depth, const Half* left, int64_t row, int64_t along, const Half* right, float* c) {
     const int64_t panel = 16 * depth;
+    if (depth == 0) memset(c, 0, static_cast<size_t>(rows * kGroup) * sizeof(float));
     for (int64_t k = 0; k < depth; k += kPart) {
       const int64_t pairs = least(kPart, depth - k) / 2;
       const Half *a = left + k / 2 * along, *b = right + k * 16;

@@ -49,7 +49,8 @@ class Call(NamedTuple):
 class Out(NamedTuple):
     out: Tensor  # [M, outputs]
     kept: Tensor
-    """relu: bits uint8 [M, N / 8 rounded up]; bit n % 8 of byte n // 8 says that p is not 0 or less. Other activations: p [M, N]. Else no elements."""
+    """relu: bits uint8 [M, N / 8 rounded up]; bit n % 8 of byte n // 8 says that p is not 0 or less. Other activations: p [M, N]. No elements where nothing is
+    kept."""
 
 
 def kept_shape(c: Call) -> tuple[int, ...]:
@@ -62,7 +63,7 @@ def kept_shape(c: Call) -> tuple[int, ...]:
 
 def kept_dtype(c: Call) -> torch.dtype:
     """The dtype of `Out.kept`."""
-    return torch.uint8 if c.activation == "relu" else c.dtype
+    return torch.uint8 if c.activation is None or c.activation == "relu" else c.dtype
 
 
 def _fake_forward(c: Call) -> Out:

@@ -187,9 +187,15 @@ def test_empty(backend: str, activation: str | None) -> None:
             assert grads[0].shape == shape and not grads[1].any() and not grads[2].any()
 
 
-def test_no_inputs_or_outputs() -> None:
-    assert torch.equal(fused_linear(torch.empty(3, 0), torch.empty(4, 0), torch.arange(4.0)), torch.arange(4.0).expand(3, 4))
-    assert fused_linear(torch.empty(3, 5), torch.empty(0, 5), torch.empty(0)).shape == (3, 0)
+@every_backend
+@pytest.mark.parametrize("dtype", NARROW)
+def test_no_inputs_or_outputs(backend: str, dtype: torch.dtype) -> None:
+    with ops.use(backend):
+        for m, k, n in ((3, 0, 4), (3, 5, 0), (0, 0, 0)):
+            tensors = [torch.empty(m, k, dtype=dtype), torch.empty(n, k, dtype=dtype), torch.arange(float(n)).to(dtype)]
+            out, *grads = results(fused_linear, tensors, torch.ones(m, n, dtype=dtype), activation="relu")
+            assert torch.equal(out, tensors[2].expand(m, n) if k == 0 else torch.empty(m, n, dtype=dtype))
+            assert not grads[0].any() and not grads[1].any() and grads[2].shape == (n,)
 
 
 @every_backend
