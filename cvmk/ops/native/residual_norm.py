@@ -12,7 +12,7 @@ from cvmk.ops._call import Needs, make
 from cvmk.ops._dropout import NO_DROPOUT, words
 from cvmk.ops._storage import with_memory
 from cvmk.ops.native import library, reason
-from cvmk.ops.native._memory import NUMBER
+from cvmk.ops.native._memory import LARGE, NUMBER, empty
 from cvmk.ops.reference import residual_norm as reference
 from cvmk.ops.residual_norm import Call, Out, sum_dtype
 
@@ -30,11 +30,18 @@ def _contiguous(c: Call) -> Call:
     return make(Call, (*tensors, *c[4:]))
 
 
+def _like(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Uninitialised, of the shape of x, which has no gaps."""
+    if x.numel() * dtype.itemsize >= 4 * LARGE:  # below, malloc has warm pages more often than not
+        return empty(x.shape, dtype)
+    return torch.empty_like(x) if dtype == x.dtype else torch.empty_like(x, dtype=dtype)
+
+
 def forward(c: Call) -> Out:
     c = _contiguous(c)
     x, dtype = c.x, c.x.dtype
-    total = None if c.branch is None else torch.empty_like(x) if c.branch.dtype == dtype else torch.empty_like(x, dtype=sum_dtype(c))
-    normed = torch.empty_like(x) if c.normed_dtype == dtype else torch.empty_like(x, dtype=c.normed_dtype)
+    total = None if c.branch is None else _like(x, dtype if c.branch.dtype == dtype else sum_dtype(c))
+    normed = _like(x, c.normed_dtype)
     stats = NUMBER.new_empty((2, *x.shape[:-1])) if c.keep_stats else None
     factor, key, limit = NO_DROPOUT if c.dropout_seed is None else words(c.dropout_seed, c.dropout_p)
     _NATIVE.residual_norm_forward(c, total, normed, stats, factor, key, limit)
@@ -49,8 +56,8 @@ def backward(grads: Out, c: Call, saved: Out, needs: Needs) -> tuple[Tensor | No
     c = _contiguous(c)
     x, branch, weight, bias = c.x, c.branch, c.weight, c.bias
     grad_sum = None if branch is None or grads.sum is None else grads.sum.contiguous()
-    dx = torch.empty_like(x) if needs.x else None
-    dbranch = torch.empty_like(branch) if needs.branch and branch is not None else None
+    dx = _like(x, x.dtype) if needs.x else None
+    dbranch = _like(branch, branch.dtype) if needs.branch and branch is not None else None
     dweight = torch.empty_like(weight) if needs.weight else None
     dbias = torch.empty_like(bias) if needs.bias and bias is not None else None
     _NATIVE.residual_norm_backward(
