@@ -1,6 +1,6 @@
 """Translation by the native engine beside CTranslate2 and the torch engine, with the same weights and the same search.
 
-Models of random weights; 16 source pieces, exactly 20 target pieces (cvmk scores the end behind them too: a 21st step). CTranslate2 at each of {AVX2,
+Models of random weights; 16 source pieces, exactly 20 target pieces. Nobody tells scores: greedy searches compute no probabilities. CTranslate2 at each of {AVX2,
 AVX512} x {1 replica of 1 thread, 1 of 2, 2 of 1}: the ratio is to the fastest of them. cvmk on all threads that the process may use.
 """
 
@@ -72,7 +72,7 @@ def step_bytes(model: CVMTransformer, compute_type: str) -> float:
 
 def translate(compare: Callable[..., Any], contestants: Contestants, compute_type: str, count: int, beam: int, peers: dict[str, Callable[[], Any]]) -> None:
     texts = sources(contestants.model.vocab_size, count)
-    options = SearchOptions(beam, min_length=LENGTH, max_length_a=0, max_length_b=LENGTH)
+    options = SearchOptions(beam, min_length=LENGTH, max_length_a=0, max_length_b=LENGTH, scores=False)
     engine = contestants.native(compute_type)
     for isa, peer in contestants.peers.items():
         for setting, (replicas, threads) in SETTINGS.items():
