@@ -1,7 +1,7 @@
 """Translation by the native engine beside CTranslate2 and the torch engine, with the same weights and the same search.
 
-Models of random weights; 16 source pieces, exactly 20 target pieces. Nobody tells scores: greedy searches compute no probabilities. CTranslate2 at each of {AVX2,
-AVX512} x {1 replica of 1 thread, 1 of 2, 2 of 1}: the ratio is to the fastest of them. cvmk on all threads that the process may use.
+Models of random weights; 16 source pieces, exactly 20 target pieces. Nobody tells scores: greedy searches compute no probabilities. CTranslate2 at each of
+{AVX2, AVX512} x {1 replica of 1 thread, 1 of 2, 2 of 1}: the ratio is to the fastest of them. cvmk on all threads that the process may use.
 """
 
 from __future__ import annotations
