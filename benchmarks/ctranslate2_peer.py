@@ -21,49 +21,10 @@ REPLICAS = (1, 2)
 
 # -- export ----------------------------------------------------------------------------------------------------------------------
 def export(model: Any, folder: Path) -> None:
-    """A CVMTransformer with LayerNorm, ReLU, sinusoidal positions, biases and tied embeddings, in float32."""
-    from ctranslate2.specs import common_spec, transformer_spec
+    """A CVMTransformer in float32; its pieces are called t4, t5, ..."""
+    from cvmk.formats.ctranslate2 import specification
 
-    config, weights = model.config, {name: tensor.detach().float().numpy().copy() for name, tensor in model.state_dict().items()}
-    spec = transformer_spec.TransformerSpec.from_config(
-        (config.encoder_layers, config.decoder_layers), config.heads, pre_norm=True, activation=common_spec.Activation.RELU
-    )
-    spec.config.layer_norm_epsilon = config.norm_eps
-    spec.config.decoder_start_token, spec.config.add_source_eos = "<s>", True
-
-    def norm(to: Any, name: str) -> None:
-        to.gamma, to.beta = weights[f"{name}.weight"].copy(), weights[f"{name}.bias"].copy()
-
-    def linear(to: Any, name: str, rows: slice = slice(None)) -> None:
-        to.weight, to.bias = weights[f"{name}.weight"][rows].copy(), weights[f"{name}.bias"][rows].copy()
-
-    positions = model.positions.table.numpy()
-    embeddings = weights["embeddings.source"]
-    for side, name in ((spec.encoder, "encoder"), (spec.decoder, "decoder")):
-        side.scale_embeddings = True
-        side.position_encodings.encodings = positions.copy()
-        table = side.embeddings[0] if isinstance(side.embeddings, list) else side.embeddings
-        table.weight = embeddings.copy()
-        norm(side.layer_norm, f"{name}.norm")
-        for index, layer in enumerate(side.layer):
-            block = f"{name}.blocks.{index}"
-            norm(layer.self_attention.layer_norm, f"{block}.mixer_norm")
-            linear(layer.self_attention.linear[0], f"{block}.mixer.qkv")
-            linear(layer.self_attention.linear[1], f"{block}.mixer.out")
-            if name == "decoder":
-                norm(layer.attention.layer_norm, f"{block}.cross_norm")
-                linear(layer.attention.linear[0], f"{block}.cross.query")
-                linear(layer.attention.linear[1], f"{block}.cross.key_value")
-                linear(layer.attention.linear[2], f"{block}.cross.out")
-            norm(layer.ffn.layer_norm, f"{block}.ffn_norm")
-            linear(layer.ffn.linear_0, f"{block}.ffn.inner")
-            linear(layer.ffn.linear_1, f"{block}.ffn.outer")
-    spec.decoder.projection.weight = embeddings.copy()
-    vocabulary = ["<blank>", "<unk>", "<s>", "</s>", *(f"t{index}" for index in range(4, model.vocab_size))]
-    spec.register_source_vocabulary(vocabulary)
-    spec.register_target_vocabulary(vocabulary)
-    spec.validate()
-    spec.optimize()
+    spec = specification(model, ["<blank>", "<unk>", "<s>", "</s>", *(f"t{index}" for index in range(4, model.vocab_size))])
     folder.mkdir(parents=True, exist_ok=True)
     spec.save(str(folder))
 
