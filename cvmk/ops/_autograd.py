@@ -85,14 +85,17 @@ def forward_function(op: Op) -> type[torch.autograd.Function]:
         def forward(ctx: Any, keyset: Any, *arguments: Any) -> Any:
             """keyset: what is left of the dispatcher's keys; None where nobody observes the call."""
             ctx.set_materialize_grads(False)
-            hand_on = None
+            hand_on, remembered = None, arguments[:tensors]
             if op.keeps is not None:
                 arguments = (*arguments[: op.keeps], True, *arguments[op.keeps + 1 :])
             if keyset is None:
-                results, hand_on = _forward_directly(op, make(op.call, arguments))
+                call: Any = make(op.call, arguments)
+                results, hand_on = _forward_directly(op, call)
+                if op.stand_ins is not None:
+                    remembered = tuple(op.stand_ins(call, make(op.out, results if isinstance(results, tuple) else (results,))))
             else:
                 results = below(op._forward, keyset, arguments)
-            ctx.save_for_backward(*arguments[:tensors], *kept(results if isinstance(results, tuple) else (results,)))
+            ctx.save_for_backward(*remembered, *kept(results if isinstance(results, tuple) else (results,)))
             ctx.left = keyset is None, arguments[tensors:], allowed(), hand_on
             return results
 

@@ -50,6 +50,9 @@ class Op:
     module          name of the files that hold the op's backends; that of the call's module by default.
     keeps           a flag among the call's fields, False as it is prepared, that autograd sets where it records the call: only then does the forward pass
                     keep what the backward pass needs. (Within a transform no tensor tells before that its gradient will be wanted.)
+    stand_ins       (call, results) -> tensors that are kept for the backward pass in place of the call's, for a call that nobody traces: those whose
+                    values it does not read need not stay in memory. The results' derivatives by stand-ins that ask for a gradient, with the results among
+                    them taken for what they were made of, must be those by the call's tensors: second derivatives are made of them.
     function        makes the autograd function, where the op's derivative is not made as others' are.
 
     The backward pass's schema has the gradients of the results (each may be absent), the call's tensors, the saved results, the call's other
@@ -68,6 +71,7 @@ class Op:
         principal: str | None = None,
         module: str | None = None,
         keeps: str | None = None,
+        stand_ins: Callable[[Any, Any], Sequence[torch.Tensor | None]] | None = None,
         function: Callable[[Op], type[torch.autograd.Function]] = forward_function,
     ) -> None:
         fields, results = fields_of(call), fields_of(out)
@@ -79,6 +83,7 @@ class Op:
         self.principal = principal or fields.names[0]
         self._principal_at = fields.names.index(self.principal)
         self.keeps = None if keeps is None else fields.names.index(keeps)
+        self.stand_ins = stand_ins
         self.constants = tuple([i for i in range(fields.tensors) if i not in self.differentiable])
         self._lists = frozenset([i for i, kind in enumerate(fields.declared) if "[]" in kind])
         self._run_directly = self.run_written if fields.written else self.run_forward

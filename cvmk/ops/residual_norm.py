@@ -83,8 +83,23 @@ def _fake_forward(c: Call) -> Out:
     return Out(total, c.x.new_empty(c.x.shape, dtype=c.normed_dtype), stats)
 
 
+def _stand_ins(c: Call, out: Out) -> tuple[Tensor | None, ...]:
+    """Both passes' derivatives hang on x and branch by their sum alone: it stands for x, and nothing for branch, which need not stay."""
+    if c.branch is None or c.x.dtype != out.sum.dtype:
+        return c[:5]
+    nothing = c.branch.new_zeros(()).expand(c.branch.shape)
+    return out.sum, nothing.requires_grad_(c.branch.requires_grad), *c[2:5]
+
+
 op = Op(
-    "residual_norm", Call, Out, fake_forward=_fake_forward, differentiable=("x", "branch", "weight", "bias"), saved=("sum", "stats"), keeps="keep_stats"
+    "residual_norm",
+    Call,
+    Out,
+    fake_forward=_fake_forward,
+    differentiable=("x", "branch", "weight", "bias"),
+    saved=("sum", "stats"),
+    keeps="keep_stats",
+    stand_ins=_stand_ins,
 )
 
 

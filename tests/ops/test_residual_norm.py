@@ -5,9 +5,11 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -277,6 +279,31 @@ def test_derivatives_by_differences(norm: str) -> None:
     assert gradcheck(function, tensors) and gradgradcheck(function, tensors)
     alone = [tensors[0], *tensors[2:]]
     assert gradgradcheck(lambda x, w, b: residual_norm(x, None, w, b, norm=norm)[1], alone)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_branch_does_not_stay_in_memory(backend: str) -> None:
+    """The backward pass and second derivatives hang on the sum; gradients through both are those of the formula."""
+    x, _, weight, bias = leaves(6, n=9, dtypes=(torch.float32,) * 3)
+    memory = np.ones((6, 9), dtype=np.float32)
+    gone = weakref.ref(memory)
+    with ops.use(backend):
+        total, normed = residual_norm(x, torch.from_numpy(memory), weight, bias, dropout_p=0.2)
+        del memory
+        assert gone() is None
+        torch.autograd.backward((total, normed), (torch.ones_like(total), torch.ones_like(normed)))
+    given = [t.detach().requires_grad_() for t in leaves(3, n=4)]
+    seconds = []
+    for function in (lambda *t: residual_norm(*t, eps=1e-3), lambda *t: oracle(*t, "layer", 1e-3)):
+        x, branch, *rest = given
+        results = function(x.sin(), branch.cos(), *rest)  # what asks for the derivatives is no leaf
+        first = torch.autograd.grad(sum(r.square().sum() for r in results), given, create_graph=True)
+        sum(g.square().sum() for g in first).backward()
+        seconds.append([t.grad.clone() for t in given])
+        for t in given:
+            t.grad = None
+    for a, b in zip(*seconds, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")

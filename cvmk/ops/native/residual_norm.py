@@ -53,11 +53,12 @@ def forward(c: Call) -> Out:
 def backward(grads: Out, c: Call, saved: Out, needs: Needs) -> tuple[Tensor | None, ...]:
     if grads.normed is None:  # nothing but dropout
         return reference.backward(grads, c, saved, needs)
-    c = _contiguous(c)
-    x, branch, weight, bias = c.x, c.branch, c.weight, c.bias
+    branch = c.branch  # of which only the shape is read
+    c = _contiguous(c._replace(branch=None))
+    x, weight, bias = c.x, c.weight, c.bias
     grad_sum = None if branch is None or grads.sum is None else grads.sum.contiguous()
     dx = _like(x, x.dtype) if needs.x else None
-    dbranch = _like(branch, branch.dtype) if needs.branch and branch is not None else None
+    dbranch = _like(x, branch.dtype) if needs.branch and branch is not None else None
     dweight = torch.empty_like(weight) if needs.weight else None
     dbias = torch.empty_like(bias) if needs.bias and bias is not None else None
     _NATIVE.residual_norm_backward(
