@@ -34,7 +34,7 @@ def embed(ids: Tensor, weight: Tensor, positions: Tensor | None = None, *, scale
     Dropout draws one seed from torch's generator for the device of weight; element j of place i is element (0, i, j) of the hash in `cvmk.ops._dropout`.
 
     Raises TypeError for a wrong dtype, and for positions or a number that ask for a gradient, ValueError for a wrong shape, device or number, and, on the
-    CPU, IndexError for an id that has no row.
+    CPU, IndexError for an id that has no row. (On a GPU nothing looks at ids before; Triton's kernel gives NaN for such a one.)
     """
     call = prepare(ids, weight, positions, scale=scale, dropout_p=dropout_p)
     if call.dropout_p > 0:

@@ -39,8 +39,13 @@ def backward(grads: Out, c: Call, saved: Out, needs: Needs) -> Tensor | None:
     if not needs.weight:
         return None
     wide = accumulation_dtype(c.weight.dtype)
-    rows = _dropped(c, grads.out.to(wide)).reshape(-1, c.weight.shape[1]) * c.scale
-    return torch.zeros(c.weight.shape, dtype=wide, device=c.weight.device).index_add(0, c.ids.flatten(), rows).to(c.weight.dtype)
+    return sum_rows(c, _dropped(c, grads.out.to(wide)) * c.scale).to(c.weight.dtype)
+
+
+def sum_rows(c: Call, rows: Tensor) -> Tensor:
+    """The rows [..., n] of the ids, added into those of a matrix of the weight's shape. PyTorch sorts by id on a GPU, so that the order is one there too."""
+    found: Tensor = torch.ops.aten.embedding_dense_backward(rows, c.ids, c.weight.shape[0], -1, False)
+    return found
 
 
 BACKENDS = (Backend("embed", "reference", forward, backward),)

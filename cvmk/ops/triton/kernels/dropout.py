@@ -35,3 +35,16 @@ def column_words(key, columns):
 def kept(rows, columns, threshold):
     """Which probabilities stay; rows and columns broadcast to the tile."""
     return mix(rows ^ columns) >= threshold.to(tl.uint32)
+
+
+@triton.jit
+def row_hashes(SEED, rows):
+    """One word a row, where all rows are of one group."""
+    return mix(mix(dropout_key(SEED)) + rows.to(tl.uint32))
+
+
+@triton.jit
+def drop(x, SEED, words, columns, keep_factor, threshold):
+    """x [R, N] with dropout."""
+    stays = kept(words[:, None], column_words(dropout_key(SEED), columns)[None, :], threshold)
+    return tl.where(stays, x * keep_factor, 0.0)

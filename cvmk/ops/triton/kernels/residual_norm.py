@@ -11,19 +11,7 @@ import triton
 import triton.language as tl
 
 from cvmk.ops.triton.kernels.common import cast
-from cvmk.ops.triton.kernels.dropout import column_words, dropout_key, kept, mix
-
-
-@triton.jit
-def row_hashes(SEED, rows):
-    return mix(mix(dropout_key(SEED)) + rows.to(tl.uint32))
-
-
-@triton.jit
-def drop(x, SEED, words, columns, keep_factor, threshold):
-    """x [R, N] with dropout."""
-    stays = kept(words[:, None], column_words(dropout_key(SEED), columns)[None, :], threshold)
-    return tl.where(stays, x * keep_factor, 0.0)
+from cvmk.ops.triton.kernels.dropout import drop, row_hashes
 
 
 @triton.jit(do_not_specialize=["rows", "threshold"])
