@@ -1,7 +1,7 @@
 // Activations and their derivatives on vectors of pre-activations, and the bits that a relu leaves behind.
 #pragma once
+#include "common/activations.h"
 #include "common/elements.h"
-#include "common/simd.h"
 #include "linear/params.h"
 
 namespace cvmk::linear {
@@ -12,35 +12,11 @@ using simd::I;
 using simd::U;
 using simd::kLanes;
 
-CVMK_INLINE F sigmoid(F y) { return 1.0f / (1.0f + simd::exp(-y)); }
-
-// Phi(y), Phi the normal distribution, and its density. The lower tail is exp(-t^2 / 2) P(w), w = 1 / (1 + t / 4), with a relative error of P
-// of 2e-8 for t up to 14, where the tail is below the smallest float.
-struct Normal {
-  F below, density;
-};
-CVMK_INLINE Normal normal(F y) {
-  const F t = simd::abs(y);
-  const F w = 1.0f / (1.0f + 0.25f * t);
-  F p = simd::set(0.033946896459581606f);
-  p = p * w - 0.1961782096582793f;
-  p = p * w + 0.3950033856818909f;
-  p = p * w - 0.33347168059206755f;
-  p = p * w + 0.304488757208436f;
-  p = p * w - 0.0203849914126591f;
-  p = p * w + 0.12156823875862423f;
-  p = p * w + 0.09482019174012975f;
-  p = p * w + 0.10022900503057311f;
-  p = p * w - 2.1600410307569676e-5f;
-  const F bell = simd::exp(-0.5f * t * t), tail = p * bell;
-  return {y < 0.0f ? tail : 1.0f - tail, bell * 0.3989422804014327f};
-}
-
 template <Activation kAct>
 CVMK_INLINE F activate(F y) {
-  if (kAct == kRelu) return y < 0.0f ? F{} : y;  // NaN stays
-  if (kAct == kGelu) return y * normal(y).below;
-  if (kAct == kSilu) return y * sigmoid(y);
+  if (kAct == kRelu) return activations::relu(y);
+  if (kAct == kGelu) return activations::gelu(y);
+  if (kAct == kSilu) return activations::silu(y);
   return y;
 }
 
@@ -48,11 +24,11 @@ CVMK_INLINE F activate(F y) {
 template <Activation kAct>
 CVMK_INLINE F derive(F grad, F y) {
   if (kAct == kGelu) {
-    const Normal n = normal(y);
+    const activations::Normal n = activations::normal(y);
     return grad * (n.below + y * n.density);
   }
   if (kAct == kSilu) {
-    const F s = sigmoid(y);
+    const F s = activations::sigmoid(y);
     return grad * (s * (1.0f + y * (1.0f - s)));
   }
   return grad;

@@ -1,39 +1,50 @@
 // The gradients of y = dropout(activation(x W^T + b)), with G the gradient of the pre-activation:
 //
 //   dx [row, k] = sum_n G[row, n] W[n, k]      items are blocks of rows; the weight is packed before
-//   dW [n, k]   = sum_row G[row, n] x[row, k]  items are kAcross columns of G and a group of inputs, over all rows in their order
+//   dW [n, k]   = sum_row G[row, n] x[row, k]  items are kAcross columns of G and a group of inputs
 //   db [n]      = sum_row G[row, n]            a partial sum a block of rows, then the blocks in their order
 //
-// G is made a block of rows at a time, from what the forward pass kept and the generator of the dropout.
+// G is made a block of rows at a time, from what the forward pass kept and the generator of the dropout. Rows are taken in chunks whose operands stay in
+// the second-level cache between their making and the products of dW, which are added up chunk by chunk. How large a chunk is changes no bit: it is a
+// multiple of the parts whose sums are added one after the other.
 #pragma once
 #include "linear/forward.inl"
 
 namespace cvmk::linear {
 namespace {
 
+constexpr int64_t kChunk = 512;  // rows of a chunk, or a multiple of it
+
 template <typename E>
 struct BackwardPlan {
   typedef typename E::Element Element;
+  static_assert(kChunk % E::kPart == 0 && kChunk % kRowBlock == 0, "chunks are whole parts and blocks");
   Shape shape;
-  int64_t blocks, depth, each;  // depth: padded rows, the sums of dW
-  int threads;
   bool rows_wanted, sums_wanted;  // dx; dW
-  Element *weight, *across, *x;   // packed: W for dx, G and x for dW
-  float* bias;                    // [blocks][shape.padded]
-  uint32_t* hashes;               // of the dropout's columns
+  int threads;
+  int64_t blocks, depth, chunk, room, items, each;  // depth: rows as dW sums them; room: such of a chunk; items: of dW
+  Element *weight, *across, *x;                     // packed: W for dx, a chunk of G and of x for dW
+  float *sums, *bias;                               // [items][kAcross][kGroup]; [blocks][shape.padded]
+  uint32_t* hashes;                                 // of the dropout's columns
+  int64_t* next;                                    // the items handed out of each phase: rows and sums of a chunk
   char* own;
 
   BackwardPlan(const Backward& p, const Team& team, Arena* arena)
-      : shape(p.linear), blocks(blocks_of(p.linear)), depth(E::depth(p.linear.rows)), rows_wanted(p.dx.data != nullptr), sums_wanted(p.d_weight.data != nullptr) {
-    threads = threads_for(p.linear, team);
+      : shape(p.linear), rows_wanted(p.dx.data != nullptr), sums_wanted(p.d_weight.data != nullptr), threads(threads_for(p.linear, team)), blocks(blocks_of(p.linear)), depth(E::depth(p.linear.rows)) {
+    chunk = sums_wanted ? up(2 * kRowBlock * threads, kChunk) : up(most(1, p.linear.rows), kChunk);
+    room = least(chunk, depth);
+    items = sums_wanted ? shape.padded / kAcross * (shape.inputs / kGroup) : 0;
     weight = arena->take<Element>(rows_wanted ? shape.padded * shape.inputs : 0);
-    across = arena->take<Element>(sums_wanted ? shape.padded * depth : 0);
-    x = arena->take<Element>(sums_wanted ? shape.inputs * depth : 0);
+    across = arena->take<Element>(sums_wanted ? shape.padded * room : 0);
+    x = arena->take<Element>(sums_wanted ? shape.inputs * room : 0);
+    sums = arena->take<float>(items * kAcross * kGroup);
     bias = arena->take<float>(p.d_bias.data != nullptr ? blocks * shape.padded : 0);
     hashes = arena->take<uint32_t>(p.linear.dropout_limit != 0 ? shape.each : 0);
+    next = arena->take<int64_t>(2 * chunks());
     each = up(kRowBlock * shape.padded * static_cast<int64_t>(sizeof(Element)), 64) + kRowBlock * kGroup * 4;
     own = arena->take<char>(threads * each);
   }
+  int64_t chunks() const { return pieces(blocks * kRowBlock, chunk); }
 };
 
 // A row of a result's gradient, and what was kept of it, in the type of the result.
@@ -129,7 +140,7 @@ void backward_rows(const Backward& p, const BackwardPlan<E>& plan, int64_t block
   typedef typename E::Element Element;
   const Linear& l = p.linear;
   const Shape& s = plan.shape;
-  const int64_t first = block * kRowBlock, rows = least(kRowBlock, l.rows - first);
+  const int64_t first = block * kRowBlock, rows = least(kRowBlock, l.rows - first), at = first % plan.chunk;  // at: within the chunk
   Element* g = reinterpret_cast<Element*>(memory);
   float* sums = reinterpret_cast<float*>(memory + plan.each - kRowBlock * kGroup * 4);
   float* bias = p.d_bias.data == nullptr ? nullptr : plan.bias + block * s.padded;
@@ -148,22 +159,24 @@ void backward_rows(const Backward& p, const BackwardPlan<E>& plan, int64_t block
       left[i] = r + i < rows ? g + (r + i) * s.padded : nullptr;
       right[i] = r + i < rows ? row(l.x, first + r + i) : nullptr;
     }
-    E::lay_left(left, s.padded, plan.across, plan.depth, first + r);
-    E::lay_right(l.x, right, l.inputs, s.inputs, plan.x, plan.depth, first + r);
+    E::lay_left(left, s.padded, plan.across, plan.room, at + r);
+    E::lay_right(l.x, right, l.inputs, s.inputs, plan.x, plan.room, at + r);
   }
-  E::turn_left(plan.across, s.padded, plan.depth, first, padded);
+  E::turn_left(plan.across, s.padded, plan.room, at, padded);
 }
 
-// dW of kAcross packed columns and a group of inputs.
+// What a chunk adds to dW of kAcross packed columns and a group of inputs; behind the last one, the result.
 template <typename E>
-void backward_sums(const Backward& p, const BackwardPlan<E>& plan, int64_t item, char* memory) {
+void backward_sums(const Backward& p, const BackwardPlan<E>& plan, int64_t chunk, int64_t item) {
   const Linear& l = p.linear;
   const Shape& s = plan.shape;
   const int64_t groups = s.inputs / kGroup, packed = item / groups * kAcross, column = item % groups * kGroup, first = s.row_of(packed);
   if (first < 0) return;
-  float* sums = reinterpret_cast<float*>(memory);
-  E::multiply_across(plan.depth, plan.across + packed * plan.depth, plan.x + column * plan.depth, sums);
-  store_rows(p.d_weight, sums, least(kAcross, s.columns - packed % s.each), first, l.inputs, column, least(kGroup, l.inputs - column));
+  float* sums = plan.sums + item * kAcross * kGroup;
+  const int64_t depth = least(plan.chunk, plan.depth - chunk * plan.chunk);
+  E::multiply_across(depth, plan.room, plan.across + packed * plan.room, plan.x + column * plan.room, sums, chunk > 0);
+  if (chunk == plan.chunks() - 1)
+    store_rows(p.d_weight, sums, least(kAcross, s.columns - packed % s.each), first, l.inputs, column, least(kGroup, l.inputs - column));
 }
 
 template <typename E>
@@ -204,11 +217,23 @@ void backward_with(const Backward& p, char* scratch, const Team& team) {
     const void* rows[2] = {row(l.weight, s.row_of(2 * i)), row(l.weight, s.row_of(2 * i + 1))};
     E::lay_right(l.weight, rows, l.inputs, s.inputs, plan.weight, s.padded, 2 * i);
   };
-  const auto own = [&](int thread) { return plan.own + thread * plan.each; };
-  const int64_t sums = plan.sums_wanted ? s.padded / kAcross * (s.inputs / kGroup) : 0;
-  team.two_loops(plan.threads, plan.rows_wanted ? s.padded / 2 : 0, pack, plan.blocks, [] { E::begin(); },
-                 [&](int64_t i, int thread) { backward_rows(p, plan, i, own(thread)); }, [] { E::end(); });
-  team.two_loops(plan.threads, 0, [](int64_t) {}, sums, [] { E::begin(); }, [&](int64_t i, int thread) { backward_sums(p, plan, i, own(thread)); }, [] { E::end(); });
+  const int64_t packs = plan.rows_wanted ? s.padded / 2 : 0, chunk_blocks = plan.chunk / kRowBlock;
+  memset(plan.next, 0, static_cast<size_t>(2 * plan.chunks()) * sizeof(int64_t));
+  team.together(plan.threads, [&](int thread, int threads) {
+    for (int64_t i = packs * thread / threads; i < packs * (thread + 1) / threads; ++i) pack(i);
+    const auto each = [&](int64_t phase, int64_t count, const auto& body) __attribute__((always_inline)) {
+      team.wait(threads);
+      const auto take = [&] { return __atomic_fetch_add(plan.next + phase, 1, __ATOMIC_RELAXED); };
+      for (int64_t i = take(); i < count; i = take()) body(i);
+    };
+    E::begin();
+    for (int64_t chunk = 0; chunk < plan.chunks(); ++chunk) {
+      const int64_t first = chunk * chunk_blocks;
+      each(2 * chunk, least(chunk_blocks, plan.blocks - first), [&](int64_t i) { backward_rows(p, plan, first + i, plan.own + thread * plan.each); });
+      if (plan.sums_wanted) each(2 * chunk + 1, plan.items, [&](int64_t i) { backward_sums(p, plan, chunk, i); });
+    }
+    E::end();
+  });
   if (p.d_bias.data != nullptr) backward_bias(p, plan);
 }
 

@@ -63,13 +63,13 @@ struct FloatProducts {
   }
   CVMK_INLINE static void turn_left(float*, int64_t, int64_t, int64_t, int64_t) {}
 
-  // c [rows][kGroup] = a left operand in rows, or across, times a group of a right one.
+  // c [rows][kGroup] (+)= a left operand in rows, or across, times a group of a right one, whose panels have room for a depth of `room`.
   static void multiply_rows(int64_t rows, int64_t depth, const float* left, int64_t stride, const float* right, float* c) {
     if (depth == 0) memset(c, 0, static_cast<size_t>(rows * kGroup) * sizeof(float));
     product::multiply_parts(rows, kGroup, depth, kPart, {left, stride, 1, depth, 0}, {right, kPanel * depth, kPanel}, c, kGroup, false);
   }
-  static void multiply_across(int64_t depth, const float* left, const float* right, float* c) {
-    product::multiply_parts(kAcross, kGroup, depth, kPart, {left, 1, kAcross, depth, 0}, {right, kPanel * depth, kPanel}, c, kGroup, false);
+  static void multiply_across(int64_t depth, int64_t room, const float* left, const float* right, float* c, bool add) {
+    product::multiply_parts(kAcross, kGroup, depth, kPart, {left, 1, kAcross, depth, 0}, {right, kPanel * room, kPanel}, c, kGroup, add);
   }
 };
 

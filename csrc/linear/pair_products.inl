@@ -125,25 +125,26 @@ struct PairProducts {
   }
   CVMK_INLINE static void turn_left(Half*, int64_t, int64_t, int64_t, int64_t) {}
 
-  static void multiply(int64_t rows, int64_t depth, const Half* left, int64_t row, int64_t along, const Half* right, float* c) {
-    const int64_t panel = 16 * depth;
+  static void multiply(int64_t rows, int64_t depth, const Half* left, int64_t row, int64_t along, const Half* right, int64_t panel, float* c, bool add) {
     if (depth == 0) memset(c, 0, static_cast<size_t>(rows * kGroup) * sizeof(float));
     for (int64_t k = 0; k < depth; k += kPart) {
       const int64_t pairs = least(kPart, depth - k) / 2;
       const Half *a = left + k / 2 * along, *b = right + k * 16;
       int64_t r = 0;
-      for (; r + 4 <= rows; r += 4) pair_micro<4>(pairs, a + r * row, row, along, b, panel, c + r * kGroup, k > 0);
+      for (; r + 4 <= rows; r += 4) pair_micro<4>(pairs, a + r * row, row, along, b, panel, c + r * kGroup, add || k > 0);
       if (rows - r >= 2) {
-        pair_micro<2>(pairs, a + r * row, row, along, b, panel, c + r * kGroup, k > 0);
+        pair_micro<2>(pairs, a + r * row, row, along, b, panel, c + r * kGroup, add || k > 0);
         r += 2;
       }
-      if (rows > r) pair_micro<1>(pairs, a + r * row, row, along, b, panel, c + r * kGroup, k > 0);
+      if (rows > r) pair_micro<1>(pairs, a + r * row, row, along, b, panel, c + r * kGroup, add || k > 0);
     }
   }
   static void multiply_rows(int64_t rows, int64_t depth, const Half* left, int64_t stride, const Half* right, float* c) {
-    multiply(rows, depth, left, stride, 2, right, c);
+    multiply(rows, depth, left, stride, 2, right, 16 * depth, c, false);
   }
-  static void multiply_across(int64_t depth, const Half* left, const Half* right, float* c) { multiply(kAcross, depth, left, 2, 2 * kAcross, right, c); }
+  static void multiply_across(int64_t depth, int64_t room, const Half* left, const Half* right, float* c, bool add) {
+    multiply(kAcross, depth, left, 2, 2 * kAcross, right, 16 * room, c, add);
+  }
 };
 
 }  // namespace

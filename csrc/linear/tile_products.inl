@@ -15,15 +15,22 @@ struct TileProducts : PairProducts {
   // Tiles are read whole, and so are 32 rows.
   CVMK_INLINE static bool reads_in_place(const Matrix& m, int64_t rows, int64_t width) { return rows % 32 == 0 && PairProducts::reads_in_place(m, rows, width); }
 
-  // c [32][kGroup] = two tiles of rows, `row` bytes from row to row, `below` numbers apart and `along` from step to step, times the group.
-  CVMK_INLINE static void block(int64_t depth, const Half* left, int64_t row, int64_t below, int64_t along, const Half* right, float* c) {
+  // c [32][kGroup] (+)= two tiles of rows, `row` bytes from row to row, `below` numbers apart and `along` from step to step, times the group, whose panels
+  // are `panel` numbers apart.
+  CVMK_INLINE static void block(int64_t depth, const Half* left, int64_t row, int64_t below, int64_t along, const Half* right, int64_t panel, float* c, bool add) {
     constexpr int64_t kBytes = kGroup * 4;
-    const int64_t panel = 16 * depth;
     for (int64_t j = 0; j < kGroup; j += 32, right += 2 * panel, c += 32) {
-      _tile_zero(0);
-      _tile_zero(1);
-      _tile_zero(2);
-      _tile_zero(3);
+      if (add) {
+        _tile_loadd(0, c, kBytes);
+        _tile_loadd(1, c + 16, kBytes);
+        _tile_loadd(2, c + 16 * kGroup, kBytes);
+        _tile_loadd(3, c + 16 * kGroup + 16, kBytes);
+      } else {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+      }
       const Half *a = left, *b = right;
       for (int64_t k = 0; k < depth; k += 32, a += along, b += 512) {
         _tile_loadd(6, b, 64);
@@ -43,9 +50,11 @@ struct TileProducts : PairProducts {
   }
 
   static void multiply_rows(int64_t rows, int64_t depth, const Half* left, int64_t stride, const Half* right, float* c) {
-    for (int64_t r = 0; r < rows; r += 32) block(depth, left + r * stride, 2 * stride, 16 * stride, 32, right, c + r * kGroup);
+    for (int64_t r = 0; r < rows; r += 32) block(depth, left + r * stride, 2 * stride, 16 * stride, 32, right, 16 * depth, c + r * kGroup, false);
   }
-  static void multiply_across(int64_t depth, const Half* left, const Half* right, float* c) { block(depth, left, 64, 512, 32 * kAcross, right, c); }
+  static void multiply_across(int64_t depth, int64_t room, const Half* left, const Half* right, float* c, bool add) {
+    block(depth, left, 64, 512, 32 * kAcross, right, 16 * room, c, add);
+  }
 
   // The rows [first, first + rows), a multiple of 32, of an operand of `padded` columns, from pairs [16][kAcross][2] to two tiles [16][16][2].
   static void turn_left(Half* across, int64_t padded, int64_t depth, int64_t first, int64_t rows) {

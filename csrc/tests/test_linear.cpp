@@ -90,7 +90,7 @@ struct Layer {
 };
 
 void layers_are_exact() {
-  const std::int64_t shapes[][3] = {{1, 1, 2}, {3, 5, 6}, {17, 33, 34}, {65, 64, 128}, {70, 130, 66}, {64, 200, 64}};
+  const std::int64_t shapes[][3] = {{1, 1, 2}, {3, 5, 6}, {17, 33, 34}, {65, 64, 128}, {70, 130, 66}, {64, 200, 64}, {1100, 40, 34}};  // the last one: chunks of rows
   for (const auto& s : shapes)
     for (const bool lowered : {false, true})
       for (const Activation activation : {kNone, kRelu, kSwiglu})
