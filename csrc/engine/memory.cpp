@@ -1,5 +1,6 @@
 #include "engine/memory.h"
 
+#include <iterator>
 #include <new>
 
 #include "common/sizes.h"
@@ -27,6 +28,7 @@ void* Memory::take(std::int64_t bytes) {
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     used_ += bytes;
+    most_used_ = most(most_used_, used_);
     const auto found = free_.find(bytes);
     if (found != free_.end()) {
       void* data = found->second;
@@ -49,7 +51,15 @@ void Memory::give(void* data, std::int64_t bytes) noexcept {
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     used_ -= bytes;
-    if (kept_ + bytes <= limit_) {
+    const std::int64_t limit = most(least_, most_used_);
+    while (kept_ + bytes > limit && !free_.empty()) {
+      const auto last = std::prev(free_.end());
+      if (last->first == bytes) break;
+      ::operator delete(last->second, kLine);
+      kept_ -= last->first;
+      free_.erase(last);
+    }
+    if (kept_ + bytes <= limit) {
       try {
         free_.emplace(bytes, data);
         kept_ += bytes;
@@ -59,6 +69,11 @@ void Memory::give(void* data, std::int64_t bytes) noexcept {
     }
   }
   ::operator delete(data, kLine);
+}
+
+std::int64_t Memory::kept() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return kept_;
 }
 
 std::int64_t Memory::used() {

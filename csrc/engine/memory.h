@@ -9,8 +9,8 @@ namespace cvmk::engine {
 
 class Memory {
  public:
-  // Keeps at most `kept` bytes that nobody uses.
-  explicit Memory(std::int64_t kept = std::int64_t{1} << 28) : limit_(kept) {}
+  // Keeps what nobody uses for those who come: at most `least` bytes, or as many as were in use at once. Other sizes than are asked for now go first, the largest.
+  explicit Memory(std::int64_t least = std::int64_t{1} << 24) : least_(least) {}
   ~Memory();
   Memory(const Memory&) = delete;
   Memory& operator=(const Memory&) = delete;
@@ -20,14 +20,15 @@ class Memory {
   // Uninitialised, on a cache line. Throws std::bad_alloc.
   void* take(std::int64_t bytes);
   void give(void* data, std::int64_t bytes) noexcept;
-  // Bytes that are in use.
+  // Bytes that are in use; that are kept.
   std::int64_t used();
+  std::int64_t kept();
 
  private:
-  const std::int64_t limit_;
+  const std::int64_t least_;
   std::mutex mutex_;
   std::multimap<std::int64_t, void*> free_;
-  std::int64_t kept_ = 0, used_ = 0;
+  std::int64_t kept_ = 0, used_ = 0, most_used_ = 0;
 };
 
 }  // namespace cvmk::engine

@@ -168,6 +168,35 @@ void many_threads() {
   for (std::thread& thread : threads) thread.join();
 }
 
+// What is kept is bounded by what was in use at once, whatever sizes come; a size that comes again is there.
+void memory_is_bounded() {
+  Memory memory(1 << 16);
+  Random random;
+  std::vector<std::pair<void*, std::int64_t>> held;
+  std::int64_t used = 0, highest = 0;
+  for (int i = 0; i < 20000; ++i) {
+    if (held.size() < 12 && random.below(2) == 0) {
+      const std::int64_t bytes = 1 + random.below(1 << (4 + random.below(16)));
+      held.emplace_back(memory.take(bytes), bytes);
+      static_cast<char*>(held.back().first)[bytes - 1] = 1;
+      used += Memory::rounded(bytes);
+      highest = std::max(highest, used);
+    } else if (!held.empty()) {
+      std::swap(held[static_cast<std::size_t>(random.below(static_cast<int>(held.size())))], held.back());
+      memory.give(held.back().first, held.back().second);
+      used -= Memory::rounded(held.back().second);
+      held.pop_back();
+    }
+    CHECK(memory.used() == used && memory.kept() <= std::max<std::int64_t>(highest, 1 << 16));
+  }
+  for (const auto& [data, bytes] : held) memory.give(data, bytes);
+  CHECK(memory.used() == 0);
+  void* first = memory.take(5000);
+  memory.give(first, 5000);
+  CHECK(memory.take(5000) == first);
+  memory.give(first, 5000);
+}
+
 void bad_models_are_named() {
   const Config c = config_of(false);
   const auto fails = [&](const char* text, const RawTensors& tensors) {
@@ -202,6 +231,7 @@ int main() {
   results_are_whole();
   requests_leave();
   many_threads();
+  memory_is_bounded();
   bad_models_are_named();
   return cvmk::testing::check_result();
 }
