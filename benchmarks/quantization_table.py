@@ -88,18 +88,18 @@ def main() -> None:
 
 
 def _table(arguments: argparse.Namespace, work: Path) -> Any:
-    from cvmk.formats import load_model_folder, save_model_folder
+    from cvmk.formats import load_model_folder, resolve_model_folder, save_model_folder
     from cvmk.formats.folder import WEIGHTS
     from cvmk.inference import Translator
     from cvmk.quantization import Recipe, quantize_model, read_pairs
 
     model, tokenizer, _ = load_model_folder(arguments.model)
     whole = 4 * sum(parameter.numel() for parameter in model.parameters())
-    texts = arguments.source, arguments.reference
+    texts, size = (arguments.source, arguments.reference), (resolve_model_folder(arguments.model) / WEIGHTS).stat().st_size / whole
     yield ("scheme", "method", "engine", "size", "BLEU, greedy", "BLEU, beam 4", "tokens/s", "peak memory, MB")
     yield ("---",) * 8
-    yield from _rows("float32", "", {"native": (arguments.model, "float32"), "torch": (arguments.model, "float32")}, 1.0, arguments.model, texts)
-    yield from _rows("bfloat16", "", {"native": (arguments.model, "bfloat16")}, 0.5, arguments.model, texts)
+    yield from _rows("float32", "", {"native": (arguments.model, "float32"), "torch": (arguments.model, "float32")}, size, arguments.model, texts)
+    yield from _rows("bfloat16", "at loading", {"native": (arguments.model, "bfloat16")}, size, arguments.model, texts)
     pairs = read_pairs(read_lines(arguments.calibrate), Translator.of_weights(model, tokenizer), 128)
     for scheme, method in ROWS:
         out = work / f"{scheme}-{method}"
@@ -110,8 +110,9 @@ def _table(arguments: argparse.Namespace, work: Path) -> Any:
 
     if ctranslate2_peer.available() is None:
         ctranslate2_peer.export(model, work / "ct2")
-        for kind, size in (("float32", 1.0), ("int8", 0.26)):
-            yield from _rows(kind, "at loading", {"CTranslate2": (str(work / "ct2"), kind)}, size, arguments.model, texts)
+        stored = (work / "ct2" / "model.bin").stat().st_size / whole  # in float32; int8 is what it becomes when it is loaded
+        for kind in ("float32", "int8"):
+            yield from _rows(kind, "at loading", {"CTranslate2": (str(work / "ct2"), kind)}, stored, arguments.model, texts)
 
 
 def _rows(scheme: str, method: str, engines: dict[str, tuple[str, str]], size: float, original: str, texts: tuple[str, str]) -> Any:
