@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -20,7 +21,7 @@ import cvmk
 from cvmk.ops import native
 
 QEMU = shutil.which("qemu-x86_64")
-TESTS = ("cpu_features", "elements", "scratch", "team", "sketch", "scan", "attention", "distill", "gemm", "norm", "linear", "cached", "vocabulary", "engine")
+TESTS = tuple(re.findall(r"^cvmk_test\((\w+)\)", (Path(__file__).parents[2] / "csrc" / "tests" / "CMakeLists.txt").read_text(), re.MULTILINE))
 LEVELS = {"qemu64": "base", "Haswell": "avx2"}
 pytestmark = [
     pytest.mark.timeout(600),  # it may compile
