@@ -103,7 +103,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--compute-type", default="int8")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--allowed", type=float, default=4.0, help="MiB by which memory may rise")
+    parser.add_argument("--allowed", type=float, default=2.0, help="MiB by which memory may rise")
     chosen = parser.parse_args(arguments)
     generator, start = random.Random(chosen.seed), time.monotonic()
     logging.disable(logging.WARNING)  # it truncates on purpose
