@@ -103,8 +103,9 @@ CVMK_INLINE F highest_of(const F* logits) {
 // -- the sum ------------------------------------------------------------------------------------------------------------------------
 constexpr float kRoom = 60.0f;  // exp(kRoom) times a segment is far from overflowing, and what is lost below the shift is far below one rounding of the sum
 
-// The number itself where it is finite, else 0.
-CVMK_INLINE F shift_of(F highest) { return simd::select((highest > -infinity()) & (highest < infinity()), highest, F{}); }
+// The number itself where it is finite. A lane of -inf alone gets the lowest finite one, so that it does not hold the lanes beside it, or what is still to come,
+// at a shift under which they vanish.
+CVMK_INLINE F shift_of(F highest) { return simd::select(highest < infinity(), simd::max(highest, simd::set(-__FLT_MAX__)), F{}); }
 
 // Online softmax (Milakov & Gimelshein 2018), every lane for itself: its sum is of exp(logit - shift), where the shift moves only when a logit is far above it.
 CVMK_INLINE void add_up(Lanes& lanes, const F* logits, F highest, bool begins) {
