@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 os.environ["PYTHONSAFEPATH"] = "1"  # processes that tests start use the installed package, not the sources in the working directory
+os.environ["TORCHINDUCTOR_ERROR_ON_CUSTOM_OP_ALIASING"] = "1"  # what PyTorch only warns of outside of CI
 if not any(Path("/dev").glob("nvidia[0-9]*")):
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is first imported: without a GPU its kernels run on CPU tensors
 

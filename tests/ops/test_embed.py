@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,12 +15,10 @@ from transforms import check_transforms
 from cvmk import ops
 from cvmk.ops import embed, native
 from cvmk.ops._dropout import draw_seed
-from cvmk.ops._op import forget_choices
 from cvmk.ops.embed import op, prepare
 from cvmk.ops.reference._dropout import kept_rows
 
 BACKENDS = ["reference"] if native.library() is None else ["reference", "native"]
-LEVELS = () if native.library() is None else native.LEVELS[: native.LEVELS.index(native.isa_level()) + 1]
 
 
 def inputs(*shape: int, n: int = 5, vocabulary: int = 11, dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -37,17 +34,6 @@ def oracle(ids: Tensor, weight: Tensor, positions: Tensor | None, scale: float, 
     x = one_hot @ weight * scale
     x = x if positions is None else x + positions
     return x if keep is None else x * keep.view(x.shape) / (1 - p)
-
-
-@pytest.fixture(params=LEVELS)
-def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The kernels of one level, with fresh memory that is full of NaN."""
-    monkeypatch.setenv("CVMK_CPU_ISA", request.param)
-    forget_choices()
-    torch.use_deterministic_algorithms(True)
-    with ops.use("native"):
-        yield request.param
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3, 0.999])

@@ -6,12 +6,12 @@ import itertools
 import math
 import os
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from levels import LEVELS
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn import functional as F
@@ -20,12 +20,10 @@ from transforms import check_transforms
 from cvmk import ops
 from cvmk.ops import native, residual_norm
 from cvmk.ops._dropout import draw_seed
-from cvmk.ops._op import forget_choices
 from cvmk.ops.reference._dropout import kept_rows
 from cvmk.ops.residual_norm import op, prepare
 
 BACKENDS = ["reference"] if native.library() is None else ["reference", "native"]
-LEVELS = () if native.library() is None else native.LEVELS[: native.LEVELS.index(native.isa_level()) + 1]
 MIXES = ((torch.float32,) * 3, (torch.float32, torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16, torch.float32), (torch.float16,) * 3,
          (torch.bfloat16, torch.float32, torch.bfloat16))  # fmt: skip
 """Dtypes of x, branch, and weight and bias."""
@@ -68,17 +66,6 @@ def with_gradients(tensors: list[Tensor], function: Any) -> list[Tensor]:
     g = torch.Generator().manual_seed(9)
     weights = [torch.randn(x.shape, generator=g, dtype=torch.float64).to(x.dtype) for x in results]
     return [x.detach() for x in results] + list(torch.autograd.grad(results, tensors, weights))
-
-
-@pytest.fixture(params=LEVELS)
-def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The kernels of one level, with fresh memory that is full of NaN."""
-    monkeypatch.setenv("CVMK_CPU_ISA", request.param)
-    forget_choices()
-    torch.use_deterministic_algorithms(True)
-    with ops.use("native"):
-        yield request.param
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("norm", ["layer", "rms"])
@@ -325,6 +312,17 @@ def test_opcheck(branch: bool) -> None:
         grads = (torch.randn_like(total) if branch else None, torch.randn_like(normed), None)
         backward = (*grads, *call[:5], total, stats, *call[5:], needs)
         torch.library.opcheck(torch.ops.cvmk.residual_norm_backward.default, backward, test_utils=tests)
+
+
+@pytest.mark.parametrize("backend", ["reference", "native"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_results_that_nobody_asked_for_share_no_storage(backend: str, dtype: torch.dtype) -> None:
+    """torch.compile warns of a custom op whose results do, and will refuse it."""
+    x = torch.randn(2, 6, dtype=dtype)
+    with torch.no_grad(), ops.use(backend):
+        results = op.run_forward(prepare(x, None, torch.ones(6), torch.zeros(6)))
+    storages = [x.untyped_storage(), *(result.untyped_storage() for result in results)]
+    assert len({storage._cdata for storage in storages}) == len(storages)
 
 
 def test_compile_and_export() -> None:

@@ -18,8 +18,9 @@ from cvmk.ops.residual_norm import Call, Out, sum_dtype
 
 _NATIVE: Any = library()
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
-_NOTHING = {dtype: torch.empty(0, dtype=dtype, device="cpu") for dtype in TYPES}
-"""Results that nobody asked for, where no gradient is recorded (what autograd records is its own)."""
+_NO_SUM = {dtype: torch.empty(0, dtype=dtype, device="cpu") for dtype in TYPES}
+_NO_STATS = torch.empty(0, dtype=torch.float32, device="cpu")
+"""Results that nobody asked for, where no gradient is recorded (what autograd records is its own): two, for results of one call share no storage."""
 
 
 def _contiguous(c: Call) -> Call:
@@ -46,8 +47,8 @@ def forward(c: Call) -> Out:
     factor, key, limit = NO_DROPOUT if c.dropout_seed is None else words(c.dropout_seed, c.dropout_p)
     _NATIVE.residual_norm_forward(c, total, normed, stats, factor, key, limit)
     if total is None:
-        total = x.new_empty(0) if c.keep_stats else _NOTHING[dtype]
-    return make(Out, (total, normed, _NOTHING[torch.float32] if stats is None else stats))
+        total = x.new_empty(0) if c.keep_stats else _NO_SUM[dtype]
+    return make(Out, (total, normed, _NO_STATS if stats is None else stats))
 
 
 def backward(grads: Out, c: Call, saved: Out, needs: Needs) -> tuple[Tensor | None, ...]:
