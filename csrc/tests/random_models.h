@@ -9,20 +9,11 @@
 #include <vector>
 
 #include "engine/model.h"
+#include "tests/random.h"
 
 namespace cvmk::testing {
 
 using namespace cvmk::engine;
-
-struct Random {
-  std::uint64_t state = 1;
-  std::uint64_t bits() {
-    state = state * 6364136223846793005u + 1442695040888963407u;
-    return state >> 33;
-  }
-  int below(int n) { return static_cast<int>(bits() % static_cast<std::uint64_t>(n)); }
-  float real() { return static_cast<float>(bits()) * 0x1.0p-31f - 0.5f; }
-};
 
 struct Weights {
   std::vector<std::unique_ptr<std::vector<float>>> memory;

@@ -9,28 +9,17 @@
 #include "common/scratch.h"
 #include "embed/params.h"
 #include "tests/check.h"
+#include "tests/random.h"
 
 namespace {
 
 using namespace cvmk::embed;
 using cvmk::Elements;
-using Floats = std::vector<float>;
-
-std::mt19937 generator(7);
-
-Floats normal(std::int64_t count) {
-  std::normal_distribution<float> draw;
-  Floats values(static_cast<std::size_t>(count));
-  for (float& value : values) value = draw(generator);
-  return values;
-}
-Floats poisoned(std::int64_t count) { return Floats(static_cast<std::size_t>(count), std::numeric_limits<float>::quiet_NaN()); }
-
-bool near(const Floats& found, const std::vector<double>& wanted, double tolerance) {
-  for (std::size_t i = 0; i < found.size(); ++i)
-    if (!(std::fabs(static_cast<double>(found[i]) - wanted[i]) <= tolerance * (1.0 + std::fabs(wanted[i])))) return false;
-  return found.size() == wanted.size();
-}
+using cvmk::testing::Floats;
+using cvmk::testing::generator;
+using cvmk::testing::near;
+using cvmk::testing::normal;
+using cvmk::testing::poisoned;
 
 // Every other id is 0; positions come again after three rows.
 void check_case(std::int64_t rows, std::int64_t n, std::int64_t vocabulary, bool with_positions, std::uint32_t limit) {

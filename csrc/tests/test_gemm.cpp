@@ -10,19 +10,14 @@
 #include "common/scratch.h"
 #include "gemm/params.h"
 #include "tests/check.h"
+#include "tests/random.h"
 
 namespace {
 
 using namespace cvmk;
 using namespace cvmk::gemm;
 
-struct Random {
-  std::uint64_t state = 1;
-  int below(int n) {
-    state = state * 6364136223846793005u + 1442695040888963407u;
-    return static_cast<int>((state >> 33) % static_cast<std::uint64_t>(n));
-  }
-};
+using cvmk::testing::Random;
 
 std::size_t padded(int n, int to) { return static_cast<std::size_t>((n + to - 1) / to * to); }
 

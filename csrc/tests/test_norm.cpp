@@ -9,28 +9,19 @@
 #include "common/scratch.h"
 #include "norm/params.h"
 #include "tests/check.h"
+#include "tests/random.h"
 
 namespace {
 
 using namespace cvmk::norm;
 using cvmk::Elements;
-using Floats = std::vector<float>;
+using cvmk::testing::Floats;
+using cvmk::testing::generator;
+using cvmk::testing::near;
+using cvmk::testing::normal;
+using cvmk::testing::poisoned;
 
-std::mt19937 generator(7);
-
-Floats normal(std::int64_t count) {
-  std::normal_distribution<float> draw;
-  Floats values(static_cast<std::size_t>(count));
-  for (float& value : values) value = draw(generator);
-  return values;
-}
-Floats poisoned(std::int64_t count) { return Floats(static_cast<std::size_t>(count), std::numeric_limits<float>::quiet_NaN()); }
-
-bool near(const Floats& found, const std::vector<double>& wanted) {
-  for (std::size_t i = 0; i < found.size(); ++i)
-    if (!(std::fabs(static_cast<double>(found[i]) - wanted[i]) <= 2e-5 * (1.0 + std::fabs(wanted[i])))) return false;
-  return found.size() == wanted.size();
-}
+constexpr double kNear = 2e-5;
 
 void check_case(std::int64_t rows, std::int64_t n, bool rms, bool with_branch, std::uint32_t limit) {
   const std::int64_t count = rows * n;
@@ -77,14 +68,14 @@ void check_case(std::int64_t rows, std::int64_t n, bool rms, bool with_branch, s
       want_dbranch[at(j)] = keep[column] * want_dx[at(j)];
     }
   }
-  CHECK(near(normed, y) && near(dx, want_dx) && near(dweight, want_dweight) && near(dbias, want_dbias));
-  if (with_branch) CHECK(near(sum, s) && near(dbranch, want_dbranch));
+  CHECK(near(normed, y, kNear) && near(dx, want_dx, kNear) && near(dweight, want_dweight, kNear) && near(dbias, want_dbias, kNear));
+  if (with_branch) CHECK(near(sum, s, kNear) && near(dbranch, want_dbranch, kNear));
 
   if (limit != 0 || !with_branch) return;  // what the engine calls: in place
   Floats stream = x, out = poisoned(count);
   const Residual p{stream.data(), branch.data(), out.data(), weight.data(), bias.data(), rows, n, 1e-3f, rms};
   cvmk::run(kernels().residual, p, cvmk::openmp_team());
-  CHECK(near(stream, s) && near(out, y));
+  CHECK(near(stream, s, kNear) && near(out, y, kNear));
 }
 
 }  // namespace

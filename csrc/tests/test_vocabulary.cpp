@@ -9,6 +9,7 @@
 
 #include "common/scratch.h"
 #include "tests/check.h"
+#include "tests/random.h"
 #include "vocabulary/params.h"
 
 namespace {
@@ -18,15 +19,7 @@ using namespace cvmk::vocabulary;
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-struct Random {
-  std::uint64_t state = 3;
-  std::uint64_t bits() {
-    state = state * 6364136223846793005u + 1442695040888963407u;
-    return state >> 33;
-  }
-  std::int64_t below(std::int64_t n) { return static_cast<std::int64_t>(bits() % static_cast<std::uint64_t>(n)); }
-  float real() { return static_cast<float>(bits()) * 0x1.0p-30f - 1.0f; }
-};
+using cvmk::testing::Random;
 
 // Logits [rows, n] as sums of a layer, handed on as the products of a kernel would be.
 struct Logits {
@@ -84,14 +77,14 @@ Found found_by(Logits& logits, const std::vector<Row>& rows, std::int64_t thread
   return found;
 }
 
-void best_and_sums_are_right(std::int64_t n, std::int64_t k, float spread, bool bias, std::int64_t never) {
+void best_and_sums_are_right(std::int64_t n, std::int64_t k, float spread, float middle, bool bias, std::int64_t never) {
   Random random;
   Logits logits{9, n, {}, {}};
   logits.values.assign(static_cast<std::size_t>(logits.rows * logits.stride()), __builtin_nanf(""));
   for (std::int64_t r = 0; r < logits.rows; ++r)
-    for (std::int64_t i = 0; i < n; ++i) logits.values[static_cast<std::size_t>(r * logits.stride() + i)] = spread * std::round(8.0f * random.real()) / 8.0f;  // ties
+    for (std::int64_t i = 0; i < n; ++i) logits.values[static_cast<std::size_t>(r * logits.stride() + i)] = middle + spread * std::round(16.0f * random.real()) / 8.0f;  // ties
   if (bias)
-    for (std::int64_t i = 0; i < n; ++i) logits.bias.push_back(random.real());
+    for (std::int64_t i = 0; i < n; ++i) logits.bias.push_back(2.0f * random.real());
   std::vector<std::vector<std::int32_t>> said(9), forbidden(9);
   std::vector<std::vector<float>> whole(9);
   std::vector<Row> rows;
@@ -152,7 +145,8 @@ int main() {
   cvmk::testing::at_every_level([] {
     for (const std::int64_t n : {1, 5, 64, 65, 512, 513, 3000})
       for (const std::int64_t k : {1, 2, 10, 64, 65, 300})
-        for (const float spread : {0.0f, 3.0f, 200.0f}) best_and_sums_are_right(n, k, spread, (n + k) % 2 == 0, n % 3);
+        for (const float spread : {0.0f, 3.0f, 200.0f})
+          for (const float middle : {0.0f, -1000.0f, 1000.0f}) best_and_sums_are_right(n, k, spread, middle, (n + k) % 2 == 0, n % 3);
     no_numbers();
   });
   return cvmk::testing::check_result();
