@@ -1,5 +1,6 @@
-// Products of linear_kd_loss in bfloat16 on the AMX tiles. Logits exist a block of kColumns x kRowBlock at a time and are made anew in every
-// sweep, which is cheaper than keeping them. While the tiles multiply, the vector units do the exponentials of the rows before.
+// Products of linear_kd_loss in bfloat16, of operands that lie as tiles; Unit multiplies them: AMX (amx_tiles.inl), or vector registers (pair_tiles.inl).
+// Logits exist a block of kColumns x kRowBlock at a time; where Unit says so and they fit, those of a chunk are kept for the sweeps behind the first. While
+// AMX tiles multiply, the vector units do the exponentials of the rows before.
 //
 //   logits^T [v, row] = W H^T         left W, right H turned into pairs
 //   dW [v, d]        += G^T H         left G^T, right H in pairs of rows; kSub rows after kSub rows, the chunks in their order
@@ -10,17 +11,18 @@
 // logits twice; hidden states and the hidden states' gradient pass by.
 #pragma once
 
-#include "distill/amx_tiles.inl"
 #include "distill/linear_columns.inl"
+#include "distill/tiles.inl"
 
 namespace cvmk::distill {
 namespace {
 
+template <typename Unit>
 struct TileProducts {
   typedef Half Element;
-  static constexpr int64_t kColumns = 512, kUnit = 32, kRowBlock = 32, kSub = 512, kRowStep = 32, kStep = 32, kPanel = 32;
+  static constexpr int64_t kColumns = Unit::kColumns, kUnit = 32, kRowBlock = 32, kSub = Unit::kSub, kRowStep = 32, kStep = 32, kPanel = 32;
   static constexpr int64_t kForms = 2, kGradients = 2, kLogitRows = 2 * kRowBlock, kTeacherRows = 2 * kRowBlock;
-  static constexpr int64_t kKeptBytes = 0;
+  static constexpr int64_t kKeptBytes = Unit::kKeptBytes;
   typedef Chunk<TileProducts> Rows;
   typedef Own<TileProducts> Mine;
 
@@ -29,8 +31,8 @@ struct TileProducts {
     const bool same = teacher.hidden == nullptr || (teacher.dtype == student.dtype && teacher.lowered == student.lowered);
     return (student.dtype == kBFloat16 || student.lowered) && same;
   }
-  CVMK_INLINE static void begin() { configure_tiles(kWholeTiles); }
-  CVMK_INLINE static void end() { _tile_release(); }
+  CVMK_INLINE static void begin() { Unit::begin(); }
+  CVMK_INLINE static void end() { Unit::end(); }
   CVMK_INLINE static int64_t stride(const Columns&) { return kRowBlock; }
   // Where element i of row r of a result of `rows` rows is.
   CVMK_INLINE static int64_t place(int64_t r, int64_t i, int64_t rows, int64_t) { return (i / 32 * rows + r) * 32 + i % 32; }
@@ -91,7 +93,7 @@ struct TileProducts {
   // The logits of a block and kRowBlock rows; aside() in every step, and the hidden states of the next rows are fetched meanwhile.
   template <typename Aside>
   CVMK_INLINE static void logits(const Block& block, const Half* weight, const Half* hidden, int64_t width, float* to, Aside& aside) {
-    multiply_beside(block.padded(), kRowBlock, width / 32, {weight, kTile, 16 * width}, {hidden, kTile, 16 * width}, to, 0, false,
+    Unit::beside(block.padded(), kRowBlock, width / 32, {weight, kTile, 16 * width}, {hidden, kTile, 16 * width}, to, 0, false,
                     fetch_of(hidden + kRowBlock * width, kRowBlock * width, block.padded(), width / 32), false, aside);
   }
 
@@ -120,7 +122,7 @@ struct TileProducts {
 
   // Work for the rows [begin, end), while the tiles make the logits of the rows behind.
   template <typename Work>
-  CVMK_INLINE static void each_rows(const Rows& chunk, const Mine& own, const Block& block, bool with_teacher, bool, int64_t begin, int64_t end) {
+  CVMK_INLINE static void each_rows(const Rows& chunk, const Mine& own, const Block& block, bool with_teacher, bool found, int64_t begin, int64_t end) {
     const LinearPlan& plan = chunk.plan;
     const int64_t width = plan.width, wide = with_teacher ? plan.teacher_width : 0;
     const auto make = [&](int64_t row, auto& aside) __attribute__((always_inline)) {
@@ -129,10 +131,10 @@ struct TileProducts {
       if (with_teacher) logits(block, own.teacher_block, chunk.teacher + row * wide, wide, to.t, aside);
     };
     Nothing nothing;
-    make(begin, nothing);
+    if (!found) make(begin, nothing);
     for (int64_t row = begin; row < end; row += kRowBlock) {
       Aside<Work> aside(chunk, block, own, row, columns_of(chunk, own, block, row), block.padded() / 32 * ((width + wide) / 32));
-      if (row + kRowBlock < end) make(row + kRowBlock, aside);
+      if (row + kRowBlock < end && !found) make(row + kRowBlock, aside);
       aside.finish();
     }
   }
@@ -144,7 +146,7 @@ struct TileProducts {
   CVMK_INLINE static void put_gradient(Work& work, int64_t u) {
     const int64_t c = 2 * u, row = work.row % kSub, columns = work.block.columns;
     const F even = c < columns ? work.entry(c) : F{}, odd = c + 1 < columns ? work.entry(c + 1) : F{};
-    const __m256i e = simd::bits<__m256i>(_mm512_cvtneps_pbh(simd::bits<__m512>(even))), o = simd::bits<__m256i>(_mm512_cvtneps_pbh(simd::bits<__m512>(odd)));
+    const __m256i e = lowered16(even), o = lowered16(odd);
     Half* turned = work.own.g_turned + row / 32 * kTile + row % 32 + c / 16 * (kSub / 32) * kTile + c % 16 * 32;
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(turned), e);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(turned + 32), o);
@@ -161,14 +163,14 @@ struct TileProducts {
   CVMK_INLINE static void add_weight_gradient(const Rows& chunk, const Mine& own, const Block& block, int64_t sub, int64_t rows) {
     constexpr int64_t kAcross = kSub / 32 * kTile;
     const Half* pairs = chunk.pairs + sub * chunk.plan.width;
-    multiply(block.padded(), chunk.plan.width, rows / 32, {own.g_turned, kTile, kAcross}, {pairs, kTile, kAcross}, own.d_weight, kColumns * 32, sub > 0,
+    Unit::product(block.padded(), chunk.plan.width, rows / 32, {own.g_turned, kTile, kAcross}, {pairs, kTile, kAcross}, own.d_weight, kColumns * 32, sub > 0,
              fetch_of(pairs + 2 * kAcross, 2 * kAcross, block.padded(), rows / 32), true);
   }
 
   CVMK_INLINE static void add_hidden_gradient(const Rows& chunk, const Mine& own, const Block& block, int64_t sub, int64_t rows) {
     constexpr int64_t kAcross = kColumns / 32 * kTile;
     const LinearPlan& plan = chunk.plan;
-    multiply(rows, plan.width, block.padded() / 32, {own.g_tiles, kTile, kAcross}, {own.weight_pairs, kTile, kAcross},
+    Unit::product(rows, plan.width, block.padded() / 32, {own.g_tiles, kTile, kAcross}, {own.weight_pairs, kTile, kAcross},
              chunk.partial + block.group * plan.chunk * plan.width + sub * 32, plan.chunk * 32, !block.opens,
              fetch_of(own.weight_pairs + 2 * kAcross, 2 * kAcross, rows, block.padded() / 32), true);
   }

@@ -4,6 +4,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "common/cpu_features.h"
 #include "common/pages.h"
 #include "common/scratch.h"
 
@@ -146,7 +147,9 @@ void linear_kd_loss(const Loss& call, const Layer& student, const Layer& teacher
   if (pass.d_weight != nullptr) advise_large_pages(pass.d_weight, call.vocabulary * student.width * static_cast<std::int64_t>(sizeof(float)));
   if (pass.d_weight != nullptr && nothing) std::memset(pass.d_weight, 0, bytes(call.vocabulary * student.width));
   if (pass.d_bias != nullptr && nothing) std::memset(pass.d_bias, 0, bytes(call.vocabulary));
-  if (pass.count > 0) run(kernels().linear, pass, team);
+  const Dispatch dispatched = dispatch();
+  pass.pairs = dispatched.features.avx512_bf16;
+  if (pass.count > 0) run(kernels(dispatched.level).linear, pass, team);
   if (totals.loss != nullptr) write_totals(call, places.kd, places.ce, divisor_of(normalizer, pass.count), totals);
 }
 

@@ -90,6 +90,7 @@ struct LinearPass {
   float* d_hidden;  // [rows, width], contiguous; null where it is not wanted, as the next two
   float* d_weight;  // [vocabulary, width]
   float* d_bias;    // [vocabulary]
+  bool pairs;       // whether the avx512 level may multiply bfloat16 in pairs (AVX512_BF16)
 };
 
 struct Kernels {

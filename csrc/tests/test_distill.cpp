@@ -155,6 +155,7 @@ struct LinearProblem {
     const auto blank = [](std::int64_t count) { return std::vector<float>(Problem::size(count), Problem::nan()); };
     stats = blank(5 * rows), kd = blank(rows), ce = blank(rows), d_hidden = blank(rows * width), d_weight = blank(vocabulary * width), d_bias = blank(vocabulary);
     LinearPass pass{};
+    pass.pairs = cvmk::dispatch().features.avx512_bf16;
     pass.student = {hidden.data(), weight.data(), bias.data(), width, width, width, kFloat32, false};
     pass.teacher = {teacher_hidden.data(), teacher_weight.data(), nullptr, teacher_width, teacher_width, teacher_width, kFloat32, false};
     pass.index = index.data(), pass.target = target.data();

@@ -1,5 +1,5 @@
-"""`linear_kd_loss` on the CPU library: products in bfloat16 on AMX tiles where the level and the operands have those, else in float32 on
-vector registers; losses and gradients are made while the logits are in the cache.
+"""`linear_kd_loss` on the CPU library: products of bfloat16 operands on AMX tiles, or on vector registers in pairs (AVX512_BF16), where the processor
+has those, else in float32; losses and gradients are made while the logits are in the cache.
 
 Logits exist a block at a time, or a chunk of rows, and are made for the sums and the gradients, which are those of the loss by itself,
 before the normaliser: the backward pass multiplies them into fresh tensors. Where a part is differentiated too, it runs again.
