@@ -21,7 +21,7 @@ class Projection(nn.Module):
         nn.init.orthogonal_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+        return ops.fused_linear(x, self.weight.to(x.dtype), self.bias)
 
 
 def real_positions(lengths: Tensor, length: int) -> Tensor:
