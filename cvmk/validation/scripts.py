@@ -1,4 +1,4 @@
-"""What metrics need to know of writing systems: which are written without spaces, and where the words of any text are."""
+"""What metrics and streams need to know of writing systems: which are written without spaces, and where the words of any text are."""
 
 from __future__ import annotations
 
@@ -38,6 +38,7 @@ _NO_SCRIPT = ("LATIN", "MICRO", "FEMININE", "MASCULINE", "KELVIN", "ANGSTROM", "
 """How the names of letters begin that are Latin, or symbols in the shape of a letter."""
 _JOINERS = "\u00ad\u200c\u200d"
 _WORD = re.compile("a+|w[wm]*|cm*")
+_WRITTEN = re.compile("m*cm*|m*w[wm]*|m+")
 
 
 def unspaced_language(references: Iterable[str]) -> str | None:
@@ -74,6 +75,20 @@ def words(line: str) -> list[str]:
     return [word if word.isascii() else unicodedata.normalize("NFC", word.translate(dict.fromkeys(map(ord, _JOINERS)))) for word in found]
 
 
+def written_words(text: str) -> list[tuple[int, int]]:
+    """Begin and end of every word as it is written, with its punctuation marks: what stands between spaces, and where a script is written without them
+    every character with the marks around it."""
+    return [match.span() for match in _WRITTEN.finditer("".join(map(_written_kind, text)))]
+
+
+def complete_words(text: str) -> int:
+    """Where the last word ends that nothing written behind the text can change: one with white space behind it, or of a script without spaces."""
+    places = written_words(text)
+    if places and places[-1][1] == len(text) and not any(_written_kind(character) == "c" for character in text[slice(*places[-1])]):
+        places.pop()
+    return places[-1][1] if places else 0
+
+
 def spans(line: str, kind: Callable[[str], str], pattern: re.Pattern[str]) -> list[str]:
     """The parts of a line whose characters' kinds, one letter each, match the pattern."""
     return [line[match.start() : match.end()] for match in pattern.finditer("".join(map(kind, line)))]
@@ -90,6 +105,16 @@ def _kind(character: str) -> str:
     if category[0] != "L" and category != "Nd" and character != "〇" or unicodedata.name(character, "").startswith(_NO_SCRIPT):
         return " "
     # Tibetan has no spaces, but a mark after each syllable.
+    return "c" if _unspaced(character) is not None and ord(character) not in _TIBETAN else "w"
+
+
+@lru_cache(maxsize=1 << 16)
+def _written_kind(character: str) -> str:
+    """c and w as of `_kind`, with Latin among w; m: marks and punctuation; blank: white space."""
+    if character.isspace():
+        return " "
+    if not character.isalnum():
+        return "m"
     return "c" if _unspaced(character) is not None and ord(character) not in _TIBETAN else "w"
 
 

@@ -1,0 +1,3 @@
+from small_models import make_model, tokenizer, words
+
+__all__ = ["make_model", "tokenizer", "words"]
