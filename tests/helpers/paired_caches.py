@@ -16,7 +16,9 @@ def attention_of_pairs(
     queries, keys = q.shape[2], k.shape[2]
     positions = torch.arange(keys)
     start = torch.tensor([keys - queries]) if query_start is None else query_start
-    seen = (positions < (torch.tensor([keys]) if key_lengths is None else key_lengths)[:, None])[:, None, None]
+    filled = positions < (torch.tensor([keys]) if key_lengths is None else key_lengths)[:, None]
+    v = v.masked_fill(~filled[:, None, :, None], 0.0)  # nobody has written there, and 0 times what is there may be NaN
+    seen = filled[:, None, None]
     if causal:
         seen = seen & (positions <= (start[:, None] + torch.arange(queries))[..., None])[:, None]
     scores = (q @ k.transpose(-1, -2)).masked_fill(~seen, -torch.inf)
