@@ -143,7 +143,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     path = config.getoption("--results")
     if path:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        command = "pytest " + " ".join(config.invocation_params.args)
+        arguments = [f"benchmarks/results/{Path(path).name}" if argument == path else argument for argument in config.invocation_params.args]
+        command = "pytest " + " ".join(arguments)  # without this machine's folders
         Path(path).write_text(json.dumps({"machine": machine, "command": command, "rows": rows}, indent=1) + "\n")
         terminalreporter.write_line(f"written to {os.path.relpath(path)}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -44,7 +45,7 @@ def test_only_the_first_process_writes(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not torch.distributed.is_available() or not torch.distributed.is_gloo_available(), reason="no gloo")
 def test_two_processes_take_the_step_of_one(tmp_path: Path) -> None:
-    run = subprocess.run([sys.executable, SCRIPT, tmp_path], capture_output=True, text=True, timeout=200)
+    run = subprocess.run([sys.executable, SCRIPT, tmp_path], env={**os.environ, "PYTHONFAULTHANDLER": "1"}, capture_output=True, text=True, timeout=200)
     assert run.returncode == 0, run.stderr
     one, first, second = (torch.load(tmp_path / name, weights_only=True) for name in ("one.pt", "rank0.pt", "rank1.pt"))
     assert first["steps"] == second["steps"]
