@@ -352,3 +352,17 @@ def test_export() -> None:
     exported = torch.export.export(Module(), (case.x, case.w, case.xt, case.wt, case.y), dynamic_shapes=(dims, None, dims, None, dims))
     arguments = (other.x, other.w, other.xt, other.wt, other.y)
     torch.testing.assert_close(exported.module()(*arguments), ops.linear_kd_loss(*arguments, temperature=2.0))
+
+
+def test_bfloat16_hidden_states_under_float32_weights_have_the_gradients_of_the_reference() -> None:
+    """What is handed on from the forward pass is scaled by the loss's own gradient, in either dtype."""
+    found = []
+    for backend in ("native", "reference"):
+        torch.manual_seed(0)
+        hidden, weight = torch.randn(40, 32).bfloat16().requires_grad_(), (torch.randn(70, 32) / 6).requires_grad_()
+        with ops.use(backend), torch.autocast("cpu", torch.bfloat16):
+            (ops.linear_kd_loss(hidden, weight, None, None, torch.randint(0, 70, (40,)), alpha=0.0) * 0.3).backward()
+        found.append((hidden.grad.float(), weight.grad))
+        assert hidden.grad.dtype == torch.bfloat16 and weight.grad.dtype == torch.float32
+    for ours, theirs in zip(*found, strict=True):
+        assert (ours - theirs).norm() <= 0.02 * theirs.norm()

@@ -81,6 +81,11 @@ def test_wait_k() -> None:
     assert said(WaitK(9), *PARTS) == [("wir brauchen einen Tisch", "", 0)]
 
 
+def test_the_end_of_what_was_read_ends_no_sentence() -> None:
+    stream = Stream(_Scripted({"we": "wir.", "we need": "wir brauchen …", "we need.": "wir brauchen."}), LocalAgreement(1))  # type: ignore[arg-type]
+    assert [(u.committed, u.tentative) for u in [*stream.append("we "), *stream.append("need ")]] == [("wir", ""), (" brauchen", "")]
+
+
 def test_unfinished_words_are_waited_for() -> None:
     assert said(Retranslation(0), "w", "e ne", "ed a") == said(Retranslation(0), "we ", "need ", "a")
     script = _Scripted({"w": "W", "we": "wir"})
