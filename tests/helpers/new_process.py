@@ -21,5 +21,5 @@ def python(code: str, *arguments: str, seconds: float = 100, **environment: str)
 def said(code: str, *arguments: str, seconds: float = 100, **environment: str) -> str:
     """What the code prints; it must succeed."""
     done = python(code, *arguments, seconds=seconds, **environment)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done.stdout

@@ -28,4 +28,4 @@ def test_a_short_soak(tmp_path: Path, make_model, tokenizer) -> None:
 def test_memory_is_steady(tmp_path: Path, make_model, tokenizer) -> None:
     """Exit code 1 would say that it is not."""
     (tmp_path / "text").write_text("".join(f"{'a man rides a horse ' * (1 + length % 7)}two men\n" for length in range(50)))  # a tokenizer remembers words
-    soak(tmp_path / "model", make_model, tokenizer, "--sentences", "20000", "--threads", "2", "--allowed", "8", "--text", str(tmp_path / "text"))
+    soak(tmp_path / "model", make_model, tokenizer, "--sentences", "60000", "--threads", "2", "--allowed", "4", "--text", str(tmp_path / "text"))
