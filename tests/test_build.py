@@ -46,6 +46,8 @@ def test_every_dependency_is_pinned_to_a_version_that_its_range_allows(project: 
     groups = [project["build-system"]["requires"], project["project"]["dependencies"], *project["project"]["optional-dependencies"].values()]
     for requirement in map(Requirement, [entry for group in groups for entry in group]):
         name = canonicalize_name(requirement.name)
+        if name == "cvmk":  # its own extras
+            continue
         assert name in pinned, f"{name} is not in constraints.txt"
         assert pinned[name] in requirement.specifier, f"{name}=={pinned[name]} is outside {requirement}"
         assert not any(s.operator in ("==", "<", "<=", "~=") for s in requirement.specifier), f"{requirement}: keep the range open"
