@@ -15,7 +15,7 @@ from pydantic_core import ErrorDetails, PydanticUndefined
 
 from cvmk.config.overrides import apply_overrides
 from cvmk.config.schema import TrainConfig
-from cvmk.config.section import Document, table_of, walk
+from cvmk.config.section import Document, named_tables, table_of, walk
 from cvmk.errors import ConfigError
 from cvmk.files import read_text
 
@@ -102,9 +102,12 @@ def _suggestion(schema: type[BaseModel], location: Sequence[str]) -> str:
 
 def _section_at(schema: type[BaseModel], location: Sequence[str]) -> type[BaseModel] | None:
     model: type[BaseModel] | None = schema
-    for part in location:
+    parts = iter(location)
+    for part in parts:
         field = model.model_fields.get(part) if model is not None else None
         model = table_of(field.annotation) if field is not None else None
+        if field is not None and named_tables(field.annotation):
+            next(parts, None)
     return model
 
 

@@ -58,10 +58,16 @@ def table_of(annotation: Any) -> type[BaseModel] | None:
     return None
 
 
+def named_tables(annotation: Any) -> bool:
+    """Whether a key of this type holds tables by names that the user chooses."""
+    return typing.get_origin(annotation) is dict
+
+
 def walk(schema: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo, type[BaseModel] | None]]:
-    """Every key below `schema` as (dotted name, field, section or None), in the schema's order."""
+    """Every key below `schema` as (dotted name, field, section or None), in the schema's order; NAME stands for a name that the user chooses."""
     for name, field in schema.model_fields.items():
         table = table_of(field.annotation)
-        yield prefix + name, field, table
+        whole = f"{prefix}{name}.NAME" if named_tables(field.annotation) else prefix + name
+        yield whole, field, table
         if table is not None:
-            yield from walk(table, f"{prefix}{name}.")
+            yield from walk(table, f"{whole}.")
