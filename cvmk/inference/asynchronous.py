@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 from cvmk.errors import CvmkError, DataError
@@ -58,8 +58,28 @@ class AsyncTranslator:
         source, begun = self._translator.encode(text), self._translator.encode(prefix)
         if not source:
             return self._translator.decode([])
+        tell = None if on_partial is None else _Texts(self._translator, on_partial)
+        found = await self.search(source, SearchOptions(**options), prefix=begun, timeout=timeout, on_partial=tell)
+        if found.reason == "expired":
+            raise ExpiredError(f"the translation was not ready in {timeout} seconds: give it more, or a smaller beam")
+        if found.reason == "failed":
+            raise DataError("there is no memory for the translation: use a smaller beam, or fewer at a time")
+        return self._translator.decode(found.hypotheses)
+
+    async def search(
+        self,
+        source: Sequence[int],
+        options: SearchOptions,
+        *,
+        prefix: Sequence[int] = (),
+        timeout: float | None = None,
+        on_partial: Callable[[list[int]], None] | None = None,
+        state: Any = None,
+    ) -> Finished:
+        """What the engine finds for a source's pieces, for whoever wants pieces rather than texts, with the fields of `Request`. `on_partial` is called in the
+        event loop with the best pieces so far. Raises as `translate`, but a search that is late or has no memory is told by its `reason`."""
         one = _Waiting((id(self), next(self._numbers)), asyncio.get_running_loop(), on_partial)
-        request = Request(one.id, source, SearchOptions(**options), begun, on_partial is not None, timeout)
+        request = Request(one.id, source, options, prefix, on_partial is not None, timeout, state)
         with self._changed:
             if self._closed or not self._thread.is_alive():
                 raise RuntimeError("the translator is closed: use it inside its `async with` block")
@@ -67,16 +87,11 @@ class AsyncTranslator:
             self._waiting[one.id] = one
             self._changed.notify()
         try:
-            found: Finished = await one.future
+            return await one.future
         finally:
             with self._changed:
                 if self._waiting.pop(one.id, None) is not None:
                     self._engine.cancel(one.id)
-        if found.reason == "expired":
-            raise ExpiredError(f"the translation was not ready in {timeout} seconds: give it more, or a smaller beam")
-        if found.reason == "failed":
-            raise DataError("there is no memory for the translation: use a smaller beam, or fewer at a time")
-        return self._translator.decode(found.hypotheses)
 
     def _run(self) -> None:
         """The thread's loop: steps as long as somebody waits."""
@@ -99,10 +114,7 @@ class AsyncTranslator:
         if one is None:
             return
         if isinstance(event, Partial):
-            text = self._translator.tokenizer.decode(event.tokens)
-            if text != one.said:
-                one.said = text
-                one.call(one.on_partial, text)
+            one.call(one.on_partial, event.tokens)
         else:
             one.call(_settle, one.future, event)
 
@@ -115,11 +127,24 @@ class AsyncTranslator:
             one.call(_settle, one.future, error)
 
 
+class _Texts:
+    """Tells texts that differ from the last one, of pieces."""
+
+    def __init__(self, translator: Translator, tell: Callable[[str], None]) -> None:
+        self._translator, self._tell, self._said = translator, tell, ""
+
+    def __call__(self, tokens: list[int]) -> None:
+        text = self._translator.tokenizer.decode(tokens)
+        if text != self._said:
+            self._said = text
+            self._tell(text)
+
+
 class _Waiting:
     """Somebody who waits for a request."""
 
-    def __init__(self, id: Any, loop: asyncio.AbstractEventLoop, on_partial: Callable[[str], None] | None) -> None:
-        self.id, self.loop, self.on_partial, self.said = id, loop, on_partial, ""
+    def __init__(self, id: Any, loop: asyncio.AbstractEventLoop, on_partial: Callable[[list[int]], None] | None) -> None:
+        self.id, self.loop, self.on_partial = id, loop, on_partial
         self.future: asyncio.Future[Finished] = loop.create_future()
 
     def call(self, function: Any, *arguments: Any) -> None:

@@ -44,15 +44,15 @@ class Wanted:
     final: bool
 
 
-Steps = Generator[Wanted, Translation, list[Update]]
-"""Yields what is wanted, is sent what was found, and returns what has changed."""
+Steps = Generator[Wanted | Update, Translation | None, None]
+"""Yields what is wanted, for which it is sent what was found, and each update as soon as it is known, for which it is sent None."""
 
 
 class StreamCore:
     """The state of a stream, between whatever brings the text and whatever translates it; see `Stream`, which drives one.
 
         core.append("we need a table. ")
-        steps = core.advance()              # yields every Wanted, is sent its translation, and returns the updates
+        steps = core.advance()              # yields every Wanted, is sent its translation, and yields the updates
 
     reader is asked at the beginning of each sentence for the model that translates it. `segment` numbers the first sentence, and `committed` is what has been
     said of its translation already; a ValueError where the model's tokenizer cannot spell it. `sentences` may be changed between two sentences.
@@ -120,18 +120,17 @@ class StreamCore:
             self._earlier.clear()
 
     def advance(self, *, end: bool = False) -> Steps:
-        """Whatever is due: sentences that have ended, all but what has not if not `end`, and else what has come of the last one."""
-        updates: list[Update] = []
+        """What is due: every sentence that has ended (with `end`, also the last one), and else what has come of the last one. It may be left at a Wanted:
+        then that is not done."""
         while (place := self._end()) is not None:
-            updates += yield from self._finish(self._source[: place[0]], place[1])
+            yield from self._finish(self._source[: place[0]], place[1])
         if end:
             if self._source.strip() or self._committed:
-                updates += yield from self._finish(self._source, len(self._source))
-            return updates
+                yield from self._finish(self._source, len(self._source))
+            return
         read = self._readable()
         if read and read != self._translated and not self._policy.reads(self._view(())):
-            updates += yield from self._revise(read)
-        return updates
+            yield from self._revise(read)
 
     # -- one sentence -----------------------------------------------------------------------------------------------------------------
     def _open(self, source: str) -> None:
@@ -145,19 +144,23 @@ class StreamCore:
         update = None
         if text.strip() or self._committed:
             found = yield Wanted(text.strip(), self._pieces, self._begun, True)
+            assert found is not None
             update = self._say(found, len(text), final=True)
         rest = self._source[begin:]
         self._begin += begin
         self._segment += update is not None
         self._open(rest)
-        return [update] if update is not None else []
+        if update is not None:
+            yield update
 
     def _revise(self, read: str) -> Steps:
         before = self._seen
         found = yield Wanted(read, self._pieces, self._begun, False)
+        assert found is not None
         update = self._say(found, len(read), final=False)
         self._translated = read
-        return [update] if update.committed or update.tentative != before else []
+        if update.committed or update.tentative != before:
+            yield update
 
     def _say(self, found: Translation, read: int, final: bool) -> Update:
         text, tokens = found.text, found.tokens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, Self
 
 from cvmk.inference.session import Session
@@ -76,13 +77,17 @@ class Stream:
         return updates
 
     def _drive(self, steps: Steps) -> list[Update]:
-        try:
-            wanted = next(steps)
+        updates: list[Update] = []
+        answer = None
+        with contextlib.suppress(StopIteration):
             while True:
-                wanted = steps.send(self._translate(wanted))
-        except StopIteration as done:
-            updates: list[Update] = done.value
-            return updates
+                step = steps.send(answer)
+                if isinstance(step, Update):
+                    updates.append(step)
+                    answer = None
+                else:
+                    answer = self._translate(step)
+        return updates
 
     def _translate(self, wanted: Wanted) -> Translation:
         if wanted.begun != self._begun:
