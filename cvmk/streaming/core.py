@@ -21,7 +21,8 @@ class Update:
 
     Of sentence `segment`, from 0: `committed` goes behind what was committed of it before, for good; `tentative` takes the place of the last tentative text.
     `deleted` counts the characters of what was to be seen that a reader has to take back before the new ones are written. `revision` counts the updates
-    of the stream, from 1. `source_read` is how many characters of the stream's text the translation is of. `final` says that the sentence has ended.
+    of the stream, from 1. `source_read` is how many characters of the stream's text the translation is of, and `begin` where the sentence begins in it.
+    `final` says that the sentence has ended.
     """
 
     segment: int
@@ -31,6 +32,7 @@ class Update:
     deleted: int
     source_read: int
     final: bool
+    begin: int = 0
 
 
 @dataclass(frozen=True)
@@ -182,7 +184,7 @@ class StreamCore:
         self._revision += 1
         now = self._committed + self._seen
         deleted = len(before) - len(commonprefix([before, now]))
-        return Update(self._segment, self._revision, delta, self._seen, deleted, self._begin + read, final)
+        return Update(self._segment, self._revision, delta, self._seen, deleted, self._begin + read, final, self._begin)
 
     def _commit(self, text: str, tokens: list[int], ends: list[int]) -> str:
         """Commits pieces up to the last of these ends of words at which pieces end too; returns their text."""

@@ -1,0 +1,192 @@
+"""The models that are served: loaded, leased to whoever translates, replaced while they are in use."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from cvmk.config.serve import ServeConfig, ServedModelConfig
+from cvmk.errors import ConfigError, CvmkError, DataError
+from cvmk.formats import read_model_manifest
+from cvmk.inference import AsyncTranslator, Translator
+from cvmk.serving.errors import ServiceError, Status
+from cvmk.serving.scheduler import Scheduler
+
+_log = logging.getLogger(__name__)
+_TRIED = "1 2 3 a b c"
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """A served model: its languages, the version of its files, how it computes, the pieces that it reads, and whether it is "ready"."""
+
+    name: str
+    source: str
+    target: str
+    version: str
+    compute_type: str
+    max_length: int
+    state: str = "ready"
+
+
+class Served:
+    """One version of a model, with an engine of its own. It is closed when it has been replaced and nobody leases it any more."""
+
+    def __init__(self, info: ModelInfo, translator: Translator, asynchronous: AsyncTranslator, scheduler: Scheduler, beam_size: int) -> None:
+        self.info, self.translator, self.scheduler, self.beam_size = info, translator, scheduler, beam_size
+        self._asynchronous = asynchronous
+        self._leases, self._retired = 0, False
+        self.causal = translator.info.get("model", {}).get("encoder_direction") == "causal" and hasattr(translator.engine, "open_source")
+
+    def open_source(self) -> Any:
+        """What the engine keeps of a source that grows, where that saves it anything; else None."""
+        engine: Any = self.translator.engine
+        return engine.open_source() if self.causal else None
+
+    def lease(self) -> Served:
+        """It stays open until `release`."""
+        self._leases += 1
+        return self
+
+    def release(self) -> None:
+        self._leases -= 1
+        self._close_if_unused()
+
+    def retire(self) -> None:
+        """Nobody new gets it."""
+        self._retired = True
+        self._close_if_unused()
+
+    def _close_if_unused(self) -> None:
+        if self._retired and self._leases == 0:
+            task = asyncio.get_running_loop().create_task(self._asynchronous.__aexit__())
+            _CLOSING.add(task)
+            task.add_done_callback(_CLOSING.discard)
+
+
+_CLOSING: set[asyncio.Task[None]] = set()  # the loop itself holds tasks only weakly
+
+
+class Models:
+    """All models of serve.toml by name. Loading happens in threads; everything else in one event loop."""
+
+    def __init__(self, config: ServeConfig) -> None:
+        self._config = config
+        self._served: dict[str, Served] = {}
+        self._lock = asyncio.Lock()  # one is loaded at a time
+
+    async def start(self) -> None:
+        """Load all. Raises what a Translator raises, and ConfigError for a model of unknown languages."""
+        for name in self._config.models:
+            self._served[name] = await self._loaded(name, "")
+
+    async def stop(self) -> None:
+        for served in self._served.values():
+            served.retire()
+        self._served.clear()
+        await asyncio.gather(*_CLOSING)
+
+    def __iter__(self) -> Iterator[Served]:
+        return iter(self._served.values())
+
+    def infos(self) -> list[ModelInfo]:
+        return [served.info for served in self]
+
+    def sources(self) -> list[str]:
+        """The languages that some model reads."""
+        return sorted({info.source for info in self.infos()})
+
+    def targets(self, source: str) -> list[str]:
+        return sorted({info.target for info in self.infos() if info.source == source})
+
+    def find(self, source: str, target: str, name: str = "") -> Served:
+        """The model of that name, or else the first one of those languages; an empty source or target is any. Raises ServiceError NOT_FOUND."""
+        for served in [self._served[name]] if name in self._served else () if name else self:
+            if source in ("", served.info.source) and target in ("", served.info.target):
+                return served
+        if name and name not in self._served:
+            raise ServiceError(Status.NOT_FOUND, f"no model {name!r} is served", field="model")
+        pair = f"from {source or 'any language'} to {target or 'any language'}"
+        raise ServiceError(Status.NOT_FOUND, f"{f'the model {name!r} does not translate' if name else 'no model translates'} {pair}", field="target")
+
+    @contextmanager
+    def lease(self, source: str, target: str, name: str = "") -> Iterator[Served]:
+        """`find`, and nobody closes it meanwhile."""
+        served = self.find(source, target, name).lease()
+        try:
+            yield served
+        finally:
+            served.release()
+
+    async def load(self, name: str, path: str = "") -> ModelInfo:
+        """Load a model of serve.toml anew, try it, and put it in the place of the old one, which whoever uses it finishes with. Where anything is wrong the
+        old one stays: a ServiceError FAILED_PRECONDITION that says what, NOT_FOUND for a name that is not in serve.toml."""
+        if name not in self._config.models:
+            raise ServiceError(Status.NOT_FOUND, f"serve.toml has no model {name!r}", field="model")
+        async with self._lock:
+            old = self._served.get(name)
+            try:
+                new = await self._loaded(name, path)
+            except (CvmkError, ValueError, OSError) as error:
+                _log.warning("the model %s was not replaced: %s", name, error)
+                raise ServiceError(Status.FAILED_PRECONDITION, f"the model was not replaced: {error}", field="path" if path else "model") from error
+            self._served[name] = new
+            if old is not None:
+                old.retire()
+            _log.info("the model %s is now version %s", name, new.info.version)
+            return new.info
+
+    async def reload_changed(self) -> list[ModelInfo]:
+        """`load` of every model whose folder has another version; those that are not sound are only logged."""
+        found = []
+        for name, served in list(self._served.items()):
+            try:
+                version = (await asyncio.to_thread(read_model_manifest, self._config.models[name].path))[1].weights_sha256
+                if (version or "")[:12] != served.info.version:
+                    found.append(await self.load(name))
+            except CvmkError as error:
+                _log.warning("the model %s was not replaced: %s", name, error)
+        return found
+
+    async def unload(self, name: str) -> None:
+        """Raises ServiceError NOT_FOUND for a model that is not loaded, FAILED_PRECONDITION for the only one."""
+        async with self._lock:
+            if name not in self._served:
+                raise ServiceError(Status.NOT_FOUND, f"no model {name!r} is served", field="model")
+            if len(self._served) == 1:
+                raise ServiceError(Status.FAILED_PRECONDITION, f"{name!r} is the only model that is served: drain the server instead", field="model")
+            self._served.pop(name).retire()
+
+    async def _loaded(self, name: str, path: str) -> Served:
+        section = self._config.models[name]
+        if path:
+            section = section.model_copy(update={"path": path})
+        info, translator = await asyncio.to_thread(_load, name, section, self._config.server.threads)
+        asynchronous = await AsyncTranslator(translator).__aenter__()
+        try:
+            if not math.isfinite((await asynchronous.translate(_TRIED)).score):
+                raise DataError(f"the model in {section.path} computes what are no numbers: train it again, or serve another one")
+        except BaseException:
+            await asynchronous.__aexit__()
+            raise
+        limits = self._config.limits
+        scheduler = Scheduler(asynchronous, section.running_tokens, limits.waiting_tokens, limits.waiting_tokens_per_client)
+        return Served(info, translator, asynchronous, scheduler, section.beam_size)
+
+
+def _load(name: str, section: ServedModelConfig, threads: int) -> tuple[ModelInfo, Translator]:
+    _, manifest, said = read_model_manifest(section.path)
+    languages = said.get("languages") or {}
+    source, target = section.source or languages.get("source"), section.target or languages.get("target")
+    for key, value in (("source", source), ("target", target)):
+        if not value:
+            raise ConfigError(f"models.{name}.{key} is missing, and the model in {section.path} does not say it: add the language")
+    translator = Translator(section.path, section.device, section.compute_type, engine=section.engine, threads=section.threads or threads or None)
+    assert source and target
+    version = (manifest.weights_sha256 or "")[:12]
+    return ModelInfo(name, source, target, version, section.compute_type, translator.engine.max_length), translator

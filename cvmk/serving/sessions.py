@@ -1,0 +1,374 @@
+"""A live stream of a client, whatever the transport: events come in at any time, updates go out as fast as they are read."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import secrets
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from cvmk.errors import ConfigError
+from cvmk.inference.options import SearchOptions
+from cvmk.inference.translator import Translation, Translator
+from cvmk.serving.errors import ServiceError, Status, invalid
+from cvmk.serving.models import Models, Served
+from cvmk.serving.outbox import Language, Outbox, Refused, SessionUpdate
+from cvmk.streaming import Policy, Retranslation, Sentences, StreamCore, Update, Wanted
+
+CREDIT, MOST_CREDIT = 2, 64
+_CHECKS = 0.5
+"""Seconds between two looks at a stream's reader."""
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Opening:
+    """What a stream is opened with; see Open in realtime_translation.proto. `policy` says what is shown when."""
+
+    source: str = "auto"
+    target: str = ""
+    model: str = ""
+    policy: Policy = field(default_factory=Retranslation)
+    priority: str = "normal"
+    credit: int = 0
+    session: str = ""
+    first_segment: int = 0
+    committed: str = ""
+    beam_size: int = 0
+    partial_words: bool = False
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Of `[limits]`, what a stream keeps to: characters that may wait to be translated, and to be read; seconds."""
+
+    text: int
+    unread: int
+    stuck: float
+    idle: float
+    request: float
+
+
+@dataclass(frozen=True)
+class _Event:
+    seq: int
+    text: str = ""
+    begin: int | None = None  # of a Replace
+    segment: int | None = None
+    ends: bool = False
+    closes: bool = False
+
+
+class LiveSession:
+    """A stream. Events do not wait: they raise ServiceError for what is wrong with them, and are worked on as the model allows, all that came in the meantime
+    together. `next` gives what the reader may be sent. Used inside `async with`, in one event loop, by one reader."""
+
+    def __init__(
+        self,
+        models: Models,
+        client: str,
+        opening: Opening,
+        rules: Rules,
+        languages: Languages,
+        *,
+        ended: Callable[[LiveSession], None] = lambda session: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.name = opening.session or secrets.token_hex(8)
+        self._models, self._client, self._opening, self._rules = models, client, opening, rules
+        self._languages, self._ended, self._clock = languages, ended, clock
+        self._served: Served | None = None
+        self._state: Any = None
+        self._state_of = 0
+        self._heard = clock()
+        self._pending: deque[_Event] = deque()
+        self._characters = 0  # of pending events
+        self._seq = self._seq_read = 0
+        self._closed = self._handing_over = False
+        self._wake, self._room, self._ready = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        self._room.set()
+        self.outbox = Outbox(opening.credit or CREDIT, clock)
+        self.error: ServiceError | None = None
+        self.on_failure: Callable[[], None] = lambda: None
+        """Called when the session has failed, once: for a transport that may be waiting for its reader."""
+        self._worker: asyncio.Task[None] | None = None
+        self._watch: asyncio.TimerHandle | None = None
+        self._queue_us = self._decode_us = 0  # of the last translation
+        try:
+            self._core = StreamCore(
+                self._next_model, opening.policy, Sentences(), whole_words=not opening.partial_words, segment=opening.first_segment, committed=opening.committed
+            )
+        except ValueError as error:
+            self._release()
+            raise invalid("open.committed", str(error)) from error
+        self._core.sentences = Sentences(self._source_language())
+
+    # -- what a transport does ---------------------------------------------------------------------------------------------------------
+    async def __aenter__(self) -> Self:
+        loop = asyncio.get_running_loop()
+        self._worker = loop.create_task(self._work(), name=f"cvmk session {self.name}")
+        self._watch = loop.call_later(_CHECKS, self._look)
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        if self._watch is not None:
+            self._watch.cancel()
+        if self._worker is not None:
+            self._worker.cancel()
+            await asyncio.gather(self._worker, return_exceptions=True)
+        self._release()
+        self._ended(self)
+
+    @property
+    def model(self) -> str:
+        """The name of the model that translates its present sentence."""
+        return self._served.info.name if self._served is not None else ""
+
+    @property
+    def target(self) -> str:
+        """The language that it is translated to."""
+        return self._served.info.target if self._served is not None else ""
+
+    def append(self, seq: int, text: str) -> None:
+        """More of the text."""
+        self._event("append", _Event(seq, text))
+
+    def replace(self, seq: int, from_char: int, text: str, segment: int | None = None) -> None:
+        """`text` instead of everything from a character of the sentence that has not ended. Where that is not `segment` any more, or has fewer characters, an
+        update says that it was refused."""
+        self._event("replace", _Event(seq, text, begin=from_char, segment=segment))
+
+    def end_segment(self) -> None:
+        """The sentence ends here."""
+        self._event("end_segment", _Event(self._seq, ends=True))
+
+    def close(self) -> None:
+        """The text ends here. Nothing may come after it, and `next` ends with what was still to be said."""
+        self._event("close", _Event(self._seq, ends=True, closes=True))
+        self._closed = True
+
+    def acknowledge(self, revision: int) -> None:
+        """The reader has read this revision; 0 says nothing."""
+        self._heard = self._clock()
+        if revision:
+            self.outbox.acknowledge(revision)
+            self._ready.set()
+
+    async def room(self) -> None:
+        """Waits while too much text waits to be translated. A transport reads on after it."""
+        await self._room.wait()
+
+    async def next(self) -> SessionUpdate | None:
+        """The next thing to send; None when all has been said. Raises ServiceError where the session has failed: what was committed before is said first."""
+        while True:
+            if (update := self.outbox.take()) is not None:
+                return update
+            if self.error is not None:
+                raise self.error
+            if self.outbox.empty and self._worker is not None and self._worker.done():
+                return None
+            self._ready.clear()
+            await self._ready.wait()
+
+    def hand_over(self) -> None:
+        """End with UNAVAILABLE as soon as all that has come was translated and said: the client goes on elsewhere."""
+        self._handing_over = True
+        self._wake.set()
+
+    def fail(self, error: ServiceError) -> None:
+        """End with an error; the first one counts."""
+        if self.error is None:
+            self.error = error
+            self._ready.set()
+            self._room.set()
+            self.on_failure()
+
+    # -- events ------------------------------------------------------------------------------------------------------------------------
+    def _event(self, name: str, event: _Event) -> None:
+        self._heard = self._clock()
+        if self._closed:
+            raise ServiceError(Status.FAILED_PRECONDITION, f"{name} came after close: open another stream", field=name)
+        if not event.ends:
+            if event.seq != self._seq + 1:
+                raise invalid(f"{name}.seq", f"is {event.seq}, and {self._seq + 1} comes next: Append and Replace are counted from 1 without gaps")
+            self._seq = event.seq
+        if len(event.text) > self._rules.text:
+            raise invalid(f"{name}.text", f"has {len(event.text)} characters, and {self._rules.text} are allowed: send it in parts")
+        self._pending.append(event)
+        self._characters += len(event.text) + 16
+        if self._characters > self._rules.text:
+            self._room.clear()
+        self._wake.set()
+
+    def _apply(self) -> tuple[bool, bool]:
+        """Bring the pending events into the text, up to the first that ends a sentence; whether one did, and whether the text ends."""
+        while self._pending:
+            event = self._pending.popleft()
+            self._characters -= len(event.text) + 16
+            if self._characters <= self._rules.text:
+                self._room.set()
+            if event.ends:
+                return True, event.closes
+            self._seq_read = event.seq
+            if event.begin is None:
+                self._core.append(event.text)
+            elif event.segment not in (None, self._core.segment):
+                self._refuse(event.seq, f"sentence {event.segment} has ended: it has been translated")
+            else:
+                try:
+                    self._core.replace(event.begin, event.text)
+                except ValueError as error:
+                    self._refuse(event.seq, str(error))
+        return False, False
+
+    def _refuse(self, seq: int, reason: str) -> None:
+        core = self._core
+        self._put(SessionUpdate(core.segment, source_read=core.begin, segment_begin=core.begin, seq_read=seq, refused=Refused(seq, reason)))
+
+    # -- the work ----------------------------------------------------------------------------------------------------------------------
+    async def _work(self) -> None:
+        try:
+            while True:
+                await self._wake.wait()
+                self._wake.clear()
+                closes = False
+                while self._pending and not closes:
+                    ends, closes = self._apply()
+                    if self._known(ends):
+                        await self._advance(ends)
+                if closes:
+                    return
+                if self._handing_over and not self._pending:
+                    raise ServiceError(Status.UNAVAILABLE, "the server is draining: connect again, and resend what was not committed")
+        except ServiceError as error:
+            self.fail(error)
+        except Exception:
+            number = secrets.token_hex(4)
+            _log.exception("session %s failed (%s)", self.name, number)
+            self.fail(ServiceError(Status.INTERNAL, f"the stream failed: see the server's log under {number}"))
+        finally:
+            self._ready.set()
+
+    async def _advance(self, ends: bool) -> None:
+        """Everything that is due. A tentative translation that finds the queues full is left for later: more text may come until then."""
+        steps = self._core.advance(end=ends)
+        answer: Translation | None = None
+        while True:
+            try:
+                step = steps.send(answer)
+            except StopIteration:
+                return
+            answer = None
+            if isinstance(step, Update):
+                self._say(step)
+                continue
+            try:
+                answer = await self._translate(step)
+            except ServiceError as error:
+                if error.status is not Status.RESOURCE_EXHAUSTED or step.final:
+                    raise
+                steps.close()
+                asyncio.get_running_loop().call_later(error.retry_after or 0.1, self._wake_up)
+                return
+
+    def _wake_up(self) -> None:
+        if not self._pending:
+            self._pending.append(_Event(self._seq_read))  # nothing more, but to be looked at again
+            self._characters += 16
+        self._wake.set()
+
+    async def _translate(self, wanted: Wanted) -> Translation:
+        served = self._served
+        assert served is not None
+        if wanted.begun != self._state_of:
+            self._state, self._state_of = served.open_source(), wanted.begun
+        options = SearchOptions(beam_size=self._opening.beam_size or served.beam_size, scores=False)
+        source = served.translator.encode(wanted.source)
+        if not source:
+            return served.translator.decode([])
+        wait, until = 0.05, self._clock() + self._rules.stuck
+        while True:
+            try:
+                found = await served.scheduler.search(
+                    self._client, self._opening.priority, source, options, prefix=wanted.committed, state=self._state, timeout=self._rules.request
+                )
+            except ServiceError as error:
+                if error.status is not Status.RESOURCE_EXHAUSTED or not wanted.final or self._clock() > until:
+                    raise
+                await asyncio.sleep(max(wait, min(error.retry_after or 0.0, 1.0)))  # the end of a sentence has to be said
+                wait = min(2 * wait, 1.0)
+            except ConfigError as error:
+                raise invalid("open", str(error)) from error
+            else:
+                break
+        self._queue_us, self._decode_us = found.queue_us, found.decode_us
+        return served.translator.decode(found.found.hypotheses)
+
+    def _say(self, update: Update) -> None:
+        self._put(
+            SessionUpdate(
+                update.segment, update.committed, update.tentative, update.final, source_read=update.source_read, segment_begin=update.begin,
+                seq_read=self._seq_read, language=self._languages.current, queue_us=self._queue_us, decode_us=self._decode_us,
+            )
+        )  # fmt: skip
+
+    def _put(self, update: SessionUpdate) -> None:
+        self.outbox.put(update)
+        if self.outbox.unsent > self._rules.unread:
+            raise ServiceError(Status.RESOURCE_EXHAUSTED, "too much translated text was not read: read faster")
+        self._ready.set()
+
+    # -- models ------------------------------------------------------------------------------------------------------------------------
+    def _next_model(self) -> Translator:
+        """The model of a sentence that begins: its newest version."""
+        found = self._models.find(self._source_language(), self._opening.target, self._opening.model)
+        if found is not self._served:
+            found.lease()
+            self._release()
+            self._served = found
+        self._state, self._state_of = None, 0
+        return found.translator
+
+    def _release(self) -> None:
+        if self._served is not None:
+            self._served.release()
+        self._served = self._state = None
+
+    def _source_language(self) -> str:
+        return self._languages.code
+
+    def _known(self, ends: bool) -> bool:
+        """Whether the source's language is known, so that it can be translated. Where it has just been found, or has changed, the sentence begins anew."""
+        before = self._languages.code
+        known = self._languages.look(self._core.source, ends)
+        if self._languages.code != before:
+            self._core.sentences = Sentences(self._source_language())
+            self._core.reopen()
+        return known
+
+    # -- its reader --------------------------------------------------------------------------------------------------------------------
+    def _look(self) -> None:
+        now = self._clock()
+        if self.outbox.held() > self._rules.stuck:
+            self.fail(ServiceError(Status.RESOURCE_EXHAUSTED, f"nothing was acknowledged for {self._rules.stuck:g} seconds: acknowledge what was read"))
+        elif now - self._heard > self._rules.idle and not math.isinf(self._rules.idle):
+            self.fail(ServiceError(Status.DEADLINE_EXCEEDED, f"nothing came for {self._rules.idle:g} seconds: open another stream"))
+        if self.error is None:
+            self._watch = asyncio.get_running_loop().call_later(_CHECKS, self._look)
+
+
+class Languages:
+    """The language of a stream's source, where its client says it."""
+
+    def __init__(self, code: str) -> None:
+        self.code = code
+        self.current: Language | None = None
+
+    def look(self, text: str, ends: bool) -> bool:
+        """Of the sentence so far; whether it is known."""
+        return True
