@@ -69,7 +69,7 @@ def test_imports_go_one_way() -> None:
         "import cvmk",
         "import cvmk.config, cvmk.config.loading, cvmk.telemetry, cvmk.hardware, cvmk.libraries",
         "import cvmk.text.corpus, cvmk.text.tokenizers, cvmk.text.cache, cvmk.text.phrasebook",
-        "import cvmk.serving.auth, cvmk.serving.limits",
+        "import cvmk.serving.auth, cvmk.serving.detection, cvmk.serving.limits",
         "import cvmk.formats.folder, cvmk.formats.tensors, cvmk.inference.engines, cvmk.inference.scheduler, cvmk.validation.metrics",
         "from cvmk.cli import main; main(['train', '--explain-config'])",
         f"from cvmk.cli import main; main(['train', {str(ROOT / 'examples/quickstart.toml')!r}, '--check'])",
