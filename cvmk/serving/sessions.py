@@ -94,7 +94,7 @@ class LiveSession:
         self._room.set()
         self.outbox = Outbox(opening.credit or CREDIT, clock)
         self.error: ServiceError | None = None
-        self.on_failure: Callable[[], None] = lambda: None
+        self.on_failure: Callable[[], object] = lambda: None
         """Called when the session has failed, once: for a transport that may be waiting for its reader."""
         self._worker: asyncio.Task[None] | None = None
         self._watch: asyncio.TimerHandle | None = None

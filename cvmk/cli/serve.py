@@ -1,0 +1,55 @@
+"""`cvmk serve serve.toml`: translate for others, live."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from typing import TYPE_CHECKING
+
+from cvmk.errors import ConfigError
+from cvmk.hardware import keep_freed_memory
+
+if TYPE_CHECKING:
+    from cvmk.config.serve import ServeConfig
+    from cvmk.serving.server import Ports
+
+HELP = "Translate live text for others, over gRPC."
+WEB_PORT = 8080
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Serve the models of a configuration file until SIGTERM, then finish what runs. SIGHUP loads models whose files have changed."
+    parser.add_argument("config", metavar="SERVE.toml", nargs="?", help="the configuration")
+    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="set a key of the configuration, as in TOML")
+    parser.add_argument("--explain-config", action="store_true", help="print every key with its default and meaning, and end")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from cvmk.config.loading import explain_config, load_config
+    from cvmk.config.serve import ServeConfig
+
+    if arguments.explain_config:
+        print(explain_config(ServeConfig))
+        return 0
+    if arguments.config is None:
+        raise ConfigError("no configuration is given: cvmk serve SERVE.toml, or --explain-config for its keys")
+    config = load_config(ServeConfig, arguments.config, arguments.overrides)
+    keep_freed_memory()
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    return _serve(config)
+
+
+def _serve(config: ServeConfig) -> int:
+    import asyncio
+
+    try:
+        from cvmk.serving.server import run as serve
+    except ImportError as error:
+        raise ConfigError(f"the service needs packages that are not installed ({error.name}): pip install 'cvmk[serve]'") from error
+
+    def tell(ports: Ports) -> None:
+        print(f"cvmk: serving {', '.join(config.models)} at {config.server.host}:{ports.grpc}", file=sys.stderr, flush=True)
+
+    asyncio.run(serve(config, tell))
+    return 0

@@ -1,0 +1,290 @@
+"""The service, whatever the transport: who may ask for what, which model answers, what runs, and how it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from cvmk.config.languages import language_tag
+from cvmk.config.serve import PRIORITIES, ServeConfig
+from cvmk.errors import ConfigError
+from cvmk.inference.options import SearchOptions
+from cvmk.serving.auth import Caller
+from cvmk.serving.errors import ServiceError, Status, invalid
+from cvmk.serving.limits import Limits
+from cvmk.serving.models import ModelInfo, Models, Served
+from cvmk.serving.outbox import Language
+from cvmk.serving.scheduler import Searched
+from cvmk.serving.sessions import MOST_CREDIT, Languages, LiveSession, Opening, Rules
+from cvmk.serving.texts import cut
+
+if TYPE_CHECKING:
+    from cvmk.inference.translator import Translation
+
+AUTO = "auto"
+_LONGEST_NAME = 64
+
+
+@dataclass(frozen=True)
+class Translated:
+    """A text's translation. `language` is what its source was found to be, where that was asked for; times are microseconds, the longest of its sentences."""
+
+    text: str
+    alternatives: list[str]
+    language: Language | None
+    score: float
+    queue_us: int
+    decode_us: int
+    model: str
+
+
+@dataclass(frozen=True)
+class ServedLanguage:
+    """A language that can be translated from, with its English name, and to which."""
+
+    code: str
+    name: str
+    targets: list[str]
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What is going on: open streams, tokens that wait and that run, and counts since the start."""
+
+    sessions: int
+    waiting_tokens: int
+    running_tokens: int
+    translations: int
+    rejected: int
+    cancelled: int
+    uptime_s: float
+    draining: bool
+
+
+@dataclass(frozen=True)
+class _Search:
+    """How each sentence of a request is searched for."""
+
+    client: str
+    priority: str
+    beam_size: int
+    alternatives: int
+    timeout: float
+
+
+class Application:
+    """Under gRPC, HTTP and WebSockets alike. Everything runs in one event loop; `start` first, `stop` last."""
+
+    def __init__(self, config: ServeConfig) -> None:
+        self.config, self.limits, self.catalogue = config, Limits(config.limits), Models(config)
+        self.draining = False
+        self._sessions: set[LiveSession] = set()
+        self._requests = 0  # that run
+        self._idle = asyncio.Event()
+        self._translations = self._rejected = self._cancelled = 0
+        self._started = time.monotonic()
+
+    async def start(self) -> None:
+        """Load the models. Raises what is wrong with them."""
+        await self.catalogue.start()
+
+    async def stop(self) -> None:
+        """Close the models, once nothing uses them."""
+        await self.catalogue.stop()
+
+    # -- whole texts -------------------------------------------------------------------------------------------------------------------
+    async def translate(
+        self,
+        caller: Caller,
+        texts: Sequence[str],
+        *,
+        source: str = AUTO,
+        target: str = "",
+        model: str = "",
+        beam_size: int = 0,
+        alternatives: int = 0,
+        priority: str = "normal",
+        timeout: float | None = None,
+    ) -> list[Translated]:
+        """The translation of each text, however many sentences and lines it has. `timeout` in seconds. Raises ServiceError."""
+        with self._counted():
+            self.limits.check_search(beam_size, alternatives)
+            self.limits.admit_request(caller, sum(map(len, texts)))
+            priority = _priority(priority)
+            source, target = self._pair(source, target, model)
+            longest = self.config.limits.request_seconds
+            timeout = longest if timeout is None else min(timeout, longest)
+            found = self._languages_of(texts, source)
+            search = _Search(caller.id, priority, beam_size, alternatives, timeout)
+            async with _group() as group:
+                tasks = [group.create_task(self._translated(text, source, one, target, model, search)) for text, one in zip(texts, found, strict=True)]
+            self._translations += len(texts)
+            return [task.result() for task in tasks]
+
+    async def _translated(self, text: str, source: str, language: Language | None, target: str, model: str, search: _Search) -> Translated:
+        with self.catalogue.lease(source if language is None else language.code, target, model) as served:
+            whole = cut(text, served.translator, served.info.source)
+            beam = max(search.beam_size or served.beam_size, search.alternatives + 1)
+            options = SearchOptions(beam_size=beam, n_best=search.alternatives + 1)
+            async with _group() as group:
+                tasks = [group.create_task(_searched(served, sentence, options, search)) for sentence in whole.sentences]
+            times = [task.result() for task in tasks]
+            found = [served.translator.decode(one.found.hypotheses) for one in times]
+            said = [whole.joined([_candidate(one, rank) for one in found]) for rank in range(search.alternatives + 1)]
+            score = sum(one.score for one in found) / max(1, len(found))
+            waited, decoded = max((one.queue_us for one in times), default=0), max((one.decode_us for one in times), default=0)
+            return Translated(said[0], said[1:], language, score, waited, decoded, served.info.name)
+
+    # -- streams -----------------------------------------------------------------------------------------------------------------------
+    def open(self, caller: Caller, opening: Opening) -> LiveSession:
+        """A stream, to be used inside `async with`. Raises ServiceError."""
+        with self._counted(False):
+            if self.draining:
+                raise _draining()
+            self.limits.check_search(opening.beam_size)
+            _priority(opening.priority)
+            if not 0 <= opening.credit <= MOST_CREDIT:
+                raise invalid("open.credit", f"is {opening.credit}, and may be at most {MOST_CREDIT}")
+            if len(opening.session) > _LONGEST_NAME or not opening.session.isprintable():
+                raise invalid("open.session", f"must have at most {_LONGEST_NAME} characters, all of them printable")
+            source, target = self._pair(opening.source, opening.target, opening.model)
+            limits = self.config.limits
+            rules = Rules(limits.text_bytes, limits.unread_tokens, limits.stuck_seconds, limits.idle_seconds, limits.request_seconds)
+            languages = Languages(source)
+            place = contextlib.ExitStack()
+            place.enter_context(self.limits.session(caller))
+            try:
+                opening = Opening(**{**vars(opening), "source": source, "target": target})
+                session = LiveSession(self.catalogue, caller.id, opening, rules, languages, ended=lambda ended: self._closed(ended, place))
+            except BaseException:
+                place.close()
+                raise
+            self._sessions.add(session)
+            self._idle.clear()
+            return session
+
+    def _closed(self, session: LiveSession, place: contextlib.ExitStack) -> None:
+        if session in self._sessions:
+            self._sessions.discard(session)
+            place.close()
+            self._check_idle()
+
+    # -- what is served ----------------------------------------------------------------------------------------------------------------
+    def detect(self, text: str) -> list[Language]:
+        """The served languages by how probable it is that the text is in them."""
+        raise NotImplementedError
+
+    def languages(self) -> list[ServedLanguage]:
+        """What can be translated from, and to what."""
+        import langcodes
+
+        return [ServedLanguage(code, langcodes.Language.get(code).display_name("en"), self.catalogue.targets(code)) for code in self.catalogue.sources()]
+
+    def models(self) -> list[ModelInfo]:
+        """All models, in the order of serve.toml."""
+        return self.catalogue.infos()
+
+    def stats(self) -> Stats:
+        """Now."""
+        waiting, running = (sum(getattr(served.scheduler, name) for served in self.catalogue) for name in ("waiting", "running"))
+        passed = time.monotonic() - self._started
+        return Stats(len(self._sessions), waiting, running, self._translations, self._rejected, self._cancelled, passed, self.draining)
+
+    # -- for administrators --------------------------------------------------------------------------------------------------------------
+    async def load(self, name: str, path: str = "") -> ModelInfo:
+        """See `Models.load`."""
+        return await self.catalogue.load(name, path)
+
+    async def unload(self, name: str) -> None:
+        """See `Models.unload`."""
+        await self.catalogue.unload(name)
+
+    async def drain(self, seconds: float | None = None) -> None:
+        """Take no new work, and return when what runs has ended, or after so many seconds; None: as serve.toml says."""
+        self.draining = True
+        for session in list(self._sessions):
+            session.hand_over()
+        self._check_idle()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self.config.server.drain_seconds if seconds is None else seconds):
+                await self._idle.wait()
+
+    # -- inside --------------------------------------------------------------------------------------------------------------------------
+    @contextlib.contextmanager
+    def _counted(self, request: bool = True) -> Any:
+        if request and self.draining:
+            raise _draining()
+        self._requests += request
+        self._idle.clear()
+        try:
+            yield
+        except ServiceError as error:
+            self._rejected += error.status is Status.RESOURCE_EXHAUSTED
+            raise
+        except asyncio.CancelledError:
+            self._cancelled += 1
+            raise
+        finally:
+            self._requests -= request
+            self._check_idle()
+
+    def _check_idle(self) -> None:
+        if not self._requests and not self._sessions:
+            self._idle.set()
+
+    def _pair(self, source: str, target: str, model: str) -> tuple[str, str]:
+        """Source and target as tags, "auto" and "" as they are; that some model translates them has been checked."""
+        source = source or AUTO
+        source = source if source == AUTO else _tag("source", source)
+        target = _tag("target", target) if target else ""
+        if not target and not model and len(targets := {info.target for info in self.models() if source in (AUTO, info.source)}) > 1:
+            raise invalid("target", f"is missing, and {', '.join(sorted(targets))} are served")
+        self.catalogue.find("" if source == AUTO else source, target, model)
+        return source, target
+
+    def _languages_of(self, texts: Sequence[str], source: str) -> list[Language | None]:
+        if source != AUTO:
+            return [None] * len(texts)
+        raise NotImplementedError
+
+
+async def _searched(served: Served, sentence: str, options: SearchOptions, search: _Search) -> Searched:
+    try:
+        return await served.scheduler.search(search.client, search.priority, served.translator.encode(sentence), options, timeout=search.timeout)
+    except ConfigError as error:
+        raise invalid("texts", str(error)) from error
+
+
+def _candidate(found: Translation, rank: int) -> str:
+    return found.hypotheses[min(rank, len(found.hypotheses) - 1)].text
+
+
+def _tag(field: str, code: str) -> str:
+    try:
+        return language_tag(code)
+    except ValueError as error:
+        raise invalid(field, str(error)) from error
+
+
+def _priority(priority: str) -> str:
+    if priority not in PRIORITIES:
+        raise invalid("priority", f"is {priority!r}, and must be one of {', '.join(PRIORITIES)}")
+    return priority
+
+
+def _draining() -> ServiceError:
+    return ServiceError(Status.UNAVAILABLE, "the server is draining: try another one, or again later", retry_after=1.0)
+
+
+@contextlib.asynccontextmanager
+async def _group() -> Any:
+    """Tasks that end together; the first error of one of them ends the others, and is raised by itself."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            yield group
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from None

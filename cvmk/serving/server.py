@@ -1,0 +1,135 @@
+"""`cvmk serve`: an Application, the ports that it is reached by, and how it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from cvmk.config.serve import ServeConfig
+from cvmk.errors import DataError
+from cvmk.serving.application import Application
+from cvmk.serving.auth import Keys, server_credentials
+from cvmk.serving.service import AdminService, TranslationService
+
+SWITCH_INTERVAL = 0.0005
+"""Seconds after which Python lets another thread on: an engine's thread that has finished a step should not wait 5 ms for the event loop to pause."""
+_OPTIONS = [
+    ("grpc.so_reuseport", 0),  # a second server on the port is an error
+    ("grpc.http2.bdp_probe", 0),  # else some megabytes are taken in before a sender is slowed down
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ("grpc.http2.max_ping_strikes", 4),
+]
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Ports:
+    """Where the server listens; None where it does not."""
+
+    grpc: int
+    admin: int | None = None
+    http: int | None = None
+    metrics: int | None = None
+
+
+class Server:
+    """All of `cvmk serve`, in the event loop of its caller: `start`, `serve` until it is told to end, and `stop`."""
+
+    def __init__(self, config: ServeConfig) -> None:
+        self.config, self.application = config, Application(config)
+        self._keys = Keys(config.security.keys)
+        self._credentials = server_credentials(config.security)
+        self._health = health.aio.HealthServicer()
+        self._servers: list[grpc.aio.Server] = []
+        self._ending = asyncio.Event()
+        self._seconds: float | None = None
+        self.ports = Ports(0)
+
+    async def start(self) -> Ports:
+        """Load the models and listen. Raises what is wrong with a model, and DataError for a port that is taken."""
+        sys.setswitchinterval(SWITCH_INTERVAL)
+        server = self.config.server
+        await self.application.start()
+        main = TranslationService(self.application, self._keys)
+        port = await self._listen(server.host, server.port, main.handler(), (main.NAME, health.SERVICE_NAME), self._credentials)
+        admin_port = None
+        if server.admin_port is not None:
+            admin = AdminService(self.application, Keys(self.config.security.admin_keys, admin=True), self.end)
+            admin_port = await self._listen("127.0.0.1", server.admin_port, admin.handler(), (admin.NAME,), self._credentials)
+        await self._healthy(True)
+        self.ports = Ports(port, admin_port)
+        return self.ports
+
+    async def _listen(
+        self, host: str, port: int, handler: grpc.GenericRpcHandler, names: tuple[str, ...], credentials: grpc.ServerCredentials | None
+    ) -> int:
+        options = [*_OPTIONS, ("grpc.max_receive_message_length", self.config.limits.message_bytes)]
+        server = grpc.aio.server(handlers=[handler], options=options)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        reflection.enable_server_reflection((*names, reflection.SERVICE_NAME), server)
+        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        try:
+            found = server.add_insecure_port(address) if credentials is None else server.add_secure_port(address, credentials)
+        except RuntimeError:
+            found = 0
+        if not found:
+            raise DataError(f"cannot listen at {address}: the port is taken, or the address is not this machine's; choose another in [server]")
+        await server.start()
+        self._servers.append(server)
+        return int(found)
+
+    async def _healthy(self, well: bool) -> None:
+        status = health_pb2.HealthCheckResponse.SERVING if well else health_pb2.HealthCheckResponse.NOT_SERVING
+        for name in ("", TranslationService.NAME, *(info.name for info in self.application.models())):
+            await self._health.set(name, status)
+
+    def end(self, seconds: float | None = None) -> None:
+        """Drain and end; the second time, at once."""
+        self._seconds = 0.0 if self._ending.is_set() else seconds
+        self._ending.set()
+
+    async def serve(self) -> None:
+        """Until `end`: then nothing new is taken, and what runs has its time."""
+        await self._ending.wait()
+        self._ending.clear()
+        _log.info("draining")
+        await self._healthy(False)
+        drained = asyncio.create_task(self.application.drain(self._seconds))
+        again = asyncio.create_task(self._ending.wait())
+        await asyncio.wait({drained, again}, return_when=asyncio.FIRST_COMPLETED)
+        for task in (drained, again):
+            task.cancel()
+
+    async def stop(self) -> None:
+        """Close the ports and the models."""
+        await asyncio.gather(*(server.stop(0.2) for server in self._servers))
+        await self.application.stop()
+
+
+async def run(config: ServeConfig, tell: Callable[[Ports], None]) -> None:
+    """Serve until SIGTERM or SIGINT; `tell` is called when everything is ready."""
+    server = Server(config)
+    loop = asyncio.get_running_loop()
+    try:
+        ports = await server.start()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, server.end)
+        with contextlib.suppress(AttributeError):  # Windows has none
+            loop.add_signal_handler(signal.SIGHUP, lambda: reloads.append(loop.create_task(server.application.catalogue.reload_changed())))
+        reloads: list[asyncio.Task[object]] = []
+        tell(ports)
+        await server.serve()
+    finally:
+        await server.stop()
