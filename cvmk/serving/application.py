@@ -14,19 +14,20 @@ from cvmk.config.serve import PRIORITIES, ServeConfig
 from cvmk.errors import ConfigError
 from cvmk.inference.options import SearchOptions
 from cvmk.serving.auth import Caller
+from cvmk.serving.detection import Detector, Language, Sticky
 from cvmk.serving.errors import ServiceError, Status, invalid
 from cvmk.serving.limits import Limits
-from cvmk.serving.models import ModelInfo, Models, Served
-from cvmk.serving.outbox import Language
+from cvmk.serving.models import ModelInfo, Models, Served, answers
 from cvmk.serving.scheduler import Searched
-from cvmk.serving.sessions import MOST_CREDIT, Languages, LiveSession, Opening, Rules
+from cvmk.serving.sessions import AUTO, MOST_CREDIT, LiveSession, Opening, Rules
 from cvmk.serving.texts import cut
 
 if TYPE_CHECKING:
     from cvmk.inference.translator import Translation
 
-AUTO = "auto"
 _LONGEST_NAME = 64
+_SHORT = 40
+"""Characters of a text that alone says too little of its language: it is taken for that of the whole request (as LibreTranslate does)."""
 
 
 @dataclass(frozen=True)
@@ -87,13 +88,18 @@ class Application:
         self._idle = asyncio.Event()
         self._translations = self._rejected = self._cancelled = 0
         self._started = time.monotonic()
+        self._detectors: dict[tuple[str, ...], Detector] = {}
+        self._background: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Load the models. Raises what is wrong with them."""
         await self.catalogue.start()
+        self._background = asyncio.create_task(asyncio.to_thread(self._detector("", "").load))  # half a second that nobody waits for
 
     async def stop(self) -> None:
         """Close the models, once nothing uses them."""
+        if self._background is not None:
+            await asyncio.wait({self._background})
         await self.catalogue.stop()
 
     # -- whole texts -------------------------------------------------------------------------------------------------------------------
@@ -118,7 +124,7 @@ class Application:
             source, target = self._pair(source, target, model)
             longest = self.config.limits.request_seconds
             timeout = longest if timeout is None else min(timeout, longest)
-            found = self._languages_of(texts, source)
+            found = self._languages_of(texts, source, target, model)
             search = _Search(caller.id, priority, beam_size, alternatives, timeout)
             async with _group() as group:
                 tasks = [group.create_task(self._translated(text, source, one, target, model, search)) for text, one in zip(texts, found, strict=True)]
@@ -154,12 +160,12 @@ class Application:
             source, target = self._pair(opening.source, opening.target, opening.model)
             limits = self.config.limits
             rules = Rules(limits.text_bytes, limits.unread_tokens, limits.stuck_seconds, limits.idle_seconds, limits.request_seconds)
-            languages = Languages(source)
+            language = Sticky(self._detector(target, opening.model), None if source == AUTO else source)
             place = contextlib.ExitStack()
             place.enter_context(self.limits.session(caller))
             try:
                 opening = Opening(**{**vars(opening), "source": source, "target": target})
-                session = LiveSession(self.catalogue, caller.id, opening, rules, languages, ended=lambda ended: self._closed(ended, place))
+                session = LiveSession(self.catalogue, caller.id, opening, rules, language, ended=lambda ended: self._closed(ended, place))
             except BaseException:
                 place.close()
                 raise
@@ -175,8 +181,8 @@ class Application:
 
     # -- what is served ----------------------------------------------------------------------------------------------------------------
     def detect(self, text: str) -> list[Language]:
-        """The served languages by how probable it is that the text is in them."""
-        raise NotImplementedError
+        """The languages that can be translated from, by how probable it is that the text is in them. Raises ServiceError where none can be found out."""
+        return self._detector("", "").rank(text)
 
     def languages(self) -> list[ServedLanguage]:
         """What can be translated from, and to what."""
@@ -241,15 +247,26 @@ class Application:
         source = source or AUTO
         source = source if source == AUTO else _tag("source", source)
         target = _tag("target", target) if target else ""
-        if not target and not model and len(targets := {info.target for info in self.models() if source in (AUTO, info.source)}) > 1:
+        if not target and not model and len(targets := {info.target for info in self.models() if source == AUTO or answers(source, info.source)}) > 1:
             raise invalid("target", f"is missing, and {', '.join(sorted(targets))} are served")
         self.catalogue.find("" if source == AUTO else source, target, model)
         return source, target
 
-    def _languages_of(self, texts: Sequence[str], source: str) -> list[Language | None]:
+    def _languages_of(self, texts: Sequence[str], source: str, target: str, model: str) -> list[Language | None]:
+        """Of each text, where that was asked for."""
         if source != AUTO:
             return [None] * len(texts)
-        raise NotImplementedError
+        detector = self._detector(target, model)
+        whole = detector.rank("\n".join(texts))[0]
+        return [whole if len(text) <= _SHORT else detector.rank(text)[0] for text in texts]
+
+    def _detector(self, target: str, model: str) -> Detector:
+        """Of the languages that can be translated to the target, by that model."""
+        infos = [info for info in self.models() if answers(target, info.target) and model in ("", info.name)]
+        languages = tuple(dict.fromkeys(info.source for info in infos))
+        if languages not in self._detectors:
+            self._detectors[languages] = Detector(languages)
+        return self._detectors[languages]
 
 
 async def _searched(served: Served, sentence: str, options: SearchOptions, search: _Search) -> Searched:

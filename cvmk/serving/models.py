@@ -107,7 +107,7 @@ class Models:
     def find(self, source: str, target: str, name: str = "") -> Served:
         """The model of that name, or else the first one of those languages; an empty source or target is any. Raises ServiceError NOT_FOUND."""
         for served in [self._served[name]] if name in self._served else () if name else self:
-            if source in ("", served.info.source) and target in ("", served.info.target):
+            if answers(source, served.info.source) and answers(target, served.info.target):
                 return served
         if name and name not in self._served:
             raise ServiceError(Status.NOT_FOUND, f"no model {name!r} is served", field="model")
@@ -177,6 +177,11 @@ class Models:
         limits = self._config.limits
         scheduler = Scheduler(asynchronous, section.running_tokens, limits.waiting_tokens, limits.waiting_tokens_per_client)
         return Served(info, translator, asynchronous, scheduler, section.beam_size)
+
+
+def answers(asked: str, served: str) -> bool:
+    """Whether a served language is what was asked for: the same, or without a region or script that was ("en" for "en-GB"); "" asks for any."""
+    return asked in ("", served) or asked.startswith(f"{served}-")
 
 
 def _load(name: str, section: ServedModelConfig, threads: int) -> tuple[ModelInfo, Translator]:

@@ -9,15 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from os.path import commonprefix
 
+from cvmk.serving.detection import Language
 from cvmk.serving.errors import invalid
-
-
-@dataclass(frozen=True)
-class Language:
-    """A language, and how probable it is, from 0 to 1."""
-
-    code: str
-    probability: float
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,13 @@ from typing import Any, Self
 from cvmk.errors import ConfigError
 from cvmk.inference.options import SearchOptions
 from cvmk.inference.translator import Translation, Translator
+from cvmk.serving.detection import Sticky
 from cvmk.serving.errors import ServiceError, Status, invalid
 from cvmk.serving.models import Models, Served
-from cvmk.serving.outbox import Language, Outbox, Refused, SessionUpdate
+from cvmk.serving.outbox import Outbox, Refused, SessionUpdate
 from cvmk.streaming import Policy, Retranslation, Sentences, StreamCore, Update, Wanted
 
+AUTO = "auto"
 CREDIT, MOST_CREDIT = 2, 64
 _CHECKS = 0.5
 """Seconds between two looks at a stream's reader."""
@@ -74,14 +76,15 @@ class LiveSession:
         client: str,
         opening: Opening,
         rules: Rules,
-        languages: Languages,
+        language: Sticky,
         *,
         ended: Callable[[LiveSession], None] = lambda session: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.name = opening.session or secrets.token_hex(8)
         self._models, self._client, self._opening, self._rules = models, client, opening, rules
-        self._languages, self._ended, self._clock = languages, ended, clock
+        self._sticky, self._ended, self._clock = language, ended, clock
+        self._language = language.language
         self._served: Served | None = None
         self._state: Any = None
         self._state_of = 0
@@ -313,7 +316,7 @@ class LiveSession:
         self._put(
             SessionUpdate(
                 update.segment, update.committed, update.tentative, update.final, source_read=update.source_read, segment_begin=update.begin,
-                seq_read=self._seq_read, language=self._languages.current, queue_us=self._queue_us, decode_us=self._decode_us,
+                seq_read=self._seq_read, language=self._language if self._opening.source == AUTO else None, queue_us=self._queue_us, decode_us=self._decode_us,
             )
         )  # fmt: skip
 
@@ -340,16 +343,21 @@ class LiveSession:
         self._served = self._state = None
 
     def _source_language(self) -> str:
-        return self._languages.code
+        """Of the sentence; "" while it is not known."""
+        return "" if self._language is None else self._language.code
 
     def _known(self, ends: bool) -> bool:
         """Whether the source's language is known, so that it can be translated. Where it has just been found, or has changed, the sentence begins anew."""
-        before = self._languages.code
-        known = self._languages.look(self._core.source, ends)
-        if self._languages.code != before:
-            self._core.sentences = Sentences(self._source_language())
+        before = self._source_language()
+        text = self._core.source
+        found = self._sticky.read(text, final=ends and bool(text.strip()))
+        if found is None:
+            return not text.strip()
+        self._language = found
+        if found.code != before:
+            self._core.sentences = Sentences(found.code)
             self._core.reopen()
-        return known
+        return True
 
     # -- its reader --------------------------------------------------------------------------------------------------------------------
     def _look(self) -> None:
@@ -361,14 +369,3 @@ class LiveSession:
         if self.error is None:
             self._watch = asyncio.get_running_loop().call_later(_CHECKS, self._look)
 
-
-class Languages:
-    """The language of a stream's source, where its client says it."""
-
-    def __init__(self, code: str) -> None:
-        self.code = code
-        self.current: Language | None = None
-
-    def look(self, text: str, ends: bool) -> bool:
-        """Of the sentence so far; whether it is known."""
-        return True
