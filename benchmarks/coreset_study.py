@@ -10,28 +10,16 @@ import argparse
 import math
 from collections.abc import Sequence
 
+from quantization_noise import held_out, mean
+
 from cvmk.cli._streams import read_lines
 from cvmk.formats import load_model_folder
 from cvmk.inference import Translator
-from cvmk.quantization import Recipe, collect, quantize_model, read_pairs
-from cvmk.quantization.model import Quantized, signal_to_noise
-from cvmk.quantization.sites import matrix, sites
+from cvmk.quantization import Recipe, quantize_model, read_pairs
 from cvmk.text.coreset import choose
 from cvmk.validation.metrics import score
 
 RECIPES = [Recipe("w8a8", "smoothquant"), Recipe("w4a8", "gptq", 32)]
-
-
-def held_out(quantized: Quantized, pairs: Sequence[tuple[list[int], list[int]]], recipe: Recipe) -> float:
-    """The mean ratio in dB over the matrices, of inputs that calibration did not see."""
-    model = quantized.model
-    chosen = [site for site in sites(model) if site.name in quantized.names and site.module is not None]
-    statistics, built = collect(model, chosen, pairs), quantized.build()
-    found = []
-    for site in chosen:
-        layer = built.get_submodule(site.module or "") if not site.looked_up else built.embeddings.source
-        found.append(signal_to_noise(matrix(model, site.name), layer.weight, statistics[site.name], recipe.activations))
-    return sum(found) / len(found)
 
 
 def main() -> None:
@@ -54,7 +42,7 @@ def main() -> None:
                 for seed in range(arguments.seeds):
                     texts = [text for _, text in choose(train, count, kind, seed=seed).sentences]
                     quantized = quantize_model(model, recipe, read_pairs(texts, translator, count))
-                    ratios.append(held_out(quantized, unseen, recipe))
+                    ratios.append(mean(held_out(quantized, unseen, recipe)))
                     said = [one.text for one in Translator.of_weights(quantized.build(), tokenizer).translate(sources)]
                     drops.append(score("bleu", said, references).value - whole)
                 print(f"{recipe.scheme:6} {recipe.method:12} {count:8}  {kind:9} {_spread(ratios)}  {_spread(drops)}", flush=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,10 +26,23 @@ _ALIKE = 0.1  # cosine of two texts' counts of pieces, below which they have not
 
 
 @dataclass(frozen=True)
+class Half:
+    """Of the inputs x of a matrix on half of the sentences: `largest` max |x|, float64 [K], and `rows` float32 [n, K], some of them."""
+
+    largest: Tensor
+    rows: Tensor
+
+    def divided(self, scale: Tensor) -> Half:
+        """Those of x / scale [K], float64."""
+        return Half(self.largest / scale, (self.rows / scale).float())
+
+
+@dataclass(frozen=True)
 class InputStatistics:
     """Of the inputs x [count, K] of a matrix, all on the CPU.
 
     `largest` max |x|, `mean` mean |x|, both float64 [K]; `moment` float64 [K, K], the mean of x x^T; `rows` float32 [<= ROWS, K], a uniform sample.
+    `halves`: of every other sentence and of the rest, so that what is fitted to the one can be judged on the other; without rows where there is none.
     """
 
     count: int
@@ -37,11 +50,14 @@ class InputStatistics:
     mean: Tensor
     moment: Tensor
     rows: Tensor
+    halves: tuple[Half, Half]
 
     def divided(self, scale: Tensor) -> InputStatistics:
         """Those of x / scale."""
         s = scale.double()
-        return replace(self, largest=self.largest / s, mean=self.mean / s, moment=self.moment / (s[:, None] * s), rows=(self.rows / s).float())
+        halves = self.halves[0].divided(s), self.halves[1].divided(s)
+        moment, rows = self.moment / (s[:, None] * s), (self.rows / s).float()
+        return InputStatistics(self.count, self.largest / s, self.mean / s, moment, rows, halves)
 
 
 Pair = tuple[list[int], list[int]]
@@ -66,19 +82,21 @@ def collect(model: CVMTransformer, chosen: Sequence[Site], pairs: Sequence[Pair]
     """The statistics of each matrix that multiplies something, by its name, in one pass; memory does not grow with the number of pairs."""
     gathered = {site.name: _Gathered(rows) for site in chosen if site.module is not None}
     mask: dict[bool, Tensor] = {}
+    half = 0
 
     def watch(site: Site) -> Callable[..., None]:
         def hook(module: object, arguments: tuple[Tensor, ...]) -> None:
-            gathered[site.name].add(arguments[0].detach().flatten(0, -2)[mask[site.source_side].flatten()])
+            gathered[site.name].add(arguments[0].detach().flatten(0, -2)[mask[site.source_side].flatten()], half)
 
         return hook
 
     hooks = [model.get_submodule(site.module).register_forward_pre_hook(watch(site)) for site in chosen if site.module is not None]
     try:
         with torch.no_grad():
-            for source, target in padded(pairs, model.pad_id):
-                mask[True], mask[False] = source != model.pad_id, target != model.pad_id
-                model(source, target)
+            for half in (0, 1):
+                for source, target in padded(pairs[half::2], model.pad_id):
+                    mask[True], mask[False] = source != model.pad_id, target != model.pad_id
+                    model(source, target)
     finally:
         for handle in hooks:
             handle.remove()
@@ -141,29 +159,32 @@ class _Gathered:
         self._rows: Any = None
         self._generator = torch.Generator().manual_seed(0)
 
-    def add(self, x: Tensor) -> None:
-        """x [n, K]."""
+    def add(self, x: Tensor, half: int) -> None:
+        """x [n, K], of sentences of that half (0 or 1)."""
         x = x.float().cpu()
         wide, size = x.double(), x.abs()
         if self._rows is None:
             k = x.shape[1]
-            self._rows, self._largest, self._sum = x.new_empty(0, k), wide.new_zeros(k), wide.new_zeros(k)
+            self._rows, self._halves, self._largest, self._sum = x.new_empty(0, k), torch.empty(0, dtype=torch.int64), wide.new_zeros(2, k), wide.new_zeros(k)
             self._moment = wide.new_zeros(k, k)
-        self._largest = torch.maximum(self._largest, size.amax(0).double()) if len(x) else self._largest
+        if len(x):
+            self._largest[half] = torch.maximum(self._largest[half], size.amax(0).double())
         self._sum += size.sum(0, dtype=torch.float64)
         self._moment += wide.T @ wide
         free = self._limit - len(self._rows)
         begun, self._count = self._count, self._count + len(x)
         if free > 0:
-            self._rows = torch.cat([self._rows, x[:free]])
-            begun, x = begun + min(free, len(x)), x[free:]
+            first, x = x[:free], x[free:]
+            self._rows, self._halves = torch.cat([self._rows, first]), torch.cat([self._halves, torch.full((len(first),), half)])
+            begun += len(first)
         if len(x):
             ranks = torch.arange(begun, begun + len(x), dtype=torch.float64) + 1
             places = (torch.rand(len(x), generator=self._generator, dtype=torch.float64) * ranks).long()
             for place, row in zip(places.tolist(), x, strict=True):
                 if place < self._limit:
-                    self._rows[place] = row
+                    self._rows[place], self._halves[place] = row, half
 
     def statistics(self) -> InputStatistics:
         count = max(1, self._count)
-        return InputStatistics(self._count, self._largest, self._sum / count, self._moment / count, self._rows)
+        one, other = (Half(self._largest[half], self._rows[self._halves == half]) for half in (0, 1))
+        return InputStatistics(self._count, self._largest.amax(0), self._sum / count, self._moment / count, self._rows, (one, other))

@@ -29,15 +29,15 @@ def gptq(
     static_groups  scales come from W as it was, so that groups stay those of neighbouring inputs; otherwise from W as it has become when a group's first input
                    is reached, and with act_order the groups are of inputs in that order (`QuantizedWeight.order`).
 
-    An input that is always zero (H_kk = 0) gets zeros. Raises ValueError where H is not finite.
+    An input that was always zero (H_kk = 0) is rounded to nearest, for other text may wake it; the paper's code gives it zeros.
+    Raises ValueError where H is not finite.
     """
     work, h = weight.double().clone(), moment.double().clone()
     columns = work.shape[1]
     if not torch.isfinite(h).all():
         raise ValueError("the second moments of a layer's inputs are not finite")
     dead = h.diagonal() == 0
-    h.diagonal()[dead] = 1.0
-    work[:, dead] = 0.0
+    h.diagonal()[dead] = 1.0 if dead.all() else h.diagonal()[~dead].mean()  # it is alone in its row and column: nothing corrects it, and it nothing
     scales, zeros = grid.fit(grid.groups(work))
     order = torch.argsort(h.diagonal(), descending=True, stable=True) if act_order else torch.arange(columns)
     work, h = work[:, order], h[order][:, order]

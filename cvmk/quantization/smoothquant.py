@@ -4,6 +4,11 @@
 
 alpha = 0, 0.05, ... 1: that with the least mean squared error of the readers' outputs, inputs and weights rounded as they will be, is taken, if
 it is less than without a scale.
+
+An input that was small or zero on the calibration text (a unit behind a relu that nothing woke) would get a small s_k, and where another text wakes it,
+x_k / s_k would take the steps from all other inputs of its row. Hence two guards that the paper does not have: max|x_k| counts as at least half the median of
+those that are not zero; and the error is that on sentences which the scale was not made of (scales of each half tried on the other). Only alpha
+is chosen so: the scale that is used is made of all sentences.
 """
 
 from __future__ import annotations
@@ -14,42 +19,51 @@ import torch
 from torch import Tensor
 
 from cvmk.ops.quantize import rounded_rows
-from cvmk.quantization.calibration import InputStatistics
+from cvmk.quantization.calibration import Half, InputStatistics
 from cvmk.quantization.rounding import Grid
 
 ALPHAS = tuple(index / 20 for index in range(21))
 _SMALLEST = 1e-5
+_ASLEEP = 0.5  # of the median of max|x_k|: an input below it is taken to be one that calibration did not see at its largest
 
 
 def scale_of(weights: Sequence[Tensor], largest: Tensor, alpha: float, channels: Tensor) -> Tensor:
     """The scale [channels] by the formula; `largest` [K] is max|x|, `channels` [K] the number of the scale that each input has."""
     count = int(channels.max()) + 1
-    x = _per_channel(largest.double(), channels, count).clamp(min=_SMALLEST)
+    x = _per_channel(largest.double(), channels, count)
+    x = x.clamp(min=max(_SMALLEST, _ASLEEP * float(x[x > 0].median()) if bool((x > 0).any()) else 0.0))
     w = _per_channel(torch.cat([weight.double().abs() for weight in weights]).amax(0), channels, count).clamp(min=_SMALLEST)
     return (x**alpha / w ** (1 - alpha)).clamp(min=_SMALLEST)
 
 
 @torch.no_grad()
 def search_scale(weights: Sequence[Tensor], inputs: Sequence[InputStatistics], channels: Tensor, grid: Grid) -> tuple[Tensor | None, float | None]:
-    """The scale and its alpha for inputs that some weights [N_i, K] share; None and None where none is better than none."""
-    largest = torch.stack([one.largest for one in inputs]).amax(0)
-    best: tuple[Tensor | None, float | None] = (None, None)
-    least = _error(weights, inputs, None, grid)
+    """The scale and its alpha for inputs that some weights [N_i, K] share; None and None where none is better than none, and where there are no two
+    sentences to try a scale on."""
+    seen, held = ([[one.halves[index] for one in inputs] for index in order] for order in ((0, 1), (1, 0)))
+    folds = [(_largest(fitted), [half.rows for half in tried]) for fitted, tried in zip(seen, held, strict=True)]
+    if not all(len(rows) for _, tried in folds for rows in tried):
+        return None, None
+    best, least = None, sum(_error(weights, rows, None, grid) for _, rows in folds)
     for alpha in ALPHAS:
-        scale = scale_of(weights, largest, alpha, channels)
-        error = _error(weights, inputs, scale[channels], grid)
+        error = sum(_error(weights, rows, scale_of(weights, largest, alpha, channels)[channels], grid) for largest, rows in folds)
         if error < least:
-            best, least = (scale, alpha), error
-    return best
+            best, least = alpha, error
+    return (None, None) if best is None else (scale_of(weights, _largest(inputs), best, channels), best)
 
 
-def _error(weights: Sequence[Tensor], inputs: Sequence[InputStatistics], scale: Tensor | None, grid: Grid) -> float:
-    """The sum of squared errors of the readers' outputs on the rows that were kept, inputs rounded by tokens."""
+def _largest(inputs: Sequence[InputStatistics] | Sequence[Half]) -> Tensor:
+    """max |x| [K] over all readers."""
+    return torch.stack([one.largest for one in inputs]).amax(0)
+
+
+def _error(weights: Sequence[Tensor], inputs: Sequence[Tensor], scale: Tensor | None, grid: Grid) -> float:
+    """The sum of squared errors of the readers' outputs on rows of inputs [n, K], inputs rounded by tokens."""
     total = 0.0
-    for weight, one in zip(weights, inputs, strict=True):
-        w, x = (weight.float(), one.rows) if scale is None else (weight.float() * scale.float(), one.rows / scale.float())
+    for weight, rows in zip(weights, inputs, strict=True):
+        w, x = (weight.float(), rows) if scale is None else (weight.float() * scale.float(), rows / scale.float())
         rounded = grid.rounded(grid.groups(w), *grid.fit(grid.groups(w))).flatten(1)
-        total += float((rounded_rows(x) @ rounded.T - one.rows @ weight.float().T).double().square().sum())
+        total += float((rounded_rows(x) @ rounded.T - rows @ weight.float().T).double().square().sum())
     return total
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cvmk import ops
 from cvmk.quantization import Grid, InputStatistics, awq, clipped, gptq, smoothquant
+from cvmk.quantization.calibration import Half
 
 N, K, G = 6, 64, 32
 
@@ -27,8 +28,10 @@ def inputs(seed: int = 1, count: int = 300) -> Tensor:
 
 
 def statistics(x: Tensor) -> InputStatistics:
+    """As if every row were a sentence."""
     wide = x.double()
-    return InputStatistics(len(x), wide.abs().amax(0), wide.abs().mean(0), wide.T @ wide / len(x), x.float())
+    one, other = (Half(rows.double().abs().amax(0) if len(rows) else torch.zeros(x.shape[1]).double(), rows.float()) for rows in (x[::2], x[1::2]))
+    return InputStatistics(len(x), wide.abs().amax(0), wide.abs().mean(0), wide.T @ wide / len(x), x.float(), (one, other))
 
 
 # -- slow formulas, number by number -----------------------------------------------------------------------------------------------
@@ -147,7 +150,9 @@ def test_gptq_with_dead_and_dependent_inputs() -> None:
     few = x[:10]
     for rows in (x, few):
         found = gptq(layer(), statistics(rows).moment, Grid(4, G), damping=0.0).dequantize()
-        assert torch.isfinite(found).all() and bool((found[:, 3] == 0).all())
+        nearest = Grid(4, G).nearest(layer()).dequantize()
+        assert torch.isfinite(found).all() and torch.equal(found[:, 3], nearest[:, 3]), "what calibration did not see is rounded to nearest"
+    assert torch.equal(gptq(layer(), torch.zeros(K, K), Grid(8, K)).values, Grid(8, K).nearest(layer()).values)
     with pytest.raises(ValueError, match="not finite"):
         gptq(layer(), torch.full((K, K), math.nan), Grid(4, G))
 
@@ -229,28 +234,57 @@ def test_smoothquant_formula() -> None:
     pairs = torch.arange(K) // 2
     found = smoothquant.scale_of(weights, statistics(x).largest, 1.0, pairs)
     assert torch.allclose(found, x.abs().amax(0).view(-1, 2).amax(1).double())
+    x[:, 5], x[:, 7] = 0.0, 0.01  # asleep
+    found = smoothquant.scale_of(weights, statistics(x).largest, 1.0, torch.arange(K))
+    median = sorted(float(x[:, k].abs().max()) for k in range(K) if k != 5)[(K - 2) // 2]
+    assert found[5] == found[7] == pytest.approx(median / 2)
+    assert bool((smoothquant.scale_of(weights, torch.zeros(K), 1.0, torch.arange(K)) == 1e-5).all())
+
+
+def smooth_error(weights: list[Tensor], x: Tensor, scale: Tensor | None) -> float:
+    s = torch.ones(K, dtype=torch.float64) if scale is None else scale
+    total = 0.0
+    for weight in weights:
+        w, u = weight.double() * s, x.double() / s
+        step = w.abs().amax(1, keepdim=True) / 127
+        rows = u.abs().amax(1, keepdim=True) / 127
+        seen, rounded = (u / rows).round() * rows, (w / step).round() * step
+        total += float((seen @ rounded.T - x.double() @ weight.double().T).square().sum())
+    return total
 
 
 def test_smoothquant_searches_alpha_by_layer() -> None:
+    """Each half's scales are tried on the other half; the scale itself is made of both."""
     weights, x = [layer(), layer(4, 3)], inputs()
-
-    def error(scale: Tensor | None) -> float:
-        s = torch.ones(K, dtype=torch.float64) if scale is None else scale
-        total = 0.0
-        for weight in weights:
-            w, u = weight.double() * s, x.double() / s
-            step = w.abs().amax(1, keepdim=True) / 127
-            rows = u.abs().amax(1, keepdim=True) / 127
-            seen, rounded = (u / rows).round() * rows, (w / step).round() * step
-            total += float((seen @ rounded.T - x.double() @ weight.double().T).square().sum())
-        return total
-
     scale, alpha = smoothquant.search_scale(weights, [statistics(x)] * 2, torch.arange(K), Grid(8, K))
-    errors = {index / 20: error(smoothquant.scale_of(weights, statistics(x).largest, index / 20, torch.arange(K))) for index in range(21)}
-    assert scale is not None and alpha is not None
-    assert errors[alpha] <= 1.001 * min(errors.values()) and errors[alpha] < 0.5 * error(None)
+    halves = ((x[::2], x[1::2]), (x[1::2], x[::2]))
+
+    def scale_of(seen: Tensor, alpha: float) -> Tensor:
+        return smoothquant.scale_of(weights, seen.abs().amax(0), alpha, torch.arange(K))
+
+    errors = {index / 20: sum(smooth_error(weights, held, scale_of(seen, index / 20)) for seen, held in halves) for index in range(21)}
+    assert scale is not None and alpha is not None and torch.equal(scale, scale_of(x, alpha))
+    assert errors[alpha] <= 1.001 * min(errors.values()) and errors[alpha] < 0.5 * smooth_error(weights, x, None)
     flat = torch.ones(50, K)
     assert smoothquant.search_scale([torch.ones(2, K)], [statistics(flat)], torch.arange(K), Grid(8, K)) == (None, None)
+    assert smoothquant.search_scale(weights, [statistics(x[:1])] * 2, torch.arange(K), Grid(8, K)) == (None, None), "there is nothing to try a scale on"
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_smoothquant_is_no_worse_than_rounding_on_text_that_it_did_not_see(seed: int) -> None:
+    """Units behind a relu that wake seldom, and a few that calibration never sees awake: the paper's scales that fit the calibration sentences best make
+    the rest of the text much worse than no scale."""
+    generator = torch.Generator().manual_seed(seed)
+    loud = torch.rand(K, generator=generator) * 4 + 0.5
+    x = torch.randn(4000, K, generator=generator).relu() * loud
+    x = x * (torch.rand(4000, K, generator=generator) < torch.where(torch.arange(K) % 3 == 0, 0.01, 0.8))
+    weights, seen, unseen = [layer(seed)], x[:100], x[100:]
+
+    largest, own, plain = seen.abs().amax(0).double().clamp(min=1e-5), weights[0].abs().amax(0).double(), smooth_error(weights, unseen, None)
+    paper = min((largest**alpha / own ** (1 - alpha) for alpha in smoothquant.ALPHAS), key=lambda scale: smooth_error(weights, seen, scale))
+    assert smooth_error(weights, seen, paper) < smooth_error(weights, seen, None) and smooth_error(weights, unseen, paper) > 2 * plain
+    scale, _ = smoothquant.search_scale(weights, [statistics(seen)], torch.arange(K), Grid(8, K))
+    assert smooth_error(weights, unseen, scale) <= 1.01 * plain
 
 
 def test_rounded_rows_are_what_int8_linear_sees() -> None:

@@ -84,12 +84,18 @@ def test_calibration_sees_what_the_layers_read(make_model: Make) -> None:
         assert one.count == len(x) == len(one.rows) or len(x) > 1024
         for statistic, expected in ((one.largest, x.abs().amax(0)), (one.mean, x.abs().mean(0)), (one.moment, x.T @ x / len(x))):
             assert torch.allclose(statistic, expected, rtol=1e-4, atol=1e-4)
+        for half, own in enumerate(one.halves):
+            other = collect(model, sites(model), pairs()[half::2])[name]
+            assert torch.equal(own.largest, other.largest) and len(own.rows) == other.count
+            assert torch.allclose(own.rows.sum(0), other.rows.sum(0), rtol=1e-4, atol=1e-3)
         kept = some[name].rows
         assert len(kept) == 16 and all(bool((row.double() - x).abs().amax(1).min() < 1e-4) for row in kept)
         assert torch.allclose(some[name].moment, one.moment)
     scale = torch.rand(64) + 0.5
     divided = found["decoder.blocks.1.mixer.qkv.weight"].divided(scale)
     assert torch.allclose(divided.moment, divided.rows.double().T @ divided.rows.double() / divided.count, rtol=1e-4, atol=1e-4)
+    for half in divided.halves:
+        assert torch.allclose(half.largest, half.rows.abs().amax(0).double(), rtol=1e-6)
 
 
 def test_pairs_are_what_the_model_says(make_model: Make, tokenizer: Tokenizer) -> None:
@@ -127,8 +133,10 @@ def test_recipes(make_model: Make, kind: str, scheme: Any, method: Any) -> None:
         assert better == [0.0] * len(better)
     elif method == "gptq":
         assert min(better) > -0.5 and sum(better) / len(better) > 1.0
+    elif method == "smoothquant":  # chosen by what it does on sentences that its scales were not made of, so these ones gain less and nothing loses much
+        assert min(better) > -0.5 and sum(better) / len(better) > (0.05 if scheme == "w4a8" else 0.15)
     else:
-        assert min(better) > -3.0 and sum(better) / len(better) > (0.1 if scheme == "w4a8" and method == "smoothquant" else 0.2)
+        assert min(better) > -3.0 and sum(better) / len(better) > 0.2
     noise = (logits(built) - logits(model)).double().square().mean() / logits(model).double().square().mean()
     assert 0 < noise < (0.01 if scheme == "w8a8" else 0.6)
 
