@@ -27,16 +27,21 @@ class Status(enum.Enum):
         self.number, self.http = number, http
 
 
+REASONS = ("queue", "requests", "characters", "sessions", "client_sessions", "unread", "stuck", "memory", "draining")
+"""Why something was rejected, where its status leaves that open."""
+
+
 class ServiceError(CvmkError):
     """Something that a client did wrong, or that the service cannot do now. The message is for the client: it tells nothing of the server's inside.
 
     field        path of the request's field at fault, such as "texts[2]"; "" where there is none.
     retry_after  seconds after which it may be tried again; None where trying again does not help.
+    reason       for the metrics, one of `REASONS`: what was at its end; "" where the status says enough.
     """
 
-    def __init__(self, status: Status, message: str, *, field: str = "", retry_after: float | None = None) -> None:
+    def __init__(self, status: Status, message: str, *, field: str = "", retry_after: float | None = None, reason: str = "") -> None:
         super().__init__(message)
-        self.status, self.field, self.retry_after = status, field, retry_after
+        self.status, self.field, self.retry_after, self.reason = status, field, retry_after, reason
 
 
 def invalid(field: str, message: str) -> ServiceError:

@@ -87,9 +87,10 @@ class Limits:
     def _too_many(self, kind: str, wait: float) -> ServiceError:
         allowed = self._rates[kind]
         if math.isinf(wait):
-            return ServiceError(Status.RESOURCE_EXHAUSTED, f"the request has more {kind} than the {allowed} that are allowed a minute: send it in parts")
+            message = f"the request has more {kind} than the {allowed} that are allowed a minute: send it in parts"
+            return ServiceError(Status.RESOURCE_EXHAUSTED, message, reason=kind)
         message = f"more than {allowed} {kind} a minute: try again in {wait:.1f} s"
-        return ServiceError(Status.RESOURCE_EXHAUSTED, message, retry_after=wait)
+        return ServiceError(Status.RESOURCE_EXHAUSTED, message, retry_after=wait, reason=kind)
 
     def _buckets_of(self, caller: str, now: float) -> dict[str, Bucket]:
         buckets, _ = self._buckets.pop(caller, (None, now))
@@ -112,10 +113,10 @@ class Limits:
         own = self._sessions.get(caller.id, 0)
         if own >= self.config.sessions_per_client:
             message = f"{own} sessions of yours are open, and no client may have more: close one, or try again later"
-            raise ServiceError(Status.RESOURCE_EXHAUSTED, message, retry_after=_SESSION_RETRY)
+            raise ServiceError(Status.RESOURCE_EXHAUSTED, message, retry_after=_SESSION_RETRY, reason="client_sessions")
         if self.sessions >= self.config.sessions:
             message = f"{self.sessions} sessions are open, which is all that this server takes: try again later"
-            raise ServiceError(Status.RESOURCE_EXHAUSTED, message, retry_after=_SESSION_RETRY)
+            raise ServiceError(Status.RESOURCE_EXHAUSTED, message, retry_after=_SESSION_RETRY, reason="sessions")
         self.sessions += 1
         self._sessions[caller.id] = own + 1
         try:
