@@ -17,6 +17,9 @@ _ABBREVIATIONS = frozenset(
 )
 """Without those that end sentences as often, such as "etc." and "No."."""
 
+_LONGEST_WORD = 64
+"""Characters before a full stop that are looked at."""
+
 
 @dataclass(frozen=True)
 class Sentences:
@@ -59,7 +62,7 @@ class Sentences:
         """Whether a mark that is followed by no small letter ends no sentence all the same."""
         if match["spaced"] != ".":
             return False
-        word = re.split(r"[\s(\[\"'„“«]", text[: match.start()])[-1]
+        word = re.split(r"[\s(\[\"'„“«]", text[max(0, match.start() - _LONGEST_WORD) : match.start()])[-1]
         if word.isdigit():
             return self.language in _ORDINALS
         return len(word) == 1 and word.isalpha() or word.replace(".", "").lower() in _ABBREVIATIONS or re.fullmatch(r"(\w\.)+\w", word) is not None
