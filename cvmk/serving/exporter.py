@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 
-from cvmk.errors import ConfigError
+from cvmk.errors import DataError
 from cvmk.serving.metrics import Metrics
 
 _LOG = logging.getLogger(__name__)
@@ -19,7 +19,7 @@ _PATHS = ("/metrics", "/")
 class Exporter:
     """Answers Prometheus in the running event loop; used inside `async with`.
 
-    host, port   where it listens; port 0 takes a free one, and `port` is that then. Entering raises ConfigError where that cannot be had.
+    host, port   where it listens; port 0 takes a free one, and `port` is that then. Entering raises DataError where that cannot be had.
     """
 
     def __init__(self, metrics: Metrics, host: str, port: int) -> None:
@@ -32,7 +32,7 @@ class Exporter:
         try:
             self._server = await asyncio.start_server(self._connected, self._host, self.port, limit=_REQUEST_BYTES)
         except OSError as error:
-            raise ConfigError(f"server.metrics_port: cannot listen at {self._host}:{self.port}: {error.strerror or error}") from error
+            raise DataError(f"server.metrics_port: cannot listen at {self._host}:{self.port}: {error.strerror or error}") from error
         self.port = self._server.sockets[0].getsockname()[1]
         self._lag = asyncio.create_task(self._metrics.watch_loop())
         return self

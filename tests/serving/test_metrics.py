@@ -15,13 +15,14 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from cvmk.errors import ConfigError
+from cvmk.errors import DataError
 from cvmk.serving import messages
 from cvmk.serving.errors import REASONS, ServiceError, Status
 from cvmk.serving.exporter import Exporter
 from cvmk.serving.metrics import CANCELLED, LIVE, METHODS, TEXT, Load, Metrics
 
 DASHBOARD = Path(__file__).parents[2] / "docs" / "deploy" / "grafana.json"
+DOCUMENT = DASHBOARD.with_name("operating.md")
 
 
 def samples(metrics: Metrics) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
@@ -183,7 +184,7 @@ def test_others_ask(caplog: pytest.LogCaptureFixture) -> None:
             answer, _, _ = await ask(exporter.port, b"GET /metrics HTTP/1.1\r\n\r\n")
             assert answer.split(" ")[1] == "200"
             taken = exporter.port
-            with pytest.raises(ConfigError, match=f"server.metrics_port: cannot listen at 127.0.0.1:{taken}"):
+            with pytest.raises(DataError, match=f"server.metrics_port: cannot listen at 127.0.0.1:{taken}"):
                 await Exporter(Metrics([]), "127.0.0.1", taken).__aenter__()
             await asyncio.open_connection("127.0.0.1", exporter.port)  # says nothing, and holds up no end
         with pytest.raises(ConnectionError):
@@ -240,6 +241,15 @@ def test_every_expression_of_the_dashboard_names_metrics_and_labels_that_there_a
         shown |= named
     ours = {re.sub("_(bucket|count|sum)$", "", name) for name in names if name.startswith("cvmk_")}
     assert {re.sub("_(bucket|count|sum)$", "", name) for name in shown if name.startswith("cvmk_")} == ours  # and it shows all of them
+
+
+def test_the_document_names_every_metric() -> None:
+    metrics = Metrics(["en-de"])
+    metrics.request("Translate", 0.1)
+    families = {family.name: family.type for family in text_string_to_metric_families(metrics.exposition()[0].decode()) if family.name.startswith("cvmk_")}
+    ours = {name + "_total" if kind == "counter" else name: kind for name, kind in families.items()}
+    rows = re.findall(r"^\| `(cvmk_\w+)`[^|]*\| (\w+) \|", DOCUMENT.read_text(encoding="utf-8"), re.MULTILINE)
+    assert dict(rows) == ours
 
 
 def test_the_panels_of_the_dashboard_do_not_overlap() -> None:
