@@ -7,15 +7,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import secrets
-import shutil
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from cvmk.errors import ConfigError, DataError
-from cvmk.files import explained, sync_folder
+from cvmk.errors import ConfigError
+from cvmk.formats.export_folder import export_folder
 from cvmk.formats.folder import read_model_manifest
 from cvmk.formats.manifest import Manifest
 from cvmk.formats.torch_weights import load_model_folder
@@ -57,24 +54,8 @@ def export_ctranslate2(path: str | os.PathLike[str], out: str | os.PathLike[str]
     if reasons:
         raise ConfigError(f"{path} cannot be exported to CTranslate2: {'; '.join(reasons)}")
     spec = specification(model, tokenizer.pieces)
-    _write(spec, Path(out))
-
-
-def _write(spec: Any, out: Path) -> None:
-    if out.exists() and not (out.is_dir() and ((out / "model.bin").exists() or not any(out.iterdir()))):
-        raise DataError(f"cannot write {out}: there is something that is no model of CTranslate2; name another folder")
-    with explained(out, "write"):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = out.with_name(f".{out.name}.{os.getpid()}-{secrets.token_hex(4)}")
-        temporary.mkdir()
-        try:
-            spec.save(str(temporary))
-            if out.exists():
-                shutil.rmtree(out)
-            os.rename(temporary, out)
-            sync_folder(out.parent)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+    with export_folder(out, "model.bin", "model of CTranslate2") as folder:
+        spec.save(str(folder))
 
 
 def specification(model: CVMTransformer, pieces: list[str]) -> Any:

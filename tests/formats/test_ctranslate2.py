@@ -14,7 +14,8 @@ from cvmk.cli import main
 from cvmk.errors import ConfigError, DataError
 from cvmk.formats import load_model_folder, read_model_manifest, save_model_folder
 from cvmk.formats.ctranslate2 import export_ctranslate2, refusals, specification
-from cvmk.inference.ctranslate2_check import compare
+from cvmk.inference.ctranslate2_runner import CTranslate2Runner
+from cvmk.inference.export_check import compare
 from cvmk.nn import CVMTransformer
 from cvmk.quantization import Recipe, quantize_model
 from cvmk.text.tokenizers import Tokenizer
@@ -42,7 +43,7 @@ def save(folder: Path, make_model: Make, tokenizer: Tokenizer, recipe: Recipe | 
 def test_the_same_translations(tmp_path: Path, make_model: Make, tokenizer: Tokenizer, kind: str) -> None:
     folder = save(tmp_path / "m", make_model, tokenizer, **MODELS[kind])
     export_ctranslate2(folder, tmp_path / "out" / "ct2")
-    found = compare(folder, tmp_path / "out" / "ct2", TEXTS)
+    found = compare(folder, CTranslate2Runner(tmp_path / "out" / "ct2", tokenizer.pieces), TEXTS)
     assert found["sentences"] == found["identical"] == 20 and found["differing"] == []
     assert found["largest"] is None or found["largest"] < 1e-4
     assert [entry.name for entry in (tmp_path / "out").iterdir()] == ["ct2"]
@@ -61,7 +62,7 @@ def test_eight_bits_are_handed_over(tmp_path: Path, make_model: Make, tokenizer:
     whole = save(tmp_path / "whole", make_model, tokenizer, tie_embeddings=True)
     export_ctranslate2(whole, tmp_path / "float")
     assert (tmp_path / "ct2" / "model.bin").stat().st_size < 0.4 * (tmp_path / "float" / "model.bin").stat().st_size
-    assert compare(folder, tmp_path / "ct2", TEXTS)["identical"] >= 10
+    assert compare(folder, CTranslate2Runner(tmp_path / "ct2", tokenizer.pieces), TEXTS)["identical"] >= 10
 
 
 def test_refusals(tmp_path: Path, make_model: Make, tokenizer: Tokenizer) -> None:
