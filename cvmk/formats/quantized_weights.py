@@ -37,15 +37,29 @@ def scheme_of(layer: QuantizedLinear) -> Scheme:
 
 def weight_schemes(model: nn.Module) -> dict[str, Scheme]:
     """The scheme of each weight of a model."""
-    layers = quantized_layers(model)
-    parts = {key for name, layer in layers.items() for key in _keys(name, layer)}
-    floats = {name: Scheme(str(tensor.dtype).removeprefix("torch.")) for name, tensor in model.state_dict().items() if name not in parts}
-    return {**floats, **{name: scheme_of(layer) for name, layer in layers.items()}}
+    floats = {name: Scheme(str(tensor.dtype).removeprefix("torch.")) for name, tensor in floating(model).items()}
+    return {**floats, **{name: scheme_of(layer) for name, layer in quantized_layers(model).items()}}
 
 
 def original_size(model: nn.Module) -> int:
     """How many numbers the quantised weights stand for."""
     return sum(layer.in_features * layer.out_features for layer in quantized_layers(model).values())
+
+
+def floating(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict of a model without its quantised weights."""
+    parts = {key for name, layer in quantized_layers(model).items() for key in _keys(name, layer)}
+    return {name: tensor.detach() for name, tensor in model.state_dict().items() if name not in parts}
+
+
+def dequantized(model: nn.Module, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """The state dict of a model in `dtype`, every quantised weight as the floats that it stands for, its smoothing scale in them, rounded once. That such a
+    layer rounds activations too is not in them."""
+    found = {name: tensor.to(dtype) for name, tensor in floating(model).items()}
+    for name, layer in quantized_layers(model).items():
+        wide = layer.weight.dequantize(torch.float64)
+        found[name] = (wide if layer.smooth_scale is None else wide / layer.smooth_scale.double()).to(dtype)
+    return found
 
 
 def install(model: CVMTransformer, weights: Mapping[str, tuple[Scheme, Mapping[str, Tensor], RawTensor | None]]) -> None:
