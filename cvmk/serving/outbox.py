@@ -38,6 +38,7 @@ class SessionUpdate:
     queue_us: int = 0
     decode_us: int = 0
     refused: Refused | None = None
+    pieces: tuple[int, ...] = ()
 
 
 class Outbox:
@@ -73,7 +74,7 @@ class Outbox:
         if last is not None and last.segment == update.segment and not (last.final or last.refused or update.refused):
             before = self._waiting.pop()
             self.conflated += before.tentative != update.tentative
-            update = dataclasses.replace(update, committed=before.committed + update.committed)
+            update = dataclasses.replace(update, committed=before.committed + update.committed, pieces=before.pieces + update.pieces)
         elif not self._waiting:
             self._since = self._clock()
         self._waiting.append(update)

@@ -10,6 +10,8 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 QUANTUM = 64.0
 """Cost of a turn at weight 1."""
+_FIRST = 8
+"""How often in a row a flow that had nothing waiting goes before the others."""
 
 
 @dataclass(eq=False)
@@ -39,6 +41,7 @@ class FairQueue(Generic[T]):
         self._flows: dict[Hashable, _Flow[T]] = {}
         self._new: deque[Hashable] = deque()
         self._old: deque[Hashable] = deque()
+        self._first = 0  # items in a row from new flows
         self.cost = 0
         """Of all that waits."""
 
@@ -65,7 +68,7 @@ class FairQueue(Generic[T]):
     def pop(self) -> T | None:
         """The next one, or None."""
         while True:
-            fresh = bool(self._new)
+            fresh = bool(self._new) and (self._first < _FIRST or not self._old)
             turns = self._new if fresh else self._old
             if not turns:
                 return None
@@ -84,5 +87,6 @@ class FairQueue(Generic[T]):
             else:
                 entry = flow.entries.popleft()
                 flow.deficit -= entry.cost
+                self._first = self._first + 1 if fresh else 0
                 self.remove(entry)
                 return entry.item

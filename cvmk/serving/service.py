@@ -129,7 +129,8 @@ class TranslationService:
     def _opening(self, open: Any) -> Opening:
         return Opening(
             open.source or "auto", open.target, open.model, _policy(open.policy), _priority("open.priority", open.priority), open.credit, open.session,
-            open.first_segment, self._application.limits.check_text("open.committed", open.committed), open.beam_size, open.partial_words,
+            open.first_segment, self._application.limits.check_text("open.committed", open.committed), tuple(open.committed_pieces),
+            open.beam_size, open.partial_words,
         )  # fmt: skip
 
 
@@ -274,5 +275,5 @@ def _response(update: SessionUpdate) -> Any:
         segment=update.segment, revision=update.revision, committed_delta=update.committed.encode(), tentative=update.tentative.encode(),
         deleted_chars=update.deleted, source_chars_read=update.source_read, language=None if update.language is None else _language(update.language),
         timing=messages.Timing(queue_us=update.queue_us, decode_us=update.decode_us), final=update.final, seq_read=update.seq_read,
-        segment_begin=update.segment_begin, refused=refused,
+        segment_begin=update.segment_begin, refused=refused, committed_pieces=update.pieces,
     )  # fmt: skip

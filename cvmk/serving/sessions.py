@@ -41,6 +41,7 @@ class Opening:
     session: str = ""
     first_segment: int = 0
     committed: str = ""
+    pieces: tuple[int, ...] = ()
     beam_size: int = 0
     partial_words: bool = False
 
@@ -104,8 +105,9 @@ class LiveSession:
         self._queue_us = self._decode_us = 0  # of the last translation
         try:
             self._core = StreamCore(
-                self._next_model, opening.policy, Sentences(), whole_words=not opening.partial_words, segment=opening.first_segment, committed=opening.committed
-            )
+                self._next_model, opening.policy, Sentences(), whole_words=not opening.partial_words,
+                segment=opening.first_segment, committed=opening.committed, pieces=opening.pieces,
+            )  # fmt: skip
         except ValueError as error:
             self._release()
             raise invalid("open.committed", str(error)) from error
@@ -316,7 +318,8 @@ class LiveSession:
         self._put(
             SessionUpdate(
                 update.segment, update.committed, update.tentative, update.final, source_read=update.source_read, segment_begin=update.begin,
-                seq_read=self._seq_read, language=self._language if self._opening.source == AUTO else None, queue_us=self._queue_us, decode_us=self._decode_us,
+                seq_read=self._seq_read, language=self._language if self._opening.source == AUTO else None,
+                queue_us=self._queue_us, decode_us=self._decode_us, pieces=() if update.final else update.pieces,
             )
         )  # fmt: skip
 

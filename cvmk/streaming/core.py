@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from os.path import commonprefix
 
+from cvmk.inference.options import FIRST_PIECE
 from cvmk.inference.translator import Translation, Translator
 from cvmk.streaming.policy import Policy, View
 from cvmk.streaming.sentences import Sentences
@@ -22,7 +23,8 @@ class Update:
     Of sentence `segment`, from 0: `committed` goes behind what was committed of it before, for good; `tentative` takes the place of the last tentative text.
     `deleted` counts the characters of what was to be seen that a reader has to take back before the new ones are written. `revision` counts the updates
     of the stream, from 1. `source_read` is how many characters of the stream's text the translation is of, and `begin` where the sentence begins in it.
-    `final` says that the sentence has ended.
+    `final` says that the sentence has ended. `pieces` are those that `committed` was made of while the sentence went on, with which a stream that
+    breaks can be taken up again.
     """
 
     segment: int
@@ -33,6 +35,7 @@ class Update:
     source_read: int
     final: bool
     begin: int = 0
+    pieces: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -56,8 +59,9 @@ class StreamCore:
         core.append("we need a table. ")
         steps = core.advance()              # yields every Wanted, is sent its translation, and yields the updates
 
-    reader is asked at the beginning of each sentence for the model that translates it. `segment` numbers the first sentence, and `committed` is what has been
-    said of its translation already; a ValueError where the model's tokenizer cannot spell it. `sentences` may be changed between two sentences.
+    reader is asked at the beginning of each sentence for the model that translates it. `sentences` may be changed between two. `segment` numbers the first
+    sentence, and `committed` is what another stream has said of its translation, of these `pieces` of the same model where they are known. Raises ValueError
+    where that is longer than the model's translations are.
     """
 
     def __init__(
@@ -69,18 +73,27 @@ class StreamCore:
         whole_words: bool = True,
         segment: int = 0,
         committed: str = "",
+        pieces: Sequence[int] = (),
     ) -> None:
         self._reader, self._policy, self._whole_words = reader, policy, whole_words
         self.sentences = sentences
         self._revision, self._segment, self._begin, self._begun = 0, segment, 0, 0
         self._source = self._committed = self._seen = self._translated = ""
         self._earlier: deque[tuple[str, ...]] = deque(maxlen=policy.memory)
+        self._spelled = (0, "")  # so many characters of what the pieces say are this text
         self._open("")
         if committed:
-            self._pieces = self._model.tokenizer.encode(committed)
-            if self._model.tokenizer.decode(self._pieces) != committed or len(self._pieces) > self._room():
-                raise ValueError("is not what this model has said: begin the sentence anew without it")
-            self._committed = committed
+            self._resume(committed, list(pieces))
+
+    def _resume(self, committed: str, pieces: list[int]) -> None:
+        tokenizer = self._model.tokenizer
+        sound = all(FIRST_PIECE <= piece < tokenizer.vocab_size for piece in pieces)
+        if not pieces or not sound or tokenizer.decode(pieces) != committed:
+            pieces = tokenizer.encode(committed)
+        if len(pieces) > self._room():
+            raise ValueError(f"has {len(pieces)} pieces, and the model has room for {self._room()}: begin the sentence anew without it")
+        self._pieces, self._committed = pieces, committed
+        self._spelled = (len(tokenizer.decode(pieces)), committed)
 
     @property
     def source(self) -> str:
@@ -138,7 +151,7 @@ class StreamCore:
     def _open(self, source: str) -> None:
         self._model, self._pieces = self._reader(), list[int]()
         self._begun += 1
-        self._source, self._committed, self._seen, self._translated = source, "", "", ""
+        self._source, self._committed, self._seen, self._translated, self._spelled = source, "", "", "", (0, "")
         self._earlier.clear()
 
     def _finish(self, text: str, begin: int) -> Steps:
@@ -165,7 +178,7 @@ class StreamCore:
             yield update
 
     def _say(self, found: Translation, read: int, final: bool) -> Update:
-        text, tokens = found.text, found.tokens
+        text, tokens, pieces = self._spell(found.text), found.tokens, len(self._pieces)
         before = self._committed + self._seen
         if not final and len(text) > len(self._committed):
             text = self._committed + text[len(self._committed) :].rstrip(_ENDS)  # the end of what has been read ends no sentence
@@ -184,7 +197,7 @@ class StreamCore:
         self._revision += 1
         now = self._committed + self._seen
         deleted = len(before) - len(commonprefix([before, now]))
-        return Update(self._segment, self._revision, delta, self._seen, deleted, self._begin + read, final, self._begin)
+        return Update(self._segment, self._revision, delta, self._seen, deleted, self._begin + read, final, self._begin, tuple(self._pieces[pieces:]))
 
     def _commit(self, text: str, tokens: list[int], ends: list[int]) -> str:
         """Commits pieces up to the last of these ends of words at which pieces end too; returns their text."""
@@ -193,16 +206,21 @@ class StreamCore:
             low, high = len(self._pieces), min(len(tokens), self._room())
             while low < high:  # the fewest pieces that say so much
                 middle = (low + high) // 2
-                if len(tokenizer.decode(tokens[:middle])) < ends[-1]:
+                if len(self._spell(tokenizer.decode(tokens[:middle]))) < ends[-1]:
                     low = middle + 1
                 else:
                     high = middle
-            said = tokenizer.decode(tokens[:low])
+            said = self._spell(tokenizer.decode(tokens[:low]))
             if said == text[: ends[-1]] and not said.endswith("\ufffd"):  # a character whose other bytes may come
                 self._pieces = tokens[:low]
                 return said
             ends = ends[:-1]
         return self._committed
+
+    def _spell(self, text: str) -> str:
+        """What the pieces say, behind what was committed elsewhere, which they may say otherwise."""
+        length, committed = self._spelled
+        return committed + text[length:]
 
     # -- the source -------------------------------------------------------------------------------------------------------------------
     def _view(self, words: tuple[str, ...]) -> View:

@@ -1,0 +1,152 @@
+"""The scheduler: bounded, fair, quick to let go of what nobody waits for."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from cvmk.inference.engine import Finished
+from cvmk.inference.options import SearchOptions
+from cvmk.serving.errors import ServiceError, Status
+from cvmk.serving.scheduler import Scheduler, Searched
+
+
+class _Slow:
+    """An engine that ends searches when it is told to, in the order that they came."""
+
+    def __init__(self) -> None:
+        self.running: list[tuple[Any, asyncio.Event]] = []
+        self.begun: list[Any] = []
+
+    async def search(self, source: Any, options: SearchOptions, **fields: Any) -> Finished:
+        event = asyncio.Event()
+        self.begun.append(source[0])
+        self.running.append((source[0], event))
+        try:
+            await event.wait()
+        finally:
+            self.running.remove((source[0], event))
+        return Finished(source[0], [], "expired" if fields["timeout"] == 1e-6 else "finished")
+
+    async def end_one(self) -> None:
+        self.running[0][1].set()
+        await asyncio.sleep(0.001)
+
+
+def run(coroutine: Any) -> Any:
+    return asyncio.run(asyncio.wait_for(coroutine, 30))
+
+
+def search(scheduler: Scheduler, id: int, client: str = "a", priority: str = "normal", length: int = 9, **fields: Any) -> asyncio.Task[Searched]:
+    return asyncio.create_task(scheduler.search(client, priority, [id] * length, SearchOptions(), **fields))
+
+
+def test_no_more_than_allowed_runs_and_waits() -> None:
+    async def go() -> None:
+        engine = _Slow()
+        scheduler = Scheduler(engine, running=30, waiting=60, waiting_per_client=40)  # type: ignore[arg-type]
+        tasks = [search(scheduler, index) for index in range(7)]
+        await asyncio.sleep(0.001)
+        assert engine.begun == [0, 1, 2] and scheduler.running == 30 and scheduler.waiting == 40
+        with pytest.raises(ServiceError, match="too much waits") as error:
+            await search(scheduler, 7)
+        assert error.value.status is Status.RESOURCE_EXHAUSTED and 0.05 <= (error.value.retry_after or 0) <= 10
+        other = [search(scheduler, 10 + index, "b") for index in range(2)]
+        await asyncio.sleep(0.001)
+        with pytest.raises(ServiceError):
+            await search(scheduler, 12, "c")  # all of them together
+        while engine.running:
+            await engine.end_one()
+        assert all(task.result().found.id >= 0 for task in (*tasks, *other)) and scheduler.running == scheduler.waiting == 0
+        await scheduler_takes_one(scheduler, engine)
+
+    run(go())
+
+
+def test_who_asks_seldom_is_next() -> None:
+    async def go() -> None:
+        engine = _Slow()
+        scheduler = Scheduler(engine, running=100, waiting=10_000, waiting_per_client=10_000)  # type: ignore[arg-type]
+        tasks = [search(scheduler, index, "much", length=99) for index in range(20)]
+        await asyncio.sleep(0.001)
+        for _ in range(4):
+            await engine.end_one()
+        tasks.append(search(scheduler, 100, "seldom", length=99))
+        tasks.append(search(scheduler, 101, "seldom", "low", length=99))
+        await asyncio.sleep(0)
+        for _ in range(3):
+            await engine.end_one()
+        assert {100, 101} <= set(engine.begun[-4:])
+        while engine.running:
+            await engine.end_one()
+        await asyncio.gather(*tasks)
+
+    run(go())
+
+
+async def scheduler_takes_one(scheduler: Scheduler, engine: _Slow) -> None:
+    task = search(scheduler, 99)
+    await asyncio.sleep(0.001)
+    await engine.end_one()
+    assert (await task).found.id == 99
+
+
+@pytest.mark.parametrize("when", ["waiting", "turn", "running"])
+def test_cancelled(when: str) -> None:
+    async def go() -> None:
+        engine = _Slow()
+        scheduler = Scheduler(engine, running=10, waiting=100, waiting_per_client=100)  # type: ignore[arg-type]
+        first, second = search(scheduler, 0), search(scheduler, 1)
+        await asyncio.sleep(0.001)
+        if when == "turn":
+            engine.running[0][1].set()
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+        (first if when == "running" else second).cancel()
+        await asyncio.sleep(0.001)
+        if when == "running":
+            assert engine.begun == [0, 1]  # its place was given to the next at once
+        while engine.running:
+            await engine.end_one()
+        await asyncio.gather(first, second, return_exceptions=True)
+        assert scheduler.running == scheduler.waiting == 0
+        await scheduler_takes_one(scheduler, engine)
+
+    run(go())
+
+
+def test_late() -> None:
+    async def go() -> None:
+        engine = _Slow()
+        scheduler = Scheduler(engine, running=10, waiting=100, waiting_per_client=100)  # type: ignore[arg-type]
+        first = search(scheduler, 0)
+        with pytest.raises(ServiceError, match="not ready in time") as error:
+            await search(scheduler, 1, timeout=0.01)
+        assert error.value.status is Status.DEADLINE_EXCEEDED and scheduler.waiting == 0
+        await engine.end_one()
+        await first
+        late = search(scheduler, 2, timeout=0.0)
+        await asyncio.sleep(0.001)
+        if engine.running:
+            await engine.end_one()
+        with pytest.raises(ServiceError, match="not ready in time"):
+            await late
+        assert scheduler.running == 0
+
+    run(go())
+
+
+def test_one_that_is_larger_than_all_that_may_run_runs_alone() -> None:
+    async def go() -> None:
+        engine = _Slow()
+        scheduler = Scheduler(engine, running=10, waiting=100, waiting_per_client=100)  # type: ignore[arg-type]
+        tasks = [search(scheduler, 0, length=50), search(scheduler, 1)]
+        await asyncio.sleep(0.001)
+        assert engine.begun == [0]
+        while engine.running:
+            await engine.end_one()
+        assert [task.result().found.id for task in tasks] == [0, 1]
+
+    run(go())
