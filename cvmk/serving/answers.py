@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Language:
-    """A language (an ISO 639-1 code) and how probable it is, from 0 to 1."""
+    """A language (BCP 47) and how sure it is, from 0 to 1."""
 
     code: str
     probability: float
@@ -15,7 +15,7 @@ class Language:
 
 @dataclass(frozen=True)
 class Translated:
-    """The translation of a text. `language` is the source's, where it was asked to be found; times are in microseconds."""
+    """A text's translation. `language` is what its source was found to be, where that was asked for; times are microseconds, the longest of its sentences."""
 
     text: str
     alternatives: list[str] = field(default_factory=list)
@@ -27,8 +27,17 @@ class Translated:
 
 
 @dataclass(frozen=True)
+class ServedLanguage:
+    """A language that can be translated from, with its English name, and to which."""
+
+    code: str
+    name: str
+    targets: list[str]
+
+
+@dataclass(frozen=True)
 class ModelInfo:
-    """A model that is served. `state` is "loading", "ready" or "failed"; `max_length` counts the pieces of a text."""
+    """A served model: its languages, the version of its files, how it computes, the pieces that it reads, and whether it is "ready"."""
 
     name: str
     source: str
@@ -36,12 +45,12 @@ class ModelInfo:
     version: str
     compute_type: str
     max_length: int
-    state: str
+    state: str = "ready"
 
 
 @dataclass(frozen=True)
 class Stats:
-    """What the service does now, and has done since its start."""
+    """What is going on: open streams, tokens that wait and that run, and counts since the start."""
 
     sessions: int
     waiting_tokens: int

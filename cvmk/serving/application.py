@@ -13,11 +13,12 @@ from cvmk.config.languages import language_tag
 from cvmk.config.serve import PRIORITIES, ServeConfig
 from cvmk.errors import ConfigError
 from cvmk.inference.options import SearchOptions
+from cvmk.serving.answers import Language, ModelInfo, ServedLanguage, Stats, Translated
 from cvmk.serving.auth import Caller
-from cvmk.serving.detection import Detector, Language, Sticky
+from cvmk.serving.detection import Detector, Sticky
 from cvmk.serving.errors import ServiceError, Status, invalid
 from cvmk.serving.limits import Limits
-from cvmk.serving.models import ModelInfo, Models, Served, answers
+from cvmk.serving.models import Models, Served, answers
 from cvmk.serving.scheduler import Searched
 from cvmk.serving.sessions import AUTO, MOST_CREDIT, LiveSession, Opening, Rules
 from cvmk.serving.texts import cut
@@ -28,42 +29,6 @@ if TYPE_CHECKING:
 _LONGEST_NAME = 64
 _SHORT = 40
 """Characters of a text that alone says too little of its language: it is taken for that of the whole request (as LibreTranslate does)."""
-
-
-@dataclass(frozen=True)
-class Translated:
-    """A text's translation. `language` is what its source was found to be, where that was asked for; times are microseconds, the longest of its sentences."""
-
-    text: str
-    alternatives: list[str]
-    language: Language | None
-    score: float
-    queue_us: int
-    decode_us: int
-    model: str
-
-
-@dataclass(frozen=True)
-class ServedLanguage:
-    """A language that can be translated from, with its English name, and to which."""
-
-    code: str
-    name: str
-    targets: list[str]
-
-
-@dataclass(frozen=True)
-class Stats:
-    """What is going on: open streams, tokens that wait and that run, and counts since the start."""
-
-    sessions: int
-    waiting_tokens: int
-    running_tokens: int
-    translations: int
-    rejected: int
-    cancelled: int
-    uptime_s: float
-    draining: bool
 
 
 @dataclass(frozen=True)

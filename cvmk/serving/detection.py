@@ -9,10 +9,10 @@ import re
 import threading
 import unicodedata
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
 from typing import Any
 
 from cvmk.errors import ConfigError
+from cvmk.serving.answers import Language
 from cvmk.serving.errors import invalid
 
 _LOG = logging.getLogger(__name__)
@@ -26,14 +26,6 @@ _LABELS = {"nb": "no", "fil": "tl", "ki": "kik", "gn": "gug", "kok": "gom"}
 """What py3langid calls languages otherwise than BCP 47."""
 _SCRIPTS = {"Latn": "LATIN ", "Cyrl": "CYRILLIC ", "Arab": "ARABIC ", "Deva": "DEVANAGARI ", "Hebr": "HEBREW ", "Beng": "BENGALI ", "Guru": "GURMUKHI "}
 """What the names of a script's characters begin with."""
-
-
-@dataclass(frozen=True)
-class Language:
-    """A language (BCP 47, as serve.toml has it) and how sure it is, from 0 to 1."""
-
-    code: str
-    probability: float
 
 
 class Detector:

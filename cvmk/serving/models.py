@@ -7,31 +7,18 @@ import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 from cvmk.config.serve import ServeConfig, ServedModelConfig
 from cvmk.errors import ConfigError, CvmkError, DataError
 from cvmk.formats import read_model_manifest
 from cvmk.inference import AsyncTranslator, Translator
+from cvmk.serving.answers import ModelInfo
 from cvmk.serving.errors import ServiceError, Status
 from cvmk.serving.scheduler import Scheduler
 
 _log = logging.getLogger(__name__)
 _TRIED = "1 2 3 a b c"
-
-
-@dataclass(frozen=True)
-class ModelInfo:
-    """A served model: its languages, the version of its files, how it computes, the pieces that it reads, and whether it is "ready"."""
-
-    name: str
-    source: str
-    target: str
-    version: str
-    compute_type: str
-    max_length: int
-    state: str = "ready"
 
 
 class Served:

@@ -9,7 +9,7 @@ import cvmk
 from cvmk.config.serve import ServeConfig
 
 if TYPE_CHECKING:
-    from cvmk.serving.application import ServedLanguage
+    from cvmk.serving.answers import ServedLanguage
 
 
 def description(config: ServeConfig, languages: Iterable[ServedLanguage]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from os.path import commonprefix
 
-from cvmk.serving.detection import Language
+from cvmk.serving.answers import Language
 from cvmk.serving.errors import invalid
 
 

@@ -16,11 +16,10 @@ from google.protobuf.message import DecodeError
 
 from cvmk.errors import ConfigError
 from cvmk.serving import messages
-from cvmk.serving.application import Application, Translated
+from cvmk.serving.answers import Language, ModelInfo, Translated
+from cvmk.serving.application import Application
 from cvmk.serving.auth import Caller, Keys, bearer_token
-from cvmk.serving.detection import Language
 from cvmk.serving.errors import ServiceError, Status, invalid
-from cvmk.serving.models import ModelInfo
 from cvmk.serving.outbox import SessionUpdate
 from cvmk.serving.sessions import LiveSession, Opening
 from cvmk.streaming import LocalAgreement, Policy, Retranslation, WaitK

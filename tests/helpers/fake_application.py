@@ -7,11 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from cvmk.config.serve import LimitsConfig, SecurityConfig, ServeConfig, ServedModelConfig
+from cvmk.serving.answers import Language, ModelInfo
 from cvmk.serving.auth import Caller
 from cvmk.serving.errors import ServiceError, Status
 from cvmk.serving.limits import Limits
-from cvmk.serving.models import ModelInfo
-from cvmk.serving.outbox import Language
 
 PAIRS = (("en", "de"), ("de", "en"), ("zh", "en"))
 GERMAN = frozenset("der die das und ist nicht ein eine wir sie guten tag".split())

@@ -159,6 +159,7 @@ class _Session:
 
     def open(self, request: Any) -> None:
         self.segment, self.committed = request.first_segment, request.committed.decode()
+        assert list(request.committed_pieces) == _pieces(self.committed)
 
     def read(self, request: Any) -> list[Any]:
         assert request.ack_revision <= self.revision
@@ -222,4 +223,10 @@ class _Session:
         return messages.StreamResponse(
             segment=self.segment, revision=self.revision, committed_delta=committed.encode(), tentative=tentative.encode(), deleted_chars=len(before) - common,
             source_chars_read=self.begin + read, final=final, seq_read=self.seq, segment_begin=self.begin,
+            committed_pieces=[] if final else _pieces(committed),
         )  # fmt: skip
+
+
+def _pieces(text: str) -> list[int]:
+    """A piece a character."""
+    return [ord(character) for character in text]

@@ -10,7 +10,8 @@ import pytest
 
 from cvmk.errors import ConfigError
 from cvmk.serving import detection
-from cvmk.serving.detection import Detector, Language, Sticky
+from cvmk.serving.answers import Language
+from cvmk.serving.detection import Detector, Sticky
 from cvmk.serving.errors import ServiceError, Status
 
 SENTENCES = {

@@ -48,7 +48,7 @@ class AsyncLiveStream:
     def __init__(self, connection: Connection, opening: Any, timeout: float | None) -> None:
         self._connection, self._opening, self._timeout = connection, opening, timeout
         self._text, self._unread = Outgoing(), Unread()
-        self._segment, self._committed = int(opening.first_segment), ""
+        self._segment, self._committed, self._pieces = int(opening.first_segment), "", list[int]()
         self._number = self._read = self._acknowledged = 0  # of the connection: its number, the last revision that was taken, and told
         self._work, self._news, self._room = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -219,9 +219,10 @@ class AsyncLiveStream:
 
     async def _write(self, call: Any) -> None:
         """Says what there is to say; what becomes of the call, its reader sees."""
-        self._opening.first_segment, self._opening.committed = self._segment, self._committed.encode()
+        opening = self._opening
+        opening.first_segment, opening.committed, opening.committed_pieces[:] = self._segment, self._committed.encode(), self._pieces
         try:
-            await call.write(messages.StreamRequest(open=self._opening))
+            await call.write(messages.StreamRequest(open=opening))
             while not self._text.close_sent:  # then nothing waits for an acknowledgement, and a message to a call that has ended would hide how it ended
                 request = self._text.next_request()
                 if request is None and self._acknowledged == self._read:
@@ -260,10 +261,11 @@ class AsyncLiveStream:
         )  # fmt: skip
         self._unread.put(update, self._number)
         if response.final:
-            self._segment, self._committed = response.segment + 1, ""
+            self._segment, self._committed, self._pieces = response.segment + 1, "", []
             self._text.ended(response.source_chars_read)
             self._room.set()
         else:
             self._committed += committed
+            self._pieces += response.committed_pieces
             self._text.goes_on(response.segment, response.segment_begin)
         self._progress |= response.final or committed != ""
