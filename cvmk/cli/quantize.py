@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cvmk.cli._arguments import number, points, positive, samples
 from cvmk.cli._streams import read_lines
 from cvmk.cli._terminal import complain, show, show_json, table
 from cvmk.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from cvmk.quantization import Recover
 
 HELP = "Compress a model to 8 or 4 bits, and refuse one that translates worse."
 _BEST = {"w8a8": "smoothquant", "w4a16": "gptq", "w4a8": "gptq"}
@@ -40,6 +43,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--damping", type=number, default=0.01, metavar="X", help="gptq: share of the mean that is added to the diagonal (default 0.01)")
     parser.add_argument("--in-order", action="store_true", help="gptq: round inputs in their own order, not the largest first")
     parser.add_argument("--moving-groups", action="store_true", help="gptq: scales of a group as its weights have become, not as they were")
+    parser.add_argument(
+        "--recover", type=positive, metavar="STEPS",
+        help="train the quantised model through its rounding to say what the model before says; what is best on held-out text comes to the gate",
+    )  # fmt: skip
+    parser.add_argument(
+        "--train", nargs=2, metavar=("SRC", "TGT"), help="--recover: pairs to train on (default: the calibration text and the model's own translations of it)"
+    )
+    parser.add_argument("--recover-every", type=positive, default=500, metavar="N", help="--recover: steps between two validations (default 500)")
+    parser.add_argument("--recover-rate", type=number, default=3e-4, metavar="X", help="--recover: peak learning rate (default 3e-4)")
+    parser.add_argument("--seed", type=_count, default=0, metavar="N", help="--recover: the order of the text (default 0)")
     parser.add_argument("--bootstrap", type=samples, default=1000, metavar="N", help="resamples of the bootstrap (default 1000)")
     parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: all that the process may use)")
     parser.add_argument("--json", action="store_true", help="print the report as one JSON object on stdout, and nothing else")
@@ -56,17 +69,15 @@ def run(arguments: argparse.Namespace) -> int:
     )  # fmt: skip
     _threads(arguments.threads)
     calibration = read_lines(arguments.calibrate)
-    source, reference = arguments.evaluate
-    sources, references = read_lines(source), read_lines(reference)
-    if len(sources) != len(references):
-        raise DataError(f"{source} has {len(sources)} lines but {reference} has {len(references)}: the two files must be aligned line by line")
+    sources, references = _aligned(*arguments.evaluate)
+    recover = _recovery(arguments)
     failure = None
     with contextlib.redirect_stdout(sys.stderr) if arguments.json else contextlib.nullcontext():
         try:
             report = quantize(
                 arguments.model, arguments.output, recipe, calibration=calibration, sources=sources, references=references,
                 calibration_sentences=arguments.calibration_sentences, max_drop=arguments.max_drop, max_raised=arguments.max_raised,
-                beam_size=arguments.beam_size, bootstrap=arguments.bootstrap, calibration_name=arguments.calibrate, say=complain,
+                beam_size=arguments.beam_size, bootstrap=arguments.bootstrap, calibration_name=arguments.calibrate, recover=recover, say=complain,
             )  # fmt: skip
         except GateFailure as error:
             failure, report = error, error.report
@@ -77,6 +88,26 @@ def run(arguments: argparse.Namespace) -> int:
     if failure is not None:
         raise failure
     return 0
+
+
+def _recovery(arguments: argparse.Namespace) -> Recover | None:
+    """What --recover and its options ask for."""
+    if arguments.recover is None:
+        if arguments.train is not None:
+            raise ConfigError("--train is the text of a recovery: give --recover STEPS too, or leave it out")
+        return None
+    from cvmk.training.recovery import Recovery
+
+    pairs = None if arguments.train is None else _aligned(*arguments.train)
+    return Recovery(arguments.recover, arguments.recover_every, pairs, arguments.recover_rate, seed=arguments.seed)
+
+
+def _aligned(source: str, reference: str) -> tuple[list[str], list[str]]:
+    """The lines of two files. Raises DataError where they are not equally many."""
+    sources, references = read_lines(source), read_lines(reference)
+    if len(sources) != len(references):
+        raise DataError(f"{source} has {len(sources)} lines but {reference} has {len(references)}: the two files must be aligned line by line")
+    return sources, references
 
 
 def text_of(report: dict[str, Any], out: str | None) -> str:
@@ -105,6 +136,10 @@ def _facts(report: dict[str, Any]) -> str:
     rates = [report[when]["tokens_per_second"] for when in ("before", "after")]
     if None not in rates:
         lines.append(f"speed: {rates[0]:.0f} tokens/s before, {rates[1]:.0f} after")
+    if recovery := report["recovery"]:
+        spans = [recovery["history"][0]["divergence"], min(one["divergence"] for one in recovery["history"])]
+        lines.append(f"recovery: BLEU {recovery['unrecovered']:.2f} without it; divergence on held-out text {spans[0]:.4f} -> {spans[1]:.4f} nats a piece, "
+                     f"best of {recovery['steps']} steps: {recovery['best']}")  # fmt: skip
     if report["raised"]:
         lines.append(f"in a higher precision: {', '.join(report['raised'])}")
     lines += [f"trial with {trial['raised']} raised: BLEU {trial['value']:.2f} ({-trial['drop']:+.2f})" for trial in report["trials"][:-1]]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -43,8 +43,11 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
-class _Choice:
-    """A matrix's quantised weights: as the recipe has it, and the next higher precision, None for floats."""
+class Choice:
+    """A matrix's quantised weights: as the recipe has it, and the next higher precision, None for floats.
+
+    `activations` is how its inputs are rounded, `smooth` [K] or None what they are divided by before that, as `QuantizedLinear` has both.
+    """
 
     site: Site
     weight: QuantizedWeight
@@ -58,12 +61,31 @@ class _Choice:
 class Quantized:
     """Everything that a recipe makes of a model, so that single matrices can be raised to a higher precision without doing the rest again.
 
-    `model` is the source with scales folded in, in floats; it computes what the source does.
+    `model` is the source with scales folded in, in floats; it computes what the source does (after `recovered` with other norms and biases).
     """
 
-    def __init__(self, model: CVMTransformer, choices: Sequence[_Choice]) -> None:
+    def __init__(self, model: CVMTransformer, choices: Sequence[Choice]) -> None:
         self.model = model
         self._choices = {choice.site.name: choice for choice in choices}
+
+    @property
+    def choices(self) -> Mapping[str, Choice]:
+        """What becomes of each matrix, by its name."""
+        return self._choices
+
+    def recovered(self, weights: Mapping[str, QuantizedWeight], others: Mapping[str, Tensor], pairs: Sequence[Pair]) -> Quantized:
+        """With other quantised weights, by their matrices' names, and other values of parameters that are no such matrix. What raised matrices become stays;
+        the ratios are measured again, by the inputs that the source has on these pairs."""
+        model = copy.deepcopy(self.model)
+        model.load_state_dict({**model.state_dict(), **others})
+        statistics = collect(self.model, [choice.site for choice in self._choices.values()], pairs)
+
+        def changed(choice: Choice) -> Choice:
+            name, weight = choice.site.name, weights[choice.site.name]
+            snr = signal_to_noise(matrix(self.model, name), weight, statistics.get(name), choice.activations, choice.smooth)
+            return replace(choice, weight=weight, snr=snr)
+
+        return Quantized(model, [changed(choice) for choice in self._choices.values()])
 
     @property
     def names(self) -> list[str]:
@@ -168,7 +190,7 @@ def _fold_scales(work: CVMTransformer, recipe: Recipe, chosen: Sequence[Site], s
     return found
 
 
-def _choose(work: CVMTransformer, recipe: Recipe, site: Site, inputs: InputStatistics | None, smooth: Tensor | None, nearest: float) -> _Choice:
+def _choose(work: CVMTransformer, recipe: Recipe, site: Site, inputs: InputStatistics | None, smooth: Tensor | None, nearest: float) -> Choice:
     weight = matrix(work, site.name)
     grid = recipe.grid(weight.shape[1])
     scaled = weight if smooth is None else weight * smooth
@@ -181,7 +203,7 @@ def _choose(work: CVMTransformer, recipe: Recipe, site: Site, inputs: InputStati
         found = grid.nearest(scaled)
     raised = Grid(8, weight.shape[1]).nearest(weight) if recipe.bits == 4 else None
     snr = signal_to_noise(weight, found, inputs, recipe.activations, smooth)
-    return _Choice(site, found, recipe.activations, smooth, raised, snr, nearest)
+    return Choice(site, found, recipe.activations, smooth, raised, snr, nearest)
 
 
 def _moment(site: Site, inputs: InputStatistics | None, weight: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from cvmk import __version__
 from cvmk.errors import ConfigError, DataError, QualityGateError
@@ -27,6 +27,18 @@ REPORT = "quantization.json"
 """In the folder of a quantised model."""
 _MORE = ("languages",)
 """Keys of config.json that the quantised model takes over."""
+
+
+class Recover(Protocol):
+    """Makes good what rounding cost, by training; `cvmk.training.recovery.Recovery` is one.
+
+    It gets the quantised model, a translator of the model before, the calibration text, the pairs that the model was calibrated on, and whom to tell how
+    it goes; it returns what it made, and what the report says of it.
+    """
+
+    def __call__(
+        self, quantized: Quantized, translator: Translator, calibration: Sequence[str], pairs: Sequence[Pair], say: Say, /
+    ) -> tuple[Quantized, dict[str, Any]]: ...
 
 
 class GateFailure(QualityGateError):
@@ -52,6 +64,7 @@ def quantize(
     bootstrap: int = 1000,
     confidence: float = 0.95,
     calibration_name: str = "the calibration text",
+    recover: Recover | None = None,
     say: Say = lambda text: None,
 ) -> dict[str, Any]:
     """Quantise the model in a folder by a recipe and write the folder `out`, which loads without the original; the original stays as it is.
@@ -60,10 +73,11 @@ def quantize(
     sources, references    the evaluation set: the model is translated with before and after (with `beam_size`), and compared by a paired bootstrap.
     max_drop               points of BLEU that may be lost. Where more are, the matrices that cost most by themselves are raised one by one (4 bits to 8, 8 bits
                            to floats), at most `max_raised` of them (None: a quarter), until the gate passes. None: no gate.
+    recover                trains the quantised model before it comes to the gate.
 
-    Returns the report that stands in the folder as quantization.json: recipe, calibration, evaluation; before, after (scores with intervals, seconds, tokens a
-    second, bytes of the weights); paired differences; layers (how stored, bytes, signal-to-noise ratio); raised; trials; gate; the sentences that
-    changed most.
+    Returns the report that stands in the folder as quantization.json: recipe, calibration, evaluation; recovery (None, or what was done, and `unrecovered`,
+    the score without it); before, after (scores with intervals, seconds, tokens a second, bytes of the weights); paired differences; layers (how stored,
+    bytes, signal-to-noise ratio); raised; trials; gate; the sentences that changed most.
 
     Raises GateFailure where that is not enough (nothing is written then); ConfigError for a model that is quantised already, a recipe that does not fit it and
     an `out` that is the model; DataError for texts that are empty, unequal or of another language, and for a model that is not sound.
@@ -80,6 +94,11 @@ def quantize(
     quantized = quantize_model(whole, recipe, pairs, say)
     say(f"evaluating on {len(sources)} sentences")
     before = gate.evaluate(translator)
+    recovery: dict[str, Any] | None = None
+    if recover is not None:
+        unrecovered = gate.evaluate(Translator.of_weights(quantized.build(), tokenizer)).value
+        quantized, facts = recover(quantized, translator, calibration, pairs, say)
+        recovery = {**facts, "unrecovered": unrecovered}
     most = math.ceil(len(quantized.names) / 4) if max_raised is None else max_raised
     raised, built, after, trials, costs = _pass(quantized, pairs, gate, before, tokenizer, most, say)
     report = {
@@ -88,6 +107,7 @@ def quantize(
         "recipe": recipe.to_dict(),
         "calibration": {"text": calibration_name, "sentences": len(pairs)},
         "evaluation": {"sentences": len(sources), "beam_size": beam_size, "bootstrap": bootstrap, "confidence": confidence},
+        "recovery": recovery,
         **gate.compare(before, after),
         "sizes": _sizes(folder, built, manifest),
         "layers": [_layer(layer, costs) for layer in quantized.layers(built)],
@@ -156,9 +176,12 @@ def _card(report: dict[str, Any]) -> str:
         f"- {pair['metric']} {pair['value_b']:.2f} -> {pair['value_a']:.2f} ({pair['difference']:+.2f}, {pair['low']:+.2f} to {pair['high']:+.2f})"
         for pair in report["paired"]
     )
+    recovery = report["recovery"]
+    recovered = f"\nThen it learned for {recovery['best']} steps to say what the model before says." if recovery and recovery["best"] else ""
     return f"""# A quantised model
 
-Made by cvmk {report['cvmk']} of {report['model']}: {recipe['scheme']} by {recipe['method']}, calibrated on {report['calibration']['sentences']} sentences.
+Made by cvmk {report['cvmk']} of {report['model']}: {recipe['scheme']} by {recipe['method']}, calibrated on {report['calibration']['sentences']} sentences.\
+{recovered}
 
 On {report['evaluation']['sentences']} sentences, beam {report['evaluation']['beam_size']}:
 {scores}

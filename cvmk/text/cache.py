@@ -43,6 +43,15 @@ class TokenizedCorpus:
         self._ids = ids
         self.lengths: np.ndarray = np.diff(offsets).astype(np.int32).reshape(-1, 2)
 
+    @classmethod
+    def of_pairs(cls, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> TokenizedCorpus:
+        """Of piece ids that are in memory, and stay there."""
+        sides = [side for pair in pairs for side in pair]
+        offsets = np.zeros(len(sides) + 1, np.int64)
+        np.cumsum([len(side) for side in sides], out=offsets[1:])
+        ids = np.fromiter((piece for side in sides for piece in side), np.int32, int(offsets[-1]))
+        return cls(np.arange(len(pairs)), offsets, ids, CorpusReport(len(pairs), len(pairs)))
+
     def __len__(self) -> int:
         return len(self.rows)
 
