@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from typing import TYPE_CHECKING
 
@@ -22,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Serve the models of a configuration file until SIGTERM, then finish what runs. SIGHUP loads models whose files have changed."
     parser.add_argument("config", metavar="SERVE.toml", nargs="?", help="the configuration")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="set a key of the configuration, as in TOML")
+    parser.add_argument("--web", action="store_true", help=f"also serve a page to type in, and HTTP, at server.http_port ({WEB_PORT} where there is none)")
     parser.add_argument("--explain-config", action="store_true", help="print every key with its default and meaning, and end")
 
 
@@ -36,20 +36,26 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError("no configuration is given: cvmk serve SERVE.toml, or --explain-config for its keys")
     config = load_config(ServeConfig, arguments.config, arguments.overrides)
     keep_freed_memory()
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    return _serve(config)
+    return _serve(config, arguments.web)
 
 
-def _serve(config: ServeConfig) -> int:
+def _serve(config: ServeConfig, web: bool) -> int:
     import asyncio
 
     try:
+        from cvmk.serving import logs
         from cvmk.serving.server import run as serve
     except ImportError as error:
         raise ConfigError(f"the service needs packages that are not installed ({error.name}): pip install 'cvmk[serve]'") from error
 
     def tell(ports: Ports) -> None:
-        print(f"cvmk: serving {', '.join(config.models)} at {config.server.host}:{ports.grpc}", file=sys.stderr, flush=True)
+        host = config.server.host
+        told = [f"{', '.join(config.models)} at {host}:{ports.grpc}"]
+        told += [f"{what} at {where}:{port}" for what, where, port in (
+            ("HTTP" if not web else "a page", host, ports.http), ("metrics", host, ports.metrics), ("Admin", "127.0.0.1", ports.admin),
+        ) if port is not None]  # fmt: skip
+        print(f"cvmk: serving {'; '.join(told)}", file=sys.stderr, flush=True)
 
-    asyncio.run(serve(config, tell))
+    logs.start()
+    asyncio.run(serve(config, tell, web))
     return 0

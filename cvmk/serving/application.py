@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from cvmk import __version__
 from cvmk.config.languages import language_tag
 from cvmk.config.serve import PRIORITIES, ServeConfig
 from cvmk.errors import ConfigError
@@ -16,12 +17,14 @@ from cvmk.inference.options import SearchOptions
 from cvmk.serving.answers import Language, ModelInfo, ServedLanguage, Stats, Translated
 from cvmk.serving.auth import Caller
 from cvmk.serving.detection import Detector, Sticky
-from cvmk.serving.errors import ServiceError, Status, invalid
+from cvmk.serving.errors import ServiceError, Status, internal, invalid
 from cvmk.serving.limits import Limits
+from cvmk.serving.metrics import TEXT, Load, Metrics
 from cvmk.serving.models import Models, Served, answers
 from cvmk.serving.scheduler import Searched
 from cvmk.serving.sessions import AUTO, MOST_CREDIT, LiveSession, Opening, Rules
 from cvmk.serving.texts import cut
+from cvmk.serving.traces import Traces
 
 if TYPE_CHECKING:
     from cvmk.inference.translator import Translation
@@ -46,7 +49,9 @@ class Application:
     """Under gRPC, HTTP and WebSockets alike. Everything runs in one event loop; `start` first, `stop` last."""
 
     def __init__(self, config: ServeConfig) -> None:
-        self.config, self.limits, self.catalogue = config, Limits(config.limits), Models(config)
+        self.config, self.limits = config, Limits(config.limits)
+        self.metrics, self.traces = Metrics(config.models, self._load, __version__), Traces(config.server.traces)
+        self.catalogue = Models(config, self.metrics.cancelled)
         self.draining = False
         self._sessions: set[LiveSession] = set()
         self._requests = 0  # that run
@@ -65,6 +70,7 @@ class Application:
         """Close the models, once nothing uses them."""
         if self._background is not None:
             await asyncio.wait({self._background})
+        await asyncio.to_thread(self.traces.close)
         await self.catalogue.stop()
 
     # -- whole texts -------------------------------------------------------------------------------------------------------------------
@@ -104,6 +110,8 @@ class Application:
             async with _group() as group:
                 tasks = [group.create_task(_searched(served, sentence, options, search)) for sentence in whole.sentences]
             times = [task.result() for task in tasks]
+            for one in times:
+                self.metrics.translated(served.info.name, TEXT, one.queue_us, one.decode_us)
             found = [served.translator.decode(one.found.hypotheses) for one in times]
             said = [whole.joined([_candidate(one, rank) for one in found]) for rank in range(search.alternatives + 1)]
             score = sum(one.score for one in found) / max(1, len(found))
@@ -130,7 +138,9 @@ class Application:
             place.enter_context(self.limits.session(caller))
             try:
                 opening = Opening(**{**vars(opening), "source": source, "target": target})
-                session = LiveSession(self.catalogue, caller.id, opening, rules, language, ended=lambda ended: self._closed(ended, place))
+                session = LiveSession(
+                    self.catalogue, caller.id, opening, rules, language, self.metrics, ended=lambda ended: self._closed(ended, place)
+                )
             except BaseException:
                 place.close()
                 raise
@@ -161,9 +171,9 @@ class Application:
 
     def stats(self) -> Stats:
         """Now."""
-        waiting, running = (sum(getattr(served.scheduler, name) for served in self.catalogue) for name in ("waiting", "running"))
-        passed = time.monotonic() - self._started
-        return Stats(len(self._sessions), waiting, running, self._translations, self._rejected, self._cancelled, passed, self.draining)
+        load, passed = self._load(), time.monotonic() - self._started
+        waiting, running = sum(load.waiting.values()), sum(load.running.values())
+        return Stats(load.sessions, waiting, running, self._translations, self._rejected, self._cancelled, passed, self.draining)
 
     # -- for administrators --------------------------------------------------------------------------------------------------------------
     async def load(self, name: str, path: str = "") -> ModelInfo:
@@ -183,6 +193,32 @@ class Application:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self.config.server.drain_seconds if seconds is None else seconds):
                 await self._idle.wait()
+
+    # -- at the edges of transports ------------------------------------------------------------------------------------------------------
+    @contextlib.contextmanager
+    def observed(self, method: str, headers: Mapping[str, str] | None = None) -> Iterator[None]:
+        """Counts, times and traces a call of one of `metrics.METHODS`. What nobody expected becomes a ServiceError INTERNAL with a number that the log
+        explains, and nothing more."""
+        begun, trouble = time.perf_counter(), None
+        try:
+            with self.traces.span(method, headers):
+                yield
+        except ServiceError as error:
+            trouble = error
+            raise
+        except (asyncio.CancelledError, GeneratorExit):
+            trouble = ServiceError(Status.CANCELLED, "the client has gone")
+            raise
+        except Exception:
+            trouble = internal(method)
+            raise trouble from None
+        finally:
+            self.metrics.request(method, time.perf_counter() - begun, trouble)
+
+    def _load(self) -> Load:
+        served = list(self.catalogue)
+        waiting, running = ({one.info.name: getattr(one.scheduler, name) for one in served} for name in ("waiting", "running"))
+        return Load(len(self._sessions), waiting, running)
 
     # -- inside --------------------------------------------------------------------------------------------------------------------------
     @contextlib.contextmanager
@@ -259,7 +295,7 @@ def _priority(priority: str) -> str:
 
 
 def _draining() -> ServiceError:
-    return ServiceError(Status.UNAVAILABLE, "the server is draining: try another one, or again later", retry_after=1.0)
+    return ServiceError(Status.UNAVAILABLE, "the server is draining: try another one, or again later", retry_after=1.0, reason="draining")
 
 
 @contextlib.asynccontextmanager

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import enum
+import logging
+import secrets
 
 from cvmk.errors import CvmkError
+
+_log = logging.getLogger(__name__)
 
 
 class Status(enum.Enum):
@@ -47,3 +51,10 @@ class ServiceError(CvmkError):
 def invalid(field: str, message: str) -> ServiceError:
     """A field that cannot be so; the message begins with its name."""
     return ServiceError(Status.INVALID_ARGUMENT, f"{field} {message}", field=field)
+
+
+def internal(what: str) -> ServiceError:
+    """What a client is told of the exception that is being handled: a number, which the log explains."""
+    number = secrets.token_hex(4)
+    _log.exception("%s failed (%s)", what, number)
+    return ServiceError(Status.INTERNAL, f"the server failed: its log says why under {number}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -62,8 +62,8 @@ _CLOSING: set[asyncio.Task[None]] = set()  # the loop itself holds tasks only we
 class Models:
     """All models of serve.toml by name. Loading happens in threads; everything else in one event loop."""
 
-    def __init__(self, config: ServeConfig) -> None:
-        self._config = config
+    def __init__(self, config: ServeConfig, given_up: Callable[[str], None] = lambda kind: None) -> None:
+        self._config, self._given_up = config, given_up
         self._served: dict[str, Served] = {}
         self._lock = asyncio.Lock()  # one is loaded at a time
 
@@ -162,7 +162,7 @@ class Models:
             await asynchronous.__aexit__()
             raise
         limits = self._config.limits
-        scheduler = Scheduler(asynchronous, section.running_tokens, limits.waiting_tokens, limits.waiting_tokens_per_client)
+        scheduler = Scheduler(asynchronous, section.running_tokens, limits.waiting_tokens, limits.waiting_tokens_per_client, given_up=self._given_up)
         return Served(info, translator, asynchronous, scheduler, section.beam_size)
 
 

@@ -39,12 +39,20 @@ class _Turn:
 
 class Scheduler:
     """Hands searches to a translator: at most `running` tokens (source pieces times beam size) at once, the others wait; at most `waiting` tokens of all
-    clients and `waiting_per_client` of one, and what would be more is refused at once. Everything runs in one event loop."""
+    clients and `waiting_per_client` of one, and what would be more is refused at once. `given_up` is told of those that
+    were not finished because of "client" (cancelled) or "deadline". Everything runs in one event loop."""
 
     def __init__(
-        self, translator: AsyncTranslator, running: int, waiting: int, waiting_per_client: int, clock: Callable[[], float] = time.monotonic
+        self,
+        translator: AsyncTranslator,
+        running: int,
+        waiting: int,
+        waiting_per_client: int,
+        *,
+        given_up: Callable[[str], None] = lambda kind: None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._translator, self._clock = translator, clock
+        self._translator, self._given_up, self._clock = translator, given_up, clock
         self._limit, self._most, self._most_per_client = running, waiting, waiting_per_client
         self._queue: FairQueue[_Turn] = FairQueue()
         self._waiting_of: Counter[str] = Counter()
@@ -70,6 +78,19 @@ class Scheduler:
     ) -> Searched:
         """What the engine finds. Raises ServiceError where too much waits already, where it is not done within `timeout` seconds, or where there is no memory
         for it. When the task that waits for it is cancelled, it ends within a step."""
+        try:
+            return await self._search(client, priority, source, options, prefix, state, timeout)
+        except asyncio.CancelledError:
+            self._given_up("client")
+            raise
+        except ServiceError as error:
+            if error.status is Status.DEADLINE_EXCEEDED:
+                self._given_up("deadline")
+            raise
+
+    async def _search(
+        self, client: str, priority: str, source: Sequence[int], options: SearchOptions, prefix: Sequence[int], state: Any, timeout: float | None
+    ) -> Searched:
         cost = (len(source) + 1) * options.beam_size
         begun = self._clock()
         with self._place(client, priority, cost) as turn:
@@ -83,14 +104,14 @@ class Scheduler:
         if found.reason == "expired":
             raise _late()
         if found.reason == "failed":
-            raise ServiceError(Status.RESOURCE_EXHAUSTED, "there is no memory for the translation now", retry_after=_HINTS[1])
+            raise ServiceError(Status.RESOURCE_EXHAUSTED, "there is no memory for the translation now", retry_after=_HINTS[1], reason="memory")
         return Searched(found, round((started - begun) * 1e6), round((self._clock() - started) * 1e6))
 
     @contextlib.contextmanager
     def _place(self, client: str, priority: str, cost: int) -> Iterator[asyncio.Future[None]]:
         """A place in the queue, as a future that is done when it is this one's turn; from then on its tokens are running. On an error they are not."""
         if self._queue.cost + cost > self._most or self._waiting_of[client] + cost > self._most_per_client:
-            raise ServiceError(Status.RESOURCE_EXHAUSTED, "too much waits to be translated: try again later", retry_after=self._hint(cost))
+            raise ServiceError(Status.RESOURCE_EXHAUSTED, "too much waits to be translated: try again later", retry_after=self._hint(cost), reason="queue")
         turn = _Turn(cost, asyncio.get_running_loop().create_future())
         entry: Entry[_Turn] = self._queue.push((client, priority), WEIGHTS[priority], cost, turn)
         self._waiting_of[client] += cost

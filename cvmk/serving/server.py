@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import grpc
 import grpc.aio
@@ -17,9 +18,14 @@ from grpc_reflection.v1alpha import reflection
 
 from cvmk.config.serve import ServeConfig
 from cvmk.errors import DataError
+from cvmk.serving import logs
 from cvmk.serving.application import Application
-from cvmk.serving.auth import Keys, server_credentials
+from cvmk.serving.auth import Keys, server_credentials, ssl_context
+from cvmk.serving.exporter import Exporter
 from cvmk.serving.service import AdminService, TranslationService
+
+if TYPE_CHECKING:
+    from cvmk.serving.http_server import HttpServer
 
 SWITCH_INTERVAL = 0.0005
 """Seconds after which Python lets another thread on: an engine's thread that has finished a step should not wait 5 ms for the event loop to pause."""
@@ -47,12 +53,15 @@ class Ports:
 class Server:
     """All of `cvmk serve`, in the event loop of its caller: `start`, `serve` until it is told to end, and `stop`."""
 
-    def __init__(self, config: ServeConfig) -> None:
-        self.config, self.application = config, Application(config)
+    def __init__(self, config: ServeConfig, web: bool = False) -> None:
+        self.config, self.application, self._web = config, Application(config), web
         self._keys = Keys(config.security.keys)
+        self._admin_keys: Keys | None = None
         self._credentials = server_credentials(config.security)
         self._health = health.aio.HealthServicer()
         self._servers: list[grpc.aio.Server] = []
+        self._http: HttpServer | None = None
+        self._others = contextlib.AsyncExitStack()
         self._ending = asyncio.Event()
         self._seconds: float | None = None
         self.ports = Ports(0)
@@ -66,10 +75,20 @@ class Server:
         port = await self._listen(server.host, server.port, main.handler(), (main.NAME, health.SERVICE_NAME), self._credentials)
         admin_port = None
         if server.admin_port is not None:
-            admin = AdminService(self.application, Keys(self.config.security.admin_keys, admin=True), self.end)
+            self._admin_keys = Keys(self.config.security.admin_keys, admin=True)
+            admin = AdminService(self.application, self._admin_keys, self.end)
             admin_port = await self._listen("127.0.0.1", server.admin_port, admin.handler(), (admin.NAME,), self._credentials)
+        metrics_port = http_port = None
+        if server.metrics_port is not None:
+            metrics_port = (await self._others.enter_async_context(Exporter(self.application.metrics, server.host, server.metrics_port))).port
+        if server.http_port is not None or self._web:
+            from cvmk.serving.http_server import serve_http
+
+            tls = ssl_context(self.config.security)
+            self._http = await serve_http(self.application, self._keys, self.application.limits, server, tls, self._web)
+            http_port = self._http.port
         await self._healthy(True)
-        self.ports = Ports(port, admin_port)
+        self.ports = Ports(port, admin_port, http_port, metrics_port)
         return self.ports
 
     async def _listen(
@@ -100,6 +119,12 @@ class Server:
         self._seconds = 0.0 if self._ending.is_set() else seconds
         self._ending.set()
 
+    def reload_keys(self) -> None:
+        """Read the files of tokens anew; where one is wrong, the tokens before stay."""
+        for keys in (self._keys, self._admin_keys):
+            if keys is not None:
+                keys.reload()
+
     async def serve(self) -> None:
         """Until `end`: then nothing new is taken, and what runs has its time."""
         await self._ending.wait()
@@ -114,21 +139,29 @@ class Server:
 
     async def stop(self) -> None:
         """Close the ports and the models."""
-        await asyncio.gather(*(server.stop(0.2) for server in self._servers))
+        await asyncio.gather(*(server.stop(0.2) for server in self._servers), *([self._http.stop(0.2)] if self._http is not None else []))
+        await self._others.aclose()
         await self.application.stop()
 
 
-async def run(config: ServeConfig, tell: Callable[[Ports], None]) -> None:
-    """Serve until SIGTERM or SIGINT; `tell` is called when everything is ready."""
-    server = Server(config)
+async def run(config: ServeConfig, tell: Callable[[Ports], None], web: bool = False) -> None:
+    """Serve until SIGTERM or SIGINT; `tell` is called when everything is ready. SIGHUP reads keys and changed models anew."""
     loop = asyncio.get_running_loop()
+    logs.watch(loop)
+    server = Server(config, web)
+    reloads: set[asyncio.Task[object]] = set()
+
+    def reload() -> None:
+        server.reload_keys()
+        task = loop.create_task(server.application.catalogue.reload_changed())
+        reloads.add(task)
+        task.add_done_callback(reloads.discard)
+
     try:
         ports = await server.start()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, server.end)
-        with contextlib.suppress(AttributeError):  # Windows has none
-            loop.add_signal_handler(signal.SIGHUP, lambda: reloads.append(loop.create_task(server.application.catalogue.reload_changed())))
-        reloads: list[asyncio.Task[object]] = []
+        loop.add_signal_handler(signal.SIGHUP, reload)
         tell(ports)
         await server.serve()
     finally:

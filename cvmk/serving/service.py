@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import math
-import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -19,7 +17,7 @@ from cvmk.serving import messages
 from cvmk.serving.answers import Language, ModelInfo, Translated
 from cvmk.serving.application import Application
 from cvmk.serving.auth import Caller, Keys, bearer_token
-from cvmk.serving.errors import ServiceError, Status, invalid
+from cvmk.serving.errors import ServiceError, Status, internal, invalid
 from cvmk.serving.outbox import SessionUpdate
 from cvmk.serving.sessions import LiveSession, Opening
 from cvmk.streaming import LocalAgreement, Policy, Retranslation, WaitK
@@ -28,7 +26,6 @@ _PRIORITIES = ("normal", "low", "normal", "high")  # by the numbers of Priority
 _MOST_SECONDS = 3600
 _LAST_WORDS = 0.25
 """Seconds in which a stream that has failed may still say what was committed."""
-_log = logging.getLogger(__name__)
 Context = Any  # grpc.aio.ServicerContext, whose type parameters say nothing here
 Method = Callable[[Any, Caller, Context], Awaitable[Any]]
 
@@ -45,7 +42,7 @@ class TranslationService:
         unary: dict[str, Method] = {
             "Translate": self._translate, "Detect": self._detect, "ListModels": self._list_models, "GetStats": self._get_stats,
         }  # fmt: skip
-        return _handler(self.NAME, unary, {"TranslateStream": self._stream}, self._keys)
+        return _handler(self._application, self.NAME, unary, {"TranslateStream": self._stream}, self._keys)
 
     async def _translate(self, request: Any, caller: Caller, context: Context) -> Any:
         application = self._application
@@ -105,7 +102,7 @@ class TranslationService:
         except ServiceError as error:
             session.fail(error)
         except Exception:
-            session.fail(_internal("a stream's reader"))
+            session.fail(internal("a stream's reader"))
 
     def _event(self, request: Any, session: LiveSession, caller: Caller) -> None:
         session.acknowledge(request.ack_revision)
@@ -142,7 +139,7 @@ class AdminService:
         self._application, self._keys, self._on_drain = application, keys, on_drain
 
     def handler(self) -> grpc.GenericRpcHandler:
-        return _handler(self.NAME, {"Load": self._load, "Unload": self._unload, "Drain": self._drain}, {}, self._keys, admin=True)
+        return _handler(self._application, self.NAME, {"Load": self._load, "Unload": self._unload, "Drain": self._drain}, {}, self._keys, admin=True)
 
     async def _load(self, request: Any, caller: Caller, context: Context) -> Any:
         return messages.LoadResponse(model=_model(await self._application.load(request.model, request.path)))
@@ -159,43 +156,42 @@ class AdminService:
 
 
 # -- calls: who asks, what it is, and how errors are told ---------------------------------------------------------------------------------
-def _handler(name: str, unary: dict[str, Method], streams: dict[str, Any], keys: Keys, admin: bool = False) -> grpc.GenericRpcHandler:
+def _handler(
+    application: Application, name: str, unary: dict[str, Method], streams: dict[str, Any], keys: Keys, admin: bool = False
+) -> grpc.GenericRpcHandler:
     handlers: dict[str, grpc.RpcMethodHandler] = {}
     inputs = {method: descriptor.input_type.name for method, descriptor in messages.services()[name].items()}
+
+    def unary_call(method: str, function: Method) -> Any:
+        async def call(data: bytes, context: Context) -> Any:
+            async with _told(application, method, context):
+                return await function(_parsed(inputs[method], data), _caller(context, keys, admin), context)
+
+        return call
+
+    def stream_call(method: str, function: Any) -> Any:
+        async def call(requests: AsyncIterator[bytes], context: Context) -> None:
+            async with _told(application, method, context):
+                await function(requests, _caller(context, keys, admin), context)
+
+        return call
+
     for method, function in unary.items():
-        handlers[method] = grpc.unary_unary_rpc_method_handler(_unary(function, inputs[method], keys, admin), response_serializer=_serialized)
+        handlers[method] = grpc.unary_unary_rpc_method_handler(unary_call(method, function), response_serializer=_serialized)
     for method, function in streams.items():
-        handlers[method] = grpc.stream_stream_rpc_method_handler(_stream_stream(function, keys, admin), response_serializer=_serialized)
+        handlers[method] = grpc.stream_stream_rpc_method_handler(stream_call(method, function), response_serializer=_serialized)
     return grpc.method_handlers_generic_handler(name, handlers)
 
 
-def _unary(function: Method, message: str, keys: Keys, admin: bool) -> Any:
-    async def call(data: bytes, context: Context) -> Any:
-        async with _told(context):
-            return await function(_parsed(message, data), _caller(context, keys, admin), context)
-
-    return call
-
-
-def _stream_stream(function: Any, keys: Keys, admin: bool) -> Any:
-    async def call(requests: AsyncIterator[bytes], context: Context) -> None:
-        async with _told(context):
-            await function(requests, _caller(context, keys, admin), context)
-
-    return call
-
-
 @contextlib.asynccontextmanager
-async def _told(context: Context) -> Any:
-    """Errors as statuses. What nobody expected is INTERNAL with a number that the log explains, and not a word more."""
+async def _told(application: Application, method: str, context: Context) -> Any:
+    """Errors as statuses."""
+    headers = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)} if application.traces.active else None
     try:
-        yield
+        with application.observed(method, headers):
+            yield
     except ServiceError as error:
         trouble = error
-    except (asyncio.CancelledError, grpc.aio.AbortError):
-        raise
-    except Exception:
-        trouble = _internal("a call")
     else:
         return
     trailing = [("field", trouble.field)] if trouble.field else []
@@ -203,12 +199,6 @@ async def _told(context: Context) -> Any:
         trailing.append(("retry-after-ms", str(math.ceil(1000 * trouble.retry_after))))
     code = next(code for code in grpc.StatusCode if code.value[0] == trouble.status.number)
     await context.abort(code, str(trouble), tuple(trailing))
-
-
-def _internal(what: str) -> ServiceError:
-    number = secrets.token_hex(4)
-    _log.exception("%s failed (%s)", what, number)
-    return ServiceError(Status.INTERNAL, f"the server failed: its log says why under {number}")
 
 
 def _caller(context: Context, keys: Keys, admin: bool) -> Caller:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import math
 import secrets
 import time
@@ -15,8 +14,10 @@ from typing import Any, Self
 from cvmk.errors import ConfigError
 from cvmk.inference.options import SearchOptions
 from cvmk.inference.translator import Translation, Translator
+from cvmk.serving import logs
 from cvmk.serving.detection import Sticky
-from cvmk.serving.errors import ServiceError, Status, invalid
+from cvmk.serving.errors import ServiceError, Status, internal, invalid
+from cvmk.serving.metrics import LIVE, Metrics
 from cvmk.serving.models import Models, Served
 from cvmk.serving.outbox import Outbox, Refused, SessionUpdate
 from cvmk.streaming import Policy, Retranslation, Sentences, StreamCore, Update, Wanted
@@ -25,7 +26,6 @@ AUTO = "auto"
 CREDIT, MOST_CREDIT = 2, 64
 _CHECKS = 0.5
 """Seconds between two looks at a stream's reader."""
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,7 @@ class LiveSession:
         opening: Opening,
         rules: Rules,
         language: Sticky,
+        metrics: Metrics,
         *,
         ended: Callable[[LiveSession], None] = lambda session: None,
         clock: Callable[[], float] = time.monotonic,
@@ -86,6 +87,8 @@ class LiveSession:
         self._models, self._client, self._opening, self._rules = models, client, opening, rules
         self._sticky, self._ended, self._clock = language, ended, clock
         self._language = language.language
+        self._metrics = metrics
+        self._arrived: deque[tuple[int, float]] = deque()  # of events that no update has answered
         self._served: Served | None = None
         self._state: Any = None
         self._state_of = 0
@@ -116,7 +119,8 @@ class LiveSession:
     # -- what a transport does ---------------------------------------------------------------------------------------------------------
     async def __aenter__(self) -> Self:
         loop = asyncio.get_running_loop()
-        self._worker = loop.create_task(self._work(), name=f"cvmk session {self.name}")
+        with logs.session(self.name):
+            self._worker = loop.create_task(self._work(), name=f"cvmk session {self.name}")
         self._watch = loop.call_later(_CHECKS, self._look)
         return self
 
@@ -172,6 +176,7 @@ class LiveSession:
         """The next thing to send; None when all has been said. Raises ServiceError where the session has failed: what was committed before is said first."""
         while True:
             if (update := self.outbox.take()) is not None:
+                self._count(update)
                 return update
             if self.error is not None:
                 raise self.error
@@ -179,6 +184,17 @@ class LiveSession:
                 return None
             self._ready.clear()
             await self._ready.wait()
+
+    def _count(self, update: SessionUpdate) -> None:
+        self._metrics.said(self.model, len(update.committed), update.deleted)
+        arrived = None
+        while self._arrived and self._arrived[0][0] <= update.seq_read:
+            arrived = self._arrived.popleft()
+        if arrived is not None and not update.refused:
+            self._metrics.first_text(self.model, self._clock() - arrived[1])
+        if self.outbox.conflated:
+            self._metrics.conflated(self.outbox.conflated)
+            self.outbox.conflated = 0
 
     def hand_over(self) -> None:
         """End with UNAVAILABLE as soon as all that has come was translated and said: the client goes on elsewhere."""
@@ -202,6 +218,7 @@ class LiveSession:
             if event.seq != self._seq + 1:
                 raise invalid(f"{name}.seq", f"is {event.seq}, and {self._seq + 1} comes next: Append and Replace are counted from 1 without gaps")
             self._seq = event.seq
+            self._arrived.append((event.seq, self._heard))
         if len(event.text) > self._rules.text:
             raise invalid(f"{name}.text", f"has {len(event.text)} characters, and {self._rules.text} are allowed: send it in parts")
         self._pending.append(event)
@@ -249,13 +266,11 @@ class LiveSession:
                 if closes:
                     return
                 if self._handing_over and not self._pending:
-                    raise ServiceError(Status.UNAVAILABLE, "the server is draining: connect again, and resend what was not committed")
+                    raise ServiceError(Status.UNAVAILABLE, "the server is draining: connect again, and resend what was not committed", reason="draining")
         except ServiceError as error:
             self.fail(error)
         except Exception:
-            number = secrets.token_hex(4)
-            _log.exception("session %s failed (%s)", self.name, number)
-            self.fail(ServiceError(Status.INTERNAL, f"the stream failed: see the server's log under {number}"))
+            self.fail(internal("a session"))
         finally:
             self._ready.set()
 
@@ -312,6 +327,7 @@ class LiveSession:
             else:
                 break
         self._queue_us, self._decode_us = found.queue_us, found.decode_us
+        self._metrics.translated(served.info.name, LIVE, found.queue_us, found.decode_us)
         return served.translator.decode(found.found.hypotheses)
 
     def _say(self, update: Update) -> None:
@@ -326,7 +342,7 @@ class LiveSession:
     def _put(self, update: SessionUpdate) -> None:
         self.outbox.put(update)
         if self.outbox.unsent > self._rules.unread:
-            raise ServiceError(Status.RESOURCE_EXHAUSTED, "too much translated text was not read: read faster")
+            raise ServiceError(Status.RESOURCE_EXHAUSTED, "too much translated text was not read: read faster", reason="unread")
         self._ready.set()
 
     # -- models ------------------------------------------------------------------------------------------------------------------------
@@ -366,7 +382,8 @@ class LiveSession:
     def _look(self) -> None:
         now = self._clock()
         if self.outbox.held() > self._rules.stuck:
-            self.fail(ServiceError(Status.RESOURCE_EXHAUSTED, f"nothing was acknowledged for {self._rules.stuck:g} seconds: acknowledge what was read"))
+            message = f"nothing was acknowledged for {self._rules.stuck:g} seconds: acknowledge what was read"
+            self.fail(ServiceError(Status.RESOURCE_EXHAUSTED, message, reason="stuck"))
         elif now - self._heard > self._rules.idle and not math.isinf(self._rules.idle):
             self.fail(ServiceError(Status.DEADLINE_EXCEEDED, f"nothing came for {self._rules.idle:g} seconds: open another stream"))
         if self.error is None:

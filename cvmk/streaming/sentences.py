@@ -27,7 +27,7 @@ class Sentences:
 
     A sentence ends behind . ! ? … or their like in other scripts, with the quotation marks and brackets that close there, where white space and then no
     small letter follows; behind 。！？ whatever follows; and at the end of a line. A full stop ends none behind an abbreviation, behind a single letter, and
-    behind a number where `language` (an ISO 639-1 code, "" for none) writes ordinals so.
+    behind a number where `language` (a BCP 47 tag, "" for none) writes ordinals so.
     """
 
     language: str = ""
@@ -64,5 +64,5 @@ class Sentences:
             return False
         word = re.split(r"[\s(\[\"'„“«]", text[max(0, match.start() - _LONGEST_WORD) : match.start()])[-1]
         if word.isdigit():
-            return self.language in _ORDINALS
+            return self.language.partition("-")[0] in _ORDINALS
         return len(word) == 1 and word.isalpha() or word.replace(".", "").lower() in _ABBREVIATIONS or re.fullmatch(r"(\w\.)+\w", word) is not None

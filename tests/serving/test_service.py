@@ -13,6 +13,9 @@ from served import append, ask, request, serving, stream
 
 from cvmk.inference import Translator
 from cvmk.serving import messages
+from cvmk.serving.auth import Caller
+from cvmk.serving.errors import ServiceError
+from cvmk.serving.sessions import Opening
 
 CODES = grpc.StatusCode
 
@@ -256,7 +259,6 @@ def test_what_a_stream_may_not_do(serve_config: Any) -> None:
         ([opened, opened], CODES.FAILED_PRECONDITION, "open comes once"),
         ([opened, append(2, "a")], CODES.INVALID_ARGUMENT, "append.seq is 2, and 1 comes next"),
         ([opened, append(1, "a"), append(1, "a")], CODES.INVALID_ARGUMENT, "append.seq is 1, and 2 comes next"),
-        ([opened, request(close=messages.Close()), append(1, "a")], CODES.FAILED_PRECONDITION, "append came after close"),
         ([opened, request(7)], CODES.INVALID_ARGUMENT, "ack_revision is 7"),
         ([opened, append(1, b"\xff")], CODES.INVALID_ARGUMENT, "append.text is not UTF-8"),
         ([request(open=messages.Open(source="en", credit=65))], CODES.INVALID_ARGUMENT, "open.credit is 65"),
@@ -290,6 +292,19 @@ def test_what_a_stream_may_not_do(serve_config: Any) -> None:
     run(go())
 
 
+def test_nothing_comes_after_close(serve_config: Any) -> None:
+    async def go() -> None:
+        async with serving(serve_config()) as (server, _):
+            async with server.application.open(Caller("peer:test"), Opening(source="en")) as session:
+                session.close()
+                for event in (lambda: session.append(1, "a"), session.end_segment, session.close):
+                    with pytest.raises(ServiceError, match="came after close"):
+                        event()
+                assert await session.next() is None
+
+    run(go())
+
+
 def test_half_closed_and_empty(serve_config: Any) -> None:
     async def go() -> None:
         async with serving(serve_config()) as (_, channel):
@@ -306,18 +321,29 @@ def test_half_closed_and_empty(serve_config: Any) -> None:
 
 
 def test_resuming_goes_on_with_what_was_committed(serve_config: Any) -> None:
+    policy = messages.Policy(wait_k=messages.WaitK(k=1))
+
+    async def words(channel: Any, parts: list[str], **opening: Any) -> list[Any]:
+        """What is said to parts of a text, each read before the next is sent."""
+        call = stream(channel)
+        await call.write(request(open=messages.Open(source="en", policy=policy, **opening)))
+        found = [await call.read()]
+        for index, part in enumerate(parts):
+            await call.write(append(index + 1, part, found[-1].revision))
+            found.append(await call.read())
+        await call.write(request(close=messages.Close()))
+        while (response := await call.read()) is not grpc.aio.EOF:
+            found.append(response)
+        return found
+
     async def go() -> None:
         async with serving(serve_config()) as (_, channel):
-            policy = messages.Policy(wait_k=messages.WaitK(k=1))
-            call = stream(channel)
-            opening = messages.Open(source="en", policy=policy, credit=64)
-            whole = await told(call, request(open=opening), append(1, "a man rides "), append(2, "two horses "), request(close=messages.Close()))
-            first = next(one for one in whole if one.committed_delta and not one.final)
-            begun, pieces = first.committed_delta, first.committed_pieces
-            call = stream(channel)
-            opening = messages.Open(source="en", policy=policy, first_segment=5, committed=begun, committed_pieces=pieces)
-            rest = await told(call, request(open=opening), append(1, "a man rides two horses "), request(close=messages.Close()))
+            whole = await words(channel, ["a man rides ", "two horses "])
+            first = whole[1]
+            assert first.committed_delta and first.committed_pieces and not first.final
+            resumed = {"first_segment": 5, "committed": first.committed_delta, "committed_pieces": first.committed_pieces}
+            rest = await words(channel, ["a man rides two horses "], **resumed)
             assert {one.segment for one in rest[1:]} == {5}
-            assert begun.decode() + text_of(rest[1:])[0] == text_of(whole[1:])[0]
+            assert first.committed_delta.decode() + text_of(rest[1:])[0] == text_of(whole[1:])[0]
 
     run(go())
