@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from cvmk.errors import ConfigError
@@ -22,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="SERVE.toml", nargs="?", help="the configuration")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="set a key of the configuration, as in TOML")
     parser.add_argument("--web", action="store_true", help=f"also serve a page to type in, and HTTP, at server.http_port ({WEB_PORT} where there is none)")
+    parser.add_argument("--check", action="store_true", help="ask the server that runs by this configuration on this machine whether it is well, and end")
     parser.add_argument("--explain-config", action="store_true", help="print every key with its default and meaning, and end")
 
 
@@ -35,18 +38,33 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.config is None:
         raise ConfigError("no configuration is given: cvmk serve SERVE.toml, or --explain-config for its keys")
     config = load_config(ServeConfig, arguments.config, arguments.overrides)
+    if arguments.check:
+        return _check(config)
     keep_freed_memory()
     return _serve(config, arguments.web)
+
+
+def _check(config: ServeConfig) -> int:
+    with _packages():
+        from cvmk.serving.health_check import check
+    check(config)
+    return 0
+
+
+@contextlib.contextmanager
+def _packages() -> Iterator[None]:
+    try:
+        yield
+    except ImportError as error:
+        raise ConfigError(f"the service needs packages that are not installed ({error.name}): pip install 'cvmk[serve]'") from error
 
 
 def _serve(config: ServeConfig, web: bool) -> int:
     import asyncio
 
-    try:
+    with _packages():
         from cvmk.serving import logs
         from cvmk.serving.server import run as serve
-    except ImportError as error:
-        raise ConfigError(f"the service needs packages that are not installed ({error.name}): pip install 'cvmk[serve]'") from error
 
     def tell(ports: Ports) -> None:
         host = config.server.host
