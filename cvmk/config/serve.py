@@ -20,6 +20,7 @@ class ServerConfig(Section):
     admin_port: int | None = Field(None, ge=0, le=65535, description="Port of the gRPC service Admin, on this machine only; without it there is none.")
     metrics_port: int | None = Field(None, ge=0, le=65535, description="Port of Prometheus' metrics; without it there is none.")
     http_port: int | None = Field(None, ge=0, le=65535, description="Port of the HTTP interface; without it there is none (`--web` takes 8080).")
+    origins: list[str] = Field([], description="Other pages that may open streams by WebSocket, such as https://example.org; the page that is served may.")
     drain_seconds: float = Field(30.0, ge=0, le=3600, description="How long what runs may take to end when the server is told to (SIGTERM).")
     traces: bool = Field(False, description="Whether spans go to an OpenTelemetry collector, which OTEL_EXPORTER_OTLP_ENDPOINT names (extra `traces`).")
     threads: int = Field(0, ge=0, le=MAX_THREADS, description="CPU threads of every model that says nothing else; 0: all that the process may use.")

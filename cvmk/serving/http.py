@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import math
-import secrets
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import parse_qsl
@@ -35,7 +33,6 @@ from cvmk.serving.whole_texts import translate_whole
 if TYPE_CHECKING:
     from cvmk.serving.application import Application
 
-_LOG = logging.getLogger(__name__)
 _T = TypeVar("_T")
 _CODES = {Status.UNAUTHENTICATED: 400, Status.NOT_FOUND: 400}
 """What LibreTranslate answers, where it is not what `Status.http` says: no key, and a language or pair that is not served."""
@@ -71,21 +68,14 @@ class _Interface:
         self._application, self._keys, self._limits = application, keys, limits
 
     def answering(self, endpoint: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
-        """An endpoint whose errors are answers: those of the service as they are, others as a number that the log has too."""
+        """An endpoint that is counted, and whose errors are answers."""
 
         async def answer(request: Request) -> Response:
             try:
-                return await endpoint(request)
+                with self._application.observed(request.scope["path"], dict(request.headers)):
+                    return await endpoint(request)
             except ServiceError as error:
                 return error_response(error)
-            except HTTPException as error:
-                return await _http_exception(request, error)
-            except ClientDisconnect:
-                return error_response(ServiceError(Status.CANCELLED, "the client has gone"))
-            except Exception:
-                number = secrets.token_hex(8)
-                _LOG.exception("error %s at %s %s", number, request.method, request.scope["path"])
-                return error_response(ServiceError(Status.INTERNAL, f"something went wrong here, and is in the server's log as {number}"))
 
         return answer
 
@@ -160,6 +150,8 @@ class _Interface:
                 return await _fields(request.headers, await _read(request, most))
         except TimeoutError:
             raise ServiceError(Status.DEADLINE_EXCEEDED, "the body did not come in time") from None
+        except ClientDisconnect:
+            raise ServiceError(Status.CANCELLED, "the client has gone") from None
 
     def _caller(self, request: Request, body: _Fields) -> Caller:
         token = bearer_token(request.headers.get("authorization")) or body.text("api_key", "") or None
@@ -174,7 +166,16 @@ def error_response(error: ServiceError) -> Response:
     if error.status is Status.RESOURCE_EXHAUSTED:
         message = f"Slowdown: {message}"
         headers.setdefault("Retry-After", "60")
-    return JSONResponse({"error": message}, _CODES.get(error.status, error.status.http), headers)
+    code = error.code if isinstance(error, _BodyError) else _CODES.get(error.status, error.status.http)
+    return JSONResponse({"error": message}, code, headers)
+
+
+class _BodyError(ServiceError):
+    """A body that is not read, with HTTP's own code for why."""
+
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(Status.INVALID_ARGUMENT, message)
+        self.code = code
 
 
 async def _http_exception(request: Request, error: Exception) -> Response:
@@ -195,12 +196,12 @@ def _percent(probability: float) -> float:
 
 
 async def _while_connected(request: Request, work: Coroutine[Any, Any, _T]) -> _T:
-    """What the work gives. It is cancelled when the client goes; ClientDisconnect then."""
+    """What the work gives. It is cancelled when the client goes: ServiceError CANCELLED."""
     working, gone = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(request))
     try:
         await asyncio.wait((working, gone), return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
-            raise ClientDisconnect
+            raise ServiceError(Status.CANCELLED, "the client has gone")
         return working.result()
     finally:
         for task in (working, gone):
@@ -269,7 +270,7 @@ async def _read(request: Request, most: int) -> bytes:
                 break
         else:
             return bytes(data)
-    raise HTTPException(413, f"the body is longer than {most} bytes: send it in parts", {"Connection": "close"})
+    raise _BodyError(413, f"the body is longer than {most} bytes: send it in parts")
 
 
 async def _fields(headers: Headers, data: bytes) -> _Fields:
@@ -286,7 +287,7 @@ async def _fields(headers: Headers, data: bytes) -> _Fields:
             return _form((await MultiPartParser(headers, _once(data), max_files=0, max_fields=_FORM_FIELDS, max_part_size=len(data) + 1).parse()).multi_items())
         except (MultiPartException, KeyError, ValueError):
             raise ServiceError(Status.INVALID_ARGUMENT, "the body is no form data without files") from None
-    raise HTTPException(415, "the body must be application/json, application/x-www-form-urlencoded or multipart/form-data")
+    raise _BodyError(415, "the body must be application/json, application/x-www-form-urlencoded or multipart/form-data")
 
 
 def _json(data: bytes) -> dict[str, object]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import h11
 import uvicorn
+from starlette.routing import BaseRoute
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from cvmk.config.serve import ServerConfig
@@ -35,7 +36,7 @@ async def serve_http(
     Raises ConfigError where it cannot listen there.
     """
     listener = _listener(config.host, _PORT if config.http_port is None else config.http_port)
-    app = http_app(application, keys, limits)
+    app = http_app(application, keys, limits, _web_routes(application, keys, config) if web else ())
     server = _Server(
         uvicorn.Config(
             app,
@@ -62,6 +63,12 @@ async def serve_http(
         listener.close()
         task.result()
     return HttpServer(server, task, listener.getsockname()[:2], ssl is not None)
+
+
+def _web_routes(application: Application, keys: Keys, config: ServerConfig) -> tuple[BaseRoute, ...]:
+    from cvmk.serving.web import web_routes  # with gRPC's messages
+
+    return web_routes(application, keys, config)
 
 
 class HttpServer:

@@ -42,7 +42,7 @@ class TranslationService:
         unary: dict[str, Method] = {
             "Translate": self._translate, "Detect": self._detect, "ListModels": self._list_models, "GetStats": self._get_stats,
         }  # fmt: skip
-        return _handler(self._application, self.NAME, unary, {"TranslateStream": self._stream}, self._keys)
+        return _handler(self._application, self.NAME, unary, {"TranslateStream": self.stream}, self._keys)
 
     async def _translate(self, request: Any, caller: Caller, context: Context) -> Any:
         application = self._application
@@ -65,12 +65,13 @@ class TranslationService:
     async def _get_stats(self, request: Any, caller: Caller, context: Context) -> Any:
         return messages.GetStatsResponse(**vars(self._application.stats()))
 
-    async def _stream(self, requests: AsyncIterator[bytes], caller: Caller, context: Context) -> None:
-        first = _parsed("StreamRequest", await anext(requests, b""))
-        if first.WhichOneof("event") != "open":
+    async def stream(self, requests: AsyncIterator[Any], caller: Caller, write: Callable[[Any], Awaitable[None]]) -> None:
+        """A stream of StreamRequests and StreamResponses, whatever brings and takes them. Raises ServiceError."""
+        first = await anext(requests, None)
+        if first is None or first.WhichOneof("event") != "open":
             raise ServiceError(Status.FAILED_PRECONDITION, "the first message must be open", field="open")
         async with self._application.open(caller, self._opening(first.open)) as session:
-            writer = asyncio.create_task(self._write(session, context))
+            writer = asyncio.create_task(self._write(session, write))
             session.on_failure = lambda: asyncio.get_running_loop().call_later(_LAST_WORDS, writer.cancel)  # it may wait for a reader that does not read
             reader = asyncio.create_task(self._read(requests, session, caller))
             try:
@@ -84,18 +85,18 @@ class TranslationService:
                     task.cancel()
                 await asyncio.gather(reader, writer, return_exceptions=True)
 
-    async def _write(self, session: LiveSession, context: Context) -> None:
-        await context.write(messages.StreamResponse(opened=messages.Opened(session=session.name, model=session.model, target=session.target)))
+    async def _write(self, session: LiveSession, write: Callable[[Any], Awaitable[None]]) -> None:
+        await write(messages.StreamResponse(opened=messages.Opened(session=session.name, model=session.model, target=session.target)))
         while (update := await session.next()) is not None:
-            await context.write(_response(update))
+            await write(_response(update))
 
-    async def _read(self, requests: AsyncIterator[bytes], session: LiveSession, caller: Caller) -> None:
+    async def _read(self, requests: AsyncIterator[Any], session: LiveSession, caller: Caller) -> None:
         """Bring what comes into the session; it never waits for what goes out."""
         pace = self._application.limits.pace()
         try:
-            async for data in requests:
+            async for request in requests:
                 await asyncio.sleep(pace.delay())
-                self._event(_parsed("StreamRequest", data), session, caller)
+                self._event(request, session, caller)
                 await session.room()
             with contextlib.suppress(ServiceError):  # it may have been closed
                 session.close()
@@ -172,7 +173,7 @@ def _handler(
     def stream_call(method: str, function: Any) -> Any:
         async def call(requests: AsyncIterator[bytes], context: Context) -> None:
             async with _told(application, method, context):
-                await function(requests, _caller(context, keys, admin), context)
+                await function(_each_parsed(requests), _caller(context, keys, admin), context.write)
 
         return call
 
@@ -181,6 +182,11 @@ def _handler(
     for method, function in streams.items():
         handlers[method] = grpc.stream_stream_rpc_method_handler(stream_call(method, function), response_serializer=_serialized)
     return grpc.method_handlers_generic_handler(name, handlers)
+
+
+async def _each_parsed(requests: AsyncIterator[bytes]) -> AsyncIterator[Any]:
+    async for data in requests:
+        yield _parsed("StreamRequest", data)
 
 
 @contextlib.asynccontextmanager

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from cvmk.config.serve import LimitsConfig, SecurityConfig, ServeConfig, ServedModelConfig
 from cvmk.serving.answers import Language, ModelInfo
 from cvmk.serving.auth import Caller
-from cvmk.serving.errors import ServiceError, Status
+from cvmk.serving.errors import ServiceError, Status, internal
 from cvmk.serving.limits import Limits
 
 PAIRS = (("en", "de"), ("de", "en"), ("zh", "en"))
@@ -68,6 +69,15 @@ class FakeApplication:
         if self.error is not None:
             raise self.error
         return [Translated(self.say(text), [f"{self.say(text)} ({rank})" for rank in range(1, alternatives + 1)]) for text in texts]
+
+    @contextlib.contextmanager
+    def observed(self, method: str, headers: Mapping[str, str] | None = None) -> Iterator[None]:
+        try:
+            yield
+        except ServiceError:
+            raise
+        except Exception:
+            raise internal(method) from None
 
     def detect(self, text: str) -> list[Language]:
         words = text.lower().replace(".", " ").split()

@@ -9,10 +9,9 @@ import logging
 import ssl
 import subprocess
 import sys
-import threading
 import time
 import urllib.error
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import httpx
 import pytest
 from certificates import authority, signed
 from fake_application import FakeApplication
+from http_served import http_served
 from hypothesis import given
 from hypothesis.errors import Unsatisfiable
 
@@ -28,7 +28,7 @@ from cvmk.errors import ConfigError
 from cvmk.serving.auth import Keys, ssl_context
 from cvmk.serving.errors import ServiceError, Status
 from cvmk.serving.http import http_app
-from cvmk.serving.http_server import HttpServer, serve_http
+from cvmk.serving.http_server import serve_http
 
 TOKEN = "0123456789abcdef"
 Call = Callable[..., httpx.Response]
@@ -309,30 +309,10 @@ def test_who_goes_is_not_translated_for(fake: FakeApplication) -> None:
 # -- a real server, and clients that nobody here wrote
 
 
-@contextlib.contextmanager
-def served(fake: FakeApplication, **options: Any) -> Iterator[HttpServer]:
-    """A server in a thread, on a free port."""
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever)
-    thread.start()
-
-    def run(work: Coroutine[Any, Any, Any]) -> Any:
-        return asyncio.run_coroutine_threadsafe(work, loop).result(20)
-
-    server = run(serve_http(fake, Keys(fake.security.keys), fake.limits, ServerConfig(http_port=0), **options))
-    try:
-        yield server
-    finally:
-        run(server.stop(1.0))
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join()
-        loop.close()
-
-
 def test_libretranslatepy(keys: str) -> None:
     from libretranslatepy import LibreTranslateAPI
 
-    with served(FakeApplication(security=SecurityConfig(keys=keys))) as server:
+    with http_served(lambda: FakeApplication(security=SecurityConfig(keys=keys))) as server:
         client = LibreTranslateAPI(server.url, TOKEN)
         assert client.translate("hello — you & me\nnow", "en", "de") == "HELLO — YOU & ME\nNOW"
         assert client.detect("guten tag")[0] == {"confidence": 100.0, "language": "de"}
@@ -345,14 +325,14 @@ def test_tls(tmp_path: Path) -> None:
     ours = authority(tmp_path, "authority")
     pair = signed(tmp_path, "server", ours)
     context = ssl_context(SecurityConfig(certificate=str(pair.certificate), private_key=str(pair.key)))
-    with served(FakeApplication(), ssl=context) as server:
+    with http_served(FakeApplication, ssl=context) as server:
         assert server.url.startswith("https://")
         trusting = ssl.create_default_context(cafile=str(ours.certificate))
         assert httpx.get(f"{server.url}/health", verify=trusting).json() == {"status": "ok"}
 
 
 def test_a_port_that_is_taken() -> None:
-    with served(FakeApplication()) as server, pytest.raises(ConfigError, match=r"server\.http_port"):
+    with http_served(FakeApplication) as server, pytest.raises(ConfigError, match=r"server\.http_port"):
         fake = FakeApplication()
         asyncio.run(serve_http(fake, Keys(None), fake.limits, ServerConfig(http_port=server.port)))
 
