@@ -65,8 +65,8 @@ class Outbox:
         return not self._waiting
 
     def held(self) -> float:
-        """For how many seconds something has been waiting for an acknowledgement; 0 where nothing is."""
-        return self._clock() - self._since if self._waiting and not self._may_go(self._waiting[0]) else 0.0
+        """For how many seconds something has been waiting, while nothing was sent or acknowledged; 0 where nothing waits."""
+        return self._clock() - self._since if self._waiting else 0.0
 
     def put(self, update: SessionUpdate) -> None:
         """One more thing to say."""

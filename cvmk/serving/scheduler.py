@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +32,7 @@ class Searched:
 
 
 @dataclass(eq=False)
-class _Turn:
+class _Waiting:
     cost: int
     come: asyncio.Future[None]
 
@@ -54,7 +54,7 @@ class Scheduler:
     ) -> None:
         self._translator, self._given_up, self._clock = translator, given_up, clock
         self._limit, self._most, self._most_per_client = running, waiting, waiting_per_client
-        self._queue: FairQueue[_Turn] = FairQueue()
+        self._queue: FairQueue[_Waiting] = FairQueue()
         self._waiting_of: Counter[str] = Counter()
         self.running = 0
         """Tokens that the engine works on."""
@@ -66,20 +66,26 @@ class Scheduler:
         return self._queue.cost
 
     async def search(
-        self,
-        client: str,
-        priority: str,
-        source: Sequence[int],
-        options: SearchOptions,
-        *,
-        prefix: Sequence[int] = (),
-        state: Any = None,
-        timeout: float | None = None,
+        self, client: str, priority: str, source: Sequence[int], options: SearchOptions, *, timeout: float | None = None, **fields: Any
     ) -> Searched:
-        """What the engine finds. Raises ServiceError where too much waits already, where it is not done within `timeout` seconds, or where there is no memory
-        for it. When the task that waits for it is cancelled, it ends within a step."""
+        """`turn`, and its search."""
+        async with self.turn(client, priority, cost(source, options), timeout=timeout) as turn:
+            return await turn.search(source, options, **fields)
+
+    @contextlib.asynccontextmanager
+    async def turn(self, client: str, priority: str, tokens: int, *, timeout: float | None = None) -> AsyncIterator[Turn]:
+        """Waits until it is the turn of a search of about so many tokens, which may then be decided on. Raises ServiceError where too much waits already, and,
+        by the search too, where it is not done within `timeout` seconds or where there is no memory for it. When the task that waits is cancelled, the search
+        ends within a step."""
+        begun = self._clock()
         try:
-            return await self._search(client, priority, source, options, prefix, state, timeout)
+            with self._place(client, priority, tokens) as come:
+                await _within(come, timeout)
+            turn = Turn(self, self._translator, self._clock, tokens, begun, timeout)
+            try:
+                yield turn
+            finally:
+                self._ended(turn.tokens)
         except asyncio.CancelledError:
             self._given_up("client")
             raise
@@ -88,70 +94,86 @@ class Scheduler:
                 self._given_up("deadline")
             raise
 
-    async def _search(
-        self, client: str, priority: str, source: Sequence[int], options: SearchOptions, prefix: Sequence[int], state: Any, timeout: float | None
-    ) -> Searched:
-        cost = (len(source) + 1) * options.beam_size
-        begun = self._clock()
-        with self._place(client, priority, cost) as turn:
-            await _within(turn, timeout)
-        started = self._clock()
-        try:
-            left = None if timeout is None else max(timeout - (started - begun), 1e-6)
-            found = await self._translator.search(source, options, prefix=prefix, state=state, timeout=left)
-        finally:
-            self._ended(cost)
-        if found.reason == "expired":
-            raise _late()
-        if found.reason == "failed":
-            raise ServiceError(Status.RESOURCE_EXHAUSTED, "there is no memory for the translation now", retry_after=_HINTS[1], reason="memory")
-        return Searched(found, round((started - begun) * 1e6), round((self._clock() - started) * 1e6))
-
     @contextlib.contextmanager
-    def _place(self, client: str, priority: str, cost: int) -> Iterator[asyncio.Future[None]]:
+    def _place(self, client: str, priority: str, tokens: int) -> Iterator[asyncio.Future[None]]:
         """A place in the queue, as a future that is done when it is this one's turn; from then on its tokens are running. On an error they are not."""
-        if self._queue.cost + cost > self._most or self._waiting_of[client] + cost > self._most_per_client:
-            raise ServiceError(Status.RESOURCE_EXHAUSTED, "too much waits to be translated: try again later", retry_after=self._hint(cost), reason="queue")
-        turn = _Turn(cost, asyncio.get_running_loop().create_future())
-        entry: Entry[_Turn] = self._queue.push((client, priority), WEIGHTS[priority], cost, turn)
-        self._waiting_of[client] += cost
+        if self._queue.cost + tokens > self._most or self._waiting_of[client] + tokens > self._most_per_client:
+            raise ServiceError(
+                Status.RESOURCE_EXHAUSTED, "too much waits to be translated: try again later", retry_after=self._hint(tokens), reason="queue"
+            )
+        one = _Waiting(tokens, asyncio.get_running_loop().create_future())
+        entry: Entry[_Waiting] = self._queue.push((client, priority), WEIGHTS[priority], tokens, one)
+        self._waiting_of[client] += tokens
         self._fill()
         try:
-            yield turn.come
+            yield one.come
         except BaseException:
-            if turn.come.done() and not turn.come.cancelled():
-                self._ended(cost)
+            if one.come.done() and not one.come.cancelled():
+                self._ended(tokens)
             self._queue.remove(entry)
             raise
         finally:
-            self._waiting_of[client] -= cost
+            self._waiting_of[client] -= tokens
             if not self._waiting_of[client]:
                 del self._waiting_of[client]
 
     def _fill(self) -> None:
         """Turns for whoever there is room for."""
-        while self.running < self._limit and (turn := self._queue.pop()) is not None:
-            if not turn.come.done():
-                self.running += turn.cost
-                turn.come.set_result(None)
+        while self.running < self._limit and (one := self._queue.pop()) is not None:
+            if not one.come.done():
+                self.running += one.cost
+                one.come.set_result(None)
 
-    def _ended(self, cost: int) -> None:
-        self.running -= cost
-        self._done += cost
+    def changed(self, tokens: int) -> None:
+        """A search that runs has so many tokens more than was thought."""
+        self.running += tokens
+
+    def _ended(self, tokens: int) -> None:
+        self.running -= tokens
+        self._done += tokens
         now = self._clock()
         if (passed := now - self._since) > 1.0:  # an average over the last seconds
             self._rate += 0.3 * (self._done / passed - self._rate)
             self._since, self._done = now, 0
         self._fill()
 
-    def _hint(self, cost: int) -> float:
-        return min(max((self._queue.cost + cost) / max(self._rate, 1.0), _HINTS[0]), _HINTS[1])
+    def _hint(self, tokens: int) -> float:
+        return min(max((self._queue.cost + tokens) / max(self._rate, 1.0), _HINTS[0]), _HINTS[1])
 
 
-async def _within(turn: asyncio.Future[None], timeout: float | None) -> None:
+class Turn:
+    """It is somebody's turn: the engine has room for a search of about so many tokens."""
+
+    def __init__(
+        self, scheduler: Scheduler, translator: AsyncTranslator, clock: Callable[[], float], tokens: int, begun: float, timeout: float | None
+    ) -> None:
+        self._scheduler, self._translator, self._clock = scheduler, translator, clock
+        self.tokens, self._begun, self._timeout = tokens, begun, timeout
+
+    async def search(self, source: Sequence[int], options: SearchOptions, *, prefix: Sequence[int] = (), state: Any = None) -> Searched:
+        """What the engine finds."""
+        tokens = cost(source, options)
+        self._scheduler.changed(tokens - self.tokens)
+        self.tokens = tokens
+        started = self._clock()
+        left = None if self._timeout is None else max(self._timeout - (started - self._begun), 1e-6)
+        found = await self._translator.search(source, options, prefix=prefix, state=state, timeout=left)
+        if found.reason == "expired":
+            raise _late()
+        if found.reason == "failed":
+            raise ServiceError(Status.RESOURCE_EXHAUSTED, "there is no memory for the translation now", retry_after=_HINTS[1], reason="memory")
+        return Searched(found, round((started - self._begun) * 1e6), round((self._clock() - started) * 1e6))
+
+
+def cost(source: Sequence[int], options: SearchOptions) -> int:
+    """Tokens of a search: source pieces, with the one at their end, times beam size."""
+    return (len(source) + 1) * options.beam_size
+
+
+async def _within(come: asyncio.Future[None], timeout: float | None) -> None:
     try:
         async with asyncio.timeout(timeout):
-            await turn
+            await come
     except TimeoutError:
         raise _late() from None
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import secrets
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -20,12 +22,17 @@ from cvmk.serving.errors import ServiceError, Status, internal, invalid
 from cvmk.serving.metrics import LIVE, Metrics
 from cvmk.serving.models import Models, Served
 from cvmk.serving.outbox import Outbox, Refused, SessionUpdate
+from cvmk.serving.scheduler import Turn, cost
 from cvmk.streaming import Policy, Retranslation, Sentences, StreamCore, Update, Wanted
 
 AUTO = "auto"
 CREDIT, MOST_CREDIT = 2, 64
 _CHECKS = 0.5
 """Seconds between two looks at a stream's reader."""
+_EVENT = 16
+"""Characters that an event counts for, beside its text."""
+_ARRIVED = 256
+"""Events that are timed until an update answers them."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +95,7 @@ class LiveSession:
         self._sticky, self._ended, self._clock = language, ended, clock
         self._language = language.language
         self._metrics = metrics
-        self._arrived: deque[tuple[int, float]] = deque()  # of events that no update has answered
+        self._arrived: deque[tuple[int, float]] = deque(maxlen=_ARRIVED)  # of events that no update has answered
         self._served: Served | None = None
         self._state: Any = None
         self._state_of = 0
@@ -222,7 +229,7 @@ class LiveSession:
         if len(event.text) > self._rules.text:
             raise invalid(f"{name}.text", f"has {len(event.text)} characters, and {self._rules.text} are allowed: send it in parts")
         self._pending.append(event)
-        self._characters += len(event.text) + 16
+        self._characters += len(event.text) + _EVENT
         if self._characters > self._rules.text:
             self._room.clear()
         self._wake.set()
@@ -230,23 +237,29 @@ class LiveSession:
     def _apply(self) -> tuple[bool, bool]:
         """Bring the pending events into the text, up to the first that ends a sentence; whether one did, and whether the text ends."""
         while self._pending:
-            event = self._pending.popleft()
-            self._characters -= len(event.text) + 16
-            if self._characters <= self._rules.text:
-                self._room.set()
+            event = self._apply_one()
             if event.ends:
                 return True, event.closes
-            self._seq_read = event.seq
-            if event.begin is None:
-                self._core.append(event.text)
-            elif event.segment not in (None, self._core.segment):
-                self._refuse(event.seq, f"sentence {event.segment} has ended: it has been translated")
-            else:
-                try:
-                    self._core.replace(event.begin, event.text)
-                except ValueError as error:
-                    self._refuse(event.seq, str(error))
         return False, False
+
+    def _apply_one(self) -> _Event:
+        event = self._pending.popleft()
+        self._characters -= len(event.text) + _EVENT
+        if self._characters <= self._rules.text:
+            self._room.set()
+        if event.ends:
+            return event
+        self._seq_read = event.seq
+        if event.begin is None:
+            self._core.append(event.text)
+        elif event.segment not in (None, self._core.segment):
+            self._refuse(event.seq, f"sentence {event.segment} has ended: it has been translated")
+        else:
+            try:
+                self._core.replace(event.begin, event.text)
+            except ValueError as error:
+                self._refuse(event.seq, str(error))
+        return event
 
     def _refuse(self, seq: int, reason: str) -> None:
         core = self._core
@@ -275,60 +288,89 @@ class LiveSession:
             self._ready.set()
 
     async def _advance(self, ends: bool) -> None:
-        """Everything that is due. A tentative translation that finds the queues full is left for later: more text may come until then."""
+        """Everything that is due."""
         steps = self._core.advance(end=ends)
         answer: Translation | None = None
-        while True:
-            try:
+        with contextlib.suppress(StopIteration):
+            while True:
                 step = steps.send(answer)
-            except StopIteration:
-                return
-            answer = None
-            if isinstance(step, Update):
-                self._say(step)
-                continue
+                answer = None
+                if isinstance(step, Update):
+                    self._say(step)
+                elif step.final:
+                    answer = await self._translate_end(step)
+                else:  # always the last one
+                    steps.close()
+                    await self._translate_newest(step)
+                    return
+
+    async def _translate_end(self, wanted: Wanted) -> Translation:
+        """Of a sentence that has ended, which has to be said: where the queues are full, it is tried again."""
+        served = self._served
+        assert served is not None
+        source, options = served.translator.encode(wanted.source), self._options(served)
+        wait, until = 0.05, self._clock() + self._rules.stuck
+        while source:
             try:
-                answer = await self._translate(step)
+                async with self._turn(served, cost(source, options)) as turn:
+                    return await self._search(turn, served, wanted, source, options)
             except ServiceError as error:
-                if error.status is not Status.RESOURCE_EXHAUSTED or step.final:
+                if error.status is not Status.RESOURCE_EXHAUSTED or self._clock() > until:
                     raise
-                steps.close()
-                asyncio.get_running_loop().call_later(error.retry_after or 0.1, self._wake_up)
-                return
+                await asyncio.sleep(max(wait, min(error.retry_after or 0.0, 1.0)))
+                wait = min(2 * wait, 1.0)
+        return served.translator.decode([])
+
+    async def _translate_newest(self, wanted: Wanted) -> None:
+        """Of a sentence that goes on: waits for its turn, and translates what the sentence is by then. Where the queues are full it is left for later."""
+        served = self._served
+        assert served is not None
+        options = self._options(served)
+        try:
+            async with self._turn(served, cost(served.translator.encode(wanted.source), options)) as turn:
+                while self._pending and not self._pending[0].ends:
+                    self._apply_one()
+                if not self._known(False) or self._served is not served:
+                    return self._wake_up()
+                steps = self._core.advance()
+                step = next(steps, None)
+                if step is None:
+                    return None
+                if isinstance(step, Update) or step.final or not (source := served.translator.encode(step.source)):
+                    return self._wake_up()  # it has ended meanwhile
+                found = await self._search(turn, served, step, source, options)
+        except ServiceError as error:
+            if error.status is not Status.RESOURCE_EXHAUSTED:
+                raise
+            asyncio.get_running_loop().call_later(error.retry_after or 0.1, self._wake_up)
+            return None
+        with contextlib.suppress(StopIteration):
+            update = steps.send(found)
+            assert isinstance(update, Update)
+            self._say(update)
+
+    def _options(self, served: Served) -> SearchOptions:
+        return SearchOptions(beam_size=self._opening.beam_size or served.beam_size, scores=False)
+
+    def _turn(self, served: Served, tokens: int) -> AbstractAsyncContextManager[Turn]:
+        return served.scheduler.turn(self._client, self._opening.priority, tokens, timeout=self._rules.request)
+
+    async def _search(self, turn: Turn, served: Served, wanted: Wanted, source: list[int], options: SearchOptions) -> Translation:
+        if wanted.begun != self._state_of:
+            self._state, self._state_of = served.open_source(), wanted.begun
+        try:
+            found = await turn.search(source, options, prefix=wanted.committed, state=self._state)
+        except ConfigError as error:
+            raise invalid("open", str(error)) from error
+        self._queue_us, self._decode_us = found.queue_us, found.decode_us
+        self._metrics.translated(served.info.name, LIVE, found.queue_us, found.decode_us)
+        return served.translator.decode(found.found.hypotheses)
 
     def _wake_up(self) -> None:
         if not self._pending:
             self._pending.append(_Event(self._seq_read))  # nothing more, but to be looked at again
-            self._characters += 16
+            self._characters += _EVENT
         self._wake.set()
-
-    async def _translate(self, wanted: Wanted) -> Translation:
-        served = self._served
-        assert served is not None
-        if wanted.begun != self._state_of:
-            self._state, self._state_of = served.open_source(), wanted.begun
-        options = SearchOptions(beam_size=self._opening.beam_size or served.beam_size, scores=False)
-        source = served.translator.encode(wanted.source)
-        if not source:
-            return served.translator.decode([])
-        wait, until = 0.05, self._clock() + self._rules.stuck
-        while True:
-            try:
-                found = await served.scheduler.search(
-                    self._client, self._opening.priority, source, options, prefix=wanted.committed, state=self._state, timeout=self._rules.request
-                )
-            except ServiceError as error:
-                if error.status is not Status.RESOURCE_EXHAUSTED or not wanted.final or self._clock() > until:
-                    raise
-                await asyncio.sleep(max(wait, min(error.retry_after or 0.0, 1.0)))  # the end of a sentence has to be said
-                wait = min(2 * wait, 1.0)
-            except ConfigError as error:
-                raise invalid("open", str(error)) from error
-            else:
-                break
-        self._queue_us, self._decode_us = found.queue_us, found.decode_us
-        self._metrics.translated(served.info.name, LIVE, found.queue_us, found.decode_us)
-        return served.translator.decode(found.found.hypotheses)
 
     def _say(self, update: Update) -> None:
         self._put(
