@@ -76,6 +76,13 @@ def test_local_agreement() -> None:
     assert said(LocalAgreement(1), *PARTS[:2]) == [("wir", "", 0), (" müssen", "", 0), ("", "", 0)]
 
 
+def test_a_character_whose_other_bytes_may_come_is_not_committed() -> None:
+    script = {"we": "wir \ufffd", "we need": "wir é"}
+    stream = Stream(_Scripted(script), LocalAgreement(1))  # type: ignore[arg-type]
+    updates = stream.append("we ") + stream.append("need") + stream.close()
+    assert [(update.committed, update.tentative) for update in updates] == [("wir", " \ufffd"), (" é", "")]
+
+
 def test_wait_k() -> None:
     assert said(WaitK(2), *PARTS) == [("wir", "", 0), (" brauchen", "", 0), (" einen Tisch", "", 0)]
     assert said(WaitK(9), *PARTS) == [("wir brauchen einen Tisch", "", 0)]
