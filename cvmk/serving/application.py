@@ -10,19 +10,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cvmk import __version__
-from cvmk.config.languages import language_tag
 from cvmk.config.serve import PRIORITIES, ServeConfig
 from cvmk.errors import ConfigError
 from cvmk.inference.options import SearchOptions
 from cvmk.serving.answers import Language, ModelInfo, ServedLanguage, Stats, Translated
 from cvmk.serving.auth import Caller
-from cvmk.serving.detection import Detector, Sticky
+from cvmk.serving.detection import AUTO, Detector, Sticky, found_for_each, tag_of
 from cvmk.serving.errors import ServiceError, Status, internal, invalid
 from cvmk.serving.limits import Limits
 from cvmk.serving.metrics import TEXT, Load, Metrics
 from cvmk.serving.models import Models, Served, answers
 from cvmk.serving.scheduler import Searched
-from cvmk.serving.sessions import AUTO, MOST_CREDIT, LiveSession, Opening, Rules
+from cvmk.serving.sessions import MOST_CREDIT, LiveSession, Opening, Rules
 from cvmk.serving.texts import cut
 from cvmk.serving.traces import Traces
 
@@ -30,8 +29,6 @@ if TYPE_CHECKING:
     from cvmk.inference.translator import Translation
 
 _LONGEST_NAME = 64
-_SHORT = 40
-"""Characters of a text that alone says too little of its language: it is taken for that of the whole request (as LibreTranslate does)."""
 
 
 @dataclass(frozen=True)
@@ -246,8 +243,8 @@ class Application:
     def _pair(self, source: str, target: str, model: str) -> tuple[str, str]:
         """Source and target as tags, "auto" and "" as they are; that some model translates them has been checked."""
         source = source or AUTO
-        source = source if source == AUTO else _tag("source", source)
-        target = _tag("target", target) if target else ""
+        source = source if source == AUTO else tag_of("source", source)
+        target = tag_of("target", target) if target else ""
         if not target and not model and len(targets := {info.target for info in self.models() if source == AUTO or answers(source, info.source)}) > 1:
             raise invalid("target", f"is missing, and {', '.join(sorted(targets))} are served")
         self.catalogue.find("" if source == AUTO else source, target, model)
@@ -258,8 +255,7 @@ class Application:
         if source != AUTO:
             return [None] * len(texts)
         detector = self._detector(target, model)
-        whole = detector.rank("\n".join(texts))[0]
-        return [whole if len(text) <= _SHORT else detector.rank(text)[0] for text in texts]
+        return list(found_for_each(texts, lambda text: detector.rank(text)[0]))
 
     def _detector(self, target: str, model: str) -> Detector:
         """Of the languages that can be translated to the target, by that model."""
@@ -279,13 +275,6 @@ async def _searched(served: Served, sentence: str, options: SearchOptions, searc
 
 def _candidate(found: Translation, rank: int) -> str:
     return found.hypotheses[min(rank, len(found.hypotheses) - 1)].text
-
-
-def _tag(field: str, code: str) -> str:
-    try:
-        return language_tag(code)
-    except ValueError as error:
-        raise invalid(field, str(error)) from error
 
 
 def _priority(priority: str) -> str:

@@ -8,14 +8,20 @@ import logging
 import re
 import threading
 import unicodedata
-from collections.abc import Collection, Iterable
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Any, TypeVar
 
+from cvmk.config.languages import language_tag
 from cvmk.errors import ConfigError
 from cvmk.serving.answers import Language
 from cvmk.serving.errors import invalid
 
 _LOG = logging.getLogger(__name__)
+T = TypeVar("T")
+AUTO = "auto"
+"""In the place of a source language: it is to be found out."""
+SHORT = 40
+"""Characters of a text that goes by its request (as LibreTranslate does)."""
 _READ = 4096  # characters that are looked at: a millisecond's work, and more of them change nothing
 _WORDS, _LETTERS = 3, 12  # what a decision needs
 _OTHER_WORDS, _OTHER_PROBABILITY = 5, 0.9  # what another decision needs
@@ -26,6 +32,20 @@ _LABELS = {"nb": "no", "fil": "tl", "ki": "kik", "gn": "gug", "kok": "gom"}
 """What py3langid calls languages otherwise than BCP 47."""
 _SCRIPTS = {"Latn": "LATIN ", "Cyrl": "CYRILLIC ", "Arab": "ARABIC ", "Deva": "DEVANAGARI ", "Hebr": "HEBREW ", "Beng": "BENGALI ", "Guru": "GURMUKHI "}
 """What the names of a script's characters begin with."""
+
+
+def tag_of(field: str, code: str) -> str:
+    """The language tag that a client's code stands for. Raises ServiceError, which names the field."""
+    try:
+        return language_tag(code)
+    except ValueError as error:
+        raise invalid(field, str(error)) from error
+
+
+def found_for_each(texts: Sequence[str], find: Callable[[str], T]) -> list[T]:
+    """What `find` finds for each text of a request, but for a short one what it finds for all of them together: alone it says too little."""
+    whole = find("\n".join(texts))
+    return [whole if len(texts) == 1 or len(text) <= SHORT else find(text) for text in texts]
 
 
 class Detector:

@@ -17,7 +17,7 @@ from cvmk.errors import ConfigError
 from cvmk.inference.options import SearchOptions
 from cvmk.inference.translator import Translation, Translator
 from cvmk.serving import logs
-from cvmk.serving.detection import Sticky
+from cvmk.serving.detection import AUTO, Sticky
 from cvmk.serving.errors import ServiceError, Status, internal, invalid
 from cvmk.serving.metrics import LIVE, Metrics
 from cvmk.serving.models import Models, Served
@@ -25,7 +25,6 @@ from cvmk.serving.outbox import Outbox, Refused, SessionUpdate
 from cvmk.serving.scheduler import Turn, cost
 from cvmk.streaming import Policy, Retranslation, Sentences, StreamCore, Update, Wanted
 
-AUTO = "auto"
 CREDIT, MOST_CREDIT = 2, 64
 _CHECKS = 0.5
 """Seconds between two looks at a stream's reader."""

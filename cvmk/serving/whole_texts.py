@@ -8,18 +8,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from cvmk.config.languages import language_tag
 from cvmk.serving.auth import Caller
-from cvmk.serving.errors import ServiceError, Status, invalid
+from cvmk.serving.detection import AUTO, found_for_each, tag_of
+from cvmk.serving.errors import ServiceError, Status
 from cvmk.serving.html import Document
 from cvmk.streaming import Sentences
 
 if TYPE_CHECKING:
     from cvmk.serving.application import Application
 
-AUTO = "auto"
-_SHORT = 40
-"""Characters of a text that is taken to be in the language of the whole request: too few to tell."""
 
 
 class Source(NamedTuple):
@@ -43,7 +40,7 @@ async def translate_whole(
 ) -> list[WholeText]:
     """Translations of texts in a source language, or each in its own ("auto"), all at once. A text that is in the target language already stays as it is.
     Raises ServiceError."""
-    target = _tag("target", target)
+    target = tag_of("target", target)
     plain = await asyncio.to_thread(lambda: [Document(text).text for text in texts]) if is_html and source == AUTO else texts
     sources = _sources(application, plain, target) if source == AUTO else [Source(_served(application, source), 1.0)] * len(texts)
     places: dict[str, list[int]] = {}
@@ -103,20 +100,12 @@ def _sources(application: Application, texts: Sequence[str], target: str) -> lis
         ranked = (Source(language.code, language.probability) for language in application.detect(text))
         return next((found for found in ranked if found.code in (*able, target)), Source(able[0], 0.0))
 
-    whole = source("\n".join(texts))
-    return [whole if len(texts) == 1 or len(text) <= _SHORT else source(text) for text in texts]
+    return found_for_each(texts, source)
 
 
 def _served(application: Application, source: str) -> str:
     """The tag of a language that somebody can translate from or to, so that a text may be in it already."""
-    tag = _tag("source", source)
+    tag = tag_of("source", source)
     if not any(tag == language.code or tag in language.targets for language in application.languages()):
         raise ServiceError(Status.NOT_FOUND, f"source {source!r} is no language that is served: /languages has those", field="source")
     return tag
-
-
-def _tag(field: str, code: str) -> str:
-    try:
-        return language_tag(code)
-    except ValueError as error:
-        raise invalid(field, str(error)) from error
