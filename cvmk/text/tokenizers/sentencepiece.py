@@ -12,7 +12,7 @@ import io
 import os
 import random
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,14 +59,6 @@ class SentencePieceTokenizer(Tokenizer):
             return self._encode_space_marks(text)
         ids: list[int] = self._processor.encode(text)
         return ids
-
-    def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
-        texts = [self.normalized(text) for text in texts]
-        encoded: list[list[int]] = self._processor.encode(texts, num_threads=1) if texts else []
-        for row, text in enumerate(texts):
-            if SPACE_MARK in text:
-                encoded[row] = self._encode_space_marks(text)
-        return encoded
 
     def _encode_space_marks(self, text: str) -> list[int]:
         """Encode with a stand-in character that the text lacks and the model spells in bytes, then put U+2581's bytes there."""
