@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import signal
 import sys
@@ -68,7 +69,6 @@ class Server:
 
     async def start(self) -> Ports:
         """Load the models and listen. Raises what is wrong with a model, and DataError for a port that is taken."""
-        sys.setswitchinterval(SWITCH_INTERVAL)
         server = self.config.server
         await self.application.start()
         main = TranslationService(self.application, self._keys)
@@ -148,6 +148,7 @@ async def run(config: ServeConfig, tell: Callable[[Ports], None], web: bool = Fa
     """Serve until SIGTERM or SIGINT; `tell` is called when everything is ready. SIGHUP reads keys and changed models anew."""
     loop = asyncio.get_running_loop()
     logs.watch(loop)
+    sys.setswitchinterval(SWITCH_INTERVAL)
     server = Server(config, web)
     reloads: set[asyncio.Task[object]] = set()
 
@@ -162,6 +163,8 @@ async def run(config: ServeConfig, tell: Callable[[Ports], None], web: bool = Fa
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, server.end)
         loop.add_signal_handler(signal.SIGHUP, reload)
+        gc.collect()
+        gc.freeze()  # what is there now stays: no collection goes through it again, which would be a pause of some milliseconds
         tell(ports)
         await server.serve()
     finally:
