@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
@@ -68,7 +69,9 @@ class SearchOptions:
 
     def __post_init__(self) -> None:
         for option in scalar_options():
-            self._check_scalar(option)
+            value = getattr(self, option.name)
+            if value != option.default or type(value) is not type(option.default):  # most are what they are by default
+                self._check_scalar(option)
         for name in ("shortlist", "alignments"):
             if isinstance(value := getattr(self, name), float) or value not in (0, 1):
                 raise ConfigError(f"{name} is {value!r}, and must be True or False")
@@ -110,6 +113,7 @@ def checked_number(name: str, value: Any, least: float, most: float | None = Non
     return number
 
 
+@functools.cache
 def scalar_options() -> tuple[Field[Any], ...]:
     """The options that are one number: their names, defaults and, as metadata, `least`, `most` (None: no limit) and `help`."""
     return tuple(option for option in fields(SearchOptions) if "least" in option.metadata)
