@@ -78,6 +78,15 @@ def test_translate(serve_config: Any) -> None:
     run(go())
 
 
+def test_languages_have_their_english_names(serve_config: Any) -> None:
+    async def go() -> None:
+        async with serving(serve_config((("en", "de"), ("en", "hsb"), ("zh-Hant", "en")))) as (server, _):
+            found = [(one.code, one.name, one.targets) for one in server.application.languages()]
+            assert found == [("en", "English", ["de", "hsb"]), ("zh-Hant", "Chinese (Traditional)", ["en"])]
+
+    run(go())
+
+
 def test_what_a_request_may_not_have(serve_config: Any) -> None:
     cases: list[tuple[dict[str, Any], Any, str]] = [
         ({"texts": []}, CODES.INVALID_ARGUMENT, "texts is empty"),
