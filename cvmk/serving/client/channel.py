@@ -29,7 +29,7 @@ _OPTIONS: tuple[tuple[str, Any], ...] = (
     ("grpc.use_local_subchannel_pool", 1),  # how long one client has waited for a server is nothing to another
     ("grpc.initial_reconnect_backoff_ms", 50),  # `Retry` says when to try again
     ("grpc.max_reconnect_backoff_ms", 500),
-    ("grpc.keepalive_time_ms", 60_000),
+    ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.max_receive_message_length", -1),
     ("grpc.primary_user_agent", "cvmk"),

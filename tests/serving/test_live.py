@@ -1,0 +1,157 @@
+"""The client with the real service, over small models of random weights."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from served import serving
+
+from cvmk.inference import Translator
+from cvmk.serving import AsyncClient, Retry
+from cvmk.serving.errors import ServiceError, Status
+from cvmk.streaming import LocalAgreement, Retranslation, WaitK
+
+SENTENCES = ["A man rides a horse.", "Two horses ride a man!", "A horse", "Man rides two men and a horse."]
+TEXT = f"{SENTENCES[0]} {SENTENCES[1]}\n{SENTENCES[2]}\n{SENTENCES[3]}"
+
+
+def run(coroutine: Any) -> Any:
+    return asyncio.run(asyncio.wait_for(coroutine, 60))
+
+
+async def committed(client: AsyncClient, text: str, pause: float = 0.0, **options: Any) -> list[str]:
+    """The committed text of each sentence, of a text that comes by words."""
+    found: dict[int, str] = {}
+    async with client.stream(**options) as stream:
+
+        async def write() -> None:
+            for word in text.split(" "):
+                await stream.append(word + " ")
+                await asyncio.sleep(pause)
+            await stream.close()
+
+        writer = asyncio.create_task(write())
+        revision = 0
+        async for update in stream:
+            assert update.revision == revision + 1 and update.source_read <= len(text) + 1
+            revision = update.revision
+            found[update.segment] = found.get(update.segment, "") + update.committed
+        await writer
+    return [found[segment] for segment in sorted(found)]
+
+
+def test_a_text_by_words(serve_config: Any) -> None:
+    config = serve_config()
+    translator = Translator(config.models["en-de"].path)
+    expected = [one.text for one in translator.translate(SENTENCES)]
+
+    async def go() -> None:
+        async with serving(config) as (server, channel):
+            async with AsyncClient(f"127.0.0.1:{server.ports.grpc}") as client:
+                for policy in (None, Retranslation(0), "retranslation"):
+                    assert await committed(client, TEXT, 0.001, policy=policy) == expected
+                for policy in (LocalAgreement(2), WaitK(2)):
+                    assert len(await committed(client, TEXT, 0.001, policy=policy, beam_size=2)) == len(SENTENCES)
+                assert [one.text for one in await client.translate(SENTENCES, target="de")] == expected
+                assert (await client.models())[0].name == "en-de" and (await client.stats()).sessions == 0
+                assert (await client.detect("A man rides a horse"))[0].code == "en"
+                with pytest.raises(ServiceError, match="source|language|zz") as caught:
+                    async with client.stream(source="zz"):
+                        pass
+                assert caught.value.status in (Status.NOT_FOUND, Status.INVALID_ARGUMENT)
+                async with client.stream() as stream:
+                    await stream.append("text\0")
+                    with pytest.raises(ServiceError) as caught:
+                        await anext(stream)
+                    assert caught.value.status is Status.INVALID_ARGUMENT
+
+    run(go())
+
+
+class ServerProcess:
+    """`cvmk serve` in a process of its own, at a port that stays."""
+
+    def __init__(self, toml: Path) -> None:
+        self._toml = toml
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folder for folder in sys.path if folder)}
+        code = "import sys; from cvmk.cli import main; sys.exit(main(['serve', sys.argv[1]]))"
+        self._process = subprocess.Popen([sys.executable, "-c", code, str(self._toml)], env=environment, stderr=subprocess.DEVNULL)
+
+    def kill(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+
+@pytest.fixture
+def killable(serve_config: Any, tmp_path: Path) -> Any:
+    """A server process, its address, and the folder of its model."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    model = serve_config().models["en-de"].path
+    toml = tmp_path / "serve.toml"
+    toml.write_text(f'[server]\nport = {port}\n[models.en-de]\npath = "{model}"\nthreads = 1\n', encoding="utf-8")
+    process = ServerProcess(toml)
+    yield process, f"127.0.0.1:{port}", model
+    process.kill()
+
+
+async def killed_at_random(process: ServerProcess, address: str, seed: int, kills: int, **options: Any) -> list[str]:
+    """The committed text where the server is killed behind random words, and started again."""
+    chances = random.Random(seed)
+    words = TEXT.split(" ")
+    places = sorted(chances.sample(range(1, len(words)), kills))
+    found: dict[int, str] = {}
+    async with AsyncClient(address, retry=Retry(tries=200, first_delay=0.05, max_delay=0.2)) as client, client.stream(**options) as stream:
+
+        async def write() -> None:
+            for number, word in enumerate(words):
+                if number in places:
+                    process.kill()
+                    await asyncio.sleep(chances.choice([0, 0.05]))
+                    process.start()
+                    if chances.random() < 0.5:
+                        while not stream.connected:
+                            await asyncio.sleep(0.01)
+                await stream.append(word + " ")
+                await asyncio.sleep(chances.choice([0, 0.002, 0.02]))
+            await stream.close()
+
+        writer = asyncio.create_task(write())
+        revision = 0
+        async for update in stream:
+            assert update.revision == revision + 1
+            revision = update.revision
+            found[update.segment] = found.get(update.segment, "") + update.committed
+        await writer
+    assert sorted(found) == list(range(len(found)))
+    return [found[segment] for segment in sorted(found)]
+
+
+def test_a_killed_server(killable: Any) -> None:
+    process, address, model = killable
+    expected = [one.text for one in Translator(model).translate(SENTENCES)]
+    process.start()
+    assert run(killed_at_random(process, address, 1, 2)) == expected
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("seed", range(8))
+def test_a_server_that_is_killed_at_every_place(killable: Any, seed: int) -> None:
+    process, address, model = killable
+    process.start()
+    expected = [one.text for one in Translator(model).translate(SENTENCES)]
+    assert run(killed_at_random(process, address, seed, 4)) == expected
+    assert len(run(killed_at_random(process, address, seed, 2, policy=LocalAgreement()))) == len(SENTENCES)
