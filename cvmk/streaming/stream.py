@@ -50,6 +50,11 @@ class Stream:
         """The text of the sentence that has not ended."""
         return self._core.source
 
+    @property
+    def begin(self) -> int:
+        """Where it begins, in characters of the whole text."""
+        return self._core.begin
+
     def append(self, text: str) -> list[Update]:
         """More of the text. Raises RuntimeError for a closed stream, TypeError for what is no string."""
         self._check()
