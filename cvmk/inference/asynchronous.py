@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import itertools
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, Self
 
@@ -24,7 +26,8 @@ class AsyncTranslator:
         async with AsyncTranslator(Translator("model")) as translator:
             first, second = await asyncio.gather(translator.translate("a man"), translator.translate("a dog", beam_size=5))
 
-    A task that is cancelled while it waits takes its request out of the engine. Nobody else may step the engine meanwhile.
+    A task that is cancelled while it waits takes its request out of the engine. Nobody else may step the engine meanwhile. Where a step of the engine fails,
+    what it was working on begins anew, each by itself: whose step fails again raises that, and the others do not notice.
     """
 
     def __init__(self, translator: Translator) -> None:
@@ -32,7 +35,7 @@ class AsyncTranslator:
         self._numbers = itertools.count()
         self._changed = threading.Condition()  # guards what follows
         self._waiting: dict[Any, _Waiting] = {}
-        self._closed = False
+        self._closed = self._recovering = False
         self._thread = threading.Thread(target=self._run, name="cvmk-engine", daemon=True)
 
     async def __aenter__(self) -> Self:
@@ -78,12 +81,13 @@ class AsyncTranslator:
     ) -> Finished:
         """What the engine finds for a source's pieces, for whoever wants pieces rather than texts, with the fields of `Request`. `on_partial` is called in the
         event loop with the best pieces so far. Raises as `translate`, but a search that is late or has no memory is told by its `reason`."""
-        one = _Waiting((id(self), next(self._numbers)), asyncio.get_running_loop(), on_partial)
-        request = Request(one.id, source, options, prefix, on_partial is not None, timeout, state)
+        request = Request((id(self), next(self._numbers)), source, options, prefix, on_partial is not None, timeout, state)
+        one = _Waiting(request, asyncio.get_running_loop(), on_partial)
         with self._changed:
             if self._closed or not self._thread.is_alive():
                 raise RuntimeError("the translator is closed: use it inside its `async with` block")
-            self._engine.submit(request)
+            if not self._recovering:
+                self._engine.submit(request)
             self._waiting[one.id] = one
             self._changed.notify()
         try:
@@ -102,8 +106,8 @@ class AsyncTranslator:
                     return
             try:
                 events = self._engine.step()
-            except Exception as error:  # the engine says which requests are gone by forgetting them
-                self._fail(error)
+            except Exception as error:
+                self._recover(error)
                 continue
             for event in events:
                 self._tell(event)
@@ -118,13 +122,49 @@ class AsyncTranslator:
         else:
             one.call(_settle, one.future, event)
 
-    def _fail(self, error: Exception) -> None:
+    def _recover(self, error: Exception) -> None:
+        """After a step that failed: who had a part in it begins anew, one after the other, and then whoever came meanwhile, all together. What the engine has
+        forgotten fails with the error: it says so that it was that request's."""
         with self._changed:
-            gone = [one for one in self._waiting.values() if not self._engine.cancel(one.id)]
-            for one in gone:
-                del self._waiting[one.id]
-        for one in gone:
-            one.call(_settle, one.future, error)
+            self._recovering = True
+            suspects = list(self._waiting.values())
+            kept = {one.id for one in suspects if self._engine.cancel(one.id)}
+        for one in suspects:
+            if one.id in kept:
+                self._alone(one)
+            else:
+                self._give_up(one, error)
+        with self._changed:
+            self._recovering = False
+            for one in list(self._waiting.values()):
+                self._submit(one)
+
+    def _alone(self, one: _Waiting) -> None:
+        """All steps of a request while the engine has no other."""
+        try:
+            self._engine.step()  # lets go of what was cancelled
+            self._submit(one)
+            while one.id in self._waiting and not self._closed:
+                for event in self._engine.step():
+                    self._tell(event)
+        except Exception as error:
+            self._give_up(one, error)
+
+    def _submit(self, one: _Waiting) -> None:
+        """Once more, with what is left of its time."""
+        with self._changed:
+            if one.id not in self._waiting:
+                return
+            try:
+                self._engine.submit(one.again())
+            except Exception as error:
+                self._give_up(one, error)
+
+    def _give_up(self, one: _Waiting, error: Exception) -> None:
+        with self._changed:
+            self._waiting.pop(one.id, None)
+            self._engine.cancel(one.id)
+        one.call(_settle, one.future, error)
 
 
 class _Texts:
@@ -143,9 +183,15 @@ class _Texts:
 class _Waiting:
     """Somebody who waits for a request."""
 
-    def __init__(self, id: Any, loop: asyncio.AbstractEventLoop, on_partial: Callable[[list[int]], None] | None) -> None:
-        self.id, self.loop, self.on_partial = id, loop, on_partial
+    def __init__(self, request: Request, loop: asyncio.AbstractEventLoop, on_partial: Callable[[list[int]], None] | None) -> None:
+        self.id, self.loop, self.on_partial = request.id, loop, on_partial
+        self._request = request
+        self._until = None if request.timeout is None else time.monotonic() + request.timeout
         self.future: asyncio.Future[Finished] = loop.create_future()
+
+    def again(self) -> Request:
+        """Its request, with the time that is left."""
+        return self._request if self._until is None else dataclasses.replace(self._request, timeout=max(self._until - time.monotonic(), 1e-9))
 
     def call(self, function: Any, *arguments: Any) -> None:
         """In its event loop, unless that has ended."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -45,6 +47,21 @@ async def serving(config: ServeConfig) -> AsyncIterator[tuple[Server, grpc.aio.C
             yield server, channel
     finally:
         await server.stop()
+
+
+def idle(server: Server) -> bool:
+    """Whether nothing runs, waits or is open."""
+    stats = server.application.stats()
+    return not (stats.sessions or stats.waiting_tokens or stats.running_tokens or server.application.limits.sessions)
+
+
+async def until(condition: Callable[[], object], seconds: float = 20.0) -> float:
+    """How many seconds it took until something was so."""
+    begun = time.monotonic()
+    while not condition():
+        assert time.monotonic() - begun < seconds, "it never was"
+        await asyncio.sleep(0.002)
+    return time.monotonic() - begun
 
 
 async def ask(channel: grpc.aio.Channel, method: str, request: Any = None, *, service: str = messages.SERVICE, **options: Any) -> Any:

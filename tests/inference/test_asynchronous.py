@@ -88,6 +88,42 @@ def test_a_failing_step_is_told_to_those_who_wait(make_model, tokenizer, monkeyp
     run(go())
 
 
+def test_what_a_failed_step_was_working_on_begins_anew(make_model, tokenizer) -> None:
+    """With what was left of its time, one after the other; what fails again fails alone, and whoever comes meanwhile waits."""
+    translator = Translator.of_weights(make_model(tokenizer.vocab_size, sharpness=3.0), tokenizer)
+    texts = [f"w{4 + index} w{5 + index % 3}" for index in range(6)]
+    expected = [one.text for one in translator.translate(texts)]
+    engine: Any = translator.engine
+    poison, step = translator.encode("poison"), engine.step
+
+    def failing() -> Any:
+        if any(list(one.source) == poison for one in list(engine._requests.values())):
+            raise ZeroDivisionError
+        return step()
+
+    async def go() -> None:
+        engine.step = failing
+        async with AsyncTranslator(translator) as one:
+            good = [asyncio.create_task(one.translate(text)) for text in texts]
+            bad = [asyncio.create_task(one.translate("poison")) for _ in range(2)]
+            late, cancelled = asyncio.create_task(one.translate("w4", timeout=1e-9)), asyncio.create_task(one.translate("w4"))
+            await asyncio.sleep(0.001)
+            cancelled.cancel()
+            good += [asyncio.create_task(one.translate(text)) for text in texts]
+            with pytest.raises(ExpiredError):
+                await late
+            for task in bad:
+                with pytest.raises(ZeroDivisionError):
+                    await task
+            assert [(await task).text for task in good] == expected * 2
+            await asyncio.wait({cancelled})
+            with pytest.raises(ConfigError):
+                await one.translate("w4", beam_size=0)
+
+    run(go())
+    assert not engine._requests
+
+
 def test_a_step_that_changes_nothing_is_not_told(tokenizer) -> None:
     """A beam may say the same again."""
 
