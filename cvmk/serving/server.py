@@ -35,6 +35,7 @@ _OPTIONS = [
     ("grpc.http2.bdp_probe", 0),  # else some megabytes are taken in before a sender is slowed down
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.ping_timeout_ms", 10_000),  # a minute, where nobody says it
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ("grpc.http2.max_ping_strikes", 4),
 ]
