@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from cvmk.config.section import Section
 
-Mixer = Literal["attention"]
+Mixer = Literal[
+    "attention",
+    "ssru",
+]
+LETTERS: dict[str, Mixer] = {
+    "A": "attention",
+    "S": "ssru",
+}
+"""The mixers' letters in a short pattern: `encoder_mixers = "SSSA"`."""
+_KEY = ", ".join(f"{letter} {name}" for letter, name in LETTERS.items())
+
+
+def _spelled_out(pattern: Any) -> Any:
+    """The names that the letters of a short pattern stand for; what is no string as it is. Raises ValueError for an unknown letter and for none."""
+    if not isinstance(pattern, str):
+        return pattern
+    unknown = sorted({*pattern} - {*LETTERS})
+    if unknown or not pattern:
+        wrong = f"{pattern!r} has no letter" if not pattern else f"{pattern!r} has the letter{'s' * (len(unknown) > 1)} {', '.join(map(repr, unknown))}"
+        raise ValueError(f"{wrong}; the letters of mixers are {_KEY} (names stand in a list)")
+    return [LETTERS[letter] for letter in pattern]
 
 
 class ModelConfig(Section):
@@ -18,10 +38,12 @@ class ModelConfig(Section):
     kv_heads: int | None = Field(None, ge=1, description="Key and value heads (grouped-query attention); default: as many as heads.")
     encoder_layers: int = Field(4, ge=1, le=256, description="Encoder blocks.")
     decoder_layers: int = Field(4, ge=1, le=256, description="Decoder blocks.")
-    encoder_mixers: list[Mixer] = Field(["attention"], min_length=1, description="Mixers of the encoder blocks, repeated in this order to fill them.")
+    encoder_mixers: list[Mixer] = Field(
+        ["attention"], min_length=1, description=f"Mixers of the encoder blocks, repeated in this order to fill them, or their letters in one string: {_KEY}."
+    )
     decoder_mixers: list[Mixer] = Field(
         ["attention"], min_length=1,
-        description="Self-mixers of the decoder blocks, repeated in this order to fill them; cross-attention is always attention.",
+        description="Self-mixers of the decoder blocks, as encoder_mixers; cross-attention is always attention.",
     )
     norm: Literal["layernorm", "rmsnorm"] = Field("layernorm", description="Normalisation before each sublayer and at the end of each stack.")
     norm_eps: float = Field(1e-5, gt=0, description="Epsilon of the normalisation.")
@@ -39,6 +61,11 @@ class ModelConfig(Section):
     dropout: float = Field(0.1, ge=0, lt=1, description="Dropout of embeddings and sublayer outputs.")
     attention_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout of attention weights.")
     max_length: int = Field(512, ge=8, le=65536, description="Longest source or target in tokens.")
+
+    @field_validator("encoder_mixers", "decoder_mixers", mode="before")
+    @classmethod
+    def _pattern(cls, value: Any) -> Any:
+        return _spelled_out(value)
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> ModelConfig:

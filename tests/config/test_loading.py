@@ -3,14 +3,17 @@ from __future__ import annotations
 import re
 import tomllib
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from pydantic import Field
 
 from cvmk.config import TrainConfig
 from cvmk.config.loading import explain_config, load_config, load_train_config
+from cvmk.config.model import LETTERS, Mixer
 from cvmk.config.section import Document, Section, walk
 from cvmk.errors import ConfigError, DataError
+from cvmk.nn import MIXERS
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").rglob("*.toml"))
 
@@ -47,6 +50,10 @@ def test_values_arrive(tmp_path: Path) -> None:
         ("[model]\nbias = 'yes'\n", ["model.bias", "boolean"]),
         ("[model]\nheads = 3\n", ["model", "heads (3) must divide d_model (256)"]),
         ("[model]\nencoder_mixers = ['atention']\n", ["model.encoder_mixers.0", "'attention'"]),
+        ("[model]\nencoder_mixers = 'SXA?'\n", ["model.encoder_mixers", "'SXA?' has the letters '?', 'X'", "A attention, S ssru"]),
+        ("[model]\ndecoder_mixers = 'ssru'\n", ["model.decoder_mixers", "letters of mixers are A attention", "names stand in a list"]),
+        ("[model]\ndecoder_mixers = ''\n", ["model.decoder_mixers", "'' has no letter"]),
+        ("[teacher.model]\nencoder_mixers = 'B'\n", ["teacher.model.encoder_mixers", "'B' has the letter 'B'"]),
         ("[run]\nseed = 2026-01-01\n", ["run.seed", "integer"]),
         ("phrasebook_pairs = 5\ntrain = { source = 'a' }\n", ["data.train", "source and target"]),
         ("max_tokens_per_sentence = 512\n", ["data.max_tokens_per_sentence (512)", "model.max_length (512)"]),
@@ -60,6 +67,14 @@ def test_mistakes_are_named(tmp_path: Path, text: str, words: list[str]) -> None
     assert "\n" not in message and "config.toml" in message
     for word in words:
         assert word in message
+
+
+def test_letters_of_mixers_are_their_names(tmp_path: Path) -> None:
+    short = load_train_config(write(tmp_path, "[model]\nencoder_mixers = 'SSA'\ndecoder_mixers = 'S'\n"))
+    long = load_train_config(write(tmp_path, "[model]\nencoder_mixers = ['ssru', 'ssru', 'attention']\ndecoder_mixers = ['ssru']\n"))
+    assert short == long and short.model.model_dump(mode="json")["encoder_mixers"] == ["ssru", "ssru", "attention"]
+    assert load_train_config(write(tmp_path, ""), ["model.decoder_mixers=SA"]).model.decoder_mixers == ["ssru", "attention"]
+    assert {*LETTERS.values()} == {*get_args(Mixer)} == {*MIXERS}
 
 
 def test_data_is_required(tmp_path: Path) -> None:

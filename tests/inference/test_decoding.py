@@ -122,6 +122,18 @@ def test_batched_search_agrees_with_the_naive_one(make_model, options: SearchOpt
     assert ends > 0, "every hypothesis ran into its limit: the test would not see how sentences end"
 
 
+@pytest.mark.parametrize("pattern", ["S", "SA"])
+@pytest.mark.parametrize("beam", [1, 3])
+def test_other_mixers_search_as_attention_does(make_model, pattern: str, beam: int) -> None:
+    """Their states follow the hypotheses that a beam keeps."""
+    model = make_model(14, seed=5, sharpness=1.5, positions="none", encoder_mixers=pattern, decoder_mixers=pattern).double()
+    batch, options = sources(8, 14, longest=8, seed=2), SearchOptions(beam, beam, max_length_a=1.0, max_length_b=5)
+    for source, found in zip(batch, TorchEngine(model).search(batch, options), strict=True):
+        expected = naive_beam(model, source, options)
+        assert [hypothesis.tokens for hypothesis in found] == [pieces for pieces, _ in expected]
+        assert [hypothesis.score for hypothesis in found] == pytest.approx([score for _, score in expected], abs=1e-9)
+
+
 def test_greedy_follows_the_argmax(make_model) -> None:
     model = make_model(20, seed=1, sharpness=2.0).double()
     batch = sources(6, 20)

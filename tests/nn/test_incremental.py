@@ -20,8 +20,9 @@ KINDS: list[dict[str, Any]] = [
     {"positions": "rotary", "kv_heads": 2, "norm": "rmsnorm", "activation": "swiglu", "bias": False},
     {"mixers": ("running",), "positions": "none"},
     {"mixers": ("running", "attention"), "positions": "rotary"},
+    {"mixers": ("ssru",), "positions": "none", "d_model": 64},  # PyTorch's sigmoid has the same bits wherever a number stands in whole vectors
 ]
-kinds = pytest.mark.parametrize("options", KINDS, ids=["attention", "rotary", "running", "hybrid"])
+kinds = pytest.mark.parametrize("options", KINDS, ids=["attention", "rotary", "running", "hybrid", "ssru"])
 
 
 def sources(*lengths: int) -> Tensor:

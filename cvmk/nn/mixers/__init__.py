@@ -1,6 +1,6 @@
 """What mixes positions inside a block, by name.
 
-A mixer is one file with one class (see `base.Mixer`), an entry here, and its name in `config.schema.Mixer`.
+A mixer is one file with one class (see `base.Mixer`), an entry here, and its name and letter in `config.model`.
 """
 
 from __future__ import annotations
@@ -8,9 +8,13 @@ from __future__ import annotations
 from cvmk.config.schema import ModelConfig
 from cvmk.nn.mixers.attention import CrossAttention, SelfAttention
 from cvmk.nn.mixers.base import Mixer
+from cvmk.nn.mixers.ssru import SSRU
 from cvmk.nn.state import MixerState
 
-MIXERS: dict[str, type[Mixer]] = {"attention": SelfAttention}
+MIXERS: dict[str, type[Mixer]] = {
+    "attention": SelfAttention,
+    "ssru": SSRU,
+}
 
 __all__ = ["MIXERS", "CrossAttention", "Mixer", "MixerState", "SelfAttention", "build_mixer", "mixer_class", "mixer_names"]
 
