@@ -1,13 +1,14 @@
 """Quantised models beside what they were made of: `python benchmarks/quantization_table.py MODEL CALIBRATE SRC REF` prints a table in Markdown.
 
 Every row is a process of its own, on one thread: size of the weights beside float32, BLEU (greedy, and beam 4), tokens of the beam search a second of the
-processor's time, and the most memory that the process held above what it holds before it loads engine and model. CTranslate2's rows are there where it is
-installed and can represent the model.
+processor's time, and the most memory that the process held above what it holds before it loads engine and model. Rows of onnxruntime and CTranslate2 are
+there where these are installed and can represent the model; onnxruntime searches with `cvmk.inference.onnx_search`. `--engines` chooses.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import subprocess
 import sys
@@ -22,6 +23,7 @@ ROWS = [
     ("w8a8", "rtn"), ("w8a8", "smoothquant"), ("w8a8", "gptq"), ("w4a16", "rtn"), ("w4a16", "gptq"), ("w4a16", "awq"),
     ("w4a8", "rtn"), ("w4a8", "smoothquant"), ("w4a8", "gptq"), ("w4a8", "awq"),
 ]  # fmt: skip
+ENGINES = ("native", "torch", "onnxruntime", "CTranslate2")
 NAMES = {0: "<blank>", 1: "<unk>", 2: "<s>", 3: "</s>"}
 """As `ctranslate2_peer.export` calls the special pieces; the others are t4, t5, ..."""
 
@@ -30,7 +32,10 @@ def measure(kind: str, path: str, compute_type: str, original: str, source: str,
     """In a process of its own: what one engine makes of a model."""
     sources, references = read_lines(source), read_lines(reference)
     before = _high_water()
-    translate = _ctranslate2(path, compute_type, original) if kind == "CTranslate2" else _cvmk(kind, path, compute_type)
+    if kind == "CTranslate2":
+        translate = _ctranslate2(path, compute_type, original)
+    else:
+        translate = _onnxruntime(path) if kind == "onnxruntime" else _cvmk(kind, path, compute_type)
     translate(sources[:16], 1)
     greedy, _ = translate(sources, 1)
     start = time.process_time()
@@ -50,6 +55,18 @@ def _cvmk(engine: str, path: str, compute_type: str) -> Any:
     def translate(texts: list[str], beam: int) -> tuple[list[str], int]:
         found = translator.translate(texts, beam_size=beam)
         return [one.text for one in found], sum(len(one.tokens) for one in found)
+
+    return translate
+
+
+def _onnxruntime(path: str) -> Any:
+    from cvmk.inference.onnx_runner import OnnxRunner
+
+    runner = OnnxRunner(path, threads=1)
+
+    def translate(texts: list[str], beam: int) -> tuple[list[str], int]:
+        found = runner.translate(texts, beam_size=beam)
+        return [runner.tokenizer.decode(pieces) for pieces in found], sum(map(len, found))
 
     return translate
 
@@ -81,6 +98,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     for name in ("model", "calibrate", "source", "reference"):
         parser.add_argument(name)
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         for row in _table(arguments, Path(name)):
@@ -88,40 +106,77 @@ def main() -> None:
 
 
 def _table(arguments: argparse.Namespace, work: Path) -> Any:
-    from cvmk.formats import load_model_folder, resolve_model_folder, save_model_folder
-    from cvmk.formats.folder import WEIGHTS
+    from cvmk.formats import load_model_folder, save_model_folder
     from cvmk.inference import Translator
     from cvmk.quantization import Recipe, quantize_model, read_pairs
 
     model, tokenizer, _ = load_model_folder(arguments.model)
-    whole = 4 * sum(parameter.numel() for parameter in model.parameters())
-    texts, size = (arguments.source, arguments.reference), (resolve_model_folder(arguments.model) / WEIGHTS).stat().st_size / whole
+    rows = _Rows(arguments, work, 4 * sum(parameter.numel() for parameter in model.parameters()))
     yield ("scheme", "method", "engine", "size", "BLEU, greedy", "BLEU, beam 4", "tokens/s", "peak memory, MB")
     yield ("---",) * 8
-    yield from _rows("float32", "", {"native": (arguments.model, "float32"), "torch": (arguments.model, "float32")}, size, arguments.model, texts)
-    yield from _rows("bfloat16", "at loading", {"native": (arguments.model, "bfloat16")}, size, arguments.model, texts)
-    pairs = read_pairs(read_lines(arguments.calibrate), Translator.of_weights(model, tokenizer), 128)
+    yield from rows.of("float32", "", arguments.model, "float32")
+    yield from rows.of("bfloat16", "at loading", arguments.model, "bfloat16", ("native",))
+    calibration = read_lines(arguments.calibrate)
+    pairs = read_pairs(calibration, Translator.of_weights(model, tokenizer), 128)
     for scheme, method in ROWS:
         out = work / f"{scheme}-{method}"
         save_model_folder(out, quantize_model(model, Recipe(scheme, method), pairs).build(), tokenizer, "")  # type: ignore[arg-type]
-        engines = {"native": (str(out), "auto"), "torch": (str(out), "auto")}
-        yield from _rows(scheme, method, engines, (out / WEIGHTS).stat().st_size / whole, arguments.model, texts)
-    import ctranslate2_peer
-
-    if ctranslate2_peer.available() is None:
-        ctranslate2_peer.export(model, work / "ct2")
-        stored = (work / "ct2" / "model.bin").stat().st_size / whole  # in float32; int8 is what it becomes when it is loaded
-        for kind in ("float32", "int8"):
-            yield from _rows(kind, "at loading", {"CTranslate2": (str(work / "ct2"), kind)}, stored, arguments.model, texts)
+        yield from rows.of(scheme, method, str(out), "auto")
+    yield from rows.onnxruntime(calibration)
+    yield from rows.ctranslate2(model)
 
 
-def _rows(scheme: str, method: str, engines: dict[str, tuple[str, str]], size: float, original: str, texts: tuple[str, str]) -> Any:
-    for engine, (path, compute_type) in engines.items():
-        command = [sys.executable, __file__, "--measure", engine, path, compute_type, original, *texts]
+class _Rows:
+    """Rows of the table: what each engine that is asked for makes of a model, a process each. `whole`: bytes of the weights in float32."""
+
+    def __init__(self, arguments: argparse.Namespace, work: Path, whole: int) -> None:
+        self._model, self._texts, self._engines = arguments.model, (arguments.source, arguments.reference), arguments.engines
+        self._work, self._whole = work, whole
+
+    def of(self, scheme: str, method: str, path: str, compute_type: str, engines: tuple[str, ...] = ("native", "torch", "onnxruntime")) -> Any:
+        from cvmk.formats import resolve_model_folder
+        from cvmk.formats.folder import WEIGHTS
+        from cvmk.formats.onnx import export_onnx
+
+        for engine in (engine for engine in engines if engine in self._engines):
+            if engine != "onnxruntime":
+                yield self._row(scheme, method, engine, path, compute_type, [resolve_model_folder(path) / WEIGHTS])
+            elif _has("onnx", "onnxruntime"):
+                export_onnx(path, self._work / "onnx")
+                yield self._graphs(scheme, method)
+
+    def onnxruntime(self, calibration: list[str]) -> Any:
+        """Its own 8 bits."""
+        if "onnxruntime" in self._engines and _has("onnx", "onnxruntime"):
+            from cvmk.quantization.onnx_runtime import export_quantized_onnx
+
+            for mode, kept in (("dynamic", []), ("static", calibration)):
+                export_quantized_onnx(self._model, self._work / "onnx", mode, calibration=kept)  # type: ignore[arg-type]
+                yield self._graphs("int8", mode)
+
+    def ctranslate2(self, model: Any) -> Any:
+        import ctranslate2_peer
+
+        if "CTranslate2" in self._engines and ctranslate2_peer.available() is None:
+            out = self._work / "ct2"
+            ctranslate2_peer.export(model, out)
+            for kind in ("float32", "int8"):  # the file is in float32; int8 is what it becomes when it is loaded
+                yield self._row(kind, "at loading", "CTranslate2", str(out), kind, [out / "model.bin"])
+
+    def _graphs(self, scheme: str, method: str) -> tuple[str, ...]:
+        folder = self._work / "onnx"
+        return self._row(scheme, method, "onnxruntime", str(folder), "", [file for file in folder.iterdir() if ".onnx" in file.name])
+
+    def _row(self, scheme: str, method: str, engine: str, path: str, compute_type: str, files: list[Path]) -> tuple[str, ...]:
+        command = [sys.executable, __file__, "--measure", engine, path, compute_type, self._model, *self._texts]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
-        found = json.loads(done.stdout.splitlines()[-1])
+        found, size = json.loads(done.stdout.splitlines()[-1]), sum(file.stat().st_size for file in files) / self._whole
         numbers = (f"{size:.3f}", f"{found['greedy']:.2f}", f"{found['beam']:.2f}", f"{found['rate']:.0f}", f"{found['memory'] / 1e6:.0f}")
-        yield (scheme, method, engine, *numbers)
+        return (scheme, method, engine, *numbers)
+
+
+def _has(*packages: str) -> bool:
+    return all(importlib.util.find_spec(package) is not None for package in packages)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from cvmk.cli._arguments import positive
@@ -11,6 +12,7 @@ from cvmk.cli._terminal import show, show_json
 from cvmk.errors import ConfigError
 
 HELP = "Write a model in the format of another engine."
+REPORT = "verify.json"
 _KINDS = {"ctranslate2": "a model of CTranslate2", "onnx": "a model in ONNX", "safetensors": "a model in plain floats"}
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -37,6 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
     _check(arguments)
     texts = [] if arguments.source is None else [text for text in read_lines(arguments.source) if text.strip()][: arguments.verify]
     _export(arguments)
+    Path(arguments.output, REPORT).unlink(missing_ok=True)  # of a model that stood there
     kind = _KINDS[arguments.to]
     if not texts:
         show_json({"output": arguments.output}) if arguments.json else show(f"{arguments.output}: {kind}")
@@ -44,7 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
     from cvmk.inference.export_check import compare
 
     found: dict[str, Any] = compare(arguments.model, _runner(arguments), texts)
-    write_json(f"{arguments.output}/verify.json", found)
+    write_json(Path(arguments.output, REPORT), found)
     if arguments.json:
         show_json(found)
     else:
@@ -59,6 +62,10 @@ def _check(arguments: argparse.Namespace) -> None:
     """Raises ConfigError for options that do not go together."""
     if (arguments.verify is None) != (arguments.source is None):
         raise ConfigError("--verify N and --source FILE go together: give both or neither")
+    if arguments.verify is not None and arguments.to == "onnx":
+        from cvmk.formats.onnx import need
+
+        need("onnxruntime")
     if arguments.quantize is not None and arguments.to != "onnx":
         raise ConfigError("--quantize goes with --to onnx: for other formats quantise the model with cvmk quantize")
     if arguments.dtype is not None and arguments.to != "safetensors":

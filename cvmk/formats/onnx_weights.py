@@ -78,10 +78,11 @@ def product(graph: Graph, x: str, name: str, weight: Weight, *, output: str | No
     rounded, unit = _rounded_rows(graph, x)
     if weight.bits == 4:
         return str(graph.op("MatMul", graph.op("Mul", rounded, unit), _floats(graph, name, weight), name=node, outputs=outputs))
-    values, scales, _ = _constants(graph, name, weight)
+    values = graph.constant(f"{name}.values", weight.values) if shared else graph.constant(f"{name}.values.turned", weight.values.T)
+    values = graph.op("Transpose", values, perm=[1, 0]) if shared else values
     shifted = graph.op("Cast", graph.op("Add", rounded, graph.number(128.0)), to=TensorProto.UINT8)  # the runtime is quickest with bytes without a sign
-    zero = graph.constant("uint8(128)", np.array(128, np.uint8))
-    sums = graph.op("MatMulInteger", shifted, graph.op("Transpose", values, perm=[1, 0]), zero, name=node)
+    sums = graph.op("MatMulInteger", shifted, values, graph.constant("uint8(128)", np.array(128, np.uint8)), name=node)
+    scales = graph.constant(f"{name}.scales", weight.scales)
     return str(graph.op("Mul", graph.op("Mul", graph.op("Cast", sums, to=TensorProto.FLOAT), unit), scales, outputs=outputs))
 
 

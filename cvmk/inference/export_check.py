@@ -26,10 +26,11 @@ class Runner(Protocol):
 
 
 class FolderRunner:
-    """A model of ours: the first engine that can run it says the pieces, and PyTorch's gives the log-probabilities."""
+    """A model of ours, its floats in float32, as exports compute: the first engine that can run it says the pieces, and PyTorch's gives the
+    log-probabilities."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.translator, self._model = Translator(path), load_model_folder(path)[0]
+        self.translator, self._model = Translator(path, compute_type="float32"), load_model_folder(path)[0].float()
 
     def greedy(self, source: Sequence[int], limit: int) -> list[int]:
         options = SearchOptions(length_penalty=0.0, max_length_a=0.0, max_length_b=limit)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,24 +13,15 @@ from cvmk.errors import ConfigError, DataError
 from cvmk.files import read_json
 from cvmk.formats.manifest import CONFIG
 from cvmk.formats.onnx import DECODER, ENCODER, FORMAT, need
+from cvmk.inference import onnx_search
+from cvmk.inference.onnx_search import Rows
 from cvmk.inference.options import SearchOptions
 from cvmk.inference.translator import batches
 from cvmk.text.lines import trimmed
 from cvmk.text.tokenizers import Tokenizer, load_tokenizer
 
 _NUMBERS = ("vocab_size", "pad_id", "max_length", "kv_heads", "head_size", "decoder_layers")
-_NEVER = [Tokenizer.PAD, Tokenizer.UNK, Tokenizer.BOS]
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-
-
-@dataclass
-class _Rows:
-    """What the decoder reads of N rows: names of its inputs and their arrays, the past with them."""
-
-    inputs: dict[str, np.ndarray]
-
-    def select(self, rows: np.ndarray) -> _Rows:
-        return _Rows({name: value[rows] for name, value in self.inputs.items()})
 
 
 class OnnxRunner:
@@ -53,7 +43,7 @@ class OnnxRunner:
         self._past = [f"{index}.{kind}" for index in self._layers for kind in ("keys", "values")]
 
     # -- the two graphs --------------------------------------------------------------------------------------------------------------
-    def start(self, sources: Sequence[Sequence[int]]) -> _Rows:
+    def start(self, sources: Sequence[Sequence[int]]) -> Rows:
         """Encode sources (pieces without EOS, at least one source) -> rows that have read nothing."""
         width = max(map(len, sources)) + 1
         padded = np.full((len(sources), width), self.info["pad_id"], np.int64)
@@ -61,9 +51,9 @@ class OnnxRunner:
             row[: len(source) + 1] = [*source, Tokenizer.EOS]
         found = dict(zip(self._read, self._encoder.run(self._read, {"source": padded}), strict=True))
         empty = np.zeros((len(sources), self.info["kv_heads"], 0, self.info["head_size"]), np.float32)
-        return _Rows({**found, **{f"past.{name}": empty for name in self._past}})
+        return Rows({**found, **{f"past.{name}": empty for name in self._past}})
 
-    def extend(self, tokens: np.ndarray, rows: _Rows) -> np.ndarray:
+    def extend(self, tokens: np.ndarray, rows: Rows) -> np.ndarray:
         """tokens int64 [N, T], the next of each row -> logits float32 [N, T, V]; the rows have read them."""
         logits, *present = self._decoder.run(["logits", *(f"present.{name}" for name in self._past)], {"tokens": tokens, **rows.inputs})
         rows.inputs.update(zip((f"past.{name}" for name in self._past), present, strict=True))
@@ -71,35 +61,21 @@ class OnnxRunner:
         return found
 
     # -- search ----------------------------------------------------------------------------------------------------------------------
-    def search(self, sources: Sequence[Sequence[int]], limits: Sequence[int]) -> list[list[int]]:
-        """The most probable next piece again and again, of sources (pieces without EOS) at once, to EOS or `limits` pieces: what `Translator.translate` does
-        with its defaults. Special pieces are never said, and EOS is not the first. Pieces without EOS are returned."""
-        said: list[list[int]] = [[] for _ in sources]
-        rows, place = self.start(sources), np.arange(len(sources))
-        tokens = np.full(len(sources), Tokenizer.BOS, np.int64)
-        while len(place):
-            logits = self.extend(tokens[:, None], rows)[:, -1]
-            logits[:, _NEVER] = -np.inf
-            if not said[place[0]]:
-                logits[:, Tokenizer.EOS] = -np.inf
-            tokens = logits.argmax(axis=1)
-            going = tokens != Tokenizer.EOS
-            for row, index in enumerate(place.tolist()):
-                if going[row]:
-                    said[index].append(int(tokens[row]))
-                    going[row] = len(said[index]) < limits[index]
-            if not going.all():
-                rows, place, tokens = rows.select(going), place[going], tokens[going]
-        return said
+    def search(self, sources: Sequence[Sequence[int]], limits: Sequence[int], beam_size: int = 1) -> list[list[int]]:
+        """The pieces, without EOS, of the translation of each source (pieces without EOS), at most limits[b], 1 or more: what `Translator.translate` finds with
+        its defaults and this beam."""
+        if not sources:
+            return []
+        return onnx_search.greedy(self, sources, limits) if beam_size == 1 else onnx_search.beam(self, sources, limits, beam_size)
 
-    def translate(self, texts: Sequence[str], max_batch_tokens: int = 4096) -> list[list[int]]:
+    def translate(self, texts: Sequence[str], *, beam_size: int = 1, max_batch_tokens: int = 4096) -> list[list[int]]:
         """The pieces of each text's translation, [] of one without content; a text that is too long loses its end. `max_batch_tokens` bounds the source pieces,
-        padding included, that are translated at once."""
-        options, found = SearchOptions(), [list[int]() for _ in texts]
+        padding included, times beam_size, that are translated at once. Raises ConfigError for another beam_size than `SearchOptions` has."""
+        options, found = SearchOptions(beam_size), [list[int]() for _ in texts]
         sources = [source[: self.max_length - 1] for source in self.tokenizer.encode_many([trimmed(text) for text in texts])]
-        for batch in batches([len(source) for source in sources], max_batch_tokens):
+        for batch in batches([len(source) for source in sources], max_batch_tokens // beam_size):
             limits = [options.limit(len(sources[index]), self.max_length) for index in batch]
-            for index, pieces in zip(batch, self.search([sources[index] for index in batch], limits), strict=True):
+            for index, pieces in zip(batch, self.search([sources[index] for index in batch], limits, beam_size), strict=True):
                 found[index] = pieces
         return found
 
@@ -140,6 +116,7 @@ def _session(file: Path, device: str, threads: int | None) -> Any:
         raise DataError(f"{file} is missing: export the model again")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    options.add_session_config_entry("session.x64quantprecision", "1")  # exact 8-bit products on processors without VNNI, where sums would saturate
     if threads is not None:
         options.intra_op_num_threads = threads
     try:

@@ -35,6 +35,7 @@ def test_verified(folder: Path, capsys: pytest.CaptureFixture[str], kind: str, s
     assert found["identical"] == found["sentences"] == 3 and found["differing"] == []
     assert main([*command, "--text", text, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["identical"] == 3
+    assert main(command[:-2]) == 0 and not (out / "verify.json").exists()  # it was of the model before
 
 
 def test_eight_bits(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

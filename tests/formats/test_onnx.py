@@ -84,6 +84,9 @@ def test_numbers_and_translations(tmp_path: Path, make_model: Make, tokenizer: T
         assert np.allclose(step, got[:2, position], atol=1e-4)
     ours = Translator(folder, engine="torch").translate(TEXTS)
     assert runner.translate(TEXTS) == [one.tokens for one in ours]
+    for size in (2, 5):
+        ours = Translator(folder, engine="torch").translate(TEXTS, beam_size=size)
+        assert runner.translate(TEXTS, beam_size=size) == [one.tokens for one in ours]
     assert runner.translate(["a man", "", "two"], max_batch_tokens=1) == [one.tokens for one in Translator(folder).translate(["a man", "", "two"])]
     found = compare(folder, runner, TEXTS)
     assert found["sentences"] == found["identical"] == len(TEXTS) and (found["largest"] is None or found["largest"] < 1e-4)
@@ -164,6 +167,8 @@ def test_a_model_stored_in_bfloat16(tmp_path: Path, make_model: Make, tokenizer:
     got = logits(OnnxRunner(tmp_path / "onnx"), SOURCE, TARGET)
     with torch.no_grad():
         check(got, model.float()(SOURCE, TARGET)[0], model.double()(SOURCE, TARGET)[0])
+    found = compare(tmp_path / "m", OnnxRunner(tmp_path / "onnx"), TEXTS)
+    assert found["identical"] == len(TEXTS) and (found["largest"] is None or found["largest"] < 1e-4)
 
 
 def test_what_the_files_say(tmp_path: Path, make_model: Make, tokenizer: Tokenizer) -> None:
