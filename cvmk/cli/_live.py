@@ -92,7 +92,8 @@ async def _there(arguments: argparse.Namespace, policy: Policy, feed: Feed, view
             view.begin(f"{stream.model or 'models'} at {arguments.server or SERVER}, into {stream.target}", stream)
             await _follow(stream, feed, view)
     except NoServerError as error:
-        raise DataError(f"{error}: start one by `cvmk serve`, name another by --server, or give --model-folder to do without") from error
+        remedy = "" if error.there else ": start one by `cvmk serve`, name another by --server, or give --model-folder to do without"
+        raise DataError(f"{error}{remedy}") from error
     except ServiceError as error:
         kind: type[CvmkError] = ConfigError if error.status.name in _WRONG else DataError
         raise kind(f"the server at {arguments.server or SERVER} says: {error}") from error

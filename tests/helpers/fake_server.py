@@ -35,6 +35,8 @@ class Script:
     """Whether words are committed as soon as they are known."""
     stall: asyncio.Event | None = None
     """Nothing is answered before it is set."""
+    idle: float | None = None
+    """Seconds after which the first stream ends because nothing was said."""
     late: float = 0.0
     """Seconds that a request waits before it is read."""
 
@@ -127,7 +129,15 @@ class FakeServer:
         break_at_response = self.script.drop_before_response.pop(0) if self.script.drop_before_response else 0
         sent = 0
         context.add_done_callback(self._end)
-        async for request in requests:
+        idle, self.script.idle = self.script.idle, None
+        while True:
+            try:
+                async with asyncio.timeout(idle):
+                    request = await anext(requests, None)
+            except TimeoutError:
+                await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "nothing was said")
+            if request is None:
+                return
             await asyncio.sleep(self.script.late)
             seen.append(request)
             if len(seen) == break_at_request:

@@ -180,7 +180,7 @@ def test_nobody_there() -> None:
     async def ask() -> None:
         async with AsyncClient(address, retry=Retry(tries=2, first_delay=0.001)) as client:
             for work in (client.models(), client.stream().__aenter__()):
-                with pytest.raises(NoServerError, match=f"no server answers at {address}") as caught:
+                with pytest.raises(NoServerError, match=rf"no server answers at {address} \(Connection refused\)") as caught:
                     await work
                 assert caught.value.exit_code == DataError.exit_code and caught.value.status is Status.UNAVAILABLE
 
@@ -308,6 +308,36 @@ def test_what_was_taken_is_told_and_what_was_not_is_joined() -> None:
                 await asyncio.sleep(0.001)
 
     run(work)
+
+
+def test_a_reader_that_pauses_is_not_taken_for_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cvmk.serving.client.stream.PATIENCE", 0.02)
+
+    async def work(server: FakeServer, client: AsyncClient) -> None:
+        async with client.stream() as stream:
+            await stream.append("one two ")
+            while len(server.requests[0]) < 3:
+                await asyncio.sleep(0.001)
+            assert server.requests[0][-1].ack_revision == 1 and (await anext(stream)).tentative == "ONE TWO"
+
+    run(work)
+
+
+def test_a_stream_that_the_server_ended_because_nothing_was_said() -> None:
+    async def work(server: FakeServer, client: AsyncClient) -> None:
+        async with client.stream() as stream:
+            reader = asyncio.create_task(Reader().take_all(stream))
+            await stream.append("One two. Three fo")
+            while server.ended < 1:
+                await asyncio.sleep(0.001)
+            await asyncio.sleep(0.05)
+            assert len(server.opened) == 1 and stream.connected and not reader.done()
+            await stream.append("ur. Five")
+            await stream.close()
+            assert (await reader).sentences == ["ONE TWO.", "THREE FOUR.", "FIVE"]
+        assert len(server.opened) == 2
+
+    run(work, Script(idle=0.05))
 
 
 def test_memory_is_that_of_the_open_sentence() -> None:
@@ -464,15 +494,21 @@ def test_tls(tmp_path: Path) -> None:
         async with AsyncClient(address, tls=tls, retry=Retry(tries=1), timeout=10) as client:
             try:
                 return (await client.translate("a")).text
-            except ServiceError as error:
-                return error.status.name
+            except NoServerError as error:
+                return str(error)
 
     async def both() -> None:
         async with FakeServer(credentials=read) as fake:
             assert await ask(fake.address, Tls(**good)) == "A"
-            for wrong in ({"authority": str(other.certificate)}, {"server_name": None}, {"certificate": None, "private_key": None}, {"authority": None}):
-                assert await ask(fake.address, Tls(**{**good, **wrong})) == "UNAVAILABLE"
-            assert await ask(fake.address, None) == "UNAVAILABLE"
+            cases: list[tuple[dict[str, Any], str]] = [
+                ({"authority": str(other.certificate)}, "not signed by an authority that is trusted"), ({"authority": None}, "not signed by an authority"),
+                ({"server_name": None}, "is of another name"), ({"certificate": None, "private_key": None}, "may want TLS, or a certificate"),
+            ]  # fmt: skip
+            for wrong, reason in cases:
+                assert reason in await ask(fake.address, Tls(**{**good, **wrong}))
+            assert "may want TLS" in await ask(fake.address, None)
+        async with FakeServer() as fake:
+            assert "it speaks without TLS" in await ask(fake.address, Tls())
 
     asyncio.run(both())
     with pytest.raises(ConfigError, match="certificate and private_key go together"):

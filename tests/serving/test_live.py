@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
@@ -88,10 +89,11 @@ class ServerProcess:
         code = "import sys; from cvmk.cli import main; sys.exit(main(['serve', sys.argv[1]]))"
         self._process = subprocess.Popen([sys.executable, "-c", code, str(self._toml)], env=environment, stderr=subprocess.DEVNULL)
 
-    def kill(self) -> None:
+    def end(self, number: int = signal.SIGKILL) -> None:
+        """By a signal; returns when it is gone."""
         if self._process is not None:
-            self._process.kill()
-            self._process.wait()
+            self._process.send_signal(number)
+            assert self._process.wait(30) in (0, -number, 128 + number)  # told to end while it starts, it just does
             self._process = None
 
 
@@ -105,11 +107,11 @@ def killable(serve_config: Any, tmp_path: Path) -> Any:
     toml.write_text(f'[server]\nport = {port}\n[models.en-de]\npath = "{model}"\nthreads = 1\n', encoding="utf-8")
     process = ServerProcess(toml)
     yield process, f"127.0.0.1:{port}", model
-    process.kill()
+    process.end()
 
 
 async def killed_at_random(process: ServerProcess, address: str, seed: int, kills: int, **options: Any) -> list[str]:
-    """The committed text where the server is killed behind random words, and started again."""
+    """The committed text where the server is killed, or told to end, behind random words, and started again."""
     chances = random.Random(seed)
     words = TEXT.split(" ")
     places = sorted(chances.sample(range(1, len(words)), kills))
@@ -119,7 +121,7 @@ async def killed_at_random(process: ServerProcess, address: str, seed: int, kill
         async def write() -> None:
             for number, word in enumerate(words):
                 if number in places:
-                    process.kill()
+                    await asyncio.to_thread(process.end, chances.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM]))
                     await asyncio.sleep(chances.choice([0, 0.05]))
                     process.start()
                     if chances.random() < 0.5:

@@ -22,7 +22,14 @@ DEFAULT_ADDRESS = "127.0.0.1:50051"
 _ADDRESS = re.compile(r"(?P<host>\[[0-9a-fA-F:.%]+\]|[^\s:/\[\]]+):(?P<port>[0-9]{1,5})")
 _TOKEN = re.compile(r"[\x21-\x7e]+")
 _STATUS = {status.number: status for status in Status}
-_UNREACHED = re.compile(r"failed to connect|connections to all backends failing|DNS resolution|name resolution|Handshake|handshake|connect: ")
+_UNREACHED = re.compile(r"failed to connect|connections to all backends failing|errors resolving|DNS resolution|name resolution")
+_REASONS = (
+    ("CERTIFICATE_VERIFY_FAILED", "its certificate is not signed by an authority that is trusted here"),
+    ("Hostname Verification", "its certificate is of another name: give that as the server's name"),
+    ("WRONG_VERSION_NUMBER", "it speaks without TLS"),
+    ("Socket closed", "it closed the connection: it may want TLS, or a certificate of the client"),
+)
+"""What gRPC says of a connection that there is none of, and what that means; else the last words of it."""
 _WRITE_FAILED = re.compile(r"Internal error from Core|Failed .?execute_batch")
 """What grpc.aio says, instead of the call's status, of a message that was written when the call had ended."""
 _OPTIONS: tuple[tuple[str, Any], ...] = (
@@ -52,13 +59,14 @@ class Tls:
 
 
 class NoServerError(ServiceError):
-    """No server answers at the address."""
+    """No server answers at the address, or (`there`) one does that cannot be talked with."""
 
     exit_code = DataError.exit_code
 
-    def __init__(self, address: str, reason: str) -> None:
-        super().__init__(Status.UNAVAILABLE, f"no server answers at {address} ({reason})")
-        self.address = address
+    def __init__(self, address: str, reason: str, there: bool) -> None:
+        said = f"there is no connection to the server at {address}: {reason}" if there else f"no server answers at {address} ({reason})"
+        super().__init__(Status.UNAVAILABLE, said)
+        self.address, self.there = address, there
 
 
 class Connection:
@@ -107,7 +115,8 @@ class Connection:
         """What a failed call is for the caller."""
         status, details = _STATUS.get(error.code().value[0], Status.INTERNAL), error.details() or error.code().value[1]
         if status is Status.UNAVAILABLE and _UNREACHED.search(details):
-            return NoServerError(self.address, details.rsplit("; last error: ", 1)[-1].strip().rstrip("."))
+            meant = next((meaning for words, meaning in _REASONS if words in details), None)
+            return NoServerError(self.address, meant or details.rsplit(": ", 1)[-1].strip(" .]"), meant is not None)
         if status is Status.INTERNAL and _WRITE_FAILED.match(details):
             return self._broken()
         trailing = dict(error.trailing_metadata() or ())

@@ -66,6 +66,12 @@ class Outgoing:
         self._seq = self._ends_sent = 0
         self.close_sent = False
 
+    @property
+    def pending(self) -> bool:
+        """Whether there is something to say."""
+        said = self._sent >= self.length and self._ends_sent == len(self._ends) and self._changed is None
+        return not said or (self.closed and not self.close_sent)
+
     def next_request(self) -> Any:
         """The next message of the text, from now on taken for sent; None where there is none. Raises StartAnewError."""
         if self._changed is not None:

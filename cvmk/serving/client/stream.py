@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 
 KEPT = 1 << 18
 """Characters without a final translation above which a stream waits before it takes more."""
+PATIENCE = 10.0
+"""Seconds after which the server is told that an update was read which nobody has taken: it would take the stream for dead."""
 
 
 class AsyncLiveStream:
@@ -49,7 +51,8 @@ class AsyncLiveStream:
         self._connection, self._opening, self._timeout = connection, opening, timeout
         self._text, self._unread = Outgoing(), Unread()
         self._segment, self._committed, self._pieces = int(opening.first_segment), "", list[int]()
-        self._number = self._read = self._acknowledged = 0  # of the connection: its number, the last revision that was taken, and told
+        self._number = 0  # of the connection; then its last revision that came, that was taken, and that the server knows to be
+        self._received = self._read = self._acknowledged = 0
         self._work, self._news, self._room = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._error: ServiceError | None = None
@@ -186,17 +189,27 @@ class AsyncLiveStream:
                 failed = error
             finally:
                 self.connected = False
+            if failed.status is Status.DEADLINE_EXCEEDED and self._timeout is None:
+                await self._sleep()
+                failures = 0
+                continue
             lasted = time.monotonic() - began
             failures = 1 if self._progress or lasted > self._connection.retry.max_delay else failures + 1
             log.info("stream %s: %s (%s)", self.session, failed, failed.status.name)
             self._news.set()
             await self._connection.retry.pause(failures, failed, deadline)
 
+    async def _sleep(self) -> None:
+        """The server ends streams on which nothing is said for long. There will be another one when there is something to say."""
+        self.connected = True
+        while not self._text.pending:
+            await self._wait(self._work)
+
     async def _converse(self, deadline: Deadline) -> None:
         """One connection. Returns at the end of the text. Raises ServiceError where it fails, StartAnewError where there must be another one."""
         self._text.connect(self._segment)
         self._number += 1
-        self._read = self._acknowledged = 0
+        self._received = self._read = self._acknowledged = 0
         self._anew = False
         call = self._connection.converse("TranslateStream", deadline.left())
         writer = asyncio.create_task(self._write(call))
@@ -226,7 +239,11 @@ class AsyncLiveStream:
             while not self._text.close_sent:  # then nothing waits for an acknowledgement, and a message to a call that has ended would hide how it ended
                 request = self._text.next_request()
                 if request is None and self._acknowledged == self._read:
-                    await self._wait(self._work)
+                    try:
+                        async with asyncio.timeout(PATIENCE):
+                            await self._wait(self._work)
+                    except TimeoutError:
+                        self._read = self._received
                     continue
                 self._acknowledged = self._read
                 request = request or messages.StreamRequest()
@@ -259,6 +276,7 @@ class AsyncLiveStream:
             deleted=response.deleted_chars, source_read=base + response.source_chars_read, final=response.final, language=language,
             queue_us=timing.queue_us, decode_us=timing.decode_us, begin=base + response.segment_begin,
         )  # fmt: skip
+        self._received = response.revision
         self._unread.put(update, self._number)
         if response.final:
             self._segment, self._committed, self._pieces = response.segment + 1, "", []

@@ -10,7 +10,9 @@ from typing import Any, Self, TypeVar, Unpack, overload
 
 from cvmk.serving.answers import Language, ModelInfo, Stats, Translated
 from cvmk.serving.client.asynchronous import AsyncClient
+from cvmk.serving.client.channel import DEFAULT_ADDRESS, Tls
 from cvmk.serving.client.requests import StreamOptions, TimeoutOptions, TranslateOptions
+from cvmk.serving.client.retry import Retry
 from cvmk.serving.client.unread import LiveUpdate
 
 T = TypeVar("T")
@@ -50,8 +52,16 @@ class Client:
         print(client.translate("We need a table.", target="de").text)
     """
 
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        self._client = AsyncClient(*arguments, **options)
+    def __init__(
+        self,
+        address: str = DEFAULT_ADDRESS,
+        *,
+        token: str | None = None,
+        tls: Tls | None = None,
+        timeout: float | None = 30.0,
+        retry: Retry | None = None,
+    ) -> None:
+        self._client = AsyncClient(address, token=token, tls=tls, timeout=timeout, retry=retry)
 
     def __repr__(self) -> str:
         return repr(self._client).removeprefix("Async")
