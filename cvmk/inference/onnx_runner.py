@@ -36,6 +36,8 @@ class OnnxRunner:
         folder = Path(folder)
         self.info = _described(folder)
         self.tokenizer = load_tokenizer(folder)
+        if self.tokenizer.fingerprint != self.info.get("tokenizer"):
+            raise DataError(f"the tokenizer in {folder} is not the one that the model was exported with (its fingerprint differs from {CONFIG}): restore it")
         self.max_length: int = self.info["max_length"]
         self._encoder, self._decoder = (_session(folder / file, device, threads) for file in (ENCODER, DECODER))
         self._layers = range(self.info["decoder_layers"])

@@ -55,6 +55,10 @@ def save(folder: Path, make_model: Make, tokenizer: Tokenizer, recipe: Recipe | 
     return folder
 
 
+def run_by_onnx(folder: Path) -> OnnxRunner:
+    return OnnxRunner(folder, threads=1)  # more would wait for each other where the machine is busy
+
+
 def contents(folder: Path) -> dict[str, str]:
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.iterdir()}
 
@@ -74,7 +78,7 @@ def test_numbers_and_translations(tmp_path: Path, make_model: Make, tokenizer: T
     folder = save(tmp_path / "m", make_model, tokenizer, **MODELS[kind])
     before = contents(folder)
     export_onnx(folder, tmp_path / "out" / "onnx")
-    runner, (model, _, _) = OnnxRunner(tmp_path / "out" / "onnx"), load_model_folder(folder)
+    runner, (model, _, _) = run_by_onnx(tmp_path / "out" / "onnx"), load_model_folder(folder)
     got = logits(runner, SOURCE, TARGET)
     with torch.no_grad():
         check(got, model(SOURCE, TARGET)[0], model.double()(SOURCE, TARGET)[0])
@@ -108,12 +112,12 @@ def test_quantised_models_stay_what_they_are(tmp_path: Path, make_model: Make, t
     """The files are as small as the model, and the numbers are those of its own layers."""
     folder = save(tmp_path / "m", make_model, tokenizer, RECIPES[kind], tie_embeddings=tied, kv_heads=2)
     export_onnx(folder, tmp_path / "onnx")
-    got, (model, _, _) = logits(OnnxRunner(tmp_path / "onnx"), SOURCE, TARGET), load_model_folder(folder)
+    got, (model, _, _) = logits(run_by_onnx(tmp_path / "onnx"), SOURCE, TARGET), load_model_folder(folder)
     with torch.no_grad(), ops.use("reference"):
         own, law = model(SOURCE, TARGET)[0], model.double()(SOURCE, TARGET)[0]
     if kind.startswith("w4a16"):
         check(got, own, law)
-        assert compare(folder, OnnxRunner(tmp_path / "onnx"), TEXTS)["identical"] == len(TEXTS)
+        assert compare(folder, run_by_onnx(tmp_path / "onnx"), TEXTS)["identical"] == len(TEXTS)
     else:  # a value that is rounded to the other side is another step of 255
         assert (got - law).norm() < 0.03 * law.norm()
     table = tokenizer.vocab_size * 64 * (4 if "symmetric" in kind else 1)
@@ -164,10 +168,10 @@ def test_a_model_stored_in_bfloat16(tmp_path: Path, make_model: Make, tokenizer:
     model = make_model(tokenizer.vocab_size).bfloat16()
     save_model_folder(tmp_path / "m", model, tokenizer, "")
     export_onnx(tmp_path / "m", tmp_path / "onnx")
-    got = logits(OnnxRunner(tmp_path / "onnx"), SOURCE, TARGET)
+    got = logits(run_by_onnx(tmp_path / "onnx"), SOURCE, TARGET)
     with torch.no_grad():
         check(got, model.float()(SOURCE, TARGET)[0], model.double()(SOURCE, TARGET)[0])
-    found = compare(tmp_path / "m", OnnxRunner(tmp_path / "onnx"), TEXTS)
+    found = compare(tmp_path / "m", run_by_onnx(tmp_path / "onnx"), TEXTS)
     assert found["identical"] == len(TEXTS) and (found["largest"] is None or found["largest"] < 1e-4)
 
 
@@ -192,7 +196,7 @@ def test_what_the_files_say(tmp_path: Path, make_model: Make, tokenizer: Tokeniz
 
 def test_positions_beyond_the_table_are_refused(tmp_path: Path, make_model: Make, tokenizer: Tokenizer) -> None:
     export_onnx(save(tmp_path / "m", make_model, tokenizer, max_length=8), tmp_path / "onnx")
-    runner = OnnxRunner(tmp_path / "onnx")
+    runner = run_by_onnx(tmp_path / "onnx")
     rows = runner.start([[4, 5]])
     runner.extend(np.full((1, 8), 5), rows)
     with pytest.raises(Exception, match="out of data bounds"):
@@ -219,7 +223,7 @@ def test_eight_bits(
     sizes = [sum(file.stat().st_size for file in (tmp_path / name).iterdir() if ".onnx" in file.name) for name in (mode, "float")]
     assert sizes[0] < 0.55 * sizes[1] and (tmp_path / mode / "decoder.onnx.data").exists() == external
     assert json.loads((tmp_path / mode / "config.json").read_text())["quantization"] == mode
-    runner, floats = OnnxRunner(tmp_path / mode), OnnxRunner(tmp_path / "float")
+    runner, floats = run_by_onnx(tmp_path / mode), run_by_onnx(tmp_path / "float")
     source = tokenizer.encode(TEXTS[0])  # of the text that it was calibrated with
     target = torch.tensor([[Tokenizer.BOS, *floats.greedy(source, 20)]])
     got, law = (logits(one, torch.tensor([[*source, Tokenizer.EOS]]), target) for one in (runner, floats))
@@ -234,7 +238,7 @@ def test_large_models_have_their_weights_beside_the_graphs(tmp_path: Path, make_
     folder = save(tmp_path / "m", make_model, tokenizer)
     export_onnx(folder, tmp_path / "onnx")
     assert (tmp_path / "onnx" / "encoder.onnx").stat().st_size < 100_000 < (tmp_path / "onnx" / "encoder.onnx.data").stat().st_size
-    assert compare(folder, OnnxRunner(tmp_path / "onnx"), TEXTS)["identical"] == len(TEXTS)
+    assert compare(folder, run_by_onnx(tmp_path / "onnx"), TEXTS)["identical"] == len(TEXTS)
 
 
 # -- bad input ----------------------------------------------------------------------------------------------------------------------
@@ -289,6 +293,16 @@ def test_damaged_exports(tmp_path: Path, make_model: Make, tokenizer: Tokenizer)
             OnnxRunner(wrong)
     with pytest.raises(ConfigError, match="device is 'tpu'"):
         OnnxRunner(tmp_path / "onnx", device="tpu")  # type: ignore[arg-type]
+    described = tmp_path / "onnx" / "config.json"
+    text = described.read_text()
+    for old, new, message in (
+        (tokenizer.fingerprint, "other", "is not the one that the model was exported with"),
+        ('"max_length": 40', '"max_length": null', "max_length"),
+    ):
+        described.write_text(text.replace(old, new))
+        with pytest.raises(DataError, match=message):
+            OnnxRunner(tmp_path / "onnx")
+    described.write_text(text)
     decoder = tmp_path / "onnx" / "decoder.onnx"
     decoder.write_bytes(decoder.read_bytes()[:5000])
     with pytest.raises(DataError, match="decoder.onnx cannot be loaded by onnxruntime"):
