@@ -15,7 +15,8 @@ export class Live {
   #text = []; // all that the server has, or is to have
   #base = 0; // where the stream's text begins in it
   #ended = -1; // the text's length when its last sentence was ended by hand
-  #seq = 0; #revision = 0; #times = new Map();
+  #seq = 0; #revision = 0;
+  #sent = new Map(); // events by seq that nothing has been heard of: when they were sent, and the place in the text that they change
   #known = null; // the open sentence: its number, and where in the stream it begins; null while that is not known
   #done = []; // sentences that are final: {end, text}
   #committed = ""; #tentative = "";
@@ -26,9 +27,10 @@ export class Live {
     this.#on = on;
   }
 
-  // Translate from and to these languages, all of the text anew.
-  start(source, target) {
+  // Translate a text from and to these languages, all of it anew.
+  start(source, target, text) {
     this.#languages = { source, target };
+    this.#text = Array.from(text);
     this.#attempts = 0;
     this.#reopen(0);
     this.#show();
@@ -38,6 +40,14 @@ export class Live {
   set token(token) {
     this.#token = token;
     this.retry();
+  }
+
+  // Leave the server alone until `retry`, or until something is written.
+  rest() {
+    clearTimeout(this.#timer);
+    this.#timer = 0;
+    this.#drop();
+    this.#on.state("resting");
   }
 
   retry() {
@@ -66,48 +76,66 @@ export class Live {
     let same = 0;
     while (same < before.length && same < text.length && before[same] === text[same]) same++;
     if (same === before.length && same === text.length) return;
+    const first = this.#firstAt(same); // while the text is what it was
     this.#text = text;
-    const end = this.#done.length ? this.#done.at(-1).end : 0;
     if (!this.#opened) {
-      if (same < before.length && same <= end) this.#forget(same);
-      if (!this.#socket && !this.#timer && this.#failure === null) this.#connect();
+      if (same < before.length && first < this.#done.length) {
+        this.#done.length = first;
+        this.#show();
+      }
+      if (!this.#socket && !this.#timer && (this.#failure?.status ?? "INVALID_ARGUMENT") === "INVALID_ARGUMENT") this.#connect(); // it may have been the text
     } else if (same === before.length) {
       this.#append(same);
-    } else if (this.#known && same >= this.#base + this.#known.begin && (same > end || !this.#done.length)) {
+    } else if (this.#known && same >= this.#base + this.#known.begin && first === this.#done.length) {
       const from_char = same - this.#base - this.#known.begin;
       const rest = text.slice(same);
-      this.#event("replace", { segment: this.#known.segment, from_char, text: rest.slice(0, PART).join("") });
+      this.#event("replace", same, { segment: this.#known.segment, from_char, text: rest.slice(0, PART).join("") });
       this.#append(same + PART);
     } else {
-      this.#reopen(this.#firstAt(same));
+      this.#reopen(first);
     }
   }
 
   #append(from) {
-    for (let place = from; place < this.#text.length; place += PART) this.#event("append", { text: this.#text.slice(place, place + PART).join("") });
+    for (let place = from; place < this.#text.length; place += PART) this.#event("append", Infinity, { text: this.#text.slice(place, place + PART).join("") });
   }
 
-  // The first sentence that a change at a place may change.
+  // The first sentence that a change at a place may change: whether one ends is decided by the first character behind it that is no white space.
   #firstAt(place) {
-    const found = this.#done.findIndex((sentence) => sentence.end >= place);
+    const found = this.#done.findIndex(({ end }) => this.#behind(end) >= place);
     return found < 0 ? this.#done.length : found;
   }
 
-  #forget(place) {
-    this.#done.length = this.#firstAt(place);
-    this.#show();
+  // The first place from this on that is no white space.
+  #behind(place) {
+    while (place < this.#text.length && /\s/.test(this.#text[place])) place++;
+    return place;
   }
 
   // -- the connection ---------------------------------------------------------------------------------------------------------------------
   // A new stream, from a sentence on.
   #reopen(sentence) {
+    this.#drop();
     this.#done.length = Math.min(sentence, this.#done.length);
-    if (this.#socket) {
-      this.#socket.onclose = this.#socket.onmessage = null;
-      this.#socket.close();
-    }
     this.#show();
     this.#connect();
+  }
+
+  #drop() {
+    if (this.#socket) {
+      this.#socket.onopen = this.#socket.onclose = this.#socket.onmessage = null;
+      this.#socket.close();
+    }
+    this.#gone();
+  }
+
+  // There is no connection. A sentence that was translated before the server heard of a change to it is not final.
+  #gone() {
+    this.#socket = null;
+    this.#opened = false;
+    const place = Math.min(...Array.from(this.#sent.values(), (event) => event.place));
+    this.#done.length = Math.min(this.#firstAt(place), this.#done.length);
+    this.#sent.clear();
   }
 
   #connect() {
@@ -121,17 +149,16 @@ export class Live {
     socket.onopen = () => this.#open();
     socket.onmessage = (message) => this.#received(JSON.parse(message.data));
     socket.onclose = () => {
-      this.#socket = null;
-      this.#opened = false;
+      this.#gone();
+      this.#show();
       if (performance.now() - begun > SETTLED) this.#attempts = 0;
       this.#lost();
     };
   }
 
   #open() {
-    this.#base = this.#done.length ? this.#done.at(-1).end : 0;
+    this.#base = this.#done.at(-1)?.end ?? 0;
     this.#seq = this.#revision = 0;
-    this.#times.clear();
     this.#committed = "";
     this.#known = { segment: this.#done.length, begin: 0 };
     const first = { open: { ...this.#languages, policy: POLICY, first_segment: this.#done.length } };
@@ -150,7 +177,7 @@ export class Live {
       this.#on.error(failure);
       return;
     }
-    if (failure?.status === "DEADLINE_EXCEEDED" && this.#text.length === this.#finished()) {
+    if (failure?.status === "DEADLINE_EXCEEDED" && this.#text.length === this.#behind(this.#done.at(-1)?.end ?? 0)) {
       this.#failure = null;
       this.#on.state("resting");
       return;
@@ -162,15 +189,8 @@ export class Live {
     this.#timer = setTimeout(() => this.#connect(), wait);
   }
 
-  // Up to where everything is final, white space included.
-  #finished() {
-    let place = this.#done.length ? this.#done.at(-1).end : 0;
-    while (place < this.#text.length && /\s/.test(this.#text[place])) place++;
-    return place;
-  }
-
-  #event(name, event) {
-    this.#times.set(++this.#seq, performance.now());
+  #event(name, place, event) {
+    this.#sent.set(++this.#seq, { time: performance.now(), place });
     this.#send({ [name]: { seq: this.#seq, ...event } });
   }
 
@@ -193,12 +213,12 @@ export class Live {
     const { segment = 0, revision = 0, committed_delta = "", tentative = "", source_chars_read = 0, seq_read = 0, segment_begin = 0, final = false } = message;
     this.#revision = revision;
     this.#send({});
-    this.#measure(seq_read);
     if (message.language) this.#on.detected(message.language.code ?? "");
-    if (message.refused) {
+    if (message.refused) { // the sentence was translated before the change came
       this.#reopen(this.#done.length);
       return;
     }
+    this.#measure(seq_read);
     this.#committed += committed_delta;
     this.#tentative = tentative;
     this.#known = final ? null : { segment, begin: segment_begin };
@@ -210,10 +230,9 @@ export class Live {
   }
 
   #measure(seq) {
-    const sent = this.#times.get(seq);
-    if (sent === undefined) return;
-    this.#on.latency(performance.now() - sent);
-    for (const older of this.#times.keys()) if (older <= seq) this.#times.delete(older);
+    const sent = this.#sent.get(seq);
+    if (sent) this.#on.latency(performance.now() - sent.time);
+    for (const older of this.#sent.keys()) if (older <= seq) this.#sent.delete(older);
   }
 
   #show() {
@@ -229,8 +248,6 @@ export class Live {
 
   // What stands between two sentences: what does in the text; a space where nothing does, and the translation's full stop needs one.
   #gap(place, before) {
-    let end = place;
-    while (end < this.#text.length && /\s/.test(this.#text[end])) end++;
-    return this.#text.slice(place, end).join("") || (/[.!?…]["'”’»)]*$/.test(before) ? " " : "");
+    return this.#text.slice(place, this.#behind(place)).join("") || (/[.!?…]["'”’»)]*$/.test(before) ? " " : "");
   }
 }

@@ -128,7 +128,7 @@ function choose() {
   text.lang = source.value === AUTO ? "" : source.value;
   $("output").lang = target.value;
   $("detected").textContent = "";
-  if (target.value) live.start(source.value, target.value);
+  if (target.value) live.start(source.value, target.value, written());
   else error({ status: "NOT_FOUND", message: "it serves no language" });
 }
 
@@ -139,14 +139,19 @@ $("swap").addEventListener("click", () => {
   source.value = to;
   offerTargets(from);
   text.value = translation;
-  live.write(translation);
   choose();
   text.focus();
 });
 
 // -- text ---------------------------------------------------------------------------------------------------------------------------------
 let composing = false; // by an input method: what is not chosen yet is not translated
-const write = () => { if (!composing) live.write(text.value.replaceAll("\0", "").toWellFormed?.() ?? text.value); };
+function written() {
+  const whole = text.value.replaceAll("\0", "");
+  return whole.toWellFormed ? whole.toWellFormed() : whole;
+}
+function write() {
+  if (!composing) live.write(written());
+}
 text.addEventListener("compositionstart", () => { composing = true; });
 text.addEventListener("compositionend", () => { composing = false; write(); });
 text.addEventListener("input", write);
@@ -178,6 +183,8 @@ $("key-form").addEventListener("submit", (event) => {
   text.focus();
 });
 addEventListener("online", () => live.retry());
+addEventListener("pagehide", () => live.rest()); // a page that may be come back to holds no place at the server
+addEventListener("pageshow", (event) => { if (event.persisted) live.retry(); });
 
 const dark = matchMedia("(prefers-color-scheme: dark)");
 function showTheme() {
