@@ -10,10 +10,12 @@ from cvmk.config.section import Section
 
 Mixer = Literal[
     "attention",
+    "retnet",
     "ssru",
 ]
 LETTERS: dict[str, Mixer] = {
     "A": "attention",
+    "R": "retnet",
     "S": "ssru",
 }
 """The mixers' letters in a short pattern: `encoder_mixers = "SSSA"`."""

@@ -113,10 +113,10 @@ class Sinusoidal(_Table):
 
 
 class Rotary(_Table):
-    """Gives the span its angles."""
+    """Gives the span its angles, for heads of head_size channels (None: those of attention)."""
 
-    def __init__(self, config: ModelConfig) -> None:
-        self._length, self._head_size, self._base = config.max_length, config.d_model // config.heads, config.rotary_base
+    def __init__(self, config: ModelConfig, head_size: int | None = None) -> None:
+        self._length, self._head_size, self._base = config.max_length, head_size or config.d_model // config.heads, config.rotary_base
         super().__init__()
 
     def _exact(self) -> Tensor:

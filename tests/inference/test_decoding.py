@@ -12,12 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cvmk.errors import ConfigError
-from cvmk.inference import decoding
+from cvmk.formats.torch_weights import manifest_of
+from cvmk.inference import decoding, native_engine
 from cvmk.inference.engine import Request
 from cvmk.inference.options import Hypothesis, SearchOptions
 from cvmk.inference.processors import History, NoRepeatNgram
 from cvmk.inference.torch_engine import TorchEngine
-from cvmk.nn import CVMTransformer
+from cvmk.nn import MIXERS, CVMTransformer
 
 PAD, UNK, BOS, EOS = 0, 1, 2, 3
 
@@ -122,16 +123,25 @@ def test_batched_search_agrees_with_the_naive_one(make_model, options: SearchOpt
     assert ends > 0, "every hypothesis ran into its limit: the test would not see how sentences end"
 
 
-@pytest.mark.parametrize("pattern", ["S", "SA"])
-@pytest.mark.parametrize("beam", [1, 3])
-def test_other_mixers_search_as_attention_does(make_model, pattern: str, beam: int) -> None:
-    """Their states follow the hypotheses that a beam keeps."""
-    model = make_model(14, seed=5, sharpness=1.5, positions="none", encoder_mixers=pattern, decoder_mixers=pattern).double()
-    batch, options = sources(8, 14, longest=8, seed=2), SearchOptions(beam, beam, max_length_a=1.0, max_length_b=5)
-    for source, found in zip(batch, TorchEngine(model).search(batch, options), strict=True):
-        expected = naive_beam(model, source, options)
+RECURRENT = sorted({*MIXERS} - {"attention"})
+
+
+@pytest.mark.parametrize("options", [OPTIONS[0], OPTIONS[2], OPTIONS[8]], ids=str)
+@pytest.mark.parametrize("name", RECURRENT)
+def test_recurrent_mixers_are_searched_as_naively(make_model, name: str, options: SearchOptions) -> None:
+    """Beams take over each other's states, sentences leave the batch, and prefixes put rows at places of their own."""
+    model = make_model(14, seed=5, sharpness=1.5, positions="none", encoder_mixers=[name], decoder_mixers=[name, "attention"]).double()
+    batch, prefixes = sources(5, 14, longest=8, seed=2), [[], [5, 4], [7], [], [9, 9, 4, 8]]
+    for source, prefix, found in zip(batch, prefixes, TorchEngine(model).search(batch, options, prefixes), strict=True):
+        expected = naive_beam(model, source, options, prefix)
         assert [hypothesis.tokens for hypothesis in found] == [pieces for pieces, _ in expected]
-        assert [hypothesis.score for hypothesis in found] == pytest.approx([score for _, score in expected], abs=1e-9)
+        assert [hypothesis.score for hypothesis in found] == pytest.approx([score for _, score in expected], abs=1e-8)
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_the_native_engine_says_that_it_lacks_a_mixer(make_model, name: str) -> None:
+    manifest = manifest_of(make_model(14, decoder_mixers=[name]))
+    assert f"the model has the mixers {name}, and the native engine has attention" in native_engine.refusals(manifest, "cpu", "float32")
 
 
 def test_greedy_follows_the_argmax(make_model) -> None:

@@ -20,9 +20,10 @@ KINDS: list[dict[str, Any]] = [
     {"positions": "rotary", "kv_heads": 2, "norm": "rmsnorm", "activation": "swiglu", "bias": False},
     {"mixers": ("running",), "positions": "none"},
     {"mixers": ("running", "attention"), "positions": "rotary"},
+    {"mixers": ("retnet",), "positions": "none"},
     {"mixers": ("ssru",), "positions": "none", "d_model": 64},  # PyTorch's sigmoid has the same bits wherever a number stands in whole vectors
 ]
-kinds = pytest.mark.parametrize("options", KINDS, ids=["attention", "rotary", "running", "hybrid", "ssru"])
+kinds = pytest.mark.parametrize("options", KINDS, ids=["attention", "rotary", "running", "hybrid", "retnet", "ssru"])
 
 
 def sources(*lengths: int) -> Tensor:

@@ -18,6 +18,7 @@ from cvmk.config import TeacherConfig
 from cvmk.errors import ConfigError, DataError
 from cvmk.files import followed
 from cvmk.inference import Translator
+from cvmk.nn import MIXERS
 from cvmk.training.checkpoint import CheckpointStore
 from cvmk.training.trainer import Trainer
 
@@ -57,6 +58,24 @@ def test_kill_and_resume_is_bit_for_bit(config: Path, tmp_path: Path, cvmk: Run)
     assert weights(straight) == weights(killed)
     one_state, other_state = ((folder / "checkpoints" / "step-100" / "state.pt").read_bytes() for folder in (straight, killed))
     assert one_state == other_state
+
+
+@pytest.mark.parametrize("name", sorted({*MIXERS} - {"attention"}))
+def test_a_run_of_recurrent_mixers_resumes_bit_for_bit(name: str, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both sides have the mixer; a run that dies behind its checkpoint at 10 of 14 iterations ends with the weights of one that does not."""
+
+    def die(trainer: Trainer) -> None:
+        if trainer.progress.step == 12:
+            raise Killed
+
+    short = ["training.iterations=14", "validation.max_sentences=3", "validation.validate_every=14", "training.max_tokens=200"]
+    short += [f'model.{side}_mixers=["{name}"]' for side in ("encoder", "decoder")]
+    train(config, *short, f"run.folder={tmp_path / 'straight'}")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        train(config, *short, on_step=die, monkeypatch=patch)
+    assert last_step(tmp_path / "run") == 10
+    train(config, *short, resume=True)
+    assert weights(tmp_path / "straight") == weights(tmp_path / "run")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -8,11 +8,13 @@ from __future__ import annotations
 from cvmk.config.schema import ModelConfig
 from cvmk.nn.mixers.attention import CrossAttention, SelfAttention
 from cvmk.nn.mixers.base import Mixer
+from cvmk.nn.mixers.retnet import RetNet
 from cvmk.nn.mixers.ssru import SSRU
 from cvmk.nn.state import MixerState
 
 MIXERS: dict[str, type[Mixer]] = {
     "attention": SelfAttention,
+    "retnet": RetNet,
     "ssru": SSRU,
 }
 
