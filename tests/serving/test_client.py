@@ -378,6 +378,22 @@ def test_leaving_cancels() -> None:
     run(work)
 
 
+def test_a_client_that_is_closed_ends_its_streams() -> None:
+    async def work(server: FakeServer, client: AsyncClient) -> None:
+        async with client.stream() as stream:
+            await stream.append("one two ")
+            await anext(stream)
+            await client.close()
+            for _ in range(2):
+                with pytest.raises(ServiceError, match="the client was closed") as caught:
+                    await anext(stream)
+                assert caught.value.status is Status.CANCELLED
+            with pytest.raises(ServiceError):
+                await stream.append("three")
+
+    run(work)
+
+
 # What has been written is changed
 
 

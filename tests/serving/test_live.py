@@ -77,6 +77,73 @@ def test_a_text_by_words(serve_config: Any) -> None:
     run(go())
 
 
+def test_a_text_that_is_corrected_while_it_is_typed(serve_config: Any) -> None:
+    """Letter by letter, with wrong letters that are taken back, some when the sentence before has just ended."""
+    config = serve_config()
+    expected = [one.text for one in Translator(config.models["en-de"].path).translate(SENTENCES)]
+
+    async def go(seed: int) -> None:
+        chances = random.Random(seed)
+        async with serving(config) as (server, channel), AsyncClient(f"127.0.0.1:{server.ports.grpc}") as client:
+            async with client.stream(source="en", partial_words=seed % 2 == 1) as stream:
+                place = 0
+                for letter in TEXT:
+                    if chances.random() < 0.15 and stream.begin <= place:
+                        await stream.append(chances.choice(["x", "ho rs", "wrong "]))
+                        await asyncio.sleep(chances.choice([0, 0.001, 0.005]))
+                        await stream.replace(place, letter)
+                    else:
+                        await stream.append(letter)
+                    place += 1
+                    await asyncio.sleep(chances.choice([0, 0, 0, 0.001]))
+                await stream.close()
+                found: dict[int, str] = {}
+                async for update in stream:
+                    found[update.segment] = found.get(update.segment, "") + update.committed
+        assert list(found.values()) == expected
+
+    for seed in range(4):
+        run(go(seed))
+
+
+def test_keys(serve_config: Any, tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("me = 0123456789abcdef\n", encoding="utf-8")
+    (tmp_path / "keys").chmod(0o600)
+    config = serve_config(security={"keys": str(tmp_path / "keys")})
+
+    async def go() -> None:
+        async with serving(config) as (server, channel):
+            for token, status in ((None, Status.UNAUTHENTICATED), ("fedcba9876543210", Status.PERMISSION_DENIED), ("0123456789abcdef", None)):
+                async with AsyncClient(f"127.0.0.1:{server.ports.grpc}", token=token) as client:
+                    for work in (lambda client: client.translate("a man"), lambda client: committed(client, "a man")):
+                        try:
+                            assert await work(client) and status is None
+                        except ServiceError as error:
+                            assert error.status is status
+
+    run(go())
+
+
+def test_a_reader_that_pauses_and_a_writer_that_does(serve_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For longer than the server bears."""
+    monkeypatch.setattr("cvmk.serving.client.stream.PATIENCE", 0.1)
+    config = serve_config(limits={"stuck_seconds": 0.6, "idle_seconds": 0.5})
+    expected = [one.text for one in Translator(config.models["en-de"].path).translate(SENTENCES)]
+
+    async def go() -> None:
+        async with serving(config) as (server, channel), AsyncClient(f"127.0.0.1:{server.ports.grpc}") as client, client.stream() as stream:
+            for index, word in enumerate(TEXT.split(" ")):
+                await stream.append(word + " ")
+                await asyncio.sleep(1.2 if index == 7 else 0.08)
+            await stream.close()
+            found: dict[int, str] = {}
+            async for update in stream:
+                found[update.segment] = found.get(update.segment, "") + update.committed
+        assert list(found.values()) == expected
+
+    run(go())
+
+
 class ServerProcess:
     """`cvmk serve` in a process of its own, at a port that stays."""
 

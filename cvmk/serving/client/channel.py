@@ -83,7 +83,7 @@ class Connection:
         self._credentials = None if tls is None else _credentials(tls)
         self._server_name = tls.server_name if tls is not None else None
         self._channel: grpc.aio.Channel | None = None
-        self._closed = False
+        self.closed = False
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.address!r})"
@@ -107,7 +107,7 @@ class Connection:
         return self._method(name, "stream_stream")(timeout=timeout, metadata=self._metadata)
 
     async def close(self) -> None:
-        channel, self._channel, self._closed = self._channel, None, True
+        channel, self._channel, self.closed = self._channel, None, True
         if channel is not None:
             await channel.close()
 
@@ -139,7 +139,7 @@ class Connection:
         return getattr(self._open(), kind)(f"/{messages.SERVICE}/{name}", request_serializer=serializer, response_deserializer=answer.FromString)  # type: ignore[no-any-return]
 
     def _open(self) -> grpc.aio.Channel:
-        if self._closed:
+        if self.closed:
             raise RuntimeError("the client is closed: make another one")
         if self._channel is None:
             options = list(_OPTIONS)

@@ -55,7 +55,7 @@ class AsyncLiveStream:
         self._received = self._read = self._acknowledged = 0
         self._work, self._news, self._room = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._task: asyncio.Task[None] | None = None
-        self._error: ServiceError | None = None
+        self._error: Exception | None = None
         self._over = self._progress = self._anew = False
         self.connected = False
         self.session, self.model, self.target = "", "", ""
@@ -170,7 +170,7 @@ class AsyncLiveStream:
     async def _run(self) -> None:
         try:
             await self._converse_until_the_end()
-        except ServiceError as error:
+        except Exception as error:
             self._error = error
         finally:
             self._over = True
@@ -189,6 +189,8 @@ class AsyncLiveStream:
                 failed = error
             finally:
                 self.connected = False
+            if self._connection.closed:
+                raise ServiceError(Status.CANCELLED, "the client was closed while the stream was open")
             if failed.status is Status.DEADLINE_EXCEEDED and self._timeout is None:
                 await self._sleep()
                 failures = 0
