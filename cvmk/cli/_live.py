@@ -10,7 +10,7 @@ import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
-from cvmk.cli._live_input import Typed, each_key, from_descriptor, from_keyboard, from_text
+from cvmk.cli._live_input import Typed, each_key, from_descriptor, from_keyboard, from_text, tells_keys
 from cvmk.cli._live_view import Lines, Records, Screen, View
 from cvmk.cli._streams import need_open, read_whole
 from cvmk.cli.stream import SERVER
@@ -51,7 +51,7 @@ def follow(arguments: argparse.Namespace, policy: Policy) -> None:
 def _feed_and_view(arguments: argparse.Namespace, stack: contextlib.ExitStack) -> tuple[Feed, View]:
     """Where the text comes from, and where its translation goes."""
     typed = Typed()
-    typing = arguments.file is None and sys.stdin is not None and sys.stdin.isatty()
+    typing = arguments.file is None and sys.stdin is not None and sys.stdin.isatty() and tells_keys()
     view: View = Records() if arguments.json else Screen(typed if typing else None) if Screen.fits() else Lines()
     if arguments.file is not None:
         text, _ = read_whole(arguments.file)

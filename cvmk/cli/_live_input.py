@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import codecs
 import contextlib
+import importlib.util
 import os
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -182,6 +183,11 @@ async def _bring(stream: Any, typed: Typed, changed: asyncio.Event) -> None:
             await stream.append(now[common:])
         if ended:
             return
+
+
+def tells_keys() -> bool:
+    """Whether terminals of this system tell every key; elsewhere they tell lines."""
+    return importlib.util.find_spec("termios") is not None
 
 
 @contextlib.contextmanager

@@ -81,10 +81,12 @@ class Screen(View):
     @staticmethod
     def fits() -> bool:
         """Whether standard output is a terminal on which lines can be rewritten."""
+        if not sys.stdout.isatty():
+            return False
         from rich.console import Console
 
         console = Console()
-        return sys.stdout.isatty() and console.is_terminal and not console.is_dumb_terminal
+        return console.is_terminal and not console.is_dumb_terminal
 
     def __enter__(self) -> Self:
         return self
