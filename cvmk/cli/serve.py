@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 HELP = "Translate live text for others, over gRPC."
 WEB_PORT = 8080
+REPLICAS = 2
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,6 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="SERVE.toml", nargs="?", help="the configuration")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="set a key of the configuration, as in TOML")
     parser.add_argument("--web", action="store_true", help=f"also serve a page to type in, and HTTP, at server.http_port ({WEB_PORT} where there is none)")
+    parser.add_argument("--ray", action="store_true", help="serve with several replicas on Ray, each at a port of its own from server.port on (extra `ray`)")
+    parser.add_argument("--replicas", type=int, metavar="N", help=f"how many, with --ray ({REPLICAS})")
     parser.add_argument("--check", action="store_true", help="ask the server that runs by this configuration on this machine whether it is well, and end")
     parser.add_argument("--explain-config", action="store_true", help="print every key with its default and meaning, and end")
 
@@ -40,6 +43,10 @@ def run(arguments: argparse.Namespace) -> int:
     config = load_config(ServeConfig, arguments.config, arguments.overrides)
     if arguments.check:
         return _check(config)
+    if arguments.replicas is not None and (not arguments.ray or arguments.replicas < 1):
+        raise ConfigError("--replicas N goes with --ray, and N is 1 or more")
+    if arguments.ray:
+        return _serve_on_ray(config, arguments.replicas or REPLICAS, arguments.web)
     keep_freed_memory()
     return _serve(config, arguments.web)
 
@@ -52,11 +59,11 @@ def _check(config: ServeConfig) -> int:
 
 
 @contextlib.contextmanager
-def _packages() -> Iterator[None]:
+def _packages(extra: str = "serve") -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        raise ConfigError(f"the service needs packages that are not installed ({error.name}): pip install 'cvmk[serve]'") from error
+        raise ConfigError(f"the service needs packages that are not installed ({error.name}): pip install 'cvmk[{extra}]'") from error
 
 
 def _serve(config: ServeConfig, web: bool) -> int:
@@ -76,4 +83,17 @@ def _serve(config: ServeConfig, web: bool) -> int:
 
     logs.start()
     asyncio.run(serve(config, tell, web))
+    return 0
+
+
+def _serve_on_ray(config: ServeConfig, replicas: int, web: bool) -> int:
+    with _packages("ray"):
+        from cvmk.serving.ray import run as serve
+
+    def tell(addresses: list[str]) -> None:
+        print(f"cvmk: serving {', '.join(config.models)} at {','.join(addresses)}", file=sys.stderr, flush=True)
+
+    if web and config.server.http_port is None:
+        config = config.model_copy(update={"server": config.server.model_copy(update={"http_port": WEB_PORT})})
+    serve(config, replicas, tell, web)
     return 0

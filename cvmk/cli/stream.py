@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Type or pipe a text and watch it being translated. On a terminal, what is committed is plain and what may still change is dim; "
     parser.description += "elsewhere the output is finished sentences, one a line. Sentences end where the text says so, and at the end of a line."
     where = parser.add_argument_group("who translates")
-    where.add_argument("--server", metavar="HOST:PORT", help=f"the server (default {SERVER}); `cvmk serve` starts one")
+    where.add_argument("--server", metavar="HOST:PORT[,...]", help=f"the server, or replicas of it (default {SERVER}); `cvmk serve` starts one")
     where.add_argument("--model-folder", metavar="FOLDER", help="no server: the model in this folder, in this process")
     where.add_argument("--source", default="auto", metavar="LANGUAGE", help="of the text (default auto: as the server finds)")
     where.add_argument("--target", metavar="LANGUAGE", help="of the translation (may be left out where the server has one)")

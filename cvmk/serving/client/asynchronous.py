@@ -21,7 +21,7 @@ class AsyncClient:
         async with AsyncClient("127.0.0.1:50051") as client:
             print((await client.translate("We need a table.", target="de")).text)
 
-    address  HOST:PORT.
+    address  HOST:PORT, or several of numbers, divided by commas: another one for every call and stream, and in the place of one that does not answer.
     token    a bearer token, where the server asks for one. It is shown nowhere.
     tls      `Tls()` for a server whose certificate the machine trusts, else with files; without it nothing is encrypted.
     timeout  seconds for a call and all its tries, where the call says nothing else; None for no limit. Streams have none of their own.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from cvmk.serving.errors import ServiceError, Status
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 _ADDRESS = re.compile(r"(?P<host>\[[0-9a-fA-F:.%]+\]|[^\s:/\[\]]+):(?P<port>[0-9]{1,5})")
+_SPREAD = '{"loadBalancingConfig": [{"round_robin": {}}]}'
+"""Of several servers another one for every call and stream, among those that answer."""
 _TOKEN = re.compile(r"[\x21-\x7e]+")
 _STATUS = {status.number: status for status in Status}
 _UNREACHED = re.compile(r"failed to connect|connections to all backends failing|errors resolving|DNS resolution|name resolution")
@@ -73,9 +76,9 @@ class Connection:
     """A channel that is opened with the first call, in the event loop of whoever makes it."""
 
     def __init__(self, address: str, token: str | None, tls: Tls | None, retry: Retry) -> None:
-        found = _ADDRESS.fullmatch(address)
-        if not found or not 0 < int(found["port"]) < 65536:
-            raise ConfigError(f"{address!r} is no address of a server: give HOST:PORT, such as {DEFAULT_ADDRESS}")
+        self._target = _target(address)
+        if tls is not None and self._target != address and tls.server_name is None:
+            raise ConfigError("several addresses and TLS need the name that is in all the servers' certificates: give server_name")
         if token is not None and not _TOKEN.fullmatch(token):
             raise ConfigError("the token is empty or has characters that tokens do not have: letters, digits and marks of ASCII, without spaces")
         self.address, self.retry = address, retry
@@ -143,13 +146,32 @@ class Connection:
             raise RuntimeError("the client is closed: make another one")
         if self._channel is None:
             options = list(_OPTIONS)
+            if self._target != self.address:
+                options += [("grpc.service_config", _SPREAD), ("grpc.default_authority", self.address.partition(",")[0])]
             if self._server_name is not None:
                 options.append(("grpc.ssl_target_name_override", self._server_name))
             if self._credentials is None:
-                self._channel = grpc.aio.insecure_channel(self.address, options)
+                self._channel = grpc.aio.insecure_channel(self._target, options)
             else:
-                self._channel = grpc.aio.secure_channel(self.address, self._credentials, options)
+                self._channel = grpc.aio.secure_channel(self._target, self._credentials, options)
         return self._channel
+
+
+def _target(address: str) -> str:
+    """What gRPC calls an address, or several."""
+    parts = address.split(",")
+    found = [_ADDRESS.fullmatch(part) for part in parts]
+    if not all(one and 0 < int(one["port"]) < 65536 for one in found):
+        raise ConfigError(f"{address!r} is no address of a server: give HOST:PORT, such as {DEFAULT_ADDRESS}")
+    if len(parts) == 1:
+        return address
+    try:
+        versions = {ipaddress.ip_address(one["host"].strip("[]")).version for one in found if one}
+    except ValueError:
+        versions = set()
+    if len(versions) != 1:
+        raise ConfigError(f"{address!r}: several addresses are all numbers, of IPv4 or of IPv6 (a single name may stand for several)")
+    return f"ipv{versions.pop()}:{address}"
 
 
 def _credentials(tls: Tls) -> grpc.ChannelCredentials:
