@@ -176,6 +176,8 @@ class StreamCore:
         self._translated = read
         if update.committed or update.tentative != before:
             yield update
+        else:
+            self._revision -= 1  # nobody hears of it
 
     def _say(self, found: Translation, read: int, final: bool) -> Update:
         text, tokens, pieces = self._spell(found.text), found.tokens, len(self._pieces)

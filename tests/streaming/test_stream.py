@@ -54,7 +54,7 @@ SCRIPT = {"we": "wir", "we need": "wir müssen", "we need a": "wir brauchen ein"
 def said(policy: Policy, *parts: str, **options: Any) -> list[tuple[str, str, int]]:
     stream = Stream(_Scripted(SCRIPT), policy, **options)  # type: ignore[arg-type]
     updates = [update for part in parts for update in stream.append(part)] + stream.close()
-    assert [update.revision for update in updates if update.final] and updates[-1].final
+    assert [update.revision for update in updates] == list(range(1, len(updates) + 1)) and updates[-1].final
     return [(update.committed, update.tentative, update.deleted) for update in updates]
 
 
