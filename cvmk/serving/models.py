@@ -44,6 +44,11 @@ class Served:
         self._leases -= 1
         self._close_if_unused()
 
+    @property
+    def retired(self) -> bool:
+        """Whether another one has taken its place."""
+        return self._retired
+
     def retire(self) -> None:
         """Nobody new gets it."""
         self._retired = True
@@ -118,7 +123,7 @@ class Models:
         async with self._lock:
             old = self._served.get(name)
             try:
-                new = await self._loaded(name, path)
+                new = await self._loaded(name, path, old.info if old is not None else None)
             except (CvmkError, ValueError, OSError) as error:
                 _log.warning("the model %s was not replaced: %s", name, error)
                 raise ServiceError(Status.FAILED_PRECONDITION, f"the model was not replaced: {error}", field="path" if path else "model") from error
@@ -149,11 +154,11 @@ class Models:
                 raise ServiceError(Status.FAILED_PRECONDITION, f"{name!r} is the only model that is served: drain the server instead", field="model")
             self._served.pop(name).retire()
 
-    async def _loaded(self, name: str, path: str) -> Served:
+    async def _loaded(self, name: str, path: str, old: ModelInfo | None = None) -> Served:
         section = self._config.models[name]
         if path:
             section = section.model_copy(update={"path": path})
-        info, translator = await asyncio.to_thread(_load, name, section, self._config.server.threads)
+        info, translator = await asyncio.to_thread(_load, name, section, self._config.server.threads, old)
         asynchronous = await AsyncTranslator(translator).__aenter__()
         try:
             if not math.isfinite((await asynchronous.translate(_TRIED)).score):
@@ -171,13 +176,15 @@ def answers(asked: str, served: str) -> bool:
     return asked in ("", served) or asked.startswith(f"{served}-")
 
 
-def _load(name: str, section: ServedModelConfig, threads: int) -> tuple[ModelInfo, Translator]:
+def _load(name: str, section: ServedModelConfig, threads: int, old: ModelInfo | None) -> tuple[ModelInfo, Translator]:
     _, manifest, said = read_model_manifest(section.path)
     languages = said.get("languages") or {}
     source, target = section.source or languages.get("source"), section.target or languages.get("target")
     for key, value in (("source", source), ("target", target)):
         if not value:
             raise ConfigError(f"models.{name}.{key} is missing, and the model in {section.path} does not say it: add the language")
+    if old is not None and (source, target) != (old.source, old.target):
+        raise ConfigError(f"the model in {section.path} translates {source} to {target}, and {name} is {old.source} to {old.target}: give it another name")
     translator = Translator(section.path, section.device, section.compute_type, engine=section.engine, threads=section.threads or threads or None)
     assert source and target
     version = (manifest.weights_sha256 or "")[:12]

@@ -402,6 +402,15 @@ class LiveSession:
             self._served.release()
         self._served = self._state = None
 
+    def _renew(self) -> None:
+        """A stream between two sentences keeps no model that has been replaced."""
+        core = self._core
+        if self._served is not None and self._served.retired and not core.source.strip() and not core.committed:
+            try:
+                core.reopen()
+            except ServiceError as error:  # there is none any more
+                self.fail(error)
+
     def _source_language(self) -> str:
         """Of the sentence; "" while it is not known."""
         return "" if self._language is None else self._language.code
@@ -427,6 +436,7 @@ class LiveSession:
             self.fail(ServiceError(Status.RESOURCE_EXHAUSTED, message, reason="stuck"))
         elif now - self._heard > self._rules.idle and not math.isinf(self._rules.idle):
             self.fail(ServiceError(Status.DEADLINE_EXCEEDED, f"nothing came for {self._rules.idle:g} seconds: open another stream"))
+        self._renew()
         if self.error is None:
             self._watch = asyncio.get_running_loop().call_later(_CHECKS, self._look)
 
