@@ -12,11 +12,11 @@ from cvmk.serving.auth import Caller
 from cvmk.serving.detection import AUTO, found_for_each, tag_of
 from cvmk.serving.errors import ServiceError, Status
 from cvmk.serving.html import Document
+from cvmk.serving.models import answers
 from cvmk.streaming import Sentences
 
 if TYPE_CHECKING:
     from cvmk.serving.application import Application
-
 
 
 class Source(NamedTuple):
@@ -51,7 +51,7 @@ async def translate_whole(
     tasks = {
         code: asyncio.ensure_future(translate(application, caller, [texts[place] for place in those], code, target, alternatives))
         for code, those in places.items()
-        if code != target
+        if not answers(target, code)
     }
     try:
         for code, task in tasks.items():
@@ -92,20 +92,21 @@ def _wanted(documents: Sequence[Document], known: Sequence[Mapping[str, str]]) -
 
 def _sources(application: Application, texts: Sequence[str], target: str) -> list[Source]:
     """The language of each text, among those that can be translated to the target, and the target itself."""
-    able = [language.code for language in application.languages() if target in language.targets]
+    able = [language.code for language in application.languages() if any(answers(target, served) for served in language.targets)]
     if not able:
         raise ServiceError(Status.NOT_FOUND, f"target {target!r} is no language that is translated to: /languages has those", field="target")
 
     def source(text: str) -> Source:
         ranked = (Source(language.code, language.probability) for language in application.detect(text))
-        return next((found for found in ranked if found.code in (*able, target)), Source(able[0], 0.0))
+        return next((found for found in ranked if found.code in able or answers(target, found.code)), Source(able[0], 0.0))
 
     return found_for_each(texts, source)
 
 
 def _served(application: Application, source: str) -> str:
-    """The tag of a language that somebody can translate from or to, so that a text may be in it already."""
+    """The served language that answers to this one. Somebody can translate from it or to it: a text may be in the target language already."""
     tag = tag_of("source", source)
-    if not any(tag == language.code or tag in language.targets for language in application.languages()):
+    codes = dict.fromkeys(code for language in application.languages() for code in (language.code, *language.targets))
+    if (found := next((code for code in (tag, *codes) if code in codes and answers(tag, code)), None)) is None:
         raise ServiceError(Status.NOT_FOUND, f"source {source!r} is no language that is served: /languages has those", field="source")
-    return tag
+    return found

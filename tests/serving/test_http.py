@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import html
 import json
 import logging
 import ssl
@@ -23,8 +24,10 @@ from http_served import http_served
 from hypothesis import given
 from hypothesis.errors import Unsatisfiable
 
-from cvmk.config.serve import LimitsConfig, SecurityConfig, ServerConfig
+from cvmk.config.serve import LimitsConfig, SecurityConfig, ServeConfig, ServerConfig
 from cvmk.errors import ConfigError
+from cvmk.inference import Translator
+from cvmk.serving.application import Application
 from cvmk.serving.auth import Keys, ssl_context
 from cvmk.serving.errors import ServiceError, Status
 from cvmk.serving.http import http_app
@@ -386,3 +389,43 @@ def test_the_description_is_kept_to() -> None:
             with contextlib.suppress(Unsatisfiable):
                 check()
     assert {("/translate", 200), ("/translate", 400), ("/detect", 200), ("/detect", 400), ("/health", 200), ("/translate_file", 403)} <= seen
+
+
+# -- over models
+
+
+def test_over_models(serve_config: Callable[..., ServeConfig]) -> None:
+    """What comes over HTTP is what the Translator says of each sentence, with what stood between them."""
+    config = serve_config((("en", "de"), ("de", "en")), model={"max_length": 80})
+    english, german = (Translator(config.models[name].path) for name in ("en-de", "de-en"))
+
+    def said(translator: Translator, *sentences: str) -> list[str]:
+        return [found.text for found in translator.translate(list(sentences))]
+
+    with http_served(lambda: Application(config)) as server:
+
+        def ask(**fields: Any) -> Any:
+            return httpx.post(f"{server.url}/translate", json={"source": "en", "target": "de"} | fields).raise_for_status().json()
+
+        man, horses = said(english, "A man rides.", "Two horses")
+        assert ask(q="A man rides. Two horses\n\n A man rides.") == {"translatedText": f"{man} {horses}\n\n {man}"}
+        assert ask(q=["Two horses", "", " "]) == {"translatedText": [horses, "", " "]}
+        page = ask(q="<h1>Two horses</h1><script>A man rides.</script>", format="html")["translatedText"]
+        assert page == f"<h1>{html.escape(horses, quote=False)}</h1><script>A man rides.</script>"
+        best = english.translate(["Two horses"], beam_size=3, n_best=3)[0].hypotheses
+        assert ask(q="Two horses", alternatives=2) == {
+            "translatedText": best[0].text, "alternatives": [text for text in dict.fromkeys(one.text for one in best) if text != best[0].text],
+        }  # fmt: skip
+        text = "die Männer reiten auf ihren Pferden durch die Stadt"
+        assert ask(q=text, source="auto", target="en")["translatedText"] == said(german, text)[0]
+        assert ask(q=text, source="auto", target="de") == {"translatedText": text, "detectedLanguage": {"confidence": 100.0, "language": "de"}}
+        assert ask(q="Two horses", source="en-GB", target="de-AT")["translatedText"] == horses
+        assert ask(q="Zwei Pferde", source="de-AT", target="de")["translatedText"] == "Zwei Pferde"
+        long = ask(q="horses " * 200)["translatedText"]  # more than the model reads at a time
+        assert len(long) > len(horses)
+        assert httpx.get(f"{server.url}/languages").json() == [
+            {"code": "de", "name": "German", "targets": ["en"]}, {"code": "en", "name": "English", "targets": ["de"]},
+        ]  # fmt: skip
+        assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
+        refused = httpx.post(f"{server.url}/translate", json={"q": "a", "source": "en", "target": "fr"})
+        assert refused.status_code == 400 and "fr" in refused.json()["error"]
