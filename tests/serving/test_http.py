@@ -7,6 +7,7 @@ import contextlib
 import html
 import json
 import logging
+import socket
 import ssl
 import subprocess
 import sys
@@ -361,6 +362,19 @@ def test_stop_ends_what_runs() -> None:
     assert asyncio.run(run()) < 3
 
 
+def test_connections_without_a_request_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one whose request never gets whole; what is asked on another one goes on."""
+    monkeypatch.setattr("cvmk.serving.http_server._IDLE_SECONDS", 0.2)
+    with http_served(FakeApplication) as server:
+        begin = time.monotonic()
+        for sent in (b"", b"POST /translate HTTP/1.1\r\nHost: a\r\nX-"):
+            with socket.create_connection(("127.0.0.1", server.port), timeout=5) as connection:
+                connection.sendall(sent)
+                assert connection.recv(100) == b""
+        assert 0.3 < time.monotonic() - begin < 3
+        assert httpx.get(f"{server.url}/health").status_code == 200
+
+
 def test_nothing_imports_torch() -> None:
     code = "import cvmk.serving.http_server, sys; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -402,7 +416,13 @@ def test_over_models(serve_config: Callable[..., ServeConfig]) -> None:
     def said(translator: Translator, *sentences: str) -> list[str]:
         return [found.text for found in translator.translate(list(sentences))]
 
-    with http_served(lambda: Application(config)) as server:
+    applications: list[Application] = []
+
+    def make() -> Application:
+        applications.append(Application(config))
+        return applications[0]
+
+    with http_served(make) as server:
 
         def ask(**fields: Any) -> Any:
             return httpx.post(f"{server.url}/translate", json={"source": "en", "target": "de"} | fields).raise_for_status().json()
@@ -429,3 +449,5 @@ def test_over_models(serve_config: Callable[..., ServeConfig]) -> None:
         assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
         refused = httpx.post(f"{server.url}/translate", json={"q": "a", "source": "en", "target": "fr"})
         assert refused.status_code == 400 and "fr" in refused.json()["error"]
+        numbers = applications[0].metrics.exposition()[0].decode()
+        assert 'method="/translate",status="OK"' in numbers and 'method="/translate",status="NOT_FOUND"' in numbers

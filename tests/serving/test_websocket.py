@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import httpx
@@ -184,6 +185,49 @@ def test_a_reader_that_does_not_read(config: ServeConfig) -> None:
 
     with http_served(lambda: Application(config), web=True) as server:
         assert asyncio.run(run(server)) == "RESOURCE_EXHAUSTED"
+
+
+def test_any_messages(server: HttpServer) -> None:
+    """Whatever comes in whatever order: answers, or an error that says what was wrong with it; never one of the server's own."""
+    random = Random(0)
+    values: list[Any] = [
+        None,
+        True,
+        -1,
+        0,
+        1,
+        2,
+        2**64,
+        1.5,
+        "",
+        "a",
+        "A man. Two ",
+        "\ud800",
+        "\0",
+        "é" * 50,
+        [],
+        [1],
+        {},
+        {"text": "a"},
+        {"seq": 1, "text": "A b. C"},
+    ]
+    names = ["open", "append", "replace", "end_segment", "close", "ack_revision", "token", "other"]
+    fields = ["seq", "text", "from_char", "segment", "source", "target", "policy", "credit", "committed", "priority", "first_segment", "committed_pieces"]
+
+    def message() -> Any:
+        if random.random() < 0.1:
+            return random.choice(["", "{", "[1]", "5", b"\xff", json.dumps(random.choice(values))])
+        parts = random.sample(names, random.choice((1, 1, 1, 2)))
+        return {
+            name: {field: random.choice(values) for field in random.sample(fields, 2)} if random.random() < 0.6 else random.choice(values) for name in parts
+        }
+
+    ends = set()
+    for _ in range(150):
+        begin = [{"open": {}}] if random.random() < 0.7 else []
+        found, code = talk(server, *begin, *(message() for _ in range(random.randrange(1, 5))), {"close": {}}, "the end")
+        ends.add(found[-1]["error"]["status"] if "error" in found[-1] else code)
+    assert "INTERNAL" not in ends and {"INVALID_ARGUMENT", "FAILED_PRECONDITION"} <= ends
 
 
 def test_the_page_is_whole_and_strict(server: HttpServer) -> None:
