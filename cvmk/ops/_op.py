@@ -262,7 +262,8 @@ class Op:
                 name = f"cvmk.ops.{folder}.{self.module}"
                 if importlib.util.find_spec(f"cvmk.ops.{folder}") is None or importlib.util.find_spec(name) is None:
                     continue
-                mine = [backend for backend in importlib.import_module(name).BACKENDS if backend.op == self.name]
+                with torch.inference_mode(False):  # a module's constants serve the calls to come, which may have gradients
+                    mine = [backend for backend in importlib.import_module(name).BACKENDS if backend.op == self.name]
                 found += mine if folder in CHECKING_MEMORY else map(guarded, mine)
             self._backends = found
         return self._backends

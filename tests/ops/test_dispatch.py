@@ -583,6 +583,25 @@ def test_inference_tensors_and_results() -> None:
     assert inside.is_inference() and torch.equal(probe(inside)[0], inside) and not probe(inside)[0].is_inference()
 
 
+def test_a_first_call_in_inference_mode_leaves_calls_with_gradients_whole() -> None:
+    """The constants of a backend's module, which that call imports, are no inference tensors."""
+    code = """
+import torch
+from cvmk import ops
+x, weight = torch.randn(3, 16, requires_grad=True), torch.randn(8, 16, requires_grad=True)
+scan = [torch.randn(1, 2, 5), torch.rand(1, 2, 5), -torch.rand(2, 4), torch.randn(2, 4), torch.randn(2, 4)]
+def call():
+    branch = torch.randn(3, 16)
+    return ops.fused_linear(x, weight).sum() + ops.residual_norm(x, branch, torch.ones(16))[1].sum() + ops.selective_scan(x[:1, None, :5].expand(1, 2, 5), *scan[1:]).sum()
+with torch.inference_mode():
+    call()
+call().backward()
+assert x.grad.isfinite().all()
+"""
+    done = python(code)
+    assert done.returncode == 0, done.stderr
+
+
 def test_constants_get_no_gradient() -> None:
     constant = leaf()
     assert not probe(torch.ones(2), None, constant)[0].requires_grad
