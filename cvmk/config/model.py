@@ -11,11 +11,13 @@ from cvmk.config.section import Section
 Mixer = Literal[
     "attention",
     "retnet",
+    "rwkv",
     "ssru",
 ]
 LETTERS: dict[str, Mixer] = {
     "A": "attention",
     "R": "retnet",
+    "W": "rwkv",
     "S": "ssru",
 }
 """The mixers' letters in a short pattern: `encoder_mixers = "SSSA"`."""

@@ -591,8 +591,8 @@ from cvmk import ops
 x, weight = torch.randn(3, 16, requires_grad=True), torch.randn(8, 16, requires_grad=True)
 scan = [torch.randn(1, 2, 5), torch.rand(1, 2, 5), -torch.rand(2, 4), torch.randn(2, 4), torch.randn(2, 4)]
 def call():
-    branch = torch.randn(3, 16)
-    return ops.fused_linear(x, weight).sum() + ops.residual_norm(x, branch, torch.ones(16))[1].sum() + ops.selective_scan(x[:1, None, :5].expand(1, 2, 5), *scan[1:]).sum()
+    normed = ops.residual_norm(x, torch.randn(3, 16), torch.ones(16))[1]
+    return ops.fused_linear(x, weight).sum() + normed.sum() + ops.selective_scan(x[:1, None, :5].expand(1, 2, 5), *scan[1:]).sum()
 with torch.inference_mode():
     call()
 call().backward()

@@ -9,12 +9,14 @@ from cvmk.config.schema import ModelConfig
 from cvmk.nn.mixers.attention import CrossAttention, SelfAttention
 from cvmk.nn.mixers.base import Mixer
 from cvmk.nn.mixers.retnet import RetNet
+from cvmk.nn.mixers.rwkv import RWKV
 from cvmk.nn.mixers.ssru import SSRU
 from cvmk.nn.state import MixerState
 
 MIXERS: dict[str, type[Mixer]] = {
     "attention": SelfAttention,
     "retnet": RetNet,
+    "rwkv": RWKV,
     "ssru": SSRU,
 }
 

@@ -24,7 +24,7 @@ class _Retention(Direction):
 
     def __init__(self, config: ModelConfig, width: int) -> None:
         super().__init__(config, width)
-        self.heads, self.size = split_heads(config, width, "retnet")
+        self.heads, self.size = split_heads(config, width)
         if self.size % 2:
             raise ConfigError(f"model.heads is {config.heads}, and retnet turns pairs: its heads of {self.size} channels need an even number of them")
         self.outputs = 2 * width

@@ -31,7 +31,7 @@ class Direction(nn.Module, ABC):
 
     @abstractmethod
     def __init__(self, config: ModelConfig, width: int) -> None:
-        """`width` is model.d_model, or half of it where there are two directions. Raises ConfigError for one that does not divide."""
+        """`width` is model.d_model, or half of it where there are two directions. Raises ConfigError for one that does not fit."""
         super().__init__()
 
     @abstractmethod
@@ -86,14 +86,7 @@ def turned(x: Tensor, lengths: Tensor | None) -> Tensor:
     return x[torch.arange(x.shape[0], device=x.device)[:, None], order]
 
 
-def split_heads(config: ModelConfig, width: int, mixer: str) -> tuple[int, int]:
-    """How many heads a direction of this width has, and their size: that of the model's heads, or half of it where their number is odd.
-
-    Raises ConfigError where they do not divide the width.
-    """
-    heads, size = config.heads, config.d_model // config.heads
-    if width % size == 0:
-        return width // size, size
-    if width % heads:
-        raise ConfigError(f"model.heads is {heads}, and must divide the {width} channels that {mixer} has of model.d_model = {config.d_model} a direction")
-    return heads, width // heads
+def split_heads(config: ModelConfig, width: int) -> tuple[int, int]:
+    """How many heads a direction of this width has, and their size: that of the model's heads, or, in half of an odd number of them, half of it."""
+    size = config.d_model // config.heads
+    return (width // size, size) if width % size == 0 else (config.heads, width // config.heads)
