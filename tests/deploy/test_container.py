@@ -28,7 +28,8 @@ class Image:
     """Its folders are folders under `root`; what the distribution's packages would bring is this machine's."""
 
     def __init__(self, root: Path) -> None:
-        self.root, self.folder, self.environment = root, root, dict(os.environ)
+        self.root, self.folder = root, root
+        self.environment = {key: value for key, value in os.environ.items() if not key.startswith("SKBUILD_")}  # CI's own build is elsewhere
         for name in ("src", "wheels", "opt", "etc"):
             (root / name).mkdir()
 
