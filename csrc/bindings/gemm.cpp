@@ -1,4 +1,5 @@
 // Binds the quantised linears.
+#include <limits>
 #include <string>
 
 #include "bindings/call.h"
@@ -17,6 +18,8 @@ void int8(Arguments& in) {
   const Tensor smooth_scale = in.optional("smooth_scale");
   p.smooth_scale = smooth_scale.data();
   p.smooth_dtype = in.floating(smooth_scale, "smooth_scale");
+  const float* const range = in.data_of<const float>(in.optional("input_range"), kFloat32, "input_range");
+  if (range != nullptr) p.range = *range > 0 ? *range : std::numeric_limits<float>::min();
   cvmk::bindings::run(kernels_for(p).int8, in, p);
 }
 
@@ -74,7 +77,7 @@ void turn_int4(Arguments& in) {
 
 void bind_gemm(pybind11::module_& m) {
   using cvmk::bindings::add;
-  add<&int8>(m, "int8_linear", "int8_linear", "x, out, scales, bias, activation, values, smooth_scale: csrc/gemm/params.h says what they are");
+  add<&int8>(m, "int8_linear", "int8_linear", "x, out, scales, bias, activation, values, smooth_scale, input_range: csrc/gemm/params.h says what they are");
   add<&int4>(m, "int4_linear", "int4_linear", "x, out, scales, bias, activation, values, zeros, order, group: csrc/gemm/params.h says what they are");
   add<&turn_int8<&pack_int8>>(m, "pack_int8", "quantize_int8", "values, scales; packed values, scales; outputs, inputs: csrc/gemm/pack.h");
   add<&turn_int8<&unpack_int8>>(m, "unpack_int8", "quantize_int8", "packed values, scales; values, scales; outputs, inputs");

@@ -46,13 +46,14 @@ const RawTensor& Model::find(const Weights& weights, const std::string& name, co
   return found->second;
 }
 
-StoredWeight Model::stored(const Weights& weights, const std::string& name, const std::string& smooth, std::int64_t outputs, std::int64_t inputs) {
+StoredWeight Model::stored(const Weights& weights, const std::string& name, const std::string& layer, std::int64_t outputs, std::int64_t inputs) {
   const auto has = [&](const std::string& other) { return weights.tensors.count(other) != 0; };
   const bool eight = weights.tensors.at(name + ".values").dtype == kInt8;
   StoredWeight w{};
   w.tokens = weights.tokens.count(name) != 0;
   w.values = find(weights, name + ".values", {outputs, eight ? inputs : inputs / 2}, eight ? kInt8 : kUint8);
-  if (has(smooth)) w.smooth = find(weights, smooth, {inputs}, kFloat32);
+  if (has(layer + ".smooth_scale")) w.smooth = find(weights, layer + ".smooth_scale", {inputs}, kFloat32);
+  if (has(layer + ".input_range")) w.range = find(weights, layer + ".input_range", {1}, kFloat32);
   if (eight) {
     w.scales = find(weights, name + ".scales", {outputs}, kFloat32);
     check_values(w, name);
@@ -71,7 +72,7 @@ StoredWeight Model::stored(const Weights& weights, const std::string& name, cons
 
 Model::Table Model::table(const Weights& weights, const std::string& name) {
   const std::int64_t d = config_.d_model;
-  if (is_stored(weights, name)) return {{}, stored(weights, name, "", config_.vocabulary, d)};
+  if (is_stored(weights, name)) return {{}, stored(weights, name, name, config_.vocabulary, d)};
   return {find(weights, name, {config_.vocabulary, d}), {}};
 }
 
@@ -117,7 +118,7 @@ Model::Model(const Config& config, const RawTensors& tensors, Compute compute, c
 Linear Model::linear(const Weights& weights, const std::string& name, std::int64_t outputs, std::int64_t inputs, gemm::Activation activation) {
   const RawTensor* bias = config_.bias ? &find(weights, name + ".bias", {outputs}) : nullptr;
   const std::string weight = name + ".weight";
-  const Linear found = is_stored(weights, weight) ? Linear(stored(weights, weight, name + ".smooth_scale", outputs, inputs), bias, activation)
+  const Linear found = is_stored(weights, weight) ? Linear(stored(weights, weight, name, outputs, inputs), bias, activation)
                                                   : Linear(find(weights, weight, {outputs, inputs}), bias, weights.compute, activation);
   weight_bytes_ += found.bytes();
   return found;

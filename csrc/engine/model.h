@@ -145,7 +145,8 @@ class Model {
 
   const RawTensor& find(const Weights& weights, const std::string& name, const std::vector<std::int64_t>& shape, Dtype dtype = kNoDtype);
   bool is_stored(const Weights& weights, const std::string& name) const { return weights.tensors.count(name + ".values") != 0; }
-  StoredWeight stored(const Weights& weights, const std::string& name, const std::string& smooth, std::int64_t outputs, std::int64_t inputs);
+  // `layer` is the name before those of its smoothing scale and input range.
+  StoredWeight stored(const Weights& weights, const std::string& name, const std::string& layer, std::int64_t outputs, std::int64_t inputs);
   Table table(const Weights& weights, const std::string& name);
   Block block(const Weights& weights, const std::string& name, bool decoder);
   Linear linear(const Weights& weights, const std::string& name, std::int64_t outputs, std::int64_t inputs, gemm::Activation activation);

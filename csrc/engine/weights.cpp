@@ -66,6 +66,8 @@ void check_values(const StoredWeight& weight, const std::string& name) {
   if (weight.bits() == 8) {
     const auto* smooth = static_cast<const float*>(weight.smooth.data);
     if (smooth != nullptr && !std::all_of(smooth, smooth + inputs, [](float s) { return s > 0.0f; })) refuse("a smoothing scale that is not positive");
+    const auto* range = static_cast<const float*>(weight.range.data);
+    if (range != nullptr && !(*range > 0.0f)) refuse("an input range that is not positive");
     const auto* values = static_cast<const std::int8_t*>(weight.values.data);
     if (std::count(values, values + weight.outputs() * inputs, std::int8_t{-128}) != 0) refuse("the value -128 where values lie within -127 ... 127");
     return;
@@ -128,6 +130,7 @@ Linear::Linear(const StoredWeight& weight, const RawTensor* bias, gemm::Activati
       activation_(activation), outputs_(weight.outputs()), inputs_(weight.inputs()) {
   if (bias != nullptr) bias_ = read_vector(*bias);
   if (weight.smooth.data != nullptr) smooth_ = read_vector(weight.smooth);
+  if (weight.range.data != nullptr) range_ = *static_cast<const float*>(weight.range.data);
   const float* scales = static_cast<const float*>(weight.scales.data);
   if (compute_ == Compute::kInt8) {
     pack_int8(static_cast<const std::int8_t*>(weight.values.data), scales);
@@ -247,6 +250,7 @@ Linear Linear::rows(const std::vector<std::int32_t>& outputs) const {
   found.inputs_ = inputs_;
   found.group_ = group_;
   found.smooth_ = smooth_;
+  found.range_ = range_;
   found.order_ = order_;
   for (const std::int32_t n : outputs)
     if (!bias_.empty()) found.bias_.push_back(bias_[static_cast<std::size_t>(n)]);
@@ -342,6 +346,7 @@ Linear::Prepared Linear::prepare(const float* x, std::int64_t rows, char* memory
   bytes.x = x;
   bytes.rows = rows;
   bytes.inputs = inputs_;
+  bytes.range = range_;
   bytes.group = compute_ == Compute::kInt4 ? group_ : 0;
   bytes.bytes = arena.take<std::uint8_t>(gemm::byte_rows_size(rows, inputs_));
   bytes.scales = arena.take<float>(rows);
@@ -396,6 +401,7 @@ void Linear::run(const gemm::Linear& linear, std::int64_t first, const gemm::Byt
       p.weight = values_->as<std::int8_t>() + first * padded;
       p.smooth_scale = smooth_.empty() ? nullptr : smooth_.data();
       p.smooth_dtype = kFloat32;
+      p.range = range_;
       p.sums = reinterpret_cast<const std::int32_t*>(values_->as<std::int8_t>() + up(outputs_, gemm::kPanel) * padded) + first;
       const auto& kernel = gemm::kernels_for(p).int8;
       return cvmk::run(kernel, p, team);

@@ -34,6 +34,7 @@ typedef std::map<std::string, RawTensor> RawTensors;
 struct StoredWeight {
   RawTensor values, scales, zeros, order;
   RawTensor smooth;  // float32 [inputs]: the rows of x are divided by it
+  RawTensor range;   // float32 [1]: the magnitude that 127 stands for in all rows of x; without it each row's largest
   bool tokens;       // whether 4-bit values meet rows of x that are quantised to bytes; then there are neither zeros nor an order
   std::int64_t bits() const { return values.dtype == kInt8 ? 8 : 4; }
   std::int64_t outputs() const { return values.shape[0]; }
@@ -120,6 +121,7 @@ class Linear {
   std::int64_t outputs_ = 0, inputs_ = 0, group_ = 0, bytes_ = 0;
   std::shared_ptr<Storage> values_, scales_, zeros_;
   std::vector<float> bias_, smooth_;
+  float range_ = 0;
   std::vector<std::int32_t> order_;
 };
 

@@ -14,7 +14,7 @@ void run_byte_rows(const ByteRows& p, char*, const Team&) {
   for (int64_t r = 0; r < p.rows; ++r) {
     const float* x = p.x + r * p.inputs;
     if (p.group > 0) p.scales[r] = quantise_groups(x, p.inputs, p.group, p.bytes + r * padded, p.sums + r * (p.inputs / p.group));
-    else p.scales[r] = quantise_row<kFloat32>(x, nullptr, p.inputs, p.vnni && !tiles ? 0x80 : 0, byte_row(p.bytes, r, padded, tiles), tiles ? kPanel * kStep : kStep);
+    else p.scales[r] = quantise_row<kFloat32>(x, nullptr, p.inputs, p.vnni && !tiles ? 0x80 : 0, byte_row(p.bytes, r, padded, tiles), tiles ? kPanel * kStep : kStep, p.range);
   }
 }
 

@@ -1,4 +1,4 @@
-// Rows of int8_linear: quantised per token, symmetric, after the optional smoothing scale.
+// Rows of int8_linear: quantised per token or by a given range, symmetric, after the optional smoothing scale.
 #pragma once
 #include "gemm/common.inl"
 
@@ -67,16 +67,19 @@ CVMK_INLINE void quantise_chunk_bf16(const uint16_t* x, float step, uint8_t flip
 }
 #endif
 
-// 64 inputs of a row times `step`, rounded, as signed bytes (plus 128 where `flip` is 0x80).
-template <Dtype kType>
-CVMK_INLINE void quantise_chunk(const void* x, const float* inverse, int64_t k, int64_t left, float step, uint8_t flip, uint8_t* to) {
+// 64 inputs of a row times `step`, rounded, as signed bytes (plus 128 where `flip` is 0x80). kWithin: what is beyond +-127 is cut, and the magnitudes' bits
+// raise `most`, which says of NaN that it is the largest.
+template <Dtype kType, bool kWithin = false>
+CVMK_INLINE void quantise_chunk(const void* x, const float* inverse, int64_t k, int64_t left, float step, uint8_t flip, uint8_t* to, I* most = nullptr) {
   I q[kStep / kLanes];
   for (int i = 0; i < kStep / kLanes; ++i) {
     const int64_t rest = left - i * kLanes;
     const int n = rest >= kLanes ? kLanes : rest > 0 ? static_cast<int>(rest) : 0;
     F u = load_some<kType>(x, k + i * kLanes, n);
     if (inverse) u *= simd::load(inverse + k + i * kLanes);
+    if (kWithin) *most = larger(*most, simd::bits<I>(simd::abs(u)));
     u *= step;
+    if (kWithin) u = simd::min(simd::max(u, simd::set(-127.0f)), simd::set(127.0f));
     q[i] = nearest(u);
   }
 #if defined(__AVX512F__)
@@ -91,6 +94,17 @@ CVMK_INLINE void quantise_chunk(const void* x, const float* inverse, int64_t k, 
     const B b = __builtin_convertvector(q[i], B) ^ static_cast<int8_t>(flip);
     memcpy(to + i * kLanes, &b, sizeof b);
   }
+#endif
+}
+
+CVMK_INLINE int32_t largest_lane(I most) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_epi32(simd::bits<__m512i>(most));
+#else
+  int32_t lanes[kLanes], bits = 0;
+  memcpy(lanes, &most, sizeof lanes);
+  for (int i = 0; i < kLanes; ++i) bits = lanes[i] > bits ? lanes[i] : bits;
+  return bits;
 #endif
 }
 
@@ -114,20 +128,24 @@ inline int32_t largest_bits(const void* x, const float* inverse, int64_t inputs)
     if (inverse) u *= simd::load(inverse + k);
     most[0] = larger(most[0], simd::bits<I>(simd::abs(u)));
   }
-  most[0] = larger(most[0], most[1]);
-#if defined(__AVX512F__)
-  return _mm512_reduce_max_epi32(simd::bits<__m512i>(most[0]));
-#else
-  int32_t lanes[kLanes], bits = 0;
-  memcpy(lanes, &most[0], sizeof lanes);
-  for (int i = 0; i < kLanes; ++i) bits = lanes[i] > bits ? lanes[i] : bits;
-  return bits;
-#endif
+  return largest_lane(larger(most[0], most[1]));
+}
+
+// quantise_row by a given range, in one pass.
+template <Dtype kType>
+inline float quantise_row_within(const void* x, const float* inverse, int64_t inputs, float range, uint8_t flip, uint8_t* to, int64_t chunk_stride) {
+  const float largest = range > kSmallest ? range : kSmallest, step = 127.0f / largest;
+  I most{};
+  int64_t k = 0;
+  for (; k + kStep <= inputs; k += kStep, to += chunk_stride) quantise_chunk<kType, true>(x, inverse, k, kStep, step, flip, to, &most);
+  if (k < inputs) quantise_chunk<kType, true>(x, inverse, k, inputs - k, step, flip, to, &most);
+  return largest_lane(most) < 0x7F800000 ? largest / 127.0f : __builtin_nanf("");
 }
 
 // A row as bytes: chunk c of 64 inputs at to + c * chunk_stride, zeros behind the last input. Returns a / 127, NaN where the row is not finite.
 template <Dtype kType>
-inline float quantise_row(const void* x, const float* inverse, int64_t inputs, uint8_t flip, uint8_t* to, int64_t chunk_stride) {
+inline float quantise_row(const void* x, const float* inverse, int64_t inputs, uint8_t flip, uint8_t* to, int64_t chunk_stride, float range = 0) {
+  if (range > 0) return quantise_row_within<kType>(x, inverse, inputs, range, flip, to, chunk_stride);
   const int32_t bits = largest_bits<kType>(x, inverse, inputs);
   const bool finite = bits < 0x7F800000;
   const float found = finite ? simd::bits<float>(bits) : 1.0f, largest = found > kSmallest ? found : kSmallest, step = 127.0f / largest;
@@ -156,9 +174,9 @@ CVMK_INLINE uint8_t* byte_row(uint8_t* bytes, int64_t r, int64_t padded, bool ti
 inline float quantise(const Int8Linear& p, const float* inverse, int64_t row, uint8_t flip, uint8_t* to, int64_t chunk_stride) {
   const Linear& l = p.linear;
   const char* x = static_cast<const char*>(l.x) + row * l.x_stride * size_of(l.x_dtype);
-  if (l.x_dtype == kFloat32) return quantise_row<kFloat32>(x, inverse, l.inputs, flip, to, chunk_stride);
-  if (l.x_dtype == kBFloat16) return quantise_row<kBFloat16>(x, inverse, l.inputs, flip, to, chunk_stride);
-  return quantise_row<kFloat16>(x, inverse, l.inputs, flip, to, chunk_stride);
+  if (l.x_dtype == kFloat32) return quantise_row<kFloat32>(x, inverse, l.inputs, flip, to, chunk_stride, p.range);
+  if (l.x_dtype == kBFloat16) return quantise_row<kBFloat16>(x, inverse, l.inputs, flip, to, chunk_stride, p.range);
+  return quantise_row<kFloat16>(x, inverse, l.inputs, flip, to, chunk_stride, p.range);
 }
 
 inline void invert(const Int8Linear& p, float* inverse, int64_t padded) {

@@ -54,6 +54,7 @@ struct ByteRows {
   float* scales;    // [rows]
   int32_t* sums;    // [rows, inputs / group], of the bytes of each group, where there are groups
   bool vnni;
+  float range = 0;  // as Int8Linear's
 };
 CVMK_INLINE int64_t byte_rows_size(int64_t rows, int64_t inputs) { return up(rows, 32) * up(inputs, kStep); }
 
@@ -65,6 +66,7 @@ struct Int8Linear {
   Dtype smooth_dtype;
   bool vnni;  // whether vpdpbusd may be used; kernels_for sets it
   const ByteRows* prepared = nullptr;  // the rows of x, where they are quantised already
+  float range = 0;  // above 0: the magnitude that 127 stands for in all rows, larger ones saturate; else each row's largest
 };
 
 struct Int4Linear {

@@ -34,13 +34,18 @@ Linear linear_of(const std::vector<float>& x, std::vector<float>& out, const std
   return l;
 }
 
-void int8_is_exact(int m, int k, int n) {
+// Sums are exact. `within`: by a range of 127 that inputs go beyond, in a call and by rows that are quantised before it, and a row with a NaN gives NaN.
+void int8_is_exact(int m, int k, int n, bool within = false) {
   Random random;
   const std::size_t steps = padded(k, kStep), panels = padded(n, kPanel);
   std::vector<float> x(static_cast<std::size_t>(m) * static_cast<std::size_t>(k)), out(static_cast<std::size_t>(m * n), -1.0f), scales(panels + kPanel, 0.0f);
   std::vector<int> w(static_cast<std::size_t>(n * k));
   for (float& v : x) v = static_cast<float>(random.below(255) - 127);
-  for (int r = 0; r < m; ++r) x[static_cast<std::size_t>(r * k)] = 127;  // so the step is 1
+  for (int r = 0; r < m && !within; ++r) x[static_cast<std::size_t>(r * k)] = 127;  // so the step is 1
+  for (std::size_t i = 0; i < x.size() && within; ++i)
+    if (random.below(4) == 0) x[i] *= static_cast<float>(1 + random.below(1 << 20));
+  const int broken = within ? m / 2 : m;
+  if (broken < m) x[static_cast<std::size_t>(broken * k + k - 1)] = m % 2 ? __builtin_nanf("") : -__builtin_inff();
   for (int& v : w) v = random.below(255) - 127;
   for (int i = 0; i < n; ++i) scales[static_cast<std::size_t>(i)] = 1.0f;
   std::vector<std::int8_t> packed(panels * steps + panels * 4, 0);
@@ -57,13 +62,30 @@ void int8_is_exact(int m, int k, int n) {
   Int8Linear p{};
   p.linear = linear_of(x, out, scales, m, k, n);
   p.weight = packed.data();
+  p.range = within ? 127.0f : 0.0f;
   cvmk::run(kernels_for(p).int8, p, cvmk::openmp_team());
   bool equal = true;
+  if (within) {
+    std::vector<std::uint8_t> bytes(static_cast<std::size_t>(byte_rows_size(m, k)));
+    std::vector<float> row_scales(static_cast<std::size_t>(m)), again(out.size(), -1.0f);
+    ByteRows rows{x.data(), m, k, 0, bytes.data(), row_scales.data(), nullptr, false, 127.0f};
+    const auto& before = kernels_for(rows).byte_rows;
+    cvmk::run(before, rows, cvmk::Team{});
+    p.prepared = &rows;
+    p.linear.out = again.data();
+    cvmk::run(kernels_for(p).int8, p, cvmk::openmp_team());
+    equal = std::memcmp(out.data(), again.data(), out.size() * 4) == 0;
+  }
   for (int r = 0; r < m; ++r)
     for (int c = 0; c < n; ++c) {
       std::int64_t sum = 0;
-      for (int j = 0; j < k; ++j) sum += static_cast<std::int64_t>(x[static_cast<std::size_t>(r * k + j)]) * w[static_cast<std::size_t>(c * k + j)];
-      equal = equal && out[static_cast<std::size_t>(r * n + c)] == static_cast<float>(sum);
+      const float found = out[static_cast<std::size_t>(r * n + c)];
+      if (r == broken) {
+        equal = equal && found != found;
+        continue;
+      }
+      for (int j = 0; j < k; ++j) sum += static_cast<std::int64_t>(std::clamp(x[static_cast<std::size_t>(r * k + j)], -127.0f, 127.0f)) * w[static_cast<std::size_t>(c * k + j)];
+      equal = equal && found == static_cast<float>(sum);
     }
   CHECK(equal);
 }
@@ -215,7 +237,10 @@ void floats_are_exact(int m, int k, int n, Dtype dtype, Activation activation) {
 
 int main() {
   cvmk::testing::at_every_level([] {
-    for (const auto& shape : {std::vector<int>{1, 1, 1}, {1, 65, 17}, {3, 130, 70}, {5, 64, 16}, {17, 200, 33}, {40, 1100, 48}, {70, 600, 100}, {300, 640, 40}}) int8_is_exact(shape[0], shape[1], shape[2]);
+    for (const auto& shape : {std::vector<int>{1, 1, 1}, {1, 65, 17}, {3, 130, 70}, {5, 64, 16}, {17, 200, 33}, {40, 1100, 48}, {70, 600, 100}, {300, 640, 40}}) {
+      int8_is_exact(shape[0], shape[1], shape[2]);
+      int8_is_exact(shape[0], shape[1], shape[2], true);
+    }
     for (const auto& shape : {std::vector<int>{1, 32, 1, 32}, {1, 160, 17, 32}, {2, 128, 70, 64}, {16, 384, 33, 128}, {17, 96, 16, 32}, {40, 1152, 48, 64}, {70, 640, 100, 128}, {150, 256, 300, 64}, {530, 544, 33, 32}})
       for (const bool bfloat16 : {false, true})
         for (const bool formats : {false, true}) int4_is_exact(shape[0], shape[1], shape[2], shape[3], bfloat16, formats);

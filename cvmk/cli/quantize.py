@@ -38,6 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--keep", nargs="+", default=[], choices=("embeddings", "output", "cross"), help="parts that stay floats: embeddings, output layer, cross-attention"
     )
+    parser.add_argument(
+        "--activations", default="token", choices=("token", "static"),
+        help="w8a8: 8 bits by each token's largest magnitude (default), or by one a layer that calibration finds",
+    )  # fmt: skip
     parser.add_argument("--group-size", type=int, default=0, choices=(32, 64, 128), help="inputs of a scale, of 4-bit weights (default: 64, w4a8: 32)")
     parser.add_argument("--symmetric", action="store_true", help="4-bit weights without zero points (w4a8 has none anyway)")
     parser.add_argument("--damping", type=number, default=0.01, metavar="X", help="gptq: share of the mean that is added to the diagonal (default 0.01)")
@@ -51,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--train", nargs=2, metavar=("SRC", "TGT"), help="--recover: pairs to train on (default: the calibration text and the model's own translations of it)"
     )
     parser.add_argument("--recover-every", type=positive, default=500, metavar="N", help="--recover: steps between two validations (default 500)")
-    parser.add_argument("--recover-rate", type=number, default=3e-4, metavar="X", help="--recover: peak learning rate (default 3e-4)")
+    parser.add_argument("--recover-rate", type=number, default=1e-4, metavar="X", help="--recover: peak learning rate (default 1e-4)")
     parser.add_argument("--seed", type=_count, default=0, metavar="N", help="--recover: the order of the text (default 0)")
     parser.add_argument("--bootstrap", type=samples, default=1000, metavar="N", help="resamples of the bootstrap (default 1000)")
     parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: all that the process may use)")
@@ -65,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
     method: Any = arguments.method or _BEST[arguments.scheme]
     recipe = Recipe(
         arguments.scheme, method, arguments.group_size, True if arguments.symmetric else None,
-        tuple(dict.fromkeys(arguments.keep)), arguments.damping, not arguments.in_order, not arguments.moving_groups,
+        tuple(dict.fromkeys(arguments.keep)), arguments.damping, not arguments.in_order, not arguments.moving_groups, arguments.activations == "static",
     )  # fmt: skip
     _threads(arguments.threads)
     calibration = read_lines(arguments.calibrate)

@@ -24,7 +24,7 @@ from typing import Any
 from cvmk.errors import DataError
 from cvmk.files import explained, followed, sync_folder, write_bytes, write_json, write_text
 from cvmk.formats.manifest import CONFIG, QUANTIZED, Manifest, Schemes, read_manifest
-from cvmk.formats.stored import PARTS, SMOOTH
+from cvmk.formats.stored import PARTS, VECTORS, weight_of
 from cvmk.formats.tensors import RawTensor, read_tensors
 from cvmk.text.tokenizers import Tokenizer, load_tokenizer
 
@@ -145,5 +145,6 @@ def read_model_weights(folder: Path, manifest: Manifest) -> dict[str, RawTensor]
 def _is_part(tensor: str, schemes: Schemes) -> bool:
     """Whether a tensor is a part of a quantised weight, which no scheme of its own belongs to."""
     owner, _, part = tensor.rpartition(".")
-    weight = f"{owner}.weight" if part == SMOOTH else owner
-    return part in (*PARTS, SMOOTH) and tensor not in schemes.weights and schemes.of(weight).type in QUANTIZED
+    if part not in (*PARTS, *VECTORS) or tensor in schemes.weights:
+        return False
+    return schemes.of(weight_of(owner) if part in VECTORS else owner).type in QUANTIZED

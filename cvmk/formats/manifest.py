@@ -13,7 +13,8 @@
 
 A scheme is {"type": name, option: value, ...}. Those of FLOATS have no options and store a weight as one tensor of that dtype. Those of QUANTIZED
 store it as the tensors of `stored`:
-    int8     one scale an output; rows of activations are quantised to 8 bits each ("activations": "token")
+    int8     one scale an output; rows of activations are quantised to 8 bits, "activations": "token", each by its largest magnitude, or "static", all by
+             one that stands beside the weight
     int4     "group": inputs of a scale, 32, 64 or 128; "activations": "float", as they are, or "token", quantised to 8 bits by rows; "zeros" and
              "order": whether the weight has zero points and an order of its inputs (with "token" neither)
 Format 1 has neither `requires` nor `schemes`: the tensors' dtypes say how they are stored.
@@ -47,7 +48,7 @@ SCHEMES: dict[str, frozenset[str]] = {
 }
 """The types of schemes that this version reads, with the options that each must have."""
 _OPTIONS: dict[str, dict[str, tuple[Any, ...]]] = {
-    "int8": {"activations": ("token",)},
+    "int8": {"activations": ("token", "static")},
     "int4": {"activations": ("float", "token"), "group": (32, 64, 128), "zeros": (False, True), "order": (False, True)},
 }
 """The values that an option may have."""

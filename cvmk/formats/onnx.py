@@ -105,6 +105,8 @@ def _tensors(model: CVMTransformer) -> dict[str, Weight]:
 
     found: dict[str, Weight] = {name: tensor.float().numpy() for name, tensor in floating(model).items()}
     for name, layer in quantized_layers(model).items():
+        if layer.input_range is not None:
+            raise ConfigError(f"{name} rounds its inputs by a static scale, which the export to ONNX does not have: quantise with activations by tokens")
         smooth = None if layer.smooth_scale is None else layer.smooth_scale.numpy()
         found[name] = Codes.of(layer.weight, smooth, token=layer.activations == "token")
     return found

@@ -10,11 +10,10 @@ from torch import Tensor, nn
 
 from cvmk.errors import DataError
 from cvmk.formats.manifest import Scheme
+from cvmk.formats.stored import EMBEDDINGS
 from cvmk.formats.tensors import RawTensor
 from cvmk.nn import CVMTransformer, QuantizedLinear, QuantizedTable
 from cvmk.ops import QuantizedWeight
-
-_TABLES = "embeddings."
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
@@ -62,25 +61,31 @@ def dequantized(model: nn.Module, dtype: torch.dtype = torch.float32) -> dict[st
     return found
 
 
-def install(model: CVMTransformer, weights: Mapping[str, tuple[Scheme, Mapping[str, Tensor], RawTensor | None]]) -> None:
-    """Put layers with these weights (scheme, canonical tensors, smoothing scale) in the place of floating ones of the same names and sizes. Raises DataError,
-    with the weight's name, where its numbers are none that such a weight has."""
-    for name, (scheme, tensors, smooth) in weights.items():
+def install(model: CVMTransformer, weights: Mapping[str, tuple[Scheme, Mapping[str, Tensor], RawTensor | None, RawTensor | None]]) -> None:
+    """Put layers with these weights (scheme, canonical tensors, smoothing scale, input range) in the place of floating ones of the same names and sizes.
+    Raises DataError, with the weight's name, where its numbers are none that such a weight has."""
+    for name, (scheme, tensors, smooth, span) in weights.items():
         try:
             weight = QuantizedWeight.from_tensors(tensors)
         except ValueError as error:
             raise DataError(f"the quantised weight {name} is not sound ({error}): restore it or quantise the model again") from error
-        scale = None if smooth is None else torch.from_numpy(smooth.float32().copy())
-        if scale is not None and not (scale.isfinite() & (scale > 0)).all():
-            raise DataError(f"the quantised weight {name} has a smoothing scale that is not positive and finite: restore it or quantise the model again")
-        replace_layer(model, name, weight, smooth_scale=scale, activations=str(scheme.options["activations"]))
+        scale, input_range = (_positive(name, what, raw) for what, raw in (("a smoothing scale", smooth), ("an input range", span)))
+        replace_layer(model, name, weight, smooth_scale=scale, activations=str(scheme.options["activations"]), input_range=input_range)
 
 
-def replace_layer(model: CVMTransformer, name: str, weight: QuantizedWeight, *, smooth_scale: Tensor | None = None, activations: str | None = None) -> None:
+def replace_layer(
+    model: CVMTransformer,
+    name: str,
+    weight: QuantizedWeight,
+    *,
+    smooth_scale: Tensor | None = None,
+    activations: str | None = None,
+    input_range: Tensor | None = None,
+) -> None:
     """Put a layer with a quantised weight in the place of the one whose weight has that name; its bias stays. Raises ValueError where the sizes differ."""
-    if name.startswith(_TABLES):
-        table = QuantizedTable(weight, activations=activations).to(next(model.decoder.norm.parameters()).dtype)
-        model.embeddings.quantize(name.removeprefix(_TABLES), table)
+    if name.startswith(EMBEDDINGS):
+        table = QuantizedTable(weight, activations=activations, input_range=input_range).to(next(model.decoder.norm.parameters()).dtype)
+        model.embeddings.quantize(name.removeprefix(EMBEDDINGS), table)
         return
     path = name.removesuffix(".weight")
     parent = model.get_submodule(path.rpartition(".")[0])
@@ -88,11 +93,18 @@ def replace_layer(model: CVMTransformer, name: str, weight: QuantizedWeight, *, 
     if (before.out_features, before.in_features) != weight.shape:
         raise ValueError(f"{name} is [{before.out_features}, {before.in_features}] and the quantised weight {list(weight.shape)}")
     bias = before.bias if isinstance(before.bias, Tensor) else None
-    layer = QuantizedLinear(weight, bias, smooth_scale=smooth_scale, activations=activations).train(before.training)
+    layer = QuantizedLinear(weight, bias, smooth_scale=smooth_scale, activations=activations, input_range=input_range).train(before.training)
     setattr(parent, path.rpartition(".")[2], layer)
 
 
 def _keys(name: str, layer: QuantizedLinear) -> list[str]:
     """The tensors of a layer's weight in the model's state dict."""
-    smooth = [f"{name.removesuffix('.weight')}.smooth_scale"] if layer.smooth_scale is not None else []
-    return [*(f"{name}.{part}" for part in layer.weight.tensors()), *smooth]
+    vectors = [part for part in ("smooth_scale", "input_range") if getattr(layer, part) is not None]
+    return [*(f"{name}.{part}" for part in layer.weight.tensors()), *(f"{name.removesuffix('.weight')}.{part}" for part in vectors)]
+
+
+def _positive(name: str, what: str, raw: RawTensor | None) -> Tensor | None:
+    found = None if raw is None else torch.from_numpy(raw.float32().copy())
+    if found is not None and not (found.isfinite() & (found > 0)).all():
+        raise DataError(f"the quantised weight {name} has {what} that is not positive and finite: restore it or quantise the model again")
+    return found

@@ -8,6 +8,7 @@ The weight `x.weight` (of embeddings: `embeddings.source`) of a quantised scheme
     x.weight.zeros         uint8 [N, groups]; 4 bits only, where they are not all 8
     x.weight.order         int32 [K]; 4 bits only, where groups are not of neighbours
     x.smooth_scale         float32 [K]; 8 bits only, where SmoothQuant's scale is in no layer before
+    x.input_range          float32 [1]; with "activations": "static", the magnitude that 127 stands for (of embeddings: `embeddings.source.input_range`)
 """
 
 from __future__ import annotations
@@ -21,22 +22,32 @@ from cvmk.formats.manifest import CONFIG, QUANTIZED, Scheme, Schemes
 from cvmk.formats.tensors import RawTensor
 
 PARTS = ("values", "scales", "zeros", "order")
+EMBEDDINGS = "embeddings."
 SMOOTH = "smooth_scale"
+RANGE = "input_range"
+VECTORS = (SMOOTH, RANGE)
+"""What a layer may have beside its weight."""
 
 
 @dataclass(frozen=True)
 class StoredWeight:
-    """A quantised weight as it stands in a file; `smooth` is the smoothing scale of its layer."""
+    """A quantised weight as it stands in a file; `smooth` is the smoothing scale of its layer, `range` its input range."""
 
     scheme: Scheme
     parts: Mapping[str, RawTensor]
     smooth: RawTensor | None = None
+    range: RawTensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
         """(N, K)."""
         rows, columns = self.parts["values"].shape
         return rows, columns * (2 if self.scheme.type == "int4" else 1)
+
+
+def weight_of(layer: str) -> str:
+    """The name of the weight of a layer, which a matrix of embeddings is itself."""
+    return layer if layer.startswith(EMBEDDINGS) else f"{layer}.weight"
 
 
 def split_weights(weights: Mapping[str, RawTensor], schemes: Schemes | None, file: Path) -> tuple[dict[str, RawTensor], dict[str, StoredWeight]]:
@@ -46,39 +57,48 @@ def split_weights(weights: Mapping[str, RawTensor], schemes: Schemes | None, fil
     """
     floats = dict(weights)
     parts: dict[str, dict[str, RawTensor]] = {}
-    smooth: dict[str, RawTensor] = {}
+    vectors: dict[str, dict[str, RawTensor]] = {name: {} for name in VECTORS}
     if schemes is None:
         return floats, {}
     for tensor in weights:
         owner, _, part = tensor.rpartition(".")
         if part in PARTS and schemes.of(owner).type in QUANTIZED and tensor not in schemes.weights:
             parts.setdefault(owner, {})[part] = floats.pop(tensor)
-        elif part == SMOOTH and schemes.of(f"{owner}.weight").type in QUANTIZED:
-            smooth[f"{owner}.weight"] = floats.pop(tensor)
+        elif part in vectors and tensor not in schemes.weights:
+            if schemes.of(weight_of(owner)).type in QUANTIZED:
+                vectors[part][weight_of(owner)] = floats.pop(tensor)
     named = [name for name, scheme in schemes.weights.items() if scheme.type in QUANTIZED]
     stored = {}
-    for name in (*parts, *(name for name in (*named, *smooth) if name not in parts)):
-        stored[name] = _checked(name, schemes.of(name), parts.get(name, {}), smooth.get(name), file)
+    smooth, ranges = vectors[SMOOTH], vectors[RANGE]
+    for name in (*parts, *(name for name in (*named, *smooth, *ranges) if name not in parts)):
+        stored[name] = _checked(name, schemes.of(name), parts.get(name, {}), smooth.get(name), ranges.get(name), file)
     return floats, stored
 
 
-def _checked(name: str, scheme: Scheme, parts: Mapping[str, RawTensor], smooth: RawTensor | None, file: Path) -> StoredWeight:
+def _checked(
+    name: str, scheme: Scheme, parts: Mapping[str, RawTensor], smooth: RawTensor | None, span: RawTensor | None, file: Path
+) -> StoredWeight:
+    static = scheme.options.get("activations") == "static"
     missing = [part for part in ("values", "scales") if part not in parts]
     if missing:
         raise DataError(f"{file} lacks the tensor {name}.{missing[0]}: it does not belong to {CONFIG}; restore both")
     extra = [part for part in ("zeros", "order") if part in parts and not scheme.options.get(part)]
-    extra += [SMOOTH] if smooth is not None and scheme.type != "int8" else []
+    extra += [SMOOTH] if smooth is not None and (scheme.type != "int8" or name.startswith(EMBEDDINGS)) else []
+    extra += [RANGE] if span is not None and not static else []
     if extra:
         raise DataError(f"{file} has {extra[0]} for {name}, which its scheme in {CONFIG} does not have: restore both")
     absent = [part for part in ("zeros", "order") if scheme.options.get(part) and part not in parts]
+    absent += [RANGE] if static and span is None else []
     if absent:
         raise DataError(f"{file} lacks the tensor {name}.{absent[0]}, which its scheme in {CONFIG} has: restore both")
     wrong = _wrong_eight(parts) if scheme.type == "int8" else _wrong_four(parts, scheme)
     if not wrong and smooth is not None:
         wrong = _wrong(smooth, SMOOTH, "float32", (parts["values"].shape[1],))
+    if not wrong and span is not None:
+        wrong = _wrong(span, RANGE, "float32", (1,))
     if wrong:
         raise DataError(f"{file} has in {name} {wrong}: restore it or quantise the model again")
-    return StoredWeight(scheme, parts, smooth)
+    return StoredWeight(scheme, parts, smooth, span)
 
 
 def _wrong_eight(parts: Mapping[str, RawTensor]) -> str:

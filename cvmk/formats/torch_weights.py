@@ -95,7 +95,7 @@ def load_model(folder: Path, manifest: Manifest) -> CVMTransformer:
             raise DataError(f"{folder / WEIGHTS} has the quantised weight {name} {list(weight.shape)}, which {CONFIG} does not ask for: restore both")
     _check_weights(shapes, weights, folder / WEIGHTS)
     model = CVMTransformer(*arguments)
-    install(model, {name: (weight.scheme, _tensors(weight.parts), weight.smooth) for name, weight in stored.items()})
+    install(model, {name: (weight.scheme, _tensors(weight.parts), weight.smooth, weight.range) for name, weight in stored.items()})
     model.to(functools.reduce(torch.promote_types, {tensor.dtype for tensor in weights.values()}, next(iter(weights.values())).dtype))
     model.load_state_dict(weights, strict=False)
     return model.eval()

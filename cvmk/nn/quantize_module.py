@@ -17,16 +17,32 @@ SchemeName = Literal["w8a8", "w4a16", "w4a8"]
 class Int8Linear(QuantizedLinear):
     """A `QuantizedLinear` of 8 bits. Raises ValueError for a weight of others."""
 
-    def __init__(self, weight: QuantizedWeight, bias: Tensor | None = None, *, smooth_scale: Tensor | None = None, activations: str | None = None) -> None:
-        super().__init__(weight, bias, smooth_scale=smooth_scale, activations=activations)
+    def __init__(
+        self,
+        weight: QuantizedWeight,
+        bias: Tensor | None = None,
+        *,
+        smooth_scale: Tensor | None = None,
+        activations: str | None = None,
+        input_range: Tensor | None = None,
+    ) -> None:
+        super().__init__(weight, bias, smooth_scale=smooth_scale, activations=activations, input_range=input_range)
         _need_bits(self, 8)
 
 
 class Int4Linear(QuantizedLinear):
     """A `QuantizedLinear` of 4 bits; `cvmk.formats.read_gptq` and `read_awq` make such layers of checkpoints. Raises ValueError for a weight of others."""
 
-    def __init__(self, weight: QuantizedWeight, bias: Tensor | None = None, *, smooth_scale: Tensor | None = None, activations: str | None = None) -> None:
-        super().__init__(weight, bias, smooth_scale=smooth_scale, activations=activations)
+    def __init__(
+        self,
+        weight: QuantizedWeight,
+        bias: Tensor | None = None,
+        *,
+        smooth_scale: Tensor | None = None,
+        activations: str | None = None,
+        input_range: Tensor | None = None,
+    ) -> None:
+        super().__init__(weight, bias, smooth_scale=smooth_scale, activations=activations, input_range=input_range)
         _need_bits(self, 4)
 
 

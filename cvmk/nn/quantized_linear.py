@@ -16,6 +16,7 @@ from cvmk.ops import QuantizedWeight
 from cvmk.ops.quantize import GROUP_SIZES, WEIGHT_TENSORS, rounded_rows
 
 _SMOOTH = "smooth_scale"
+_RANGE = "input_range"
 
 
 class QuantizedLinear(nn.Module):
@@ -25,12 +26,13 @@ class QuantizedLinear(nn.Module):
     bias          [N], floating, or None. It becomes a parameter.
     smooth_scale  [K], floating, or None; 8 bits only: SmoothQuant's scale, by which W was multiplied before it was quantised.
     activations   what the weight is multiplied with: "token", rows of x that are quantised to 8 bits each by its largest magnitude, as `ops.int8_linear`
-                  does (the only one of 8 bits, and their default), or "float", x as it is (the default of 4 bits).
+                  does (the default of 8 bits), "static" (8 bits only), all by one magnitude, or "float", x as it is (the default of 4 bits).
+    input_range   [1], floating, above 0: that magnitude, of x / smooth_scale; with "static" only, whose sign it is.
 
     The weight stands packed for its device. In a state dict it is canonical, so that every machine loads it, whatever its processor: the tensors
     of `QuantizedWeight.tensors` as "weight.values", "weight.scales" and, where there are some, "weight.zeros" and "weight.order"; with them
-    "smooth_scale" and "bias". A pickle holds them in this form too. `.to(device)` packs the weight for the new device; `.half()`, `.bfloat16()`, `.double()`
-    and `.to(dtype)` cast the bias and leave the weight and `smooth_scale`, whose scales are float32 by definition.
+    "smooth_scale", "input_range" and "bias". A pickle holds them in this form too. `.to(device)` packs the weight for the new device; `.half()`,
+    `.bfloat16()`, `.double()` and `.to(dtype)` cast the bias and leave the weight, `smooth_scale` and `input_range`, which are float32 by definition.
 
     Raises TypeError and ValueError for arguments that do not fit.
     """
@@ -39,13 +41,20 @@ class QuantizedLinear(nn.Module):
     """What stands before the names of the weight's tensors in a state dict."""
     bias: nn.Parameter | None
     smooth_scale: Tensor | None
+    input_range: Tensor | None
     _weight_values: Tensor  # with the next three, the weight; packed, they are nobody else's affair
     _weight_scales: Tensor
     _weight_zeros: Tensor | None
     _weight_order: Tensor | None
 
     def __init__(
-        self, weight: QuantizedWeight, bias: Tensor | None = None, *, smooth_scale: Tensor | None = None, activations: str | None = None
+        self,
+        weight: QuantizedWeight,
+        bias: Tensor | None = None,
+        *,
+        smooth_scale: Tensor | None = None,
+        activations: str | None = None,
+        input_range: Tensor | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(weight, QuantizedWeight):
@@ -54,10 +63,12 @@ class QuantizedLinear(nn.Module):
         _check_vector(_SMOOTH, smooth_scale, weight.in_features, weight.device)
         if smooth_scale is not None and weight.bits != 8:
             raise ValueError(f"QuantizedLinear: smooth_scale goes with 8 bits and the weight has {weight.bits}: leave it out")
-        self.activations = _checked_activations(activations, weight.bits)
+        _check_vector(_RANGE, input_range, 1, weight.device)
+        self.activations = _checked_activations(activations, weight.bits, input_range is not None)
         self.out_features, self.in_features, self.bits, self.group_size = weight.out_features, weight.in_features, weight.bits, weight.group_size
         self._hold(weight.pack())
         self._place(_SMOOTH, None if smooth_scale is None else smooth_scale.detach().float())
+        self._place(_RANGE, None if input_range is None else input_range.detach().float())
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), bias.requires_grad))
 
     @classmethod
@@ -71,6 +82,7 @@ class QuantizedLinear(nn.Module):
         order: Tensor | None = None,
         smooth_scale: Tensor | None = None,
         activations: str | None = None,
+        input_range: Tensor | None = None,
     ) -> QuantizedLinear:
         """A float layer's weight, rounded to nearest in 8 bits (`ops.quantize_int8`) or 4 (`ops.quantize_int4`, to which `group_size`, `symmetric`
         and `order` belong), on the layer's device; its bias copied.
@@ -87,7 +99,7 @@ class QuantizedLinear(nn.Module):
         else:
             weight = ops.quantize_int4(linear.weight, group_size, symmetric=symmetric, order=order)
         bias = None if linear.bias is None else linear.bias.detach().clone().requires_grad_(linear.bias.requires_grad)
-        return cls(weight, bias, smooth_scale=smooth_scale, activations=activations).train(linear.training)
+        return cls(weight, bias, smooth_scale=smooth_scale, activations=activations, input_range=input_range).train(linear.training)
 
     @classmethod
     def empty(
@@ -100,6 +112,7 @@ class QuantizedLinear(nn.Module):
         group_size: int = 64,
         smooth: bool = False,
         activations: str | None = None,
+        input_range: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> QuantizedLinear:
@@ -116,7 +129,8 @@ class QuantizedLinear(nn.Module):
             scales = (out_features, in_features // group_size)
         weight = QuantizedWeight(values, values.new_ones(scales, dtype=torch.float32), None, None, out_features, in_features, bits, group_size)
         vector = values.new_zeros(out_features, dtype=dtype or torch.get_default_dtype()).requires_grad_() if bias else None
-        return cls(weight, vector, smooth_scale=values.new_ones(in_features, dtype=torch.float32) if smooth else None, activations=activations)
+        scale, span = (values.new_ones(count, dtype=torch.float32) if wanted else None for wanted, count in ((smooth, in_features), (input_range, 1)))
+        return cls(weight, vector, smooth_scale=scale, activations=activations, input_range=span)
 
     # -- the weight --------------------------------------------------------------------------------------------------------------
     @property
@@ -158,19 +172,19 @@ class QuantizedLinear(nn.Module):
     def forward(self, x: Tensor, activation: Activation | None = None) -> Tensor:
         """x [..., K], floating -> [..., N] (half of them for swiglu) in x's dtype."""
         if self.bits == 8:
-            return ops.int8_linear(x, self.weight, self.bias, smooth_scale=self.smooth_scale, activation=activation)
+            return ops.int8_linear(x, self.weight, self.bias, smooth_scale=self.smooth_scale, input_range=self.input_range, activation=activation)
         return ops.int4_linear(rounded_rows(x) if self.activations == "token" else x, self.weight, self.bias, activation=activation)
 
     def extra_repr(self) -> str:
         group = f", group_size={self.group_size}" if self.bits == 4 else ""
         smooth = ", smooth_scale=True" if self.smooth_scale is not None else ""
-        rows = f", activations={self.activations!r}" if self.bits == 4 else ""
+        rows = f", activations={self.activations!r}" if self.bits == 4 or self.activations == "static" else ""
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, bits={self.bits}{group}{smooth}{rows}"
 
     # -- moved and cast ----------------------------------------------------------------------------------------------------------
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
         """What `.to`, `.half`, `.cuda`, `.share_memory` and their like do to every tensor. Whatever `fn` casts, the weight keeps its types."""
-        own = (*map(_held, WEIGHT_TENSORS), _SMOOTH)
+        own = (*map(_held, WEIGHT_TENSORS), _SMOOTH, _RANGE)
         kept = {name: self._buffers.pop(name) for name in own if name in self._buffers}
         try:
             super()._apply(fn, recurse)
@@ -184,6 +198,7 @@ class QuantizedLinear(nn.Module):
         weight = replace(weight, **moved)
         self._hold(weight.pack() if moves else weight)
         self._place(_SMOOTH, _moved(fn, self.smooth_scale))
+        self._place(_RANGE, _moved(fn, self.input_range))
         return self
 
     # -- saved and loaded --------------------------------------------------------------------------------------------------------
@@ -191,8 +206,9 @@ class QuantizedLinear(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name, tensor in self.weight.tensors().items():
             destination[f"{prefix}{self.weight_key}{name}"] = tensor
-        if self.smooth_scale is not None:
-            destination[prefix + _SMOOTH] = self.smooth_scale
+        for name, vector in ((_SMOOTH, self.smooth_scale), (_RANGE, self.input_range)):
+            if vector is not None:
+                destination[prefix + name] = vector
 
     def _load_from_state_dict(
         self,
@@ -206,11 +222,13 @@ class QuantizedLinear(nn.Module):
     ) -> None:
         at = prefix + self.weight_key
         own = {at + name for name in WEIGHT_TENSORS}
-        ours = {key: state_dict[key] for key in state_dict if key in own or key.startswith(f"{prefix}weight.") or key in (f"{prefix}weight", prefix + _SMOOTH)}
+        whole = (f"{prefix}weight", prefix + _SMOOTH, prefix + _RANGE)
+        ours = {key: state_dict[key] for key in state_dict if key in own or key.startswith(f"{prefix}weight.") or key in whole}
         rest = {key: value for key, value in state_dict.items() if key not in ours}
         super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         tensors = {name: ours.pop(key) for name in WEIGHT_TENSORS if (key := at + name) in ours}
-        smooth = ours.pop(prefix + _SMOOTH, None)
+        vectors = {name: ours.pop(prefix + name, None) for name in (_SMOOTH, _RANGE)}
+        here = [name for name in vectors if getattr(self, name) is not None]
         if f"{prefix}weight" in ours:
             del ours[f"{prefix}weight"]
             error_msgs.append(
@@ -220,17 +238,18 @@ class QuantizedLinear(nn.Module):
         if strict:
             unexpected_keys.extend(ours)
         missing = [at + name for name in ("values", "scales") if name not in tensors]
-        missing += [prefix + _SMOOTH] if self.smooth_scale is not None and smooth is None else []
-        if len(missing) == 2 + (self.smooth_scale is not None) and not tensors:
+        missing += [prefix + name for name in here if vectors[name] is None]
+        if len(missing) == 2 + len(here) and not tensors:
             missing_keys.extend(missing)  # nothing of the weight: without `strict` it stays
         elif missing:
             error_msgs.append(f"{' and '.join(missing)} is missing beside {prefix}weight's other tensors: a weight is loaded whole")
         else:
             assign = bool(local_metadata.get("assign_to_params_buffers", False))
-            self._load(tensors, smooth, prefix, assign, error_msgs)
+            self._load(tensors, vectors, prefix, assign, error_msgs)
 
-    def _load(self, tensors: dict[str, Tensor], smooth: Tensor | None, prefix: str, assign: bool, error_msgs: list[str]) -> None:
-        """The weight and `smooth_scale` from their canonical tensors; nothing is changed where one does not fit."""
+    def _load(self, tensors: dict[str, Tensor], vectors: Mapping[str, Tensor | None], prefix: str, assign: bool, error_msgs: list[str]) -> None:
+        """The weight and its vectors from their canonical tensors; nothing is changed where one does not fit."""
+        smooth, span = vectors[_SMOOTH], vectors[_RANGE]
         here = self.weight.device
         if here.type == "meta" and not assign:
             return  # as PyTorch: a parameter without memory takes nothing in
@@ -244,11 +263,16 @@ class QuantizedLinear(nn.Module):
                 if self.bits != 8:
                     raise ValueError("smooth_scale goes with 8 bits")
                 _check_vector(_SMOOTH, smooth, self.in_features, smooth.device)
+            if span is not None:
+                if self.activations != "static":
+                    raise ValueError(f"input_range goes with activations by one magnitude, and these are {self.activations!r}")
+                _check_vector(_RANGE, span, 1, span.device)
         except (TypeError, ValueError) as error:
             error_msgs.append(f"{prefix}weight: {error}")
             return
         self._hold(weight)
-        self._place(_SMOOTH, None if smooth is None else smooth.detach().to(device, torch.float32))
+        for name, vector in vectors.items():
+            self._place(name, None if vector is None else vector.detach().to(device, torch.float32))
 
     def __getstate__(self) -> dict[str, Any]:
         """For a pickle: the weight in its canonical form."""
@@ -285,12 +309,15 @@ def _moved(fn: Callable[[Tensor], Tensor], tensor: Tensor | None) -> Tensor | No
     return found.view(whole.dtype).view(whole.shape)
 
 
-def _checked_activations(activations: str | None, bits: int) -> str:
-    """The activations of a layer of so many bits. Raises ValueError for what it does not have."""
-    allowed = ("token",) if bits == 8 else ("float", "token")
+def _checked_activations(activations: str | None, bits: int, ranged: bool) -> str:
+    """The activations of a layer of so many bits; `ranged` says whether it has an input_range. Raises ValueError for what it does not have."""
+    allowed = ("token", "static") if bits == 8 else ("float", "token")
     if activations is not None and activations not in allowed:
         raise ValueError(f"QuantizedLinear: activations is {activations!r}, and a weight of {bits} bits has {' or '.join(map(repr, allowed))}")
-    return activations or allowed[0]
+    found = activations or ("static" if ranged and bits == 8 else allowed[0])
+    if ranged != (found == "static"):
+        raise ValueError(f"QuantizedLinear: activations are {found!r}, which {'need an' if found == 'static' else 'have no'} input_range")
+    return found
 
 
 def _check_bits(bits: int) -> None:

@@ -22,8 +22,8 @@ class QuantizedTable(QuantizedLinear):
     _rows: QuantizedWeight | None
     _like: Tensor
 
-    def __init__(self, weight: QuantizedWeight, *, activations: str | None = None) -> None:
-        super().__init__(weight, activations=activations)
+    def __init__(self, weight: QuantizedWeight, *, activations: str | None = None, input_range: Tensor | None = None) -> None:
+        super().__init__(weight, activations=activations, input_range=input_range)
         self.register_buffer("_like", torch.empty(0, device=weight.device), persistent=False)  # the dtype of rows; it is cast with the module
 
     def rows(self, ids: Tensor) -> Tensor:

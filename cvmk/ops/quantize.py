@@ -291,14 +291,17 @@ def order_of_groups(group_index: torch.Tensor, group_size: int) -> torch.Tensor:
     return order.to(torch.int32)
 
 
-def rounded_rows(x: torch.Tensor) -> torch.Tensor:
-    """x [..., K], floating, as `int8_linear` sees it: each row rounded to 255 steps of its largest magnitude, in x's dtype. The gradient goes straight through.
+def rounded_rows(x: torch.Tensor, input_range: torch.Tensor | None = None) -> torch.Tensor:
+    """x [..., K], floating, as `int8_linear` sees it: each row rounded to 255 steps of its largest magnitude, or of input_range [1] where that is given, in
+    x's dtype. The gradient goes straight through.
 
-    With a = max(max_k |x[m, k]|, 2^-100):  q = clamp(round_half_even(x * (127 / a)), -127, 127),  result q * (a / 127). A row that is not finite
-    stays as it is.
+    With a = max(max_k |x[m, k]|, 2^-100), or max(input_range, 2^-100):  q = clamp(round_half_even(x * (127 / a)), -127, 127),  result
+    q * (a / 127). A row that is not finite stays as it is.
     """
     wide = x.detach().to(_dtypes.accumulation_dtype(x.dtype))
     largest = wide.abs().amax(-1, keepdim=True).clamp_(min=2.0**-100)
+    if input_range is not None:
+        largest = torch.where(largest.isfinite(), input_range.to(wide.dtype).clamp(min=2.0**-100), largest)
     steps = torch.full_like(largest, 127.0)
     rounded = (wide * (steps / largest)).round_().clamp_(-127, 127).mul_(largest / steps)
     rounded = torch.where(largest.isfinite(), rounded, wide).to(x.dtype)

@@ -23,6 +23,7 @@ from cvmk.quantization.gptq import gptq
 from cvmk.quantization.recipe import Recipe
 from cvmk.quantization.rounding import Grid
 from cvmk.quantization.sites import Site, apply, check_group, folds, matrix, sites
+from cvmk.quantization.static_range import input_range
 
 Say = Callable[[str], None]
 
@@ -46,13 +47,15 @@ class LayerReport:
 class Choice:
     """A matrix's quantised weights: as the recipe has it, and the next higher precision, None for floats.
 
-    `activations` is how its inputs are rounded, `smooth` [K] or None what they are divided by before that, as `QuantizedLinear` has both.
+    `activations` is how its inputs are rounded, `smooth` [K] or None what they are divided by before that, `range` [1] or None the magnitude by which, as
+    `QuantizedLinear` has them.
     """
 
     site: Site
     weight: QuantizedWeight
     activations: str
     smooth: Tensor | None
+    range: Tensor | None
     raised: QuantizedWeight | None
     snr: float
     nearest_snr: float
@@ -82,7 +85,7 @@ class Quantized:
 
         def changed(choice: Choice) -> Choice:
             name, weight = choice.site.name, weights[choice.site.name]
-            snr = signal_to_noise(matrix(self.model, name), weight, statistics.get(name), choice.activations, choice.smooth)
+            snr = signal_to_noise(matrix(self.model, name), weight, statistics.get(name), choice.activations, choice.smooth, choice.range)
             return replace(choice, weight=weight, snr=snr)
 
         return Quantized(model, [changed(choice) for choice in self._choices.values()])
@@ -122,7 +125,7 @@ class Quantized:
     def _place(self, model: CVMTransformer, name: str, raised: bool) -> None:
         choice = self._choices[name]
         if not raised:
-            replace_layer(model, name, choice.weight, smooth_scale=choice.smooth, activations=choice.activations)
+            replace_layer(model, name, choice.weight, smooth_scale=choice.smooth, activations=choice.activations, input_range=choice.range)
         elif choice.raised is not None:
             replace_layer(model, name, choice.raised, activations="token")
 
@@ -154,7 +157,9 @@ def quantize_model(model: CVMTransformer, recipe: Recipe, pairs: Sequence[Pair],
     nearest = {}
     for site in chosen:
         weight = matrix(work, site.name)
-        nearest[site.name] = signal_to_noise(weight, recipe.grid(weight.shape[1]).nearest(weight), statistics.get(site.name), recipe.activations)
+        rounded = recipe.grid(weight.shape[1]).nearest(weight)
+        span = _range(recipe, weight, rounded, statistics.get(site.name))
+        nearest[site.name] = signal_to_noise(weight, rounded, statistics.get(site.name), recipe.activations, None, span)
     smooth: dict[str, Tensor] = {}
     if recipe.method in ("smoothquant", "awq"):
         say(f"searching scales ({recipe.method})")
@@ -173,7 +178,10 @@ def _fold_scales(work: CVMTransformer, recipe: Recipe, chosen: Sequence[Site], s
         placed.update(fold.readers)
         weights, inputs = [matrix(work, name) for name in fold.readers], [statistics[name] for name in fold.readers]
         channels, grid = torch.tensor(fold.channels), recipe.grid(weights[0].shape[1])
-        scale = awq.search_scale(weights, inputs, channels, grid) if recipe.method == "awq" else smoothquant.search_scale(weights, inputs, channels, grid)[0]
+        if recipe.method == "awq":
+            scale = awq.search_scale(weights, inputs, channels, grid)
+        else:
+            scale = smoothquant.search_scale(weights, inputs, channels, grid, recipe.static)[0]
         if scale is not None:
             apply(work, fold, scale)
             for name in fold.readers:
@@ -184,7 +192,7 @@ def _fold_scales(work: CVMTransformer, recipe: Recipe, chosen: Sequence[Site], s
             if site.module is None or site.looked_up or site.name in placed:
                 continue
             weight = matrix(work, site.name)
-            scale, _ = smoothquant.search_scale([weight], [statistics[site.name]], torch.arange(weight.shape[1]), recipe.grid(weight.shape[1]))
+            scale, _ = smoothquant.search_scale([weight], [statistics[site.name]], torch.arange(weight.shape[1]), recipe.grid(weight.shape[1]), recipe.static)
             if scale is not None:
                 found[site.name] = scale.float()
     return found
@@ -202,8 +210,14 @@ def _choose(work: CVMTransformer, recipe: Recipe, site: Site, inputs: InputStati
     else:
         found = grid.nearest(scaled)
     raised = Grid(8, weight.shape[1]).nearest(weight) if recipe.bits == 4 else None
-    snr = signal_to_noise(weight, found, inputs, recipe.activations, smooth)
-    return Choice(site, found, recipe.activations, smooth, raised, snr, nearest)
+    span = _range(recipe, scaled, found, inputs if inputs is None or smooth is None else inputs.divided(smooth))
+    snr = signal_to_noise(weight, found, inputs, recipe.activations, smooth, span)
+    return Choice(site, found, "token" if recipe.static and span is None else recipe.activations, smooth, span, raised, snr, nearest)
+
+
+def _range(recipe: Recipe, weight: Tensor, found: QuantizedWeight, inputs: InputStatistics | None) -> Tensor | None:
+    """The static magnitude of a matrix's inputs; None where each token has its own, and where rows are only looked up."""
+    return input_range(weight, found.dequantize(), inputs) if recipe.static and inputs is not None else None
 
 
 def _moment(site: Site, inputs: InputStatistics | None, weight: Tensor) -> Tensor:
@@ -216,14 +230,20 @@ def _moment(site: Site, inputs: InputStatistics | None, weight: Tensor) -> Tenso
 
 @torch.no_grad()
 def signal_to_noise(
-    weight: Tensor, quantized: QuantizedWeight, inputs: InputStatistics | None, activations: str = "float", smooth: Tensor | None = None
+    weight: Tensor,
+    quantized: QuantizedWeight,
+    inputs: InputStatistics | None,
+    activations: str = "float",
+    smooth: Tensor | None = None,
+    span: Tensor | None = None,
 ) -> float:
-    """10 log10 of E |x W^T|^2 / E |x W^T - x' Q^T|^2, x' the inputs as they are rounded; without inputs that of the matrices."""
+    """10 log10 of E |x W^T|^2 / E |x W^T - x' Q^T|^2, x' the inputs as they are rounded (`span`: by that magnitude); without inputs that of the
+    matrices."""
     rounded = quantized.dequantize(torch.float64)
     if inputs is None:
         return _decibel(weight.double(), rounded)
     x = inputs.rows if smooth is None else inputs.rows / smooth
-    seen = rounded_rows(x) if activations == "token" else x
+    seen = x if activations == "float" else rounded_rows(x, span)
     return _decibel(inputs.rows.double() @ weight.double().T, seen.double() @ rounded.T)
 
 

@@ -23,6 +23,7 @@ class Recipe:
     symmetric      4-bit weights without zero points; None: without for w4a8, which has none, and with them for w4a16.
     keep           parts that stay in floats: "embeddings" and "output" (where they are one matrix, either), "cross" (cross-attention).
     damping, act_order, static_groups     of gptq.
+    static         w8a8: activations in 8 bits by one magnitude a layer, which calibration finds, and not by that of each token.
 
     Raises ConfigError for what does not go together.
     """
@@ -35,6 +36,7 @@ class Recipe:
     damping: float = 0.01
     act_order: bool = True
     static_groups: bool = True
+    static: bool = False
 
     def __post_init__(self) -> None:
         for name, allowed in (("scheme", get_args(SchemeName)), ("method", get_args(Method)), ("group_size", (0, 32, 64, 128))):
@@ -49,6 +51,8 @@ class Recipe:
             raise ConfigError("smoothquant makes activations easier to quantise, and w4a16 does not quantise them: choose w8a8 or w4a8, or gptq or awq")
         if self.method == "awq" and self.scheme == "w8a8":
             raise ConfigError("awq chooses the ranges of 4-bit weights: choose w4a16 or w4a8, or the method smoothquant or gptq")
+        if self.static and self.scheme != "w8a8":
+            raise ConfigError(f"static activation scales go with w8a8, and the scheme is {self.scheme}: leave them by tokens, or choose w8a8")
         if self.scheme == "w4a8" and (self.symmetric is False or not self.static_groups):
             raise ConfigError("w4a8 has weights without zero points, in groups of neighbours: leave symmetric and static_groups as they are, or choose w4a16")
 
@@ -64,7 +68,7 @@ class Recipe:
     @property
     def activations(self) -> str:
         """As `QuantizedLinear` has them."""
-        return "float" if self.scheme == "w4a16" else "token"
+        return "static" if self.static else "float" if self.scheme == "w4a16" else "token"
 
     def grid(self, columns: int) -> Grid:
         """The grid of a matrix of so many inputs."""

@@ -37,16 +37,27 @@ def scale_of(weights: Sequence[Tensor], largest: Tensor, alpha: float, channels:
 
 
 @torch.no_grad()
-def search_scale(weights: Sequence[Tensor], inputs: Sequence[InputStatistics], channels: Tensor, grid: Grid) -> tuple[Tensor | None, float | None]:
+def search_scale(
+    weights: Sequence[Tensor], inputs: Sequence[InputStatistics], channels: Tensor, grid: Grid, static: bool = False
+) -> tuple[Tensor | None, float | None]:
     """The scale and its alpha for inputs that some weights [N_i, K] share; None and None where none is better than none, and where there are no two
-    sentences to try a scale on."""
+    sentences to try a scale on. `static`: inputs are rounded by one magnitude, the largest of the half that the scale is made of, and not by tokens."""
     seen, held = ([[one.halves[index] for one in inputs] for index in order] for order in ((0, 1), (1, 0)))
     folds = [(_largest(fitted), [half.rows for half in tried]) for fitted, tried in zip(seen, held, strict=True)]
     if not all(len(rows) for _, tried in folds for rows in tried):
         return None, None
-    best, least = None, sum(_error(weights, rows, None, grid) for _, rows in folds)
+
+    def error_of(alpha: float | None) -> float:
+        total = 0.0
+        for largest, rows in folds:
+            scale = None if alpha is None else scale_of(weights, largest, alpha, channels)[channels]
+            span = (largest if scale is None else largest / scale).max().float().view(1) if static else None
+            total += _error(weights, rows, scale, grid, span)
+        return total
+
+    best, least = None, error_of(None)
     for alpha in ALPHAS:
-        error = sum(_error(weights, rows, scale_of(weights, largest, alpha, channels)[channels], grid) for largest, rows in folds)
+        error = error_of(alpha)
         if error < least:
             best, least = alpha, error
     return (None, None) if best is None else (scale_of(weights, _largest(inputs), best, channels), best)
@@ -57,13 +68,13 @@ def _largest(inputs: Sequence[InputStatistics] | Sequence[Half]) -> Tensor:
     return torch.stack([one.largest for one in inputs]).amax(0)
 
 
-def _error(weights: Sequence[Tensor], inputs: Sequence[Tensor], scale: Tensor | None, grid: Grid) -> float:
-    """The sum of squared errors of the readers' outputs on rows of inputs [n, K], inputs rounded by tokens."""
+def _error(weights: Sequence[Tensor], inputs: Sequence[Tensor], scale: Tensor | None, grid: Grid, span: Tensor | None = None) -> float:
+    """The sum of squared errors of the readers' outputs on rows of inputs [n, K], inputs rounded by tokens, or by a magnitude [1]."""
     total = 0.0
     for weight, rows in zip(weights, inputs, strict=True):
         w, x = (weight.float(), rows) if scale is None else (weight.float() * scale.float(), rows / scale.float())
         rounded = grid.rounded(grid.groups(w), *grid.fit(grid.groups(w))).flatten(1)
-        total += float((rounded_rows(x) @ rounded.T - rows @ weight.float().T).double().square().sum())
+        total += float((rounded_rows(x, span) @ rounded.T - rows @ weight.float().T).double().square().sum())
     return total
 
 

@@ -116,12 +116,12 @@ def _round_inputs(model: CVMTransformer, choice: Choice) -> None:
     if site.module is None or choice.activations == "float":
         return
     if site.kind in ("embeddings", "output"):  # what the output layer reads is what the decoder gives, also where nobody makes the logits
-        model.decoder.register_forward_hook(lambda module, given, found: rounded_rows(found))
+        model.decoder.register_forward_hook(lambda module, given, found: rounded_rows(found, choice.range))
         return
     factor = None if choice.smooth is None else 1 / choice.smooth
 
     def rounded(module: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
         x = given[0] if factor is None else given[0] * factor
-        return rounded_rows(x), *given[1:]
+        return rounded_rows(x, choice.range), *given[1:]
 
     model.get_submodule(site.module).register_forward_pre_hook(rounded)

@@ -54,7 +54,7 @@ class Recovery:
     steps: int
     every: int = 500
     pairs: tuple[Sequence[str], Sequence[str]] | None = None
-    learning_rate: float = 3e-4
+    learning_rate: float = 1e-4
     max_tokens: int = 2048
     seed: int = 0
 
@@ -63,7 +63,7 @@ class Recovery:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} of the recovery is {getattr(self, name)}, and must be at least 1")
         if not 0 < self.learning_rate < math.inf:
-            raise ConfigError(f"learning_rate of the recovery is {self.learning_rate}, and must be above 0, such as 3e-4")
+            raise ConfigError(f"learning_rate of the recovery is {self.learning_rate}, and must be above 0, such as 1e-4")
         if self.pairs is not None and len(self.pairs[0]) != len(self.pairs[1]):
             raise DataError(f"the recovery has {len(self.pairs[0])} sources and {len(self.pairs[1])} translations to train on: give one for each")
 

@@ -52,7 +52,12 @@ def four_by_tokens(weight: torch.Tensor, number: int) -> dict[str, Any]:
     return {"weight": ops.quantize_int4(weight, 64), "activations": "token"}
 
 
-SCHEMES = {"w8a8": eight, "w4a16": four, "w4a8": four_by_tokens}
+def eight_by_range(weight: torch.Tensor, number: int) -> dict[str, Any]:
+    return {**eight(weight, number), "input_range": torch.tensor([0.5 + number % 5])}
+
+
+SCHEMES = {"w8a8": eight, "w8a8 static": eight_by_range, "w4a16": four, "w4a8": four_by_tokens}
+ACTIVATIONS = {"w8a8": "token", "w8a8 static": "static", "w4a16": "float", "w4a8": "token"}
 
 
 def quantised(model: CVMTransformer, scheme: str) -> CVMTransformer:
@@ -61,6 +66,8 @@ def quantised(model: CVMTransformer, scheme: str) -> CVMTransformer:
         options = SCHEMES[scheme](model.get_parameter(site.name).detach(), number)
         if site.name.startswith("embeddings."):
             options.pop("smooth_scale", None)
+            if site.module is None:
+                options.pop("input_range", None)
         replace_layer(model, site.name, **options)
     return model.eval()
 
@@ -81,11 +88,13 @@ def test_a_folder_gives_the_same_model(tmp_path: Path, make_model: Make, tokeniz
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     src, tgt = torch.randint(4, 200, (2, 7)), torch.randint(4, 200, (2, 5))
     assert torch.equal(loaded(src, tgt)[0], model(src, tgt)[0])
-    assert info["requires"] == ["scheme:int8" if scheme == "w8a8" else "scheme:int4"]
+    assert info["requires"] == ["scheme:int8" if scheme.startswith("w8a8") else "scheme:int4"]
     assert info["parameters"] == sum(parameter.numel() for parameter in source.parameters())
     assert (tmp_path / "m" / "report.json").read_text() == "{}"
     layers = quantized_layers(loaded)
-    assert len(layers) == len(sites(source)) and all(layer.activations == ("float" if scheme == "w4a16" else "token") for layer in layers.values())
+    assert len(layers) == len(sites(source))
+    looked_up = {site.name for site in sites(source) if site.module is None and scheme == "w8a8 static"}
+    assert all(layer.activations == ("token" if name in looked_up else ACTIVATIONS[scheme]) for name, layer in layers.items())
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -176,6 +185,11 @@ def changed(values: torch.Tensor, **places: Any) -> torch.Tensor:
     ("w8a8", {f"{INNER}.weight.values": lambda t: changed(t, first=-128)}, "-128"),
     ("w8a8", {f"{INNER}.weight.scales": lambda t: changed(t, first=float("nan"))}, "scales holds an infinity or NaN|scales that are no finite numbers"),
     ("w8a8", {"encoder.blocks.0.mixer.qkv.smooth_scale": lambda t: changed(t, first=0.0)}, "smoothing scale that is not positive"),
+    ("w8a8 static", {f"{INNER}.input_range": None}, "lacks the tensor encoder.blocks.0.ffn.inner.weight.input_range"),
+    ("w8a8 static", {f"{INNER}.input_range": lambda t: -t}, "input range that is not positive"),
+    ("w8a8 static", {f"{INNER}.input_range": lambda t: t * torch.nan}, "input range that is not positive|no finite numbers"),
+    ("w8a8 static", {f"{INNER}.input_range": lambda t: torch.ones(128)}, r"input_range of float32 \[128\] where float32 \[1\]"),
+    ("w8a8", {f"{INNER}.input_range": torch.ones(1)}, "has input_range for encoder.blocks.0.ffn.inner.weight"),
     ("w8a8", {f"{INNER}.weight.scales": lambda t: t[:-1].clone()}, r"scales of float32 \[127\] where float32 \[128\]"),
     ("w8a8", {f"{INNER}.weight.{part}": lambda t: t[:-1].clone() for part in ("values", "scales")}, "does not ask for|where config.json asks for"),
     ("w4a16", {"encoder.blocks.0.mixer.qkv.weight.order": lambda t: changed(t, first=int(t[1]))}, "permutation"),

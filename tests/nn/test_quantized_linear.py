@@ -19,6 +19,7 @@ from cvmk.ops.quantize import QuantizedWeight
 KINDS: dict[str, dict[str, Any]] = {
     "8 bits": {},
     "8 bits, smooth": {"smooth_scale": torch.rand(64, generator=torch.Generator().manual_seed(1)) + 0.5},
+    "8 bits, static": {"smooth_scale": torch.rand(64, generator=torch.Generator().manual_seed(1)) + 0.5, "input_range": torch.tensor([5.0])},
     "4 bits": {"bits": 4, "group_size": 32},
     "4 bits, zeros and order": {"bits": 4, "symmetric": False, "order": torch.randperm(64, generator=torch.Generator().manual_seed(2))},
 }
@@ -50,17 +51,17 @@ def same(one: QuantizedLinear, other: QuantizedLinear) -> None:
 @pytest.mark.parametrize("activation", [None, "gelu", "swiglu"])
 def test_it_is_the_op(kind: str, bias: bool, activation: Any) -> None:
     options = {**KINDS[kind]}
-    whole, smooth = linear(bias), options.pop("smooth_scale", None)
+    whole, smooth, span = linear(bias), options.pop("smooth_scale", None), options.pop("input_range", None)
     if options.pop("bits", 8) == 8:
         weight = ops.quantize_int8(whole.weight if smooth is None else whole.weight * smooth)
-        expected = ops.int8_linear(x(2, 3, 64), weight, whole.bias, smooth_scale=smooth, activation=activation)
+        expected = ops.int8_linear(x(2, 3, 64), weight, whole.bias, smooth_scale=smooth, input_range=span, activation=activation)
     else:
         weight = ops.quantize_int4(whole.weight, options.pop("group_size", 64), **options)
         expected = ops.int4_linear(x(2, 3, 64), weight, whole.bias, activation=activation)
     layer = make(kind, bias)
     assert torch.equal(layer(x(2, 3, 64), activation), expected)
     if activation is None:
-        assert (layer(x()) - whole(x())).abs().max() < (0.02 if layer.bits == 8 else 0.4)
+        assert (layer(x()) - whole(x())).abs().max() < (0.4 if layer.bits == 4 else 0.02 if layer.activations == "token" else 0.04)
 
 
 def test_it_stands_in_for_our_own_linear() -> None:
@@ -101,12 +102,13 @@ def test_a_state_dict_is_canonical_and_loads_whatever_packs_the_weight(kind: str
         state = whole.state_dict()
         weight = layer.weight
         expected = {f"fc.weight.{name}": tensor for name, tensor in weight.tensors().items()} | ({"fc.bias": layer.bias} if bias else {})
-        expected |= {} if layer.smooth_scale is None else {"fc.smooth_scale": layer.smooth_scale}
+        expected |= {f"fc.{name}": vector for name in ("smooth_scale", "input_range") if (vector := getattr(layer, name)) is not None}
         assert state.keys() == expected.keys() and all(torch.equal(state[key], expected[key]) for key in expected)
         assert state["fc.weight.values"].shape == ((20, 64) if layer.bits == 8 else (20, 32)) and state["fc.weight.scales"].dtype == torch.float32
     stored = safetensors.torch.load(safetensors.torch.save({key: tensor.contiguous() for key, tensor in state.items()}))
     with ops.use(backends[1], "reference"):
         options = {"bits": layer.bits, "group_size": layer.group_size if layer.bits == 4 else 64, "smooth": layer.smooth_scale is not None}
+        options |= {"input_range": layer.input_range is not None}
         again = nn.ModuleDict({"fc": QuantizedLinear.empty(64, 20, bias, **options)})
         assert not again["fc"](torch.ones(1, 64)).any()
         again.load_state_dict(stored)
@@ -179,6 +181,9 @@ def test_states_that_do_not_fit_are_refused_with_the_reason() -> None:
     refused(four, {**four.state_dict(), "smooth_scale": torch.ones(64)}, "smooth_scale goes with 8 bits")
     layer.load_state_dict(smooth.state_dict())
     same(layer, smooth)
+    static = make("8 bits, static")
+    refused(static, smooth.state_dict(), "input_range is missing beside")
+    refused(smooth, static.state_dict(), "input_range goes with activations by one magnitude, and these are 'token'")
 
 
 def test_arguments_that_do_not_fit_are_refused() -> None:
@@ -190,6 +195,10 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
         (TypeError, "bias is torch.int64", lambda: QuantizedLinear(weight, torch.ones(20).long())),
         (ValueError, r"smooth_scale is \[20\]; it must be \[64\]", lambda: QuantizedLinear(weight, smooth_scale=torch.ones(20))),
         (ValueError, "smooth_scale goes with 8 bits", lambda: QuantizedLinear(four, smooth_scale=torch.ones(64))),
+        (ValueError, r"input_range is \[64\]; it must be \[1\]", lambda: QuantizedLinear(weight, input_range=torch.ones(64))),
+        (ValueError, "activations are 'static', which need an input_range", lambda: QuantizedLinear(weight, activations="static")),
+        (ValueError, "activations are 'token', which have no input_range", lambda: QuantizedLinear(weight, activations="token", input_range=torch.ones(1))),
+        (ValueError, "activations are 'float', which have no input_range", lambda: QuantizedLinear(four, input_range=torch.ones(1))),
         (ValueError, "bits is 3, not 8 or 4", lambda: QuantizedLinear.from_linear(linear(), bits=3)),
         (ValueError, "multiple of group_size", lambda: QuantizedLinear.from_linear(nn.Linear(65, 3), bits=4)),
         (TypeError, "linear is a Embedding, not a torch.nn.Linear", lambda: QuantizedLinear.from_linear(nn.Embedding(3, 4))),  # type: ignore[arg-type]
@@ -247,7 +256,8 @@ def test_moved_to_a_device_without_memory_and_back(kind: str) -> None:
     filled.load_state_dict(state)
     same(filled, layer)
     with torch.device("meta"):
-        planned = QuantizedLinear.empty(64, 20, bits=layer.bits, group_size=layer.group_size if layer.bits == 4 else 64, smooth=layer.smooth_scale is not None)
+        options = {"bits": layer.bits, "group_size": layer.group_size if layer.bits == 4 else 64}
+        planned = QuantizedLinear.empty(64, 20, **options, smooth=layer.smooth_scale is not None, input_range=layer.input_range is not None)
     planned.load_state_dict(state, assign=True)
     same(planned, layer)
 

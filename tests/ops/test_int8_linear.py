@@ -71,6 +71,35 @@ def test_integers_are_the_laws(shape, dtype):
         assert product.dtype == torch.int32 and np.array_equal(product.numpy(), p)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_given_range_saturates(dtype):
+    """Every row by 127 / range, cut at 127: against numpy, with one input far beyond it, a row that is not finite, and a range of 0."""
+    x, weight, scale = random(6, 40, dtype=dtype), quantize_int8(random(9, 40, seed=1)), smooth(40)
+    x[1, 3], x[4, 2] = 1000.0, math.inf
+    for s in (None, scale):
+        u = reference.smoothed(x, s).numpy()
+        for span in (0.5, 2.0, 0.0):
+            largest = np.maximum(u.dtype.type(span), u.dtype.type(2.0**-100))
+            q = np.clip(np.rint(u * (u.dtype.type(127) / largest)), -127, 127)
+            expected = (q @ weight.plain().values.double().numpy().T) * (float(largest) / 127) * weight.plain().scales.double().numpy()
+            got = int8_linear(x, weight, smooth_scale=s, input_range=torch.tensor([span], dtype=dtype), out_dtype=torch.float64)
+            rows = [0, 1, 2, 3, 5]
+            assert np.allclose(got.numpy()[rows], expected[rows], rtol=1e-5, atol=0) and bool(got[4].isnan().all())
+            assert span == 0.0 or abs(q[1]).max() == 127
+    whole = x[:4].double().requires_grad_()
+    int8_linear(whole, weight, input_range=torch.tensor([0.5])).sum().backward()
+    assert torch.allclose(whole.grad, weight.dequantize(torch.float64).sum(0).expand(4, 40)), "straight through, also where it saturates"
+
+
+def test_what_a_range_must_be_and_who_takes_none():
+    x, weight = random(2, 40), quantize_int8(random(9, 40, seed=1))
+    for wrong, kind in ((torch.ones(2), ValueError), (torch.ones(1).int(), TypeError)):
+        with pytest.raises(kind, match="input_range"):
+            int8_linear(x, weight, input_range=wrong)
+    text = str(ops.explain("int8_linear", x, weight, input_range=torch.ones(1)))
+    assert text.count("measures the largest magnitude of each row") >= 1
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float64, 1e-13), (torch.float32, 2e-6), (torch.bfloat16, 4e-3), (torch.float16, 6e-4)])
 def test_result(activation, dtype, tolerance):
@@ -311,7 +340,8 @@ def test_opcheck(dtype, options):
     weight = quantize_int8(random(6, 20)).plain()
     bias, s = random(6, dtype=dtype) if has_bias else None, smooth(20) if has_smooth else None
     for rows in (5, 0) if dtype == torch.float32 else (5,):
-        arguments = (random(rows, 30, dtype=dtype)[:, :20], weight.values, weight.scales, bias, s, "plain", 6, activation, torch.bfloat16)
+        vectors = bias, s, torch.ones(1) if has_smooth else None
+        arguments = (random(rows, 30, dtype=dtype)[:, :20], weight.values, weight.scales, *vectors, "plain", 6, activation, torch.bfloat16)
         torch.library.opcheck(FORWARD, arguments)
         g = torch.ones(rows, 3 if activation == "swiglu" else 6, dtype=torch.bfloat16)
         torch.library.opcheck(BACKWARD, (g, *arguments, [True, has_bias]))

@@ -169,7 +169,9 @@ def test_what_does_not_go(make_model: Make) -> None:
     for options, message in (
         ({"scheme": "w3a8"}, "scheme is 'w3a8'"), ({"method": "magic"}, "method is 'magic'"), ({"group_size": 16, "scheme": "w4a16"}, "group_size is 16"),
         ({"scheme": "w4a16", "method": "smoothquant"}, "does not quantise them"), ({"method": "awq"}, "awq chooses the ranges of 4-bit"),
-        ({"scheme": "w4a8", "symmetric": False}, "without zero points"), ({"keep": ("all",)}, "keep has 'all'"), ({"damping": -1.0}, "damping is -1.0"),
+        ({"scheme": "w4a8", "symmetric": False}, "without zero points"),
+        ({"scheme": "w4a8", "static": True}, "static activation scales go with w8a8"), ({"keep": ("all",)}, "keep has 'all'"),
+        ({"damping": -1.0}, "damping is -1.0"),
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=message):
             Recipe(**options)  # type: ignore[arg-type]

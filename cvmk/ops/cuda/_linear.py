@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cvmk.ops import cuda
 from cvmk.ops.cuda import TYPES
+from cvmk.ops.int8_linear import STATIC
 from cvmk.ops.quantize import PLAIN
 from cvmk.ops.triton.int8_linear import ALIGNED
 
@@ -41,7 +42,7 @@ def limits(layouts: tuple[str, ...], shared: str) -> Callable[[str, Any], list[s
     def found(which: str, c: Any) -> list[str]:
         rows, inputs = c.x.shape
         out_dtype = getattr(c, "out_dtype", torch.float32)
-        reasons = []
+        reasons = [STATIC] if getattr(c, "input_range", None) is not None else []
         if c.layout not in layouts:
             reasons.append(f"the weight is in the layout {c.layout!r}, not {' or '.join(map(repr, layouts))}: pack it with weight.pack()")
         if rows > MOST_ROWS:

@@ -50,7 +50,7 @@ def forward(c: Call) -> Tensor:
         bias = vector(bias)
     if smooth_scale is not None:
         smooth_scale = vector(smooth_scale)
-    _NATIVE.int8_linear(x, out, c.scales, bias, ACTIVATION_NUMBERS[c.activation], c.values, smooth_scale)
+    _NATIVE.int8_linear(x, out, c.scales, bias, ACTIVATION_NUMBERS[c.activation], c.values, smooth_scale, c.input_range)
     return out
 
 

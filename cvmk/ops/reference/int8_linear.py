@@ -29,12 +29,14 @@ def smoothed(x: torch.Tensor, smooth_scale: torch.Tensor | None) -> torch.Tensor
 
 
 @torch.no_grad()
-def quantize_rows(wide: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows [M, K] in float32 or float64 -> int8 [M, K] and the scales [M, 1].
+def quantize_rows(wide: torch.Tensor, input_range: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows [M, K] in float32 or float64 -> int8 [M, K] and the scales [M, 1]; with input_range [1] all by that magnitude.
 
     A row that is not finite becomes zeros with a scale of infinity or NaN: their products are NaN.
     """
     floor = wide.abs().amax(1, keepdim=True).clamp_(min=SMALLEST_MAXIMUM)
+    if input_range is not None:
+        floor = torch.where(floor.isfinite(), input_range.to(wide.dtype).clamp(min=SMALLEST_MAXIMUM), floor)
     steps = torch.full_like(floor, 127.0)  # a tensor: PyTorch turns a division by or of a number into a product with a reciprocal
     values = (wide * (steps / floor)).round_().clamp_(-127, 127).nan_to_num_(nan=0.0)
     return values.to(torch.int8), floor / steps
@@ -89,10 +91,10 @@ class _StraightThrough(torch.autograd.Function):
         return None, grad
 
 
-def _pre_activation(x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None, smooth_scale: torch.Tensor | None) -> torch.Tensor:
-    """[M, N] in float32 (float64 for float64), before the activation."""
-    wide = smoothed(x, smooth_scale)
-    values, row_scales = quantize_rows(wide)
+def _pre_activation(x: torch.Tensor, weight: QuantizedWeight, c: Call) -> torch.Tensor:
+    """[M, N] in float32 (float64 for float64), before the activation, of rows x of a call."""
+    wide, bias = smoothed(x, c.smooth_scale), c.bias
+    values, row_scales = quantize_rows(wide, c.input_range)
     pre = exact_product(values, weight.values).to(wide.dtype).mul_(row_scales).mul_(weight.scales)
     if torch.is_grad_enabled() and wide.requires_grad:
         pre = _StraightThrough.apply(pre, product(wide, weight))
@@ -110,15 +112,15 @@ def forward(c: Call) -> torch.Tensor:
     weight = _weight(c)
     rows = max(128, _PIECE_ELEMENTS // max(weight.shape))
     if c.x.is_cuda or torch.is_grad_enabled() or c.x.shape[0] <= rows:
-        return activate(_pre_activation(c.x, weight, c.bias, c.smooth_scale), c.activation).to(c.out_dtype)
-    return torch.cat([activate(_pre_activation(piece, weight, c.bias, c.smooth_scale), c.activation).to(c.out_dtype) for piece in c.x.split(rows)])
+        return activate(_pre_activation(c.x, weight, c), c.activation).to(c.out_dtype)
+    return torch.cat([activate(_pre_activation(piece, weight, c), c.activation).to(c.out_dtype) for piece in c.x.split(rows)])
 
 
 def backward(grads: Out, c: Call, saved: Out, needs: Needs) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     weight = _weight(c)
     grad = grads.out.to(accumulation_dtype(c.x.dtype))
     if c.activation is not None:
-        grad = activate_backward(grad, _pre_activation(c.x, weight, c.bias, c.smooth_scale), c.activation)
+        grad = activate_backward(grad, _pre_activation(c.x, weight, c), c.activation)
     x_grad = None
     if needs.x:
         x_grad = product_backward(grad.to(c.x.dtype), weight)

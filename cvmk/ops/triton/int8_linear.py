@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from cvmk.ops import triton
 from cvmk.ops._backend import Backend
-from cvmk.ops.int8_linear import Call
+from cvmk.ops.int8_linear import STATIC, Call
 from cvmk.ops.quantize import PLAIN, Layout, QuantizedWeight, outputs
 from cvmk.ops.triton import _launch
 from cvmk.ops.triton._tuning import Config, Tuned
@@ -117,6 +117,8 @@ def forward(c: Call) -> Tensor:
 
 def limits(which: str, c: Call) -> list[str]:
     found = []
+    if c.input_range is not None:
+        found.append(STATIC)
     if c.layout not in (PLAIN, LAYOUT.name):
         found.append(f"the weight is in the layout {c.layout!r}, not {PLAIN!r} or {LAYOUT.name!r}: pack it with weight.pack()")
     if c.out_dtype not in DTYPES:
@@ -141,7 +143,7 @@ def _case(rows: int, activation: str | None, dtype: torch.dtype, smooth: bool = 
         scales, bias = _launch.sample((features,), torch.float32, device).abs(), _launch.sample((features,), dtype, device)
         smooth_scale = _launch.sample((inputs,), torch.float32, device).abs() if smooth else None
         x = _launch.sample((rows, inputs), dtype, device)
-        forward(Call(x, weight.values, scales, bias, smooth_scale, weight.layout, features, activation, dtype))
+        forward(Call(x, weight.values, scales, bias, smooth_scale, None, weight.layout, features, activation, dtype))
 
     name = f"{str(dtype).removeprefix('torch.')} M{rows} K{inputs} {activation or ''}{' smooth' if smooth else ''}"
     return _launch.Case(name, run)

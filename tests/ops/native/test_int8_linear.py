@@ -74,6 +74,24 @@ def test_sums_are_exact_at_the_extremes(isa):
             assert weight.layout == "native_int8" and np.array_equal(got.numpy(), x @ w.T)
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_by_a_given_range(isa, shape):
+    """The reference's numbers, whatever goes beyond the range; rows that are not finite are NaN and touch no other."""
+    m, k, n = shape
+    weight = quantize_int8(random(n, k, seed=1))
+    for dtype in DTYPES:
+        for s in (None, random(k, seed=3).abs() + 0.25):
+            for largest in (0.7, 3.0, 0.0):
+                x = random(m, k, dtype=dtype)
+                x[0, 0], x[m // 2, k - 1], span = 1e4, float("inf") if k % 2 else float("nan"), torch.tensor([largest])
+                got = ops.int8_linear(x, weight, smooth_scale=s, input_range=span, out_dtype=torch.float32)
+                with ops.use("reference"):
+                    peer = ops.int8_linear(x, weight.plain(), smooth_scale=s, input_range=span, out_dtype=torch.float32)
+                broken = torch.arange(m) == m // 2
+                assert bool(got[broken].isnan().all()) and torch.allclose(got[~broken], peer[~broken], rtol=1e-6, atol=0)
+                assert torch.equal(ops.int8_linear(x[:1], weight, smooth_scale=s, input_range=span, out_dtype=torch.float32), got[:1]) or m == 1
+
+
 def test_rounds_half_to_even_and_once(isa):
     x = torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5, 126.5]])
     eye = QuantizedWeight(torch.eye(7, dtype=torch.int8), torch.ones(7), None, None, 7, 7, 8, 7).pack()
