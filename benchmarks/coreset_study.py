@@ -42,7 +42,7 @@ def main() -> None:
                 for seed in range(arguments.seeds):
                     texts = [text for _, text in choose(train, count, kind, seed=seed).sentences]
                     quantized = quantize_model(model, recipe, read_pairs(texts, translator, count))
-                    ratios.append(mean(held_out(quantized, unseen, recipe)))
+                    ratios.append(mean(held_out(quantized, unseen)))
                     said = [one.text for one in Translator.of_weights(quantized.build(), tokenizer).translate(sources)]
                     drops.append(score("bleu", said, references).value - whole)
                 print(f"{recipe.scheme:6} {recipe.method:12} {count:8}  {kind:9} {_spread(ratios)}  {_spread(drops)}", flush=True)

@@ -17,10 +17,15 @@ from cvmk.quantization.calibration import Pair
 from cvmk.quantization.model import Quantized, signal_to_noise
 from cvmk.quantization.sites import matrix, sites
 
-ROWS = {"w8a8": ("rtn", "smoothquant", "gptq"), "w4a16": ("rtn", "gptq", "awq"), "w4a8": ("rtn", "smoothquant", "gptq", "awq")}
+ROWS = {
+    "w8a8": ("rtn", "smoothquant", "gptq"),
+    "w8a8 static": ("rtn", "smoothquant", "gptq"),
+    "w4a16": ("rtn", "gptq", "awq"),
+    "w4a8": ("rtn", "smoothquant", "gptq", "awq"),
+}
 
 
-def held_out(quantized: Quantized, pairs: Sequence[Pair], recipe: Recipe) -> dict[str, float]:
+def held_out(quantized: Quantized, pairs: Sequence[Pair]) -> dict[str, float]:
     """The ratio in dB of each matrix that multiplies something, of the inputs that it has on these pairs."""
     model = quantized.model
     chosen = [site for site in sites(model) if site.name in quantized.names and site.module is not None]
@@ -28,7 +33,8 @@ def held_out(quantized: Quantized, pairs: Sequence[Pair], recipe: Recipe) -> dic
     found = {}
     for site in chosen:
         layer = built.get_submodule(site.module or "") if not site.looked_up else built.embeddings.source
-        found[site.name] = signal_to_noise(matrix(model, site.name), layer.weight, statistics[site.name], recipe.activations, layer.smooth_scale)
+        weight, inputs = matrix(model, site.name), statistics[site.name]
+        found[site.name] = signal_to_noise(weight, layer.weight, inputs, layer.activations, layer.smooth_scale, layer.input_range)
     return found
 
 
@@ -50,9 +56,9 @@ def main() -> None:
     for scheme, methods in ROWS.items():
         nearest: dict[str, float] = {}
         for method in methods:
-            recipe = Recipe(scheme, method)  # type: ignore[arg-type]
-            quantized = quantize_model(model, recipe, calibration)
-            seen, found = held_out(quantized, calibration, recipe), held_out(quantized, unseen, recipe)
+            name, _, static = scheme.partition(" ")
+            quantized = quantize_model(model, Recipe(name, method, static=bool(static)), calibration)  # type: ignore[arg-type]
+            seen, found = held_out(quantized, calibration), held_out(quantized, unseen)
             nearest = nearest or found
             name = min(found, key=lambda one: found[one] - nearest[one])
             worst = "" if method == "rtn" else f"{name.removesuffix('.weight')} {found[name] - nearest[name]:+.2f}"
