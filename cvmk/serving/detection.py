@@ -65,9 +65,14 @@ class Detector:
         self._identifier: Any = None
 
     @property
+    def is_single(self) -> bool:
+        """Whether there is one language, in which every text is."""
+        return len(self._languages) == 1
+
+    @property
     def loaded(self) -> bool:
         """Whether `rank` answers at once."""
-        return self._identifier is not None or len(self._languages) == 1
+        return self._identifier is not None or self.is_single
 
     def load(self) -> None:
         """Read py3langid's model, where it has not been: for a thread beside the event loop. Raises ConfigError where the package is not installed."""
@@ -87,7 +92,7 @@ class Detector:
 
         Raises ServiceError where no served language is one that can be found.
         """
-        if len(self._languages) == 1:
+        if self.is_single:
             return [Language(self._languages[0], 1.0)]
         self.load()
         if not self._groups:
@@ -103,7 +108,7 @@ class Detector:
 
 
 class Sticky:
-    """The language of one session's text: decided when there are three words or twelve letters, and then kept.
+    """The language of one session's text: decided when there are three words or twelve letters, or there is one language alone, and then kept.
 
     It becomes another only where that has a probability above 0.9 over five words or more: a name or a quotation changes nothing. Two characters of a script
     that writes no spaces count as a word. `language` is a code that the client has given: it stays whatever the text is.
@@ -129,7 +134,7 @@ class Sticky:
         if self._given:
             return self.language
         words, letters = _measure(text[:_READ])
-        enough = words >= _WORDS or letters >= _LETTERS
+        enough = words >= _WORDS or letters >= _LETTERS or self._detector.is_single
         if self.language is None:
             if not enough and not final:
                 return None

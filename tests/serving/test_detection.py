@@ -92,6 +92,12 @@ def test_one_language_needs_no_detector(monkeypatch: pytest.MonkeyPatch) -> None
     detector.load()
 
 
+def test_one_language_is_known_before_a_word_is() -> None:
+    """A stream is translated from its first word on where there is nothing to find out."""
+    session = Sticky(Detector(["en"]))
+    assert session.read("a") == Language("en", 1.0)
+
+
 def test_it_is_loaded_when_it_is_first_asked() -> None:
     code = (
         "import sys, cvmk.serving.detection as d; x = d.Detector(['en', 'de']); assert not x.loaded and 'py3langid' not in sys.modules;"
