@@ -36,6 +36,7 @@ class AsyncTranslator:
         self._changed = threading.Condition()  # guards what follows
         self._waiting: dict[Any, _Waiting] = {}
         self._closed = self._recovering = False
+        self._step_begun: float | None = None
         self._thread = threading.Thread(target=self._run, name="cvmk-engine", daemon=True)
 
     async def __aenter__(self) -> Self:
@@ -97,6 +98,18 @@ class AsyncTranslator:
                 if self._waiting.pop(one.id, None) is not None:
                     self._engine.cancel(one.id)
 
+    def step_seconds(self) -> float:
+        """For how long the engine has been in its present step; 0 where it is in none."""
+        begun = self._step_begun
+        return 0.0 if begun is None else time.monotonic() - begun
+
+    def _step(self) -> list[Event]:
+        self._step_begun = time.monotonic()
+        try:
+            return self._engine.step()
+        finally:
+            self._step_begun = None
+
     def _run(self) -> None:
         """The thread's loop: steps as long as somebody waits."""
         while True:
@@ -105,7 +118,7 @@ class AsyncTranslator:
                 if self._closed:
                     return
             try:
-                events = self._engine.step()
+                events = self._step()
             except Exception as error:
                 self._recover(error)
                 continue
@@ -142,10 +155,10 @@ class AsyncTranslator:
     def _alone(self, one: _Waiting) -> None:
         """All steps of a request while the engine has no other."""
         try:
-            self._engine.step()  # lets go of what was cancelled
+            self._step()  # lets go of what was cancelled
             self._submit(one)
             while one.id in self._waiting and not self._closed:
-                for event in self._engine.step():
+                for event in self._step():
                     self._tell(event)
         except Exception as error:
             self._give_up(one, error)

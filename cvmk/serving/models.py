@@ -35,6 +35,10 @@ class Served:
         engine: Any = self.translator.engine
         return engine.open_source() if self.causal else None
 
+    def stuck_seconds(self) -> float:
+        """For how long its engine has been in its present step; 0 between two."""
+        return self._asynchronous.step_seconds()
+
     def lease(self) -> Served:
         """It stays open until `release`."""
         self._leases += 1

@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
 SWITCH_INTERVAL = 0.0005
 """Seconds after which Python lets another thread on: an engine's thread that has finished a step should not wait 5 ms for the event loop to pause."""
+STUCK = 10.0
+"""Seconds in one step after which an engine is taken for stuck: steps last milliseconds."""
+_HEALTH_SECONDS = 0.5
 _OPTIONS = [
     ("grpc.so_reuseport", 0),  # a second server on the port is an error
     ("grpc.http2.bdp_probe", 0),  # else some megabytes are taken in before a sender is slowed down
@@ -61,6 +64,8 @@ class Server:
         self._admin_keys: Keys | None = None
         self._credentials = server_credentials(config.security)
         self._health = health.aio.HealthServicer()
+        self._told: dict[str, bool] = {}  # to whoever watches the health
+        self._watch: asyncio.Task[None] | None = None
         self._servers: list[grpc.aio.Server] = []
         self._http: HttpServer | None = None
         self._others = contextlib.AsyncExitStack()
@@ -88,7 +93,8 @@ class Server:
             tls = ssl_context(self.config.security)
             self._http = await serve_http(self.application, self._keys, self.application.limits, server, tls, self._web)
             http_port = self._http.port
-        await self._healthy(True)
+        await self.publish_health()
+        self._watch = asyncio.create_task(self._watch_health(), name="cvmk health")
         self.ports = Ports(port, admin_port, http_port, metrics_port)
         return self.ports
 
@@ -110,10 +116,23 @@ class Server:
         self._servers.append(server)
         return int(found)
 
-    async def _healthy(self, well: bool) -> None:
-        status = health_pb2.HealthCheckResponse.SERVING if well else health_pb2.HealthCheckResponse.NOT_SERVING
-        for name in ("", TranslationService.NAME, *(info.name for info in self.application.models())):
-            await self._health.set(name, status)
+    async def publish_health(self) -> None:
+        """Tell grpc.health how it stands: each model by its name, and the service by its own and by none. A model that has been unloaded, or whose engine has
+        been in one step for `STUCK` seconds, is not well, nor is the service where it drains or any engine is stuck."""
+        stuck = {served.info.name for served in self.application.catalogue if served.stuck_seconds() > STUCK}
+        loaded = {info.name for info in self.application.models()}
+        well = not self.application.draining
+        wanted = {name: well and name in loaded and name not in stuck for name in self.config.models}
+        wanted |= dict.fromkeys(("", TranslationService.NAME), well and not stuck)
+        for name, serves in wanted.items():
+            if self._told.get(name) is not serves:
+                self._told[name] = serves
+                await self._health.set(name, health_pb2.HealthCheckResponse.SERVING if serves else health_pb2.HealthCheckResponse.NOT_SERVING)
+
+    async def _watch_health(self) -> None:
+        while True:
+            await self.publish_health()
+            await asyncio.sleep(_HEALTH_SECONDS)
 
     def end(self, seconds: float | None = None) -> None:
         """Drain and end; the second time, at once."""
@@ -131,7 +150,8 @@ class Server:
         await self._ending.wait()
         self._ending.clear()
         _log.info("draining")
-        await self._healthy(False)
+        self.application.draining = True
+        await self.publish_health()
         drained = asyncio.create_task(self.application.drain(self._seconds))
         again = asyncio.create_task(self._ending.wait())
         await asyncio.wait({drained, again}, return_when=asyncio.FIRST_COMPLETED)
@@ -140,6 +160,8 @@ class Server:
 
     async def stop(self) -> None:
         """Close the ports and the models."""
+        if self._watch is not None:
+            self._watch.cancel()
         await asyncio.gather(*(server.stop(0.2) for server in self._servers), *([self._http.stop(0.2)] if self._http is not None else []))
         await self._others.aclose()
         await self.application.stop()

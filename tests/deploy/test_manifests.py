@@ -183,7 +183,8 @@ async def _through_envoy(config: ServeConfig, folder: Path) -> None:
         async with grpc.aio.secure_channel(f"localhost:{listens}", credentials) as channel:
             calls = [await _opened(channel) for _ in range(8)]
             assert [len(server.application._sessions) for server in servers] == [4, 4]
-            await servers[0]._healthy(False)
+            servers[0].application.draining = True
+            await servers[0].publish_health()
             await asyncio.sleep(3)
             calls += [await _opened(channel) for _ in range(2)]
             assert [len(server.application._sessions) for server in servers] == [4, 6]

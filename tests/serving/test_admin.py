@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from pathlib import Path
 from typing import Any
 
 import grpc
 import grpc.aio
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from served import ask, serving
 
 from cvmk.serving import messages
+from cvmk.serving.server import STUCK
 
 CODES = grpc.StatusCode
 TOKEN = (("authorization", "Bearer an-administrators-token"),)
@@ -25,6 +28,33 @@ async def refused(call: Any) -> tuple[Any, str]:
     with pytest.raises(grpc.aio.AioRpcError) as error:
         await call
     return error.value.code(), error.value.details() or ""
+
+
+async def healthy(channel: Any, name: str) -> bool:
+    answer = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service=name))
+    return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+
+def test_an_engine_that_is_stuck_is_not_well(serve_config: Any) -> None:
+    async def go() -> None:
+        async with serving(serve_config()) as (server, channel):
+            assert await healthy(channel, "en-de") and await healthy(channel, "")
+            served = next(iter(server.application.catalogue))
+            held, step = threading.Event(), served.translator.engine.step
+            served.translator.engine.step = lambda: held.wait(30) and step()  # type: ignore[method-assign]
+            asking = asyncio.create_task(ask(channel, "Translate", messages.TranslateRequest(texts=[b"a man"])))
+            while not served.stuck_seconds():
+                await asyncio.sleep(0.01)
+            served.stuck_seconds = lambda: STUCK + 1  # type: ignore[method-assign]
+            await server.publish_health()
+            assert not await healthy(channel, "en-de") and not await healthy(channel, "") and not await healthy(channel, messages.SERVICE)
+            del served.stuck_seconds
+            held.set()
+            await asking
+            await server.publish_health()
+            assert await healthy(channel, "en-de") and await healthy(channel, "")
+
+    run(go())
 
 
 @pytest.fixture
@@ -58,6 +88,8 @@ def test_administrators(config: Any, tmp_path: Path) -> None:
             await admin("Unload", model="en-de")
             assert [one.name for one in (await ask(main, "ListModels")).models] == ["de-en"]
             assert (await refused(ask(main, "Translate", messages.TranslateRequest(texts=[b"a"], source="en"))))[0] is CODES.NOT_FOUND
+            await server.publish_health()
+            assert [await healthy(main, name) for name in ("en-de", "de-en", "")] == [False, True, True]
             assert (await refused(admin("Unload", model="en-de")))[0] is CODES.NOT_FOUND
             assert (await refused(admin("Unload", model="de-en")))[0] is CODES.FAILED_PRECONDITION
             await admin("Load", model="en-de")

@@ -56,7 +56,8 @@ def test_one_that_drains_or_is_not_there(serve_config: Any) -> None:
     async def go() -> ServeConfig:
         async with serving(serve_config()) as (server, _):
             config = _at(server.config, server.ports.grpc)
-            await server._healthy(False)
+            server.application.draining = True
+            await server.publish_health()
             with pytest.raises(DataError, match="is NOT_SERVING$"):
                 await asyncio.to_thread(check, config)
         return config
