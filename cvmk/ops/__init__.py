@@ -10,6 +10,7 @@ from cvmk.ops._measured import UnmeasuredBackendWarning
 from cvmk.ops.adamw import adamw
 from cvmk.ops.attention import flash_attention
 from cvmk.ops.attention_distill import attention_kl, flash_attention_distill
+from cvmk.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
 from cvmk.ops.embed import embed
 from cvmk.ops.fused_linear import fused_linear
 from cvmk.ops.int4_linear import int4_linear
@@ -29,6 +30,8 @@ __all__ = [
     "adamw",
     "attention_kl",
     "backends_report",
+    "causal_conv1d",
+    "causal_conv1d_update",
     "embed",
     "explain",
     "flash_attention",

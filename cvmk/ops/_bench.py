@@ -84,6 +84,14 @@ def _update(normal: Normal) -> Call:
     )
 
 
+def _conv(normal: Normal) -> Call:
+    return "batch 32, 512 channels, 32 steps, width 4, silu, bfloat16", (normal(32, 32, 512).mT, normal(512, 4), normal(512)), {"activation": "silu"}
+
+
+def _conv_update(normal: Normal) -> Call:
+    return "batch 8, 512 channels, width 4, silu, bfloat16", (normal(8, 512, 3), normal(8, 512), normal(512, 4), normal(512)), {"activation": "silu"}
+
+
 def _adamw(normal: Normal) -> Call:
     param, grad, first, second = (normal(1 << 20).float() for _ in range(4))
     return "1 M parameters, float32", (param, grad, first, second.abs()), {"step": 10, "learning_rate": 1e-6}
@@ -125,6 +133,8 @@ CASES: dict[str, Callable[[Normal], Call]] = {
     "attention_kl": _maps,
     "selective_scan": _scan,
     "selective_state_update": _update,
+    "causal_conv1d": _conv,
+    "causal_conv1d_update": _conv_update,
     "int8_linear": _int8,
     "int4_linear": _int4,
     "kd_loss": _kd,

@@ -274,6 +274,25 @@ def _update(make: _Maker) -> Iterator[Case]:
     yield Case(f"34 channels, 17 states, {make.name}", t, call)
 
 
+def _conv(make: _Maker) -> Iterator[Case]:
+    t = {"x": make.normal(3, 34, 67), "weight": make.normal(34, 4, dtype=torch.float32), "bias": make.normal(34, dtype=torch.float32)}
+    t["initial_state"] = make.normal(3, 34, 3)
+
+    def call(t: dict[str, Any]) -> Any:
+        return ops.causal_conv1d(**t, activation="silu", return_last_state=True)
+
+    yield Case(f"34 channels, width 4, lengths, {make.name}", t, call, tuple(t), 0.1, {"lengths": make.below(68, 3)})
+
+
+def _conv_update(make: _Maker) -> Iterator[Case]:
+    def call(t: dict[str, Any]) -> Any:
+        t = t | {"state": t["state"].clone()}
+        return ops.causal_conv1d_update(**t, activation="silu"), t["state"]
+
+    t = {"state": make.normal(3, 34, 3), "x": make.normal(3, 34), "weight": make.normal(34, 4, dtype=torch.float32)}
+    yield Case(f"34 channels, width 4, {make.name}", t | {"bias": make.normal(34, dtype=torch.float32)}, call)
+
+
 def _adamw(make: _Maker) -> Iterator[Case]:
     def call(t: dict[str, Any]) -> Any:
         param, first, second = (t[name].clone() for name in ("param", "exp_avg", "exp_avg_sq"))
@@ -371,6 +390,8 @@ CASES: dict[str, Callable[[_Maker], Iterator[Case]]] = {
     "attention_kl": _maps,
     "selective_scan": _scan,
     "selective_state_update": _update,
+    "causal_conv1d": _conv,
+    "causal_conv1d_update": _conv_update,
     "fused_linear": _fused,
     "int8_linear": _int8,
     "int4_linear": _int4,

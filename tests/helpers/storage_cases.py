@@ -100,6 +100,14 @@ def _fused_linear(backend: str) -> tuple[Tensors, Callable[..., Any]]:
     return {"x": _normal(3, 32), "weight": _normal(4, 32), "bias": _normal(4)}, ops.fused_linear
 
 
+def _conv(backend: str) -> tuple[Tensors, Callable[..., Any]]:
+    return {"x": _normal(2, 5, 7), "weight": _normal(5, 4), "bias": _normal(5), "initial_state": _normal(2, 5, 3)}, ops.causal_conv1d
+
+
+def _conv_update(backend: str) -> tuple[Tensors, Callable[..., Any]]:
+    return {"state": _normal(2, 5, 3), "x": _normal(2, 5), "weight": _normal(5, 4), "bias": _normal(5)}, ops.causal_conv1d_update
+
+
 CASES: dict[str, Callable[[str], tuple[Tensors, Callable[..., Any]]]] = {
     "adamw": _adamw,
     "flash_attention": _attention,
@@ -107,6 +115,8 @@ CASES: dict[str, Callable[[str], tuple[Tensors, Callable[..., Any]]]] = {
     "attention_kl": _attention_kl,
     "selective_scan": _scan,
     "selective_state_update": _update,
+    "causal_conv1d": _conv,
+    "causal_conv1d_update": _conv_update,
     "fused_linear": _fused_linear,
     "int8_linear": _int8,
     "int4_linear": _int4,
