@@ -10,12 +10,16 @@ from cvmk.config.section import Section
 
 Mixer = Literal[
     "attention",
+    "mamba",
+    "mamba2",
     "retnet",
     "rwkv",
     "ssru",
 ]
 LETTERS: dict[str, Mixer] = {
     "A": "attention",
+    "M": "mamba",
+    "2": "mamba2",
     "R": "retnet",
     "W": "rwkv",
     "S": "ssru",

@@ -18,7 +18,12 @@ from cvmk.nn.positions import Span
 from cvmk.nn.state import row_nbytes
 
 WIDTH, HEADS, ROOM = 32, 4, 96
-BYTES = {"retnet": (HEADS * 8 * 16 * 4, 0), "rwkv": (HEADS * 8 * 8 * 4 + WIDTH * 4, 0)}
+BYTES = {
+    "mamba": (64 * 16 * 4 + 64 * 3 * 4, 0),
+    "mamba2": (64 * 64 * 4 + (64 + 128) * 3 * 4, 0),
+    "retnet": (HEADS * 8 * 16 * 4, 0),
+    "rwkv": (HEADS * 8 * 8 * 4 + WIDTH * 4, 0),
+}
 """Of a row's state in float32: what it has at once, and what each position adds."""
 mixers = pytest.mark.parametrize("name", BYTES)
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 from cvmk.config.schema import ModelConfig
 from cvmk.nn.mixers.attention import CrossAttention, SelfAttention
 from cvmk.nn.mixers.base import Mixer
+from cvmk.nn.mixers.mamba import Mamba
+from cvmk.nn.mixers.mamba2 import Mamba2
 from cvmk.nn.mixers.retnet import RetNet
 from cvmk.nn.mixers.rwkv import RWKV
 from cvmk.nn.mixers.ssru import SSRU
@@ -15,6 +17,8 @@ from cvmk.nn.state import MixerState
 
 MIXERS: dict[str, type[Mixer]] = {
     "attention": SelfAttention,
+    "mamba": Mamba,
+    "mamba2": Mamba2,
     "retnet": RetNet,
     "rwkv": RWKV,
     "ssru": SSRU,
