@@ -79,8 +79,10 @@ def test_administrators(config: Any, tmp_path: Path) -> None:
             code, _ = await refused(ask(main, "Load", messages.LoadRequest(model="en-de"), service=messages.ADMIN, metadata=TOKEN))
             assert code is CODES.UNIMPLEMENTED  # not at the port that everybody reaches
 
-            loaded = (await admin("Load", model="en-de", path=config.models["de-en"].path)).model
-            assert loaded.name == "en-de" and loaded.version == (await ask(main, "ListModels")).models[1].version
+            loaded = (await admin("Load", model="en-de", path=config.models["en-de"].path)).model
+            assert loaded.name == "en-de" and loaded.version == (await ask(main, "ListModels")).models[0].version
+            code, said = await refused(admin("Load", model="en-de", path=config.models["de-en"].path))
+            assert code is CODES.FAILED_PRECONDITION and "translates de to en" in said
             assert (await refused(admin("Load", model="en-de", path=str(tmp_path / "nothing"))))[0] is CODES.FAILED_PRECONDITION
             assert (await refused(admin("Load", model="fr-de")))[0] is CODES.NOT_FOUND
             assert {one.name: one.version for one in (await ask(main, "ListModels")).models}["en-de"] == loaded.version
