@@ -4,17 +4,19 @@ Tags, attributes, comments, and what stands in scripts, code and the like (`KEPT
 text whose translation is the text itself, to the byte. White space in a sentence is one space, as a browser shows it.
 
 A sentence may have tags within it ("a <b>red</b> car"). It is translated whole, and so is what each of its elements holds ("red"); where the
-translation of the element is found in that of the sentence, there the tags go. Where one is not found, the pieces between the tags are translated each by
-itself: that is worse text, but no tag is lost. What is kept within a sentence (`<code>`) is found as it is.
+translation of the element is found in that of the sentence, as it is or with other endings, there the tags go. An element that is not found goes around as many
+words, at the place that it had in the sentence. What is kept within a sentence (`<code>`) is found as it is; where it is not, or a sentence has very many
+tags, the pieces between the tags are translated each by itself: that is worse text, but nothing is lost.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from html import escape
 from itertools import groupby
+from os.path import commonprefix
 from typing import NamedTuple
 
 from cvmk.serving.html_tokens import Kind, Token, characters, tokens
@@ -31,6 +33,8 @@ _INLINE = frozenset(
 _VOID = frozenset("area base basefont bgsound br col embed frame hr img input keygen link meta param source track wbr".split())
 _MOST_TAGS = 32
 """In a sentence; one with more is translated in the pieces between them."""
+_MOST_WORDS = 6
+"""Of an element that is looked for word by word."""
 _SPACE = " \t\n\f\r"
 _FILLER = "\ufffc"
 """A character, no letter, that ends no sentence, in the place of those that are kept."""
@@ -65,7 +69,7 @@ class _Node:
 
 
 class _NotFound(Exception):
-    """The translation of an element is not in that of its sentence."""
+    """What is to be kept is not in the translation of its sentence."""
 
 
 class Document:
@@ -247,25 +251,77 @@ def _place(node: _Node, translation: str, known: Mapping[str, str]) -> str:
     return said + escape(translation[done:], quote=False)
 
 
-def _span(node: _Node, child: _Node | _Cell, translation: str, known: Mapping[str, str], taken: list[tuple[int, int, str]]) -> tuple[int, int]:
-    """Where the translation of an element is in that of what is around it: of several places the one that is nearest to where the element was."""
-    text = child.text.strip()
-    said = known.get(text, text) if isinstance(child, _Node) else text
-    if not text.endswith((".", "。")):
-        said = said.rstrip(".。")
+_Span = tuple[int, int]
+
+
+def _span(node: _Node, child: _Node | _Cell, translation: str, known: Mapping[str, str], taken: list[tuple[int, int, str]]) -> _Span:
+    """Where an element is in the translation of what is around it: of several places the one that is nearest to where it was. Raises _NotFound."""
+
+    def is_free(span: _Span) -> bool:
+        return all(span[1] <= first or last <= span[0] for first, last, _ in taken)
+
+    text, begin = child.text.strip(), _share(node, child) * len(translation)
+    if isinstance(child, _Cell):
+        spans = [span for span in _occurrences(text, translation) if is_free(span)]
+        if not spans:
+            raise _NotFound
+        return min(spans, key=lambda span: abs(span[0] - begin))
+    said = known.get(text, text)
+    spans = [span for find in (_occurrences, _word_runs) for span in find(said, translation) if is_free(span)]
+    if child.opening is None:
+        spans = [(0, last) for first, last in spans if not translation[:first].strip()]
+    if child.closing is None:
+        spans = [(first, len(translation)) for first, last in spans if not _has_letters(translation[last:])]
+    if spans:
+        longest = max(last - first for first, last in spans)
+        return min((span for span in spans if span[1] - span[0] == longest), key=lambda span: abs(span[0] - begin))
+    return _by_share(child, translation, begin, begin + len(child.text) / max(1, len(node.text)) * len(translation), is_free)
+
+
+def _occurrences(said: str, translation: str) -> list[_Span]:
+    """Where a text is in another, as whole words where there are words; without a full stop at its end, which what stands alone is often given."""
+    said = said.strip().rstrip(".。")
     if not said:
-        raise _NotFound
+        return []
     pattern = re.escape(said) if " " not in translation else rf"(?<!\w){re.escape(said)}(?!\w)"
-    spans = [match.span() for match in re.finditer(pattern, translation, re.IGNORECASE)]
-    spans = [(begin, end) for begin, end in spans if all(end <= first or last <= begin for first, last, _ in taken)]
-    if isinstance(child, _Node) and child.opening is None:
-        spans = [(0, end) for begin, end in spans if not translation[:begin].strip()]
-    if isinstance(child, _Node) and child.closing is None:
-        spans = [(begin, len(translation)) for begin, end in spans if not _has_letters(translation[end:])]
-    if not spans:
-        raise _NotFound
-    wanted = _share(node, child) * len(translation)
-    return min(spans, key=lambda span: abs(span[0] - wanted))
+    return [match.span() for match in re.finditer(pattern, translation, re.IGNORECASE)]
+
+
+def _word_runs(said: str, translation: str) -> list[_Span]:
+    """The longest runs of words that are in both but for their endings, and more than half of what is looked for: "blaues Hemd" in "im blauen Hemd"."""
+    wanted, words = re.findall(r"\w+", said.casefold()), list(re.finditer(r"\w+", translation))
+    if not 0 < len(wanted) <= _MOST_WORDS:
+        return []
+    alike = [[_are_alike(one, word[0].casefold()) for word in words] for one in wanted]
+    for length in range(len(wanted), 0, -1):
+        found = [
+            (words[place].start(), words[place + length - 1].end())
+            for first in range(len(wanted) - length + 1)
+            if 2 * sum(map(len, wanted[first : first + length])) > sum(map(len, wanted))
+            for place in range(len(words) - length + 1)
+            if all(alike[first + step][place + step] for step in range(length))
+        ]
+        if found:
+            return found
+    return []
+
+
+def _are_alike(one: str, other: str) -> bool:
+    common = len(commonprefix((one, other)))
+    return one == other or (common >= 3 and common >= 0.6 * max(len(one), len(other)))
+
+
+def _by_share(child: _Node, translation: str, begin: float, end: float, is_free: Callable[[_Span], bool]) -> _Span:
+    """As many words as the element had its share of, where it had it; none where others have them."""
+    words = [match.span() for match in re.finditer(r"\w+", translation) if is_free(match.span())]
+    first = 0 if child.opening is None else min((span[0] for span in words), key=lambda place: abs(place - begin), default=None)
+    last = len(translation) if child.closing is None else min((span[1] for span in words), key=lambda place: abs(place - end), default=None)
+    if first is None or last is None or last <= first:
+        first, last = next((span for span in words if span[0] == first), (-1, -1))
+    if first >= 0 and is_free((first, last)):
+        return first, last
+    place = min((span[0] for span in words), key=lambda place: abs(place - begin), default=len(translation))
+    return place, place
 
 
 def _share(node: _Node, child: _Node | _Cell) -> float:

@@ -135,10 +135,27 @@ def test_what_is_kept_within_a_sentence() -> None:
     assert translate(Document("Run <code>pip <b>install</b> x</code> now."), from_table(table)) == "Führe jetzt <code>pip <b>install</b> x</code> aus."
 
 
+def test_an_element_with_other_endings() -> None:
+    """Alone it gets an article and a full stop, and the ending of another case."""
+    table = {
+        "A man in a blue shirt stands on a ladder.": "Ein Mann im blauen Hemd steht auf einer Leiter.",
+        "blue shirt": "Ein blaues Hemd.",
+        "ladder": "Junge Leiter.",
+    }
+    document = "A man in a <b>blue shirt</b> stands on a <a href=x>ladder</a>."
+    assert translate(Document(document), from_table(table)) == "Ein Mann im <b>blauen Hemd</b> steht auf einer <a href=x>Leiter</a>."
+
+
 def test_an_element_that_is_not_found() -> None:
+    """It goes where it was."""
+    table = {"We saw a red car.": "Wir sahen ein kirschrotes Auto.", "red": "bunt"}
+    assert translate(Document("We saw a <b>red</b> car."), from_table(table)) == "Wir sahen ein <b>kirschrotes</b> Auto."
+
+
+def test_what_is_kept_and_not_found() -> None:
     """The pieces are translated each by itself, with the white space around them."""
-    table = {"We saw a red car.": "Wir sahen ein rotes Auto.", "red": "kirschrot", "We saw a": "Wir sahen", "car.": "Auto."}
-    assert translate(Document("We saw a <b>red</b> car."), from_table(table)) == "Wir sahen <b>kirschrot</b> Auto."
+    table = {"Run cvmk x now.": "Jetzt laufen.", "Run": "Führe", "now.": "jetzt aus."}
+    assert translate(Document("Run <code>cvmk x</code> now."), from_table(table)) == "Führe <code>cvmk x</code> jetzt aus."
 
 
 def test_references() -> None:

@@ -113,7 +113,7 @@ def test_html_is_kept_whole(fake: FakeApplication) -> None:
     document = '<p class="x">Hello <b>you</b>.</p>\n<script>hello()</script>'
     assert translate(fake, q=document, format="html").json() == {"translatedText": '<p class="x">HELLO <b>YOU</b>.</p>\n<script>hello()</script>'}
     assert len(fake.calls) == 1
-    assert translate(fake, q=["<i>a</i> b", "c"], format="html", alternatives=1).json()["alternatives"] == [["<i>A (1)</i> B (1)"], ["C (1)"]]
+    assert translate(fake, q=["<i>hello</i> you", "c"], format="html", alternatives=1).json()["alternatives"] == [["<i>HELLO</i> YOU (1)"], ["C (1)"]]
     assert translate(fake, q="<p>guten tag</p>", format="html", source="auto", target="en").json()["detectedLanguage"]["language"] == "de"
 
 
