@@ -10,6 +10,7 @@ from cvmk.config.section import Section
 
 Mixer = Literal[
     "attention",
+    "hyena",
     "mamba",
     "mamba2",
     "retnet",
@@ -18,6 +19,7 @@ Mixer = Literal[
 ]
 LETTERS: dict[str, Mixer] = {
     "A": "attention",
+    "H": "hyena",
     "M": "mamba",
     "2": "mamba2",
     "R": "retnet",

@@ -12,7 +12,7 @@ from cvmk.nn.cache import DecoderState, EncoderState, Plan
 from cvmk.nn.embeddings import Embeddings
 from cvmk.nn.linear import TiedLinear
 from cvmk.nn.memory import Memory
-from cvmk.nn.mixers import mixer_names
+from cvmk.nn.mixers import mixer_class, mixer_names
 from cvmk.nn.outputs import AttentionMap, AttentionMaps, HiddenStates, Unprojected
 from cvmk.nn.positions import POSITIONS, Span
 from cvmk.nn.stacks import Decoder, Encoder
@@ -35,8 +35,11 @@ class CVMTransformer(nn.Module):
         self.decoder = Decoder(config)
         self.dropout = nn.Dropout(config.dropout)
         self.positions = POSITIONS[config.positions](config)
+        free = {"dropout", "attention_dropout"}
+        if not any(mixer_class(name).reads_max_length for name in (*config.encoder_mixers, *config.decoder_mixers)):
+            free.add("max_length")
         self._architecture = {
-            **config.model_dump(mode="json", exclude={"dropout", "attention_dropout", "max_length"}),
+            **config.model_dump(mode="json", exclude=free),
             "kv_heads": config.kv_heads or config.heads,
             "encoder_mixers": mixer_names([*config.encoder_mixers], config.encoder_layers),
             "decoder_mixers": mixer_names([*config.decoder_mixers], config.decoder_layers),

@@ -50,7 +50,7 @@ def test_values_arrive(tmp_path: Path) -> None:
         ("[model]\nbias = 'yes'\n", ["model.bias", "boolean"]),
         ("[model]\nheads = 3\n", ["model", "heads (3) must divide d_model (256)"]),
         ("[model]\nencoder_mixers = ['atention']\n", ["model.encoder_mixers.0", "'attention'"]),
-        ("[model]\nencoder_mixers = 'SXA?'\n", ["model.encoder_mixers", "'SXA?' has the letters '?', 'X'", "A attention, M mamba, 2 mamba2, "]),
+        ("[model]\nencoder_mixers = 'SXA?'\n", ["model.encoder_mixers", "'SXA?' has the letters '?', 'X'", "A attention, H hyena, M mamba, 2 mamba2, "]),
         ("[model]\ndecoder_mixers = 'ssru'\n", ["model.decoder_mixers", "letters of mixers are A attention", "names stand in a list"]),
         ("[model]\ndecoder_mixers = ''\n", ["model.decoder_mixers", "'' has no letter"]),
         ("[teacher.model]\nencoder_mixers = 'B'\n", ["teacher.model.encoder_mixers", "'B' has the letter 'B'"]),

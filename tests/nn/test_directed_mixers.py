@@ -19,6 +19,7 @@ from cvmk.nn.state import row_nbytes
 
 WIDTH, HEADS, ROOM = 32, 4, 96
 BYTES = {
+    "hyena": (6 * WIDTH * 4, 16 * WIDTH),
     "mamba": (64 * 16 * 4 + 64 * 3 * 4, 0),
     "mamba2": (64 * 64 * 4 + (64 + 128) * 3 * 4, 0),
     "retnet": (HEADS * 8 * 16 * 4, 0),

@@ -20,13 +20,14 @@ KINDS: list[dict[str, Any]] = [
     {"positions": "rotary", "kv_heads": 2, "norm": "rmsnorm", "activation": "swiglu", "bias": False},
     {"mixers": ("running",), "positions": "none"},
     {"mixers": ("running", "attention"), "positions": "rotary"},
+    {"mixers": ("hyena",), "positions": "none", "d_model": 64},
     {"mixers": ("retnet",), "positions": "none"},
     {"mixers": ("mamba",), "positions": "none", "d_model": 64},
     {"mixers": ("mamba2", "attention"), "positions": "none", "d_model": 64},
     {"mixers": ("rwkv",), "positions": "none", "d_model": 64},  # as of ssru, of exp and tanh
     {"mixers": ("ssru",), "positions": "none", "d_model": 64},  # PyTorch's sigmoid has the same bits wherever a number stands in whole vectors
 ]
-kinds = pytest.mark.parametrize("options", KINDS, ids=["attention", "rotary", "running", "hybrid", "retnet", "mamba", "mamba2", "rwkv", "ssru"])
+kinds = pytest.mark.parametrize("options", KINDS, ids=["attention", "rotary", "running", "hybrid", "hyena", "retnet", "mamba", "mamba2", "rwkv", "ssru"])
 
 
 def sources(*lengths: int) -> Tensor:

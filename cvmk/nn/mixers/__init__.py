@@ -8,6 +8,7 @@ from __future__ import annotations
 from cvmk.config.schema import ModelConfig
 from cvmk.nn.mixers.attention import CrossAttention, SelfAttention
 from cvmk.nn.mixers.base import Mixer
+from cvmk.nn.mixers.hyena import Hyena
 from cvmk.nn.mixers.mamba import Mamba
 from cvmk.nn.mixers.mamba2 import Mamba2
 from cvmk.nn.mixers.retnet import RetNet
@@ -17,6 +18,7 @@ from cvmk.nn.state import MixerState
 
 MIXERS: dict[str, type[Mixer]] = {
     "attention": SelfAttention,
+    "hyena": Hyena,
     "mamba": Mamba,
     "mamba2": Mamba2,
     "retnet": RetNet,

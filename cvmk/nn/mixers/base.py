@@ -20,12 +20,14 @@ class Mixer(nn.Module, ABC):
     causal             told by the block: a position must not see later ones. A decoder's mixers are causal, an encoder's where
                        the model says so. A mixer that cannot be what it is told raises ConfigError.
     has_attention_map  whether `forward` returns an attention map when asked for one: distillation pairs only blocks that do.
+    reads_max_length   whether what it computes depends on model.max_length, so that states of one length are not those of another.
 
     What is added to the residual stream comes from a `Linear` marked `residual_output`; parameters that decay are named in an
     attribute `decayed` of the module that owns them (see `cvmk.nn.decays`).
     """
 
     has_attention_map: ClassVar[bool] = False
+    reads_max_length: ClassVar[bool] = False
 
     def __init__(self, config: ModelConfig, causal: bool) -> None:
         super().__init__()
