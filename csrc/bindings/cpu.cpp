@@ -15,6 +15,7 @@ namespace py = pybind11;
 using namespace py::literals;
 
 void bind_attention(py::module_& m);
+void bind_conv(py::module_& m);
 void bind_distill(py::module_& m);
 void bind_embed(py::module_& m);
 void bind_engine(py::module_& m);
@@ -153,6 +154,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("dispatch_level", [] { return cvmk::level_name(cvmk::dispatch_level()); }, "The level of the processor, capped by CVMK_CPU_ISA");
   bind_sketch(m);
   bind_attention(m);
+  bind_conv(m);
   bind_distill(m);
   bind_embed(m);
   bind_engine(m);

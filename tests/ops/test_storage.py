@@ -41,6 +41,8 @@ def test_no_memory_is_read_where_there_is_none(op: str, backend: str) -> None:
         ("flash_attention_distill", ("q", "k", "v", "teacher_q", "teacher_k")),
         ("attention_kl", ("student_q", "student_k", "teacher_q", "teacher_k")),
         ("selective_scan", ("u", "delta", "A", "z")),
+        ("causal_conv1d", ("x", "weight", "bias", "initial_state")),
+        ("causal_conv1d_update", ("state", "x", "weight", "bias")),
         ("adamw", ("param", "grad", "exp_avg", "exp_avg_sq")),
         ("selective_state_update", ("state", "x", "dt", "A", "B", "C", "D", "z", "dt_bias")),
         ("int8_linear", ("x", "scales", "bias")),

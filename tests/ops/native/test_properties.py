@@ -162,6 +162,33 @@ def targets(draw: Draw, rows: int, vocabulary: int) -> Tensor:
     return target
 
 
+def convolution(draw: Draw) -> Case:
+    b, dim, length, width = draw.size(1, 2, 0), draw.size(1, 3, 17), draw.size(1, 2, 17, 65, 0), draw.size(1, 2, 4, 8)
+    t = {"x": draw.normal(b, dim, length), "weight": draw.normal(dim, width, dtype=draw.one_of((draw.dtype, torch.float32)))}
+    for name, shape in {"bias": (dim,), "initial_state": (b, dim, width - 1)}.items():
+        if draw.yes():
+            t[name] = draw.normal(*shape)
+    leaves = tuple(t)
+    if draw.yes():
+        t["lengths"] = draw.integers(length + 1, b)
+    activation = draw.one_of((None, "silu"))
+    return Case(t, lambda t: ops.causal_conv1d(**t, activation=activation, return_last_state=True), leaves, ("x",), 0.1)
+
+
+def convolution_step(draw: Draw) -> Case:
+    b, dim, width = draw.size(1, 3, 0), draw.size(1, 5, 17, 40), draw.size(1, 2, 4)
+    t = {"state": draw.normal(b, dim, width - 1), "x": draw.normal(b, dim), "weight": draw.normal(dim, width)}
+    if draw.yes():
+        t["bias"] = draw.normal(dim)
+    activation = draw.one_of((None, "silu"))
+
+    def call(t: dict[str, Tensor]) -> Any:
+        state = t["state"].clone()
+        return ops.causal_conv1d_update(state, t["x"], t["weight"], t.get("bias"), activation=activation), state
+
+    return Case(t, call, (), ("x",), 0.1)
+
+
 def kd_loss(draw: Draw) -> Case:
     rows, vocabulary = draw.size(1, 7, 16, 0), draw.size(1, 3, 16, 65, 700)
     t = {"student": draw.normal(rows, vocabulary, scale=2.0), "teacher": draw.normal(rows, vocabulary, dtype=draw.one_of(FLOATS), scale=2.0)}
@@ -245,6 +272,8 @@ CASES: dict[str, Callable[[Draw], Case]] = {
     "distilled attention": distilled_attention,
     "scan": scan,
     "step": step,
+    "convolution": convolution,
+    "convolution step": convolution_step,
     "kd_loss": kd_loss,
     "linear_kd_loss": linear_kd_loss,
     "residual_norm": residual_norm,

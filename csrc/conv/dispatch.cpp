@@ -1,0 +1,4 @@
+#include "common/levels.h"
+#include "conv/params.h"
+
+CVMK_LEVELS(conv)
