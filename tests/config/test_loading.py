@@ -15,7 +15,7 @@ from cvmk.config.section import Document, Section, walk
 from cvmk.errors import ConfigError, DataError
 from cvmk.nn import MIXERS
 
-EXAMPLES = sorted((Path(__file__).parents[2] / "examples").rglob("*.toml"))
+EXAMPLES = sorted(path for path in (Path(__file__).parents[2] / "examples").rglob("*.toml") if not path.name.startswith("serve"))
 
 
 def write(tmp_path: Path, text: str) -> Path:
