@@ -8,11 +8,10 @@ from typing import get_args
 import pytest
 from pydantic import Field
 
-from cvmk.config import TrainConfig
+from cvmk.config import TrainConfig, serve
 from cvmk.config.loading import explain_config, load_config, load_train_config
 from cvmk.config.model import LETTERS, Mixer
 from cvmk.config.section import Document, Section, walk
-from cvmk.config.serve import ServeConfig
 from cvmk.errors import ConfigError, DataError
 from cvmk.nn import MIXERS
 
@@ -27,7 +26,7 @@ def write(tmp_path: Path, text: str) -> Path:
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
 def test_examples_are_valid(path: Path) -> None:
-    schema = ServeConfig if path.name == "serve.toml" else TrainConfig
+    schema = serve.ServeConfig if path.name == "serve.toml" else TrainConfig
     assert isinstance(load_config(schema, path), schema)
 
 
