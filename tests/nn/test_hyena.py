@@ -49,8 +49,8 @@ def law(mixer: Hyena, x: Tensor) -> Tensor:
     u = x @ p.project.weight.T + p.project.bias
     rows = []
     for t in range(len(x)):
-        row = p.short_bias + p.short[2] * u[t]
-        row = row + (p.short[1] * u[t - 1] if t >= 1 else 0) + (p.short[0] * u[t - 2] if t >= 2 else 0)
+        taps = p.short.weight.T
+        row = p.short.bias + taps[2] * u[t] + (taps[1] * u[t - 1] if t >= 1 else 0) + (taps[0] * u[t - 2] if t >= 2 else 0)
         rows.append(row)
     z, *gates = torch.stack(rows).split(8, dim=-1)
     taps = [taps_of(mixer, t) for t in range(len(x))]
@@ -113,7 +113,7 @@ def test_a_model_in_bfloat16_has_the_filters_of_float32(make: Make) -> None:
     again.load_state_dict(narrow.state_dict())
     for one in (narrow, again):
         mixer = one.decoder.blocks[0].mixer
-        assert mixer.forwards.short.dtype == mixer.out.weight.dtype == torch.bfloat16
+        assert mixer.forwards.short.weight.dtype == mixer.out.weight.dtype == torch.bfloat16
         assert torch.equal(mixer.forwards.filter(torch.arange(32)), taps)
     assert {parameter.dtype for parameter in narrow.to(torch.float64).parameters()} == {torch.float64}
 
@@ -121,7 +121,7 @@ def test_a_model_in_bfloat16_has_the_filters_of_float32(make: Make) -> None:
 def test_what_decays() -> None:
     mixer = mixer_of(causal=False)
     found = {f"{prefix}.{name}" for prefix, module in mixer.named_modules() for name, _ in module.named_parameters(recurse=False) if decays(module, name)}
-    assert found == {"forwards.project.weight", "backwards.project.weight", "out.weight"}
+    assert found == {"out.weight", *(f"{side}.{layer}.weight" for side in ("forwards", "backwards") for layer in ("project", "short"))}
     with pytest.raises(ConfigError, match=r"model\.d_model is 9, and must be even"):
         mixer_of(causal=False, d_model=9, heads=3)
 

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from cvmk.config.schema import ModelConfig
 from cvmk.nn.linear import Linear
+from cvmk.nn.mixers.conv import CausalConv
 from cvmk.nn.mixers.exact import exact
-from cvmk.nn.mixers.recent import after_recent, after_zeros
 from cvmk.nn.mixers.recurrence import state_dtype
 from cvmk.nn.mixers.two_directions import DirectedMixer, Direction
 from cvmk.nn.positions import Span
@@ -71,25 +71,15 @@ class _ImplicitFilter(nn.Module):
 
 
 class _Hyena(Direction):
-    """One direction. `project` has the rows [v; x_1; x_2], `short` their filters from the oldest tap to that of the present; `skip` are the b_n."""
+    """One direction. `project` has the rows [v; x_1; x_2], `short` their filters from the oldest tap to that of the present; `skip` has the b_n."""
 
     def __init__(self, config: ModelConfig, width: int) -> None:
         super().__init__(config, width)
         self.outputs = width
-        channels, bound = (1 + _ORDER) * width, _SHORT**-0.5
         self.project = Linear(config.d_model, (width,) * (1 + _ORDER), bias=config.bias)
-        self.short = nn.Parameter(torch.empty(_SHORT, channels).uniform_(-bound, bound))
-        self.short_bias = nn.Parameter(torch.empty(channels).uniform_(-bound, bound))
+        self.short = CausalConv((1 + _ORDER) * width, _SHORT, None)
         self.filter = _ImplicitFilter(_ORDER * width, config.max_length)
         self.skip = nn.Parameter(torch.randn(_ORDER, width))
-
-    def _filtered(self, joined: Tensor) -> list[Tensor]:
-        """Projections [N, 2 + T, 3 w], the first two from before -> v, x_1 and x_2 [N, T, w], in the dtype of a state."""
-        joined, short, mixed = exact(joined, self.short, self.short_bias)
-        count = joined.shape[1] - _SHORT + 1
-        for tap in range(_SHORT):
-            mixed = mixed + joined[:, tap : tap + count] * short[tap]
-        return list(mixed.chunk(1 + _ORDER, dim=-1))
 
     def _taps(self, count: int, device: torch.device) -> list[Tensor]:
         """The first `count` taps of each convolution, [count, w]."""
@@ -97,7 +87,7 @@ class _Hyena(Direction):
 
     def forward(self, x: Tensor, span: Span) -> Tensor:
         projected = self.project(x)
-        z, *gates = self._filtered(after_zeros(projected, _SHORT - 1))
+        z, *gates = exact(*self.short(projected).chunk(1 + _ORDER, dim=-1))
         real, skips, taps = span.real(x.device), exact(self.skip)[0], self._taps(x.shape[1], x.device)
         for order, gate in enumerate(gates):
             if real is not None:  # through the transforms padding would reach what is before it, by rounding
@@ -106,14 +96,14 @@ class _Hyena(Direction):
         return z.to(projected.dtype)
 
     def state_layout(self, dtype: torch.dtype) -> StateLayout:
-        layout = {"recent": StateTensor((_SHORT - 1, (1 + _ORDER) * self.outputs), dtype)}
+        layout = self.short.layout(dtype)
         for kind in ("taps", "inputs"):
             layout |= {f"{kind}.{order}": StateTensor((GROWS, self.outputs), state_dtype(dtype)) for order in range(_ORDER)}
         return layout
 
     def extend(self, x: Tensor, span: Span, state: MixerState) -> Tensor:
         projected, steps = self.project(x), span.count == 1 and span.lengths is None
-        z, *gates = self._filtered(after_recent(projected, span, state, "recent"))
+        z, *gates = exact(*self.short.extend(projected, span, state).chunk(1 + _ORDER, dim=-1))
         taps = self._append_taps(span, state, x)
         whole = taps if steps else self._taps(span.end, x.device)
         skips = exact(self.skip)[0]
@@ -148,7 +138,7 @@ class Hyena(DirectedMixer):
     There is no state of fixed size: a step is a sum over all positions so far and costs O(t), as attention's does, and what is kept grows. It is the
     input of both convolutions and, so that a step need not compute them all again, their taps: 4 d_model numbers of float32 a row and
     layer for each position, 16 d_model t bytes, and 6 d_model numbers of the model's dtype. Several positions at once cost a transform of all so far.
-    Initial values are the published ones. Parameters: 4 d_model^2 in matrices that decay (attention: 4); filters and skips do not decay, as published.
+    Initial values are the published ones. Parameters: 4 d_model^2 in matrices that decay (attention: 4); long filters and skips do not decay, as published.
     """
 
     direction = _Hyena

@@ -1,4 +1,4 @@
-"""The last few inputs of each row, which short causal filters remember."""
+"""The last few inputs of each row, which token shift remembers."""
 
 from __future__ import annotations
 
