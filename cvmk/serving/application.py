@@ -101,6 +101,7 @@ class Application:
 
     async def _translated(self, text: str, source: str, language: Language | None, target: str, model: str, search: _Search) -> Translated:
         with self.catalogue.lease(source if language is None else language.code, target, model) as served:
+            served.scheduler.check_room(search.client)
             whole = cut(text, served.translator, served.info.source)
             beam = max(search.beam_size or served.beam_size, search.alternatives + 1)
             options = SearchOptions(beam_size=beam, n_best=search.alternatives + 1)

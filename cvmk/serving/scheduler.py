@@ -18,6 +18,7 @@ from cvmk.serving.queues import Entry, FairQueue
 
 WEIGHTS = {"low": 1.0, "normal": 4.0, "high": 16.0}
 """Shares of the priorities."""
+_NEARLY = 15 / 16
 _HINTS = 0.05, 10.0
 """Seconds: the shortest and the longest hint when to try again."""
 
@@ -65,6 +66,12 @@ class Scheduler:
         """Tokens that wait."""
         return self._queue.cost
 
+    def check_room(self, client: str) -> None:
+        """Raises what `turn` does where the queues are nearly full: before a whole text is made ready for it, which costs more than the refusal, and leaving
+        the rest to streams."""
+        if self._queue.cost > _NEARLY * self._most or self._waiting_of.get(client, 0) > _NEARLY * self._most_per_client:
+            raise self._full(0)
+
     async def search(
         self, client: str, priority: str, source: Sequence[int], options: SearchOptions, *, timeout: float | None = None, **fields: Any
     ) -> Searched:
@@ -98,9 +105,7 @@ class Scheduler:
     def _place(self, client: str, priority: str, tokens: int) -> Iterator[asyncio.Future[None]]:
         """A place in the queue, as a future that is done when it is this one's turn; from then on its tokens are running. On an error they are not."""
         if self._queue.cost + tokens > self._most or self._waiting_of[client] + tokens > self._most_per_client:
-            raise ServiceError(
-                Status.RESOURCE_EXHAUSTED, "too much waits to be translated: try again later", retry_after=self._hint(tokens), reason="queue"
-            )
+            raise self._full(tokens)
         one = _Waiting(tokens, asyncio.get_running_loop().create_future())
         entry: Entry[_Waiting] = self._queue.push((client, priority), WEIGHTS[priority], tokens, one)
         self._waiting_of[client] += tokens
@@ -136,6 +141,10 @@ class Scheduler:
             self._rate += 0.3 * (self._done / passed - self._rate)
             self._since, self._done = now, 0
         self._fill()
+
+    def _full(self, tokens: int) -> ServiceError:
+        hint = self._hint(tokens)
+        return ServiceError(Status.RESOURCE_EXHAUSTED, "too much waits to be translated: try again later", retry_after=hint, reason="queue")
 
     def _hint(self, tokens: int) -> float:
         return min(max((self._queue.cost + tokens) / max(self._rate, 1.0), _HINTS[0]), _HINTS[1])

@@ -150,3 +150,27 @@ def test_one_that_is_larger_than_all_that_may_run_runs_alone() -> None:
         assert [task.result().found.id for task in tasks] == [0, 1]
 
     run(go())
+
+
+def test_whole_texts_leave_a_sixteenth_of_the_queue_to_streams() -> None:
+    async def go() -> None:
+        engine = _Slow()
+        scheduler = Scheduler(engine, running=10, waiting=160, waiting_per_client=1600)  # type: ignore[arg-type]
+        tasks = []
+        for index in range(16):
+            scheduler.check_room("a")
+            tasks.append(search(scheduler, index))
+            await asyncio.sleep(0)
+        tasks.append(search(scheduler, 16))
+        await asyncio.sleep(0.001)
+        assert scheduler.waiting == 160
+        with pytest.raises(ServiceError, match="too much waits") as error:
+            scheduler.check_room("b")
+        assert error.value.reason == "queue" and error.value.retry_after
+        await engine.end_one()
+        scheduler.check_room("b")
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    run(go())
