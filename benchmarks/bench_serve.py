@@ -32,6 +32,8 @@ from cvmk.files import read_text
 from cvmk.serving import messages
 
 LIVE, CLIENTS = 16, 16
+TOGETHER = 16
+"""Sentences of a request of a flood."""
 KEYS = ("a-token-of-somebody-who-speaks", "a-token-of-somebody-with-much-text", "a-token-of-the-administrator")
 _MANY = {"sessions": 2000, "sessions_per_client": 2000}
 
@@ -112,7 +114,7 @@ async def overload(bench: Bench) -> list[Row]:
         capacity = await bench.capacity(server.address)
         rows.append(Row(f"C: a closed loop of {CLIENTS} clients", capacity, "sentences/s"))
         for factor in (2, 4, 10):
-            found: Flood = await open_loop(server.address, bench.sentences, factor * capacity, bench.seconds, bench.generator, KEYS[0])
+            found: Flood = await open_loop(server.address, bench.sentences, factor * capacity, bench.seconds, bench.generator, KEYS[0], TOGETHER)
             name = f"overload {factor} C (offered {found.offered / capacity:.1f} C)"
             rows.append(at_least(f"{name}: goodput", found.goodput / capacity, 0.9, "C"))
             if found.rejected:
@@ -234,7 +236,7 @@ async def crash(bench: Bench) -> list[Row]:
         await live(server.address, bench.sentences, 4, 1.0, key=KEYS[0])
         server.tell(9)
         server.ended(5)
-        return [at_most("kill -9: until it is ready again", min(server_start(server) for _ in range(3)), 2, "s")]
+        return [at_most("kill -9: until it is ready again", sorted(server_start(server) for _ in range(3))[1], 2, "s")]
 
 
 def server_start(server: ServerProcess) -> float:
@@ -333,6 +335,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--compute-type", default="int8")
     parser.add_argument("--running-tokens", type=int, help="of the model's table; without it, as it is by default")
     parser.add_argument("--results", metavar="FILE", help="write the rows as JSON; those of other figures that are in it stay")
+    parser.add_argument("--note", default="", help="what else is to be known of these rows, for the file")
     chosen = parser.parse_args(arguments)
     os.nice(10)
     options = {"compute_type": chosen.compute_type} | ({"running_tokens": chosen.running_tokens} if chosen.running_tokens else {})
@@ -345,7 +348,7 @@ def main(arguments: list[str] | None = None) -> int:
         rows["soak"] = asyncio.run(_ran(soak(bench, chosen.soak)))
         _show(rows["soak"])
     if chosen.results:
-        _write(Path(chosen.results), rows, chosen.seconds)
+        _write(Path(chosen.results), rows, {"seconds": chosen.seconds, "note": chosen.note})
     return int(any(row.reached is False for part in rows.values() for row in part))
 
 
@@ -358,11 +361,11 @@ def _show(rows: Sequence[Row]) -> None:
         print(f"{row.figure:<68} {row.value:10.3g} {row.unit:<12} {row.asked:>8}  {'' if row.reached is None else 'yes' if row.reached else 'NO'}", flush=True)
 
 
-def _write(path: Path, rows: dict[str, list[Row]], seconds: float) -> None:
+def _write(path: Path, rows: dict[str, list[Row]], said: dict[str, Any]) -> None:
     from cvmk.telemetry import environment
 
     before = json.loads(path.read_text())["rows"] if path.exists() else {}
-    found = before | {name: [{**asdict(row), "seconds": seconds} for row in part] for name, part in rows.items()}
+    found = before | {name: {**said, "figures": [asdict(row) for row in part]} for name, part in rows.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     command = "python benchmarks/bench_serve.py MODEL --text FILE"
     path.write_text(json.dumps({"machine": environment(), "command": command, "rows": found}, indent=1) + "\n")

@@ -83,6 +83,8 @@ class Speaker:
         seq, due = 0, time.monotonic()
         while time.monotonic() - begun < seconds:
             for word in generator.choice(self._sentences).split():
+                if time.monotonic() - begun > seconds:
+                    break
                 due += 60 / self._pace
                 await asyncio.sleep(max(0.0, due - time.monotonic()))
                 seq += 1
@@ -166,16 +168,17 @@ class Flood:
     others: Counter[str] = field(default_factory=Counter)
 
 
-async def open_loop(address: str, sentences: Sequence[str], rate: float, seconds: float, generator: random.Random, key: str = "") -> Flood:
-    """Requests as a Poisson process of so many a second; answers of the second half count for the goodput, so that the queue has filled."""
+async def open_loop(address: str, sentences: Sequence[str], rate: float, seconds: float, generator: random.Random, key: str = "", together: int = 1) -> Flood:
+    """Requests as a Poisson process, so many sentences a second, each request with some; answers of the second half count for the goodput, so that the queue
+    has filled. More than one a request lets a client that is a Python process itself ask for more than a server can do."""
     found, tasks, done = Flood(), set[asyncio.Task[None]](), list[float]()
     async with channels(address, 64) as those:
         await asyncio.gather(*(channel.channel_ready() for channel in those))
 
-        async def one(text: str, channel: grpc.aio.Channel) -> None:
+        async def one(texts: Sequence[str], channel: grpc.aio.Channel) -> None:
             begun = time.monotonic()
             try:
-                await translate(channel, [text], key)
+                await translate(channel, texts, key)
                 found.answered.append(time.monotonic() - begun)
                 done.append(time.monotonic())
             except grpc.aio.AioRpcError as error:
@@ -185,18 +188,18 @@ async def open_loop(address: str, sentences: Sequence[str], rate: float, seconds
         begun = due = time.monotonic()
         count = 0
         while (now := time.monotonic()) - begun < seconds:
-            due += generator.expovariate(rate)
+            due += generator.expovariate(rate / together)
             if due > now:
                 await asyncio.sleep(due - now)
             elif count % 20 == 0:
                 await asyncio.sleep(0)  # it is behind, and yet answers have to be read
-            task = asyncio.create_task(one(generator.choice(sentences), those[count % len(those)]))
+            task = asyncio.create_task(one(generator.choices(sentences, k=together), those[count % len(those)]))
             tasks.add(task)
             task.add_done_callback(tasks.discard)
             count += 1
         ended = time.monotonic()
-        found.offered = count / (ended - begun)
+        found.offered = together * count / (ended - begun)
         middle = begun + (ended - begun) / 2
-        found.goodput = sum(middle <= at < ended for at in done) / (ended - middle)
+        found.goodput = together * sum(middle <= at < ended for at in done) / (ended - middle)
         await asyncio.gather(*tasks, return_exceptions=True)  # what was taken is answered: to cancel thousands at once is another test
     return found

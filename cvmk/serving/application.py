@@ -92,6 +92,8 @@ class Application:
             source, target = self._pair(source, target, model)
             longest = self.config.limits.request_seconds
             timeout = longest if timeout is None else min(timeout, longest)
+            if source != AUTO:
+                self.catalogue.find(source, target, model).scheduler.check_room(caller.id)
             found = self._languages_of(texts, source, target, model)
             search = _Search(caller.id, priority, beam_size, alternatives, timeout)
             async with _group() as group:
