@@ -56,7 +56,7 @@ def law(mixer: RWKV, x: Tensor) -> Tensor:
 
 
 def test_the_parallel_form_is_the_recurrence_of_the_paper() -> None:
-    """50 positions: three chunk borders are crossed, and the last chunk is not full."""
+    """50 positions: six chunk borders are crossed, and the last chunk is not full."""
     mixer, x = mixer_of(), torch.randn(2, 50, 16, dtype=torch.float64)
     with torch.no_grad():
         found = mixer(x, Span(0, 50, 50), False)[0]

@@ -15,7 +15,7 @@ from cvmk.nn.mixers.two_directions import DirectedMixer, Direction, split_heads
 from cvmk.nn.positions import Span
 from cvmk.nn.state import MixerState, StateLayout, StateTensor
 
-_CHUNK = 16
+_CHUNK = 8
 """Positions whose scores are computed at once, with a decay a channel of each pair of them; what came before them is read from a state."""
 _LARGEST = 20.0
 """Of the logarithm of a decay's logarithm: exp(-exp(20)) is 0 in every dtype, and its gradient is too."""
@@ -111,7 +111,7 @@ class RWKV(DirectedMixer):
     It is the time mixing alone. Channel mixing is RWKV's feed-forward layer, and the block has one of its own (`model.activation`,
     without token shift), which stands in its place. The paper's heads have 64 channels; here they have d_model / heads.
 
-    Whole sequences go in chunks of 16 positions. Inside them every pair of positions has its decays as the exponential of their sum from
+    Whole sequences go in chunks of 8 positions. Inside them every pair of positions has its decays as the exponential of their sum from
     the one to the other, so that nothing is divided by a product of decays, however small it is: all exponents are sums of
     numbers <= 0, none a difference, and float32 is enough.
 
@@ -153,8 +153,8 @@ def _chunk(r: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, bonus: Tensor, me
     at = torch.arange(r.shape[2], device=r.device)
     earlier = at[:, None] > at  # [t, s]: s < t
     between = before.unsqueeze(3).masked_fill(~(at[:, None] > at + 1)[..., None], 0).cumsum(2)  # [.., t, s, D]: sum over s < j < t
-    weights = torch.exp(between).masked_fill(~earlier[..., None], 0)
-    scores = (r.unsqueeze(3) * weights * k.unsqueeze(2)).sum(-1)
+    weighted = torch.exp(between) * k.unsqueeze(2)
+    scores = (weighted @ r.unsqueeze(-1)).squeeze(-1).masked_fill(~earlier, 0)
     mixed = scores @ v + present + (r * torch.exp(since)) @ memory
     behind = log_decay.flip(2).cumsum(2).flip(2)  # from t on to the end
     until = F.pad(behind[:, :, 1:], (0, 0, 0, 1))  # behind t to the end
