@@ -32,8 +32,11 @@ def refusals(manifest: Manifest) -> list[str]:
         found.append("its encoder is causal, and CTranslate2's sees the whole source")
     if model.positions == "none":
         found.append("it has no positions, and CTranslate2 adds some")
-    if schemes is not None and any(scheme.type == "int4" for scheme in (schemes.default, *schemes.weights.values())):
+    stored = (schemes.default, *schemes.weights.values()) if schemes is not None else ()
+    if any(scheme.type == "int4" for scheme in stored):
         found.append("it has 4-bit weights, which CTranslate2 does not have on a CPU: quantise with the scheme w8a8")
+    if any(scheme.options.get("activations") == "static" for scheme in stored):
+        found.append("its inputs are rounded by static scales, and CTranslate2 rounds by tokens: quantise with activations by tokens")
     return found
 
 
