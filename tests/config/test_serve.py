@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from cvmk.config.loading import explain_config, parse_config
 from cvmk.config.serve import ServeConfig
 from cvmk.errors import ConfigError
 
+EXAMPLE = Path(__file__).parents[2] / "examples" / "serve.toml"
 MODEL = '[models.en-de]\npath = "runs/run"\n'
+
+
+def test_the_example_is_valid() -> None:
+    assert isinstance(parse_config(ServeConfig, EXAMPLE.read_text(encoding="utf-8"), EXAMPLE.name), ServeConfig)
 
 
 def test_the_least() -> None:
