@@ -27,7 +27,7 @@ inline void gradients_before_activation(const Backward& p, int64_t row, int64_t 
   each_vector(real, [&](int64_t t, auto lanes) {
     F g = get<kNoDtype>(p.grad_out, row * s.length + t, lanes);
     if (s.silu) {
-      const F y = filtered(s, weight, bias, inputs, t), gate = activations::sigmoid(y);
+      const F y = filtered<0>(s, weight, bias, inputs, t), gate = activations::sigmoid(y);
       g *= gate * (1.0f + y * (1.0f - gate));
     }
     simd::store(d + front + t, g);
@@ -78,7 +78,7 @@ inline void backward_channel(const Backward& p, int64_t channel, float* buffers)
   Total weights[kMaxWidth], bias;
   for (int64_t b = 0; b < s.batch; ++b) {
     const int64_t row = b * s.dim + channel, real = real_inputs(s, b);
-    read_row(s, p.x, row, real, inputs);
+    read_row<kNoDtype>(s, p.x, row, real, inputs);
     gradients_before_activation(p, row, real, inputs, d);
     for (int64_t k = 0; k < s.width && p.dweight != nullptr; ++k) {
       F sum{};

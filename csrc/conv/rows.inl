@@ -25,18 +25,21 @@ CVMK_INLINE void clear(float* to, int64_t count) {
 }
 
 // p of row `row` to `to` [buffer_size], zeros behind the `real` inputs.
+template <Dtype kX>
 inline void read_row(const Shape& s, const Elements& x, int64_t row, int64_t real, float* to) {
   const int64_t front = s.width - 1;
   for (int64_t k = 0; k < front; ++k) to[k] = s.before == nullptr ? 0.0f : s.before[row * front + k];
   float* const inputs = to + front;
-  each_vector(real, [&](int64_t i, auto lanes) { simd::store(inputs + i, get<kNoDtype>(x, row * s.length + i, lanes)); });
-  clear(inputs + real, buffer_size(s) - front - real);
+  each_vector(real, [&](int64_t i, auto lanes) { simd::store(inputs + i, get<kX>(x, row * s.length + i, lanes)); });
+  clear(inputs + real, up(real, kLanes) - real + front + kLanes);  // as far as any tap of a vector reads
 }
 
-// bias + sum_k weight_k p_{t+k} for the steps t, t + 1, ... of a vector.
+// bias + sum_k weight_k p_{t+k} for the steps t, t + 1, ... of a vector. kWidth is the width, or 0 where it is known at run time only.
+template <int kWidth>
 CVMK_INLINE F filtered(const Shape& s, const float* weight, float bias, const float* p, int64_t t) {
   F v = simd::set(bias);
-  for (int64_t k = 0; k < s.width; ++k) v += simd::set(weight[k]) * simd::load(p + t + k);
+  const int64_t width = kWidth > 0 ? kWidth : s.width;
+  for (int64_t k = 0; k < width; ++k) v += simd::set(weight[k]) * simd::load(p + t + k);
   return v;
 }
 
