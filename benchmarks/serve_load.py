@@ -116,7 +116,11 @@ class Speaker:
 
     async def _send(self, acknowledged: int = 0, **event: Any) -> None:
         async with self._writing:
-            await self._call.write(messages.StreamRequest(ack_revision=acknowledged, **event))
+            try:
+                await self._call.write(messages.StreamRequest(ack_revision=acknowledged, **event))
+            except asyncio.InvalidStateError:  # the call has ended: say how
+                code = await self._call.code()
+                raise grpc.aio.AioRpcError(code, grpc.aio.Metadata(), grpc.aio.Metadata(), details=await self._call.details()) from None
 
 
 async def live(address: str, sentences: Sequence[str], streams: int, seconds: float, pace: float = WORDS_A_MINUTE, slow: int = 0, key: str = "") -> Any:
