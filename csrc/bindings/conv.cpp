@@ -92,7 +92,8 @@ void update(Arguments& in) {
 
 void bind_conv(pybind11::module_& m) {
   using cvmk::bindings::add;
-  add<&forward>(m, "causal_conv1d_forward", "causal_conv1d", "a ConvCall of cvmk.ops.causal_conv1d, spread, without gaps and with weights in float32; out and last_state to write");
+  add<&forward>(m, "causal_conv1d_forward", "causal_conv1d",
+                "a ConvCall of cvmk.ops.causal_conv1d, spread, without gaps and with weights in float32; out and last_state to write");
   add<&backward>(m, "causal_conv1d_backward", "causal_conv1d",
                  "a ConvCall as forwards, the gradients of out and last_state, those of x, weight, bias and initial_state to write, the last three float32");
   add<&update>(m, "causal_conv1d_update", "causal_conv1d_update", "an UpdateCall, spread, without gaps and with weights in float32; y to write");

@@ -36,7 +36,8 @@ inline void update_channels(const Update& p, int64_t b, int64_t c, int count) {
 
 void run_update(const Update& p, char*, const Team& team) {
   const int64_t blocks = pieces(p.dim, kLanes);
-  const auto update = p.state.dtype == kFloat32 ? update_channels<kFloat32> : p.state.dtype == kBFloat16 ? update_channels<kBFloat16> : update_channels<kFloat16>;
+  const Dtype type = p.state.dtype;
+  const auto update = type == kFloat32 ? update_channels<kFloat32> : type == kBFloat16 ? update_channels<kBFloat16> : update_channels<kFloat16>;
   team.share(threads_for(p.batch, p.batch * p.dim, team), p.batch * blocks, [&](int64_t first, int64_t last, int) {
     for (int64_t i = first; i < last; ++i) {
       const int64_t c = i % blocks * kLanes;

@@ -28,12 +28,14 @@ void check_case(std::int64_t batch, std::int64_t dim, std::int64_t length, std::
   for (std::int64_t b = 0; b < batch; ++b) lengths[static_cast<std::size_t>(b)] = with_optional ? (b * 7 + 3) % (length + 1) : length;
   const auto elements = [](Floats& values) { return Elements{values.data(), cvmk::kFloat32}; };
   const bool o = with_optional;
-  const Shape shape{batch, dim, length, width, weight.data(), o ? bias.data() : nullptr, o ? before.data() : nullptr, o ? lengths.data() : nullptr, cvmk::kInt64, silu};
+  const float *const given_bias = o ? bias.data() : nullptr, *const given_before = o ? before.data() : nullptr;
+  const Shape shape{batch, dim, length, width, weight.data(), given_bias, given_before, o ? lengths.data() : nullptr, cvmk::kInt64, silu};
   cvmk::run(kernels().forward, Forward{shape, elements(x), elements(out), elements(last)}, cvmk::openmp_team());
   const Backward b{shape, elements(x), elements(grad), elements(grad_last), elements(dx), dweight.data(), dbias.data(), dbefore.data()};
   cvmk::run(kernels().backward, b, cvmk::openmp_team());
 
-  std::vector<double> want(out.size()), want_last(last.size()), want_dx(dx.size()), want_dbefore(dbefore.size()), want_dweight(dweight.size()), want_dbias(dbias.size());
+  std::vector<double> want(out.size()), want_last(last.size()), want_dx(dx.size()), want_dbefore(dbefore.size());
+  std::vector<double> want_dweight(dweight.size()), want_dbias(dbias.size());
   for (std::int64_t row = 0; row < rows; ++row) {
     const std::int64_t channel = row % dim, real = lengths[static_cast<std::size_t>(row / dim)];
     std::vector<double> p(static_cast<std::size_t>(front + length)), dp(p.size());
@@ -45,7 +47,8 @@ void check_case(std::int64_t batch, std::int64_t dim, std::int64_t length, std::
     }
     for (std::int64_t t = 0; t < real; ++t) {
       double pre = o ? bias[static_cast<std::size_t>(channel)] : 0.0f, d = grad[static_cast<std::size_t>(row * length + t)];
-      for (std::int64_t k = 0; k < width; ++k) pre += static_cast<double>(weight[static_cast<std::size_t>(channel * width + k)]) * p[static_cast<std::size_t>(t + k)];
+      for (std::int64_t k = 0; k < width; ++k)
+        pre += static_cast<double>(weight[static_cast<std::size_t>(channel * width + k)]) * p[static_cast<std::size_t>(t + k)];
       const double gate = 1 / (1 + std::exp(-pre));
       want[static_cast<std::size_t>(row * length + t)] = silu ? pre * gate : pre;
       if (silu) d *= gate * (1 + pre * (1 - gate));
@@ -63,11 +66,11 @@ void check_case(std::int64_t batch, std::int64_t dim, std::int64_t length, std::
 
   if (length == 0) return;  // steps, from the same start, of rows that are all real
   Floats state = o ? before : Floats(before.size(), 0.0f), y = poisoned(rows), now = poisoned(rows);
-  const Shape whole{batch, dim, length, width, weight.data(), o ? bias.data() : nullptr, o ? before.data() : nullptr, nullptr, cvmk::kInt64, silu};
+  const Shape whole{batch, dim, length, width, weight.data(), given_bias, given_before, nullptr, cvmk::kInt64, silu};
   cvmk::run(kernels().forward, Forward{whole, elements(x), elements(out), elements(last)}, cvmk::openmp_team());
   for (std::int64_t t = 0; t < length; ++t) {
     for (std::int64_t row = 0; row < rows; ++row) now[static_cast<std::size_t>(row)] = x[static_cast<std::size_t>(row * length + t)];
-    const Update step{batch, dim, width, weight.data(), o ? bias.data() : nullptr, elements(state), elements(now), elements(y), silu};
+    const Update step{batch, dim, width, weight.data(), given_bias, elements(state), elements(now), elements(y), silu};
     cvmk::run(kernels().update, step, cvmk::openmp_team());
     std::vector<double> expected(y.size());
     for (std::int64_t row = 0; row < rows; ++row) expected[static_cast<std::size_t>(row)] = out[static_cast<std::size_t>(row * length + t)];
