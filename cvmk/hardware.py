@@ -79,6 +79,12 @@ def keep_freed_memory() -> None:
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
+def release_freed_memory() -> None:
+    """Give the system back what this process has freed, as far as its C library can; some milliseconds."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def gpus() -> Gpus:
     """The NVIDIA GPUs, from the CUDA library of cvmk where it was built, else from nvidia-smi."""
     library, _ = libraries.load("_native_cuda", "cuda")

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from cvmk.errors import ConfigError
-from cvmk.hardware import keep_freed_memory
 
 if TYPE_CHECKING:
     from cvmk.config.serve import ServeConfig
@@ -47,7 +46,6 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError("--replicas N goes with --ray, and N is 1 or more")
     if arguments.ray:
         return _serve_on_ray(config, arguments.replicas or REPLICAS, arguments.web)
-    keep_freed_memory()
     return _serve(config, arguments.web)
 
 

@@ -70,7 +70,7 @@ class ServedModelConfig(Section):
     device: str = Field("cpu", description='"cpu", "cuda", "cuda:N" or "auto".')
     threads: int = Field(0, ge=0, le=MAX_THREADS, description="CPU threads; 0: as `server.threads` says.")
     beam_size: int = Field(1, ge=1, le=64, description="Hypotheses of a search where a request says nothing else.")
-    running_tokens: int = Field(2048, ge=64, description="Source pieces times beam size that are translated at once.")
+    running_tokens: int = Field(512, ge=64, description="Source pieces times beam size that run at once: more bring little, and make steps slower.")
 
     @field_validator("source", "target")
     @classmethod

@@ -12,6 +12,7 @@ from typing import Any
 from cvmk.config.serve import ServeConfig, ServedModelConfig
 from cvmk.errors import ConfigError, CvmkError, DataError
 from cvmk.formats import read_model_manifest
+from cvmk.hardware import release_freed_memory
 from cvmk.inference import AsyncTranslator, Translator
 from cvmk.serving.answers import ModelInfo
 from cvmk.serving.errors import ServiceError, Status
@@ -60,9 +61,14 @@ class Served:
 
     def _close_if_unused(self) -> None:
         if self._retired and self._leases == 0:
-            task = asyncio.get_running_loop().create_task(self._asynchronous.__aexit__())
+            task = asyncio.get_running_loop().create_task(self._close())
             _CLOSING.add(task)
             task.add_done_callback(_CLOSING.discard)
+
+    async def _close(self) -> None:
+        await self._asynchronous.__aexit__()
+        del self._asynchronous, self.translator, self.scheduler  # the weights go with them, and not when somebody forgets the rest
+        await asyncio.to_thread(release_freed_memory)
 
 
 _CLOSING: set[asyncio.Task[None]] = set()  # the loop itself holds tasks only weakly

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -65,25 +65,27 @@ class FairQueue(Generic[T]):
             entry.gone = True
             self.cost -= entry.cost
 
-    def pop(self) -> T | None:
-        """The next one, or None."""
+    def pop(self, ready: Callable[[Hashable], bool] = lambda name: True) -> T | None:
+        """The next one of those whose flow is `ready`, or None. Flows that are not keep their places."""
         while True:
-            fresh = bool(self._new) and (self._first < _FIRST or not self._old)
-            turns = self._new if fresh else self._old
-            if not turns:
+            order = (self._new, self._old) if self._first < _FIRST else (self._old, self._new)
+            found = next(((turns, name) for turns in order for name in turns if ready(name)), None)
+            if found is None:
                 return None
-            flow = self._flows[turns[0]]
+            turns, name = found
+            fresh, flow = turns is self._new, self._flows[name]
             while flow.entries and flow.entries[0].gone:
                 flow.entries.popleft()
             if not flow.entries:
-                name = turns.popleft()
+                turns.remove(name)
                 if fresh:  # once round as an old one: else it would come back as new at once, and go before the others for ever
                     self._old.append(name)
                 else:
                     del self._flows[name]
             elif flow.deficit <= 0:
                 flow.deficit += self._quantum * flow.weight
-                self._old.append(turns.popleft())
+                turns.remove(name)
+                self._old.append(name)
             else:
                 entry = flow.entries.popleft()
                 flow.deficit -= entry.cost

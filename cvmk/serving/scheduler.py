@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import AsyncIterator, Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,12 @@ _HINTS = 0.05, 10.0
 """Seconds: the shortest and the longest hint when to try again."""
 
 
+_ACTIVE = 1.0
+"""Seconds after it has asked for something in which a client has a share."""
+_LEAST = 64
+"""Tokens of the smallest share: two or three sentences, so that a batch is not of one."""
+
+
 @dataclass(frozen=True)
 class Searched:
     """What was found, how long it had waited and how long it took, in microseconds."""
@@ -34,14 +40,16 @@ class Searched:
 
 @dataclass(eq=False)
 class _Waiting:
+    client: str
     cost: int
     come: asyncio.Future[None]
 
 
 class Scheduler:
     """Hands searches to a translator: at most `running` tokens (source pieces times beam size) at once, the others wait; at most `waiting` tokens of all
-    clients and `waiting_per_client` of one, and what would be more is refused at once. `given_up` is told of those that
-    were not finished because of "client" (cancelled) or "deadline". Everything runs in one event loop."""
+    clients and `waiting_per_client` of one, and what would be more is refused at once. Of what runs, each client that has asked for something in the last
+    second has an equal share: a step takes as long as its batch is large, so that whoever asks for much would slow down whoever asks for little. `given_up` is
+    told of those that were not finished because of "client" (cancelled) or "deadline". Everything runs in one event loop."""
 
     def __init__(
         self,
@@ -57,6 +65,8 @@ class Scheduler:
         self._limit, self._most, self._most_per_client = running, waiting, waiting_per_client
         self._queue: FairQueue[_Waiting] = FairQueue()
         self._waiting_of: Counter[str] = Counter()
+        self._running_of: Counter[str] = Counter()
+        self._asked: OrderedDict[str, float] = OrderedDict()  # when each client of the last second last asked, the oldest first
         self.running = 0
         """Tokens that the engine works on."""
         self._rate, self._since, self._done = 1000.0, clock(), 0
@@ -88,11 +98,11 @@ class Scheduler:
         try:
             with self._place(client, priority, tokens) as come:
                 await _within(come, timeout)
-            turn = Turn(self, self._translator, self._clock, tokens, begun, timeout)
+            turn = Turn(self, client, self._translator, self._clock, tokens, begun, timeout)
             try:
                 yield turn
             finally:
-                self._ended(turn.tokens)
+                self._ended(client, turn.tokens)
         except asyncio.CancelledError:
             self._given_up("client")
             raise
@@ -106,7 +116,9 @@ class Scheduler:
         """A place in the queue, as a future that is done when it is this one's turn; from then on its tokens are running. On an error they are not."""
         if self._queue.cost + tokens > self._most or self._waiting_of[client] + tokens > self._most_per_client:
             raise self._full(tokens)
-        one = _Waiting(tokens, asyncio.get_running_loop().create_future())
+        one = _Waiting(client, tokens, asyncio.get_running_loop().create_future())
+        self._asked[client] = self._clock()
+        self._asked.move_to_end(client)
         entry: Entry[_Waiting] = self._queue.push((client, priority), WEIGHTS[priority], tokens, one)
         self._waiting_of[client] += tokens
         self._fill()
@@ -114,7 +126,7 @@ class Scheduler:
             yield one.come
         except BaseException:
             if one.come.done() and not one.come.cancelled():
-                self._ended(tokens)
+                self._ended(client, tokens)
             self._queue.remove(entry)
             raise
         finally:
@@ -124,17 +136,33 @@ class Scheduler:
 
     def _fill(self) -> None:
         """Turns for whoever there is room for."""
-        while self.running < self._limit and (one := self._queue.pop()) is not None:
+        share = self._share()
+
+        def ready(flow: Hashable) -> bool:
+            running = self._running_of[flow[0]]  # type: ignore[index]
+            return not running or running < share
+
+        while self.running < self._limit and (one := self._queue.pop(ready)) is not None:
             if not one.come.done():
-                self.running += one.cost
+                self.changed(one.client, one.cost)
                 one.come.set_result(None)
 
-    def changed(self, tokens: int) -> None:
-        """A search that runs has so many tokens more than was thought."""
-        self.running += tokens
+    def _share(self) -> float:
+        """Tokens of one client that may run."""
+        long_ago = self._clock() - _ACTIVE
+        while self._asked and next(iter(self._asked.values())) < long_ago:
+            self._asked.popitem(last=False)
+        return max(self._limit / max(len(self._asked), 1), _LEAST)
 
-    def _ended(self, tokens: int) -> None:
-        self.running -= tokens
+    def changed(self, client: str, tokens: int) -> None:
+        """So many tokens more of a client run, or fewer."""
+        self.running += tokens
+        self._running_of[client] += tokens
+        if not self._running_of[client]:
+            del self._running_of[client]
+
+    def _ended(self, client: str, tokens: int) -> None:
+        self.changed(client, -tokens)
         self._done += tokens
         now = self._clock()
         if (passed := now - self._since) > 1.0:  # an average over the last seconds
@@ -154,15 +182,22 @@ class Turn:
     """It is somebody's turn: the engine has room for a search of about so many tokens."""
 
     def __init__(
-        self, scheduler: Scheduler, translator: AsyncTranslator, clock: Callable[[], float], tokens: int, begun: float, timeout: float | None
+        self,
+        scheduler: Scheduler,
+        client: str,
+        translator: AsyncTranslator,
+        clock: Callable[[], float],
+        tokens: int,
+        begun: float,
+        timeout: float | None,
     ) -> None:
-        self._scheduler, self._translator, self._clock = scheduler, translator, clock
+        self._scheduler, self._client, self._translator, self._clock = scheduler, client, translator, clock
         self.tokens, self._begun, self._timeout = tokens, begun, timeout
 
     async def search(self, source: Sequence[int], options: SearchOptions, *, prefix: Sequence[int] = (), state: Any = None) -> Searched:
         """What the engine finds."""
         tokens = cost(source, options)
-        self._scheduler.changed(tokens - self.tokens)
+        self._scheduler.changed(self._client, tokens - self.tokens)
         self.tokens = tokens
         started = self._clock()
         left = None if self._timeout is None else max(self._timeout - (started - self._begun), 1e-6)

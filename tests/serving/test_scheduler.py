@@ -86,6 +86,35 @@ def test_who_asks_seldom_is_next() -> None:
     run(go())
 
 
+def test_what_runs_is_shared_by_clients_too() -> None:
+    """Whoever asks for much has all of it while nobody else asks, and an equal share of it afterwards, down to the least."""
+
+    async def go() -> None:
+        now, engine = [0.0], _Slow()
+        scheduler = Scheduler(engine, running=400, waiting=10**6, waiting_per_client=10**6, clock=lambda: now[0])  # type: ignore[arg-type]
+        tasks = [search(scheduler, index, "much") for index in range(200)]
+        await asyncio.sleep(0.001)
+        assert scheduler.running == 400
+        tasks.append(search(scheduler, 1000, "seldom"))
+        await asyncio.sleep(0.001)
+        while len(engine.running) > 1 and 1000 not in [id for id, _ in engine.running]:
+            await engine.end_one()
+        assert engine.begun[-1] == 1000  # as soon as something had ended
+        for _ in range(60):
+            await engine.end_one()
+            assert scheduler.running <= 400
+        assert scheduler.running == 200  # half of it is for whoever asked in the last second
+        now[0] = 1.5
+        await engine.end_one()
+        assert scheduler.running == 400
+        while engine.running:
+            await engine.end_one()
+        await asyncio.gather(*tasks)
+        assert scheduler.running == scheduler.waiting == 0 and not scheduler._running_of
+
+    run(go())
+
+
 async def scheduler_takes_one(scheduler: Scheduler, engine: _Slow) -> None:
     task = search(scheduler, 99)
     await asyncio.sleep(0.001)
