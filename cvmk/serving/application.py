@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from cvmk.inference.translator import Translation
 
 _LONGEST_NAME = 64
+_LONG = 1000
+"""Characters of a text that is cut into sentences beside the event loop."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,8 @@ class Application:
     async def _translated(self, text: str, source: str, language: Language | None, target: str, model: str, search: _Search) -> Translated:
         with self.catalogue.lease(source if language is None else language.code, target, model) as served:
             served.scheduler.check_room(search.client)
-            whole = cut(text, served.translator, served.info.source)
+            arguments = text, served.translator, served.info.source
+            whole = cut(*arguments) if len(text) < _LONG else await asyncio.to_thread(cut, *arguments)
             beam = max(search.beam_size or served.beam_size, search.alternatives + 1)
             options = SearchOptions(beam_size=beam, n_best=search.alternatives + 1)
             async with _group() as group:

@@ -151,7 +151,7 @@ class Models:
                 version = (await asyncio.to_thread(read_model_manifest, self._config.models[name].path))[1].weights_sha256
                 if (version or "")[:12] != served.info.version:
                     found.append(await self.load(name))
-            except CvmkError as error:
+            except (CvmkError, ValueError, OSError) as error:
                 _log.warning("the model %s was not replaced: %s", name, error)
         return found
 

@@ -18,7 +18,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from cvmk.config.serve import ServeConfig
-from cvmk.errors import DataError
+from cvmk.errors import CvmkError, DataError
 from cvmk.serving import logs
 from cvmk.serving.application import Application
 from cvmk.serving.auth import Keys, server_credentials, ssl_context
@@ -142,8 +142,11 @@ class Server:
     def reload_keys(self) -> None:
         """Read the files of tokens anew; where one is wrong, the tokens before stay."""
         for keys in (self._keys, self._admin_keys):
-            if keys is not None:
-                keys.reload()
+            try:
+                if keys is not None:
+                    keys.reload()
+            except CvmkError as error:
+                _log.warning("the tokens stay as they were: %s", error)
 
     async def serve(self) -> None:
         """Until `end`: then nothing new is taken, and what runs has its time."""

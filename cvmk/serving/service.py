@@ -24,6 +24,8 @@ from cvmk.streaming import LocalAgreement, Policy, Retranslation, WaitK
 
 _PRIORITIES = ("normal", "low", "normal", "high")  # by the numbers of Priority
 _MOST_SECONDS = 3600
+FIRST_SECONDS = 10.0
+"""In which a stream's first request has to come."""
 _LAST_WORDS = 0.25
 """Seconds in which a stream that has failed may still say what was committed."""
 Context = Any  # grpc.aio.ServicerContext, whose type parameters say nothing here
@@ -67,7 +69,11 @@ class TranslationService:
 
     async def stream(self, requests: AsyncIterator[Any], caller: Caller, write: Callable[[Any], Awaitable[None]]) -> None:
         """A stream of StreamRequests and StreamResponses, whatever brings and takes them. Raises ServiceError."""
-        first = await anext(requests, None)
+        try:
+            async with asyncio.timeout(FIRST_SECONDS):
+                first = await anext(requests, None)
+        except TimeoutError:
+            raise ServiceError(Status.DEADLINE_EXCEEDED, f"nothing came for {FIRST_SECONDS:g} seconds: send open") from None
         if first is None or first.WhichOneof("event") != "open":
             raise ServiceError(Status.FAILED_PRECONDITION, "the first message must be open", field="open")
         async with self._application.open(caller, self._opening(first.open)) as session:

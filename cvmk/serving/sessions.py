@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import math
 import secrets
 import time
 from collections import deque
@@ -30,6 +29,8 @@ _CHECKS = 0.5
 """Seconds between two looks at a stream's reader."""
 _EVENT = 16
 """Characters that an event counts for, beside its text."""
+_UNDECIDED = 2048
+"""Characters of a sentence after which its language is guessed, whatever they are."""
 _ARRIVED = 256
 """Events that are timed until an update answers them."""
 
@@ -102,7 +103,7 @@ class LiveSession:
         self._pending: deque[_Event] = deque()
         self._characters = 0  # of pending events
         self._seq = self._seq_read = 0
-        self._closed = self._handing_over = False
+        self._closed = self._handing_over = self._busy = False
         self._wake, self._room, self._ready = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._room.set()
         self.outbox = Outbox(opening.credit or CREDIT, clock)
@@ -115,11 +116,14 @@ class LiveSession:
         try:
             self._core = StreamCore(
                 self._next_model, opening.policy, Sentences(), whole_words=not opening.partial_words,
-                segment=opening.first_segment, committed=opening.committed, pieces=opening.pieces,
+                segment=opening.first_segment,
             )  # fmt: skip
-        except ValueError as error:
+            self._resumes = opening.committed != ""
+            if self._language is not None:
+                self._resume()
+        except ServiceError:
             self._release()
-            raise invalid("open.committed", str(error)) from error
+            raise
         self._core.sentences = Sentences(self._source_language())
 
     # -- what a transport does ---------------------------------------------------------------------------------------------------------
@@ -135,9 +139,12 @@ class LiveSession:
             self._watch.cancel()
         if self._worker is not None:
             self._worker.cancel()
-            await asyncio.gather(self._worker, return_exceptions=True)
-        self._release()
-        self._ended(self)
+        try:
+            if self._worker is not None:
+                await asyncio.gather(self._worker, return_exceptions=True)
+        finally:
+            self._release()
+            self._ended(self)
 
     @property
     def model(self) -> str:
@@ -273,8 +280,11 @@ class LiveSession:
                 closes = False
                 while self._pending and not closes:
                     ends, closes = self._apply()
+                    self._busy = True
                     if self._known(ends):
                         await self._advance(ends)
+                    self._busy = False
+                    await asyncio.sleep(0)  # whatever comes of the text, others have their turn
                 if closes:
                     return
                 if self._handing_over and not self._pending:
@@ -335,11 +345,12 @@ class LiveSession:
                 step = next(steps, None)
                 if step is None:
                     return None
-                if isinstance(step, Update) or step.final or not (source := served.translator.encode(step.source)):
+                if isinstance(step, Update) or step.final:
                     return self._wake_up()  # it has ended meanwhile
-                found = await self._search(turn, served, step, source, options)
+                source = served.translator.encode(step.source)
+                found = await self._search(turn, served, step, source, options) if source else served.translator.decode([])
         except ServiceError as error:
-            if error.status is not Status.RESOURCE_EXHAUSTED:
+            if error.status not in (Status.RESOURCE_EXHAUSTED, Status.DEADLINE_EXCEEDED):
                 raise
             asyncio.get_running_loop().call_later(error.retry_after or 0.1, self._wake_up)
             return None
@@ -356,7 +367,9 @@ class LiveSession:
 
     async def _search(self, turn: Turn, served: Served, wanted: Wanted, source: list[int], options: SearchOptions) -> Translation:
         if wanted.begun != self._state_of:
-            self._state, self._state_of = served.open_source(), wanted.begun
+            with contextlib.suppress(ConfigError):  # too many are open: it goes without
+                self._state = served.open_source()
+            self._state_of = wanted.begun
         try:
             found = await turn.search(source, options, prefix=wanted.committed, state=self._state)
         except ConfigError as error:
@@ -411,6 +424,15 @@ class LiveSession:
             except ServiceError as error:  # there is none any more
                 self.fail(error)
 
+    def _resume(self) -> None:
+        """What another stream had committed of the first sentence, for the model that goes on with it."""
+        if self._resumes:
+            self._resumes = False
+            try:
+                self._core.resume(self._opening.committed, self._opening.pieces)
+            except ValueError as error:
+                raise invalid("open.committed", str(error)) from error
+
     def _source_language(self) -> str:
         """Of the sentence; "" while it is not known."""
         return "" if self._language is None else self._language.code
@@ -419,13 +441,16 @@ class LiveSession:
         """Whether the source's language is known, so that it can be translated. Where it has just been found, or has changed, the sentence begins anew."""
         before = self._source_language()
         text = self._core.source
-        found = self._sticky.read(text, final=ends and bool(text.strip()))
+        found = self._sticky.read(text, final=(ends or len(text) > _UNDECIDED) and bool(text.strip()))
         if found is None:
+            if ends:
+                self._resume()
             return not text.strip()
         self._language = found
         if found.code != before:
             self._core.sentences = Sentences(found.code)
             self._core.reopen()
+        self._resume()
         return True
 
     # -- its reader --------------------------------------------------------------------------------------------------------------------
@@ -434,7 +459,7 @@ class LiveSession:
         if self.outbox.held() > self._rules.stuck:
             message = f"nothing was acknowledged for {self._rules.stuck:g} seconds: acknowledge what was read"
             self.fail(ServiceError(Status.RESOURCE_EXHAUSTED, message, reason="stuck"))
-        elif now - self._heard > self._rules.idle and not math.isinf(self._rules.idle):
+        elif now - self._heard > self._rules.idle and not (self._closed or self._busy or self._pending):
             self.fail(ServiceError(Status.DEADLINE_EXCEEDED, f"nothing came for {self._rules.idle:g} seconds: open another stream"))
         self._renew()
         if self.error is None:

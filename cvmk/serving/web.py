@@ -24,7 +24,7 @@ from cvmk.config.serve import ServerConfig
 from cvmk.serving.auth import Keys, bearer_token
 from cvmk.serving.errors import ServiceError, Status
 from cvmk.serving.json_messages import from_json, object_of, to_json
-from cvmk.serving.service import TranslationService
+from cvmk.serving.service import FIRST_SECONDS, TranslationService
 
 if TYPE_CHECKING:
     from cvmk.serving.application import Application
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 _PAGE = Path(__file__).parent / "page"
 _TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 _PROTOCOL = "cvmk.v1"
-_FIRST_SECONDS = 10.0
-"""In which the first frame has to come."""
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -92,10 +90,10 @@ class _Streams:
     async def _until_gone(self, websocket: WebSocket) -> None:
         """Runs the stream; it is cancelled when the client goes: ServiceError CANCELLED."""
         try:
-            async with asyncio.timeout(_FIRST_SECONDS):
+            async with asyncio.timeout(FIRST_SECONDS):
                 first = await _received(websocket)
         except TimeoutError:
-            raise ServiceError(Status.DEADLINE_EXCEEDED, f"nothing came for {_FIRST_SECONDS:g} seconds: send open") from None
+            raise ServiceError(Status.DEADLINE_EXCEEDED, f"nothing came for {FIRST_SECONDS:g} seconds: send open") from None
         token = first.pop("token", None)
         if token is not None and not isinstance(token, str):
             raise ServiceError(Status.UNAUTHENTICATED, "token must be a string", field="token")

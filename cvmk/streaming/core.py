@@ -83,9 +83,11 @@ class StreamCore:
         self._spelled = (0, "")  # so many characters of what the pieces say are this text
         self._open("")
         if committed:
-            self._resume(committed, list(pieces))
+            self.resume(committed, pieces)
 
-    def _resume(self, committed: str, pieces: list[int]) -> None:
+    def resume(self, committed: str, pieces: Sequence[int] = ()) -> None:
+        """What another stream has said of the first sentence, before anything is said of it here. Raises ValueError as above."""
+        pieces = list(pieces)
         tokenizer = self._model.tokenizer
         sound = all(FIRST_PIECE <= piece < tokenizer.vocab_size for piece in pieces)
         if not pieces or not sound or tokenizer.decode(pieces) != committed:
@@ -140,11 +142,13 @@ class StreamCore:
         while (place := self._end()) is not None:
             yield from self._finish(self._source[: place[0]], place[1])
         if end:
-            if self._source.strip() or self._committed:
+            if self._source.strip() or self._committed or self._seen:
                 yield from self._finish(self._source, len(self._source))
             return
         read = self._readable()
-        if read and read != self._translated and not self._policy.reads(self._view(())):
+        if not read and self._seen:
+            yield self._take_back()
+        elif read and read != self._translated and not self._policy.reads(self._view(())):
             yield from self._revise(read)
 
     # -- one sentence -----------------------------------------------------------------------------------------------------------------
@@ -157,16 +161,15 @@ class StreamCore:
     def _finish(self, text: str, begin: int) -> Steps:
         """The whole translation of a sentence, and a new one that begins at character `begin` of the text."""
         update = None
-        if text.strip() or self._committed:
+        if text.strip() or self._committed or self._seen:
             found = yield Wanted(text.strip(), self._pieces, self._begun, True)
             assert found is not None
             update = self._say(found, len(text), final=True)
+            yield update  # before another model is asked for, which there may not be
         rest = self._source[begin:]
         self._begin += begin
         self._segment += update is not None
         self._open(rest)
-        if update is not None:
-            yield update
 
     def _revise(self, read: str) -> Steps:
         before = self._seen
@@ -178,6 +181,13 @@ class StreamCore:
             yield update
         else:
             self._revision -= 1  # nobody hears of it
+
+    def _take_back(self) -> Update:
+        """Nothing that could be translated is left of the sentence."""
+        deleted, self._seen, self._translated = len(self._seen), "", ""
+        self._earlier.clear()
+        self._revision += 1
+        return Update(self._segment, self._revision, "", "", deleted, self._begin, False, self._begin)
 
     def _say(self, found: Translation, read: int, final: bool) -> Update:
         text, tokens, pieces = self._spell(found.text), found.tokens, len(self._pieces)

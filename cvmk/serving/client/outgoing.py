@@ -113,7 +113,7 @@ class Outgoing:
         """A sentence is final; it ends at this character of the connection's text."""
         end = max(self.begin, self.base + end)
         self.text, self.begin = self.text[end - self.begin :], end
-        past = sum(place <= end for place in self._ends)
+        past = sum(place <= end or not self.text[: place - end].strip() for place in self._ends)  # what ends there has ended
         self._ends, self._ends_sent = self._ends[past:], max(0, self._ends_sent - past)
         self._sent = max(self._sent, end)
         self._changed = None if self._changed is None else max(self._changed, end)

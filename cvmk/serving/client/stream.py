@@ -54,6 +54,7 @@ class AsyncLiveStream:
         self._number = 0  # of the connection; then its last revision that came, that was taken, and that the server knows to be
         self._received = self._read = self._acknowledged = 0
         self._work, self._news, self._room = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        self._unread_since = 0.0
         self._task: asyncio.Task[None] | None = None
         self._error: Exception | None = None
         self._over = self._progress = self._anew = False
@@ -192,9 +193,12 @@ class AsyncLiveStream:
             if self._connection.closed:
                 raise ServiceError(Status.CANCELLED, "the client was closed while the stream was open")
             if failed.status is Status.DEADLINE_EXCEEDED and self._timeout is None:
-                await self._sleep()
-                failures = 0
-                continue
+                self._text.connect(self._segment)
+                if not self._text.pending:
+                    await self._sleep()
+                    failures = 0
+                    continue
+                failed = ServiceError(Status.UNAVAILABLE, str(failed))  # it was too slow just now
             lasted = time.monotonic() - began
             failures = 1 if self._progress or lasted > self._connection.retry.max_delay else failures + 1
             log.info("stream %s: %s (%s)", self.session, failed, failed.status.name)
@@ -239,6 +243,8 @@ class AsyncLiveStream:
         try:
             await call.write(messages.StreamRequest(open=opening))
             while not self._text.close_sent:  # then nothing waits for an acknowledgement, and a message to a call that has ended would hide how it ended
+                if self._received > self._read and time.monotonic() - self._unread_since > PATIENCE:
+                    self._read = self._received
                 request = self._text.next_request()
                 if request is None and self._acknowledged == self._read:
                     try:
@@ -278,6 +284,8 @@ class AsyncLiveStream:
             deleted=response.deleted_chars, source_read=base + response.source_chars_read, final=response.final, language=language,
             queue_us=timing.queue_us, decode_us=timing.decode_us, begin=base + response.segment_begin,
         )  # fmt: skip
+        if self._received == self._read:
+            self._unread_since = time.monotonic()
         self._received = response.revision
         self._unread.put(update, self._number)
         if response.final:
