@@ -27,6 +27,8 @@ from cvmk.streaming import Policy, Retranslation, Sentences, StreamCore, Update,
 CREDIT, MOST_CREDIT = 2, 64
 _CHECKS = 0.5
 """Seconds between two looks at a stream's reader."""
+_LATER = 1.0
+"""Seconds after which a stream may come again whose translations were too slow."""
 _EVENT = 16
 """Characters that an event counts for, beside its text."""
 _UNDECIDED = 2048
@@ -324,6 +326,8 @@ class LiveSession:
                 async with self._turn(served, cost(source, options)) as turn:
                     return await self._search(turn, served, wanted, source, options)
             except ServiceError as error:
+                if error.status is Status.DEADLINE_EXCEEDED:  # of ours, not of the client's
+                    raise ServiceError(Status.UNAVAILABLE, f"{error}: try again later", retry_after=_LATER) from error
                 if error.status is not Status.RESOURCE_EXHAUSTED or self._clock() > until:
                     raise
                 await asyncio.sleep(max(wait, min(error.retry_after or 0.0, 1.0)))

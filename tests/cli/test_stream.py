@@ -165,7 +165,8 @@ class Terminal:
         environment = {**os.environ, "TERM": "xterm", "PYTHONIOENCODING": "utf-8"}
         kept = {name: value for name, value in environment.items() if name != "NO_COLOR"}
 
-        own = "import fcntl, os, sys, termios; os.setsid(); fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
+        own = "import fcntl, os, signal, sys, termios; os.setsid(); fcntl.ioctl(0, termios.TIOCSCTTY, 0); signal.signal(signal.SIGINT, signal.SIG_DFL); "
+        own += "os.execv(sys.argv[1], sys.argv[1:])"  # interrupts are ignored by what a shell has started in the background, and by its children
         self.process = subprocess.Popen(
             [sys.executable, "-c", own, *command("stream", *arguments)], stdin=self._slave, stdout=self._slave, stderr=self._slave, env=kept
         )

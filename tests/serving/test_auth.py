@@ -289,7 +289,8 @@ def test_versions_before_1_2_are_refused(made: dict[str, Pair]) -> None:
             for place in (port, http.sockets[0].getsockname()[1]):
                 with pytest.raises(ssl.SSLError) as error:
                     await asyncio.to_thread(shake_hands, place, minimum_version=ssl.TLSVersion.TLSv1, maximum_version=ssl.TLSVersion.TLSv1_1)
-                assert error.value.reason in ("TLSV1_ALERT_PROTOCOL_VERSION", "UNEXPECTED_EOF_WHILE_READING")  # by the server, not by the client
+                by_server = ("TLSV1_ALERT_PROTOCOL_VERSION", "UNEXPECTED_EOF_WHILE_READING")  # or it closes the connection, with some versions of OpenSSL
+                assert error.value.reason in by_server or isinstance(error.value, ssl.SSLZeroReturnError)
                 assert await asyncio.to_thread(shake_hands, place, maximum_version=ssl.TLSVersion.TLSv1_2) == "TLSv1.2"
                 assert await asyncio.to_thread(shake_hands, place) == "TLSv1.3"
 

@@ -276,7 +276,7 @@ def test_what_a_stream_may_not_do(serve_config: Any) -> None:
         ([request(open=messages.Open(source="en", beam_size=99))], CODES.INVALID_ARGUMENT, "beam_size"),
         ([request(open=messages.Open(source="en", priority=9))], CODES.INVALID_ARGUMENT, "open.priority is 9"),
         ([request(open=messages.Open(target="fr"))], CODES.NOT_FOUND, "to fr"),
-        ([request(open=messages.Open(committed=b"a man " * 300))], CODES.INVALID_ARGUMENT, "open.committed has"),
+        ([request(open=messages.Open(source="en", committed=b"a man " * 300))], CODES.INVALID_ARGUMENT, "open.committed has"),
         (
             [request(open=messages.Open(policy=messages.Policy(local_agreement=messages.LocalAgreement(agreeing=0))))],
             CODES.INVALID_ARGUMENT,

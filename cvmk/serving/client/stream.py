@@ -193,12 +193,9 @@ class AsyncLiveStream:
             if self._connection.closed:
                 raise ServiceError(Status.CANCELLED, "the client was closed while the stream was open")
             if failed.status is Status.DEADLINE_EXCEEDED and self._timeout is None:
-                self._text.connect(self._segment)
-                if not self._text.pending:
-                    await self._sleep()
-                    failures = 0
-                    continue
-                failed = ServiceError(Status.UNAVAILABLE, str(failed))  # it was too slow just now
+                await self._sleep()
+                failures = 0
+                continue
             lasted = time.monotonic() - began
             failures = 1 if self._progress or lasted > self._connection.retry.max_delay else failures + 1
             log.info("stream %s: %s (%s)", self.session, failed, failed.status.name)
