@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal, get_args
 
-from torch import Tensor, nn
+from torch import nn
 
 from cvmk.nn.linear import Linear
 from cvmk.nn.quantized_linear import QuantizedLinear
-from cvmk.ops import QuantizedWeight
 
 SchemeName = Literal["w8a8", "w4a16", "w4a8"]
 
@@ -17,33 +16,13 @@ SchemeName = Literal["w8a8", "w4a16", "w4a8"]
 class Int8Linear(QuantizedLinear):
     """A `QuantizedLinear` of 8 bits. Raises ValueError for a weight of others."""
 
-    def __init__(
-        self,
-        weight: QuantizedWeight,
-        bias: Tensor | None = None,
-        *,
-        smooth_scale: Tensor | None = None,
-        activations: str | None = None,
-        input_range: Tensor | None = None,
-    ) -> None:
-        super().__init__(weight, bias, smooth_scale=smooth_scale, activations=activations, input_range=input_range)
-        _need_bits(self, 8)
+    BITS = 8
 
 
 class Int4Linear(QuantizedLinear):
     """A `QuantizedLinear` of 4 bits; `cvmk.formats.read_gptq` and `read_awq` make such layers of checkpoints. Raises ValueError for a weight of others."""
 
-    def __init__(
-        self,
-        weight: QuantizedWeight,
-        bias: Tensor | None = None,
-        *,
-        smooth_scale: Tensor | None = None,
-        activations: str | None = None,
-        input_range: Tensor | None = None,
-    ) -> None:
-        super().__init__(weight, bias, smooth_scale=smooth_scale, activations=activations, input_range=input_range)
-        _need_bits(self, 4)
+    BITS = 4
 
 
 def quantize_module(
@@ -80,8 +59,3 @@ def _quantized(layer: nn.Linear, scheme: SchemeName, group_size: int, symmetric:
     if scheme == "w8a8":
         return Int8Linear.from_linear(layer)
     return Int4Linear.from_linear(layer, bits=4, group_size=group_size, symmetric=symmetric, activations="float" if scheme == "w4a16" else "token")
-
-
-def _need_bits(layer: QuantizedLinear, bits: int) -> None:
-    if layer.bits != bits:
-        raise ValueError(f"{type(layer).__name__}: the weight has {layer.bits} bits and not {bits}")

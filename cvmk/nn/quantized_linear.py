@@ -42,6 +42,9 @@ class QuantizedLinear(nn.Module):
     bias: nn.Parameter | None
     smooth_scale: Tensor | None
     input_range: Tensor | None
+    BITS: ClassVar[int | None] = None
+    """The bits of every layer of the class; None: any."""
+
     _weight_values: Tensor  # with the next three, the weight; packed, they are nobody else's affair
     _weight_scales: Tensor
     _weight_zeros: Tensor | None
@@ -59,6 +62,8 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         if not isinstance(weight, QuantizedWeight):
             raise TypeError(f"QuantizedLinear: weight is a {type(weight).__name__}; quantise it with ops.quantize_int8 or quantize_int4, or use from_linear")
+        if self.BITS not in (None, weight.bits):
+            raise ValueError(f"{type(self).__name__}: the weight has {weight.bits} bits and not {self.BITS}")
         _check_vector("bias", bias, weight.out_features, weight.device)
         _check_vector(_SMOOTH, smooth_scale, weight.in_features, weight.device)
         if smooth_scale is not None and weight.bits != 8:

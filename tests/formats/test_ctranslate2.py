@@ -9,15 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+from exported import save
 
 from cvmk.cli import main
 from cvmk.errors import ConfigError, DataError
-from cvmk.formats import load_model_folder, read_model_manifest, save_model_folder
+from cvmk.formats import load_model_folder, read_model_manifest
 from cvmk.formats.ctranslate2 import export_ctranslate2, refusals, specification
 from cvmk.inference.ctranslate2_runner import CTranslate2Runner
 from cvmk.inference.export_check import compare
 from cvmk.nn import CVMTransformer
-from cvmk.quantization import Recipe, quantize_model
+from cvmk.quantization import Recipe
 from cvmk.text.tokenizers import Tokenizer
 
 pytest.importorskip("ctranslate2")
@@ -28,15 +29,6 @@ MODELS: dict[str, dict[str, Any]] = {
     "gelu": {"activation": "gelu"},
     "rotary, rms norm, gates": {"positions": "rotary", "norm": "rmsnorm", "kv_heads": 2, "activation": "swiglu", "bias": False, "decoder_layers": 1},
 }
-PAIRS = [([4, 5, 6], [7, 8]), ([9, 10], [11])]
-
-
-def save(folder: Path, make_model: Make, tokenizer: Tokenizer, recipe: Recipe | None = None, **options: Any) -> Path:
-    model = make_model(tokenizer.vocab_size, **{"d_model": 64, "ffn": 128, "heads": 4, "seed": 3, "sharpness": 2.0, **options})
-    if recipe is not None:
-        model = quantize_model(model, recipe, PAIRS).build()
-    save_model_folder(folder, model, tokenizer, "card")
-    return folder
 
 
 @pytest.mark.parametrize("kind", MODELS)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from exported import save
 from quantized_cases import check
 
 from cvmk import ops
@@ -27,7 +28,7 @@ from cvmk.inference import Translator
 from cvmk.inference.export_check import compare
 from cvmk.inference.onnx_runner import OnnxRunner
 from cvmk.nn import CVMTransformer, QuantizedLinear
-from cvmk.quantization import Recipe, quantize_model
+from cvmk.quantization import Recipe
 from cvmk.quantization.onnx_runtime import export_quantized_onnx
 from cvmk.text.tokenizers import Tokenizer
 
@@ -42,17 +43,8 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "one head, one key of many": {"heads": 8, "kv_heads": 1, "encoder_layers": 1, "tie_embeddings": True, "positions": "rotary", "rotary_base": 500.0},
 }  # fmt: skip
-PAIRS = [([4, 5, 6], [7, 8]), ([9, 10], [11])]
 SOURCE = torch.tensor([[5, 6, 7, 8, 9, 3], [8, 3, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0]])
 TARGET = torch.tensor([[2, 5, 9, 11], [2, 7, 4, 0], [2, 4, 6, 8]])
-
-
-def save(folder: Path, make_model: Make, tokenizer: Tokenizer, recipe: Recipe | None = None, **options: Any) -> Path:
-    model = make_model(tokenizer.vocab_size, **{"d_model": 64, "ffn": 128, "heads": 4, "seed": 3, "sharpness": 2.0, **options})
-    if recipe is not None:
-        model = quantize_model(model, recipe, PAIRS).build()
-    save_model_folder(folder, model, tokenizer, "card")
-    return folder
 
 
 def run_by_onnx(folder: Path) -> OnnxRunner:

@@ -73,6 +73,13 @@ async def ask(channel: grpc.aio.Channel, method: str, request: Any = None, *, se
     return await call(request, **options)
 
 
+async def refused(call: Any) -> tuple[Any, str]:
+    """Status and message of a call that fails."""
+    with pytest.raises(grpc.aio.AioRpcError) as error:
+        await call
+    return error.value.code(), error.value.details() or ""
+
+
 def stream(channel: grpc.aio.Channel, **options: Any) -> Any:
     """A TranslateStream."""
     path = f"/{messages.SERVICE}/TranslateStream"

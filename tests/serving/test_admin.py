@@ -11,7 +11,7 @@ import grpc
 import grpc.aio
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from served import ask, serving
+from served import ask, refused, serving
 
 from cvmk.serving import messages
 from cvmk.serving.server import STUCK
@@ -22,12 +22,6 @@ TOKEN = (("authorization", "Bearer an-administrators-token"),)
 
 def run(coroutine: Any) -> Any:
     return asyncio.run(asyncio.wait_for(coroutine, 60))
-
-
-async def refused(call: Any) -> tuple[Any, str]:
-    with pytest.raises(grpc.aio.AioRpcError) as error:
-        await call
-    return error.value.code(), error.value.details() or ""
 
 
 async def healthy(channel: Any, name: str) -> bool:

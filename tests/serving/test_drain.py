@@ -13,7 +13,7 @@ import grpc
 import grpc.aio
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from served import append, ask, request, stream
+from served import append, ask, refused, request, stream
 from server_process import ServerProcess
 
 from cvmk.inference import Translator
@@ -39,12 +39,6 @@ def tables(config: Any, **others: Any) -> dict[str, Any]:
 
 def translated(channel: Any, text: str, **options: Any) -> Any:
     return asyncio.ensure_future(ask(channel, "Translate", messages.TranslateRequest(texts=[text.encode()], source="en"), **options))
-
-
-async def refused(call: Any) -> tuple[Any, str]:
-    with pytest.raises(grpc.aio.AioRpcError) as error:
-        await call
-    return error.value.code(), error.value.details() or ""
 
 
 def check_log(server: ServerProcess) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import grpc
 import grpc.aio
 import pytest
-from served import append, ask, request, serving, stream
+from served import append, ask, refused, request, serving, stream
 
 from cvmk.inference import Translator
 from cvmk.serving import messages
@@ -23,13 +23,6 @@ CODES = grpc.StatusCode
 
 def run(coroutine: Any) -> Any:
     return asyncio.run(asyncio.wait_for(coroutine, 60))
-
-
-async def refused(call: Any) -> tuple[Any, str]:
-    """Status and message of a call that fails."""
-    with pytest.raises(grpc.aio.AioRpcError) as error:
-        await call
-    return error.value.code(), error.value.details() or ""
 
 
 async def told(call: Any, *requests: Any, acknowledge: bool = True) -> list[Any]:
