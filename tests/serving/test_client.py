@@ -340,6 +340,23 @@ def test_a_stream_that_the_server_ended_because_nothing_was_said() -> None:
     run(work, Script(idle=0.05))
 
 
+def test_a_client_that_is_closed_ends_a_stream_that_sleeps() -> None:
+    async def work(server: FakeServer, client: AsyncClient) -> None:
+        async with client.stream() as stream:
+            await stream.append("One two. Three fo")
+            while server.ended < 1:
+                await asyncio.sleep(0.001)
+            await asyncio.sleep(0.05)
+            reader = asyncio.create_task(Reader().take_all(stream))
+            await asyncio.sleep(0.01)
+            assert not reader.done()
+            await client.close()
+            with pytest.raises(ServiceError, match="the client was closed"):
+                await asyncio.wait_for(reader, 5)
+
+    run(work, Script(idle=0.05))
+
+
 def test_memory_is_that_of_the_open_sentence() -> None:
     async def work(server: FakeServer, client: AsyncClient) -> None:
         longest = 0

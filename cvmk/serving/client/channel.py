@@ -87,6 +87,8 @@ class Connection:
         self._server_name = tls.server_name if tls is not None else None
         self._channel: grpc.aio.Channel | None = None
         self.closed = False
+        self.sleepers: set[asyncio.Event] = set()
+        """Of streams that wait for their user, and for this to be closed."""
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.address!r})"
@@ -111,6 +113,8 @@ class Connection:
 
     async def close(self) -> None:
         channel, self._channel, self.closed = self._channel, None, True
+        for event in self.sleepers:
+            event.set()
         if channel is not None:
             await channel.close()
 

@@ -190,10 +190,12 @@ class AsyncLiveStream:
                 failed = error
             finally:
                 self.connected = False
+            idle = failed.status is Status.DEADLINE_EXCEEDED and self._timeout is None
+            if idle:
+                await self._sleep()
             if self._connection.closed:
                 raise ServiceError(Status.CANCELLED, "the client was closed while the stream was open")
-            if failed.status is Status.DEADLINE_EXCEEDED and self._timeout is None:
-                await self._sleep()
+            if idle:
                 failures = 0
                 continue
             lasted = time.monotonic() - began
@@ -205,8 +207,12 @@ class AsyncLiveStream:
     async def _sleep(self) -> None:
         """The server ends streams on which nothing is said for long. There will be another one when there is something to say."""
         self.connected = True
-        while not self._text.pending:
-            await self._wait(self._work)
+        self._connection.sleepers.add(self._work)
+        try:
+            while not (self._text.pending or self._connection.closed):
+                await self._wait(self._work)
+        finally:
+            self._connection.sleepers.discard(self._work)
 
     async def _converse(self, deadline: Deadline) -> None:
         """One connection. Returns at the end of the text. Raises ServiceError where it fails, StartAnewError where there must be another one."""
