@@ -4,6 +4,7 @@ Imports nothing of cvmk but its errors and files.
 """
 
 from cvmk.telemetry.console import Reporter, reporter
+from cvmk.telemetry.curves import Curves
 from cvmk.telemetry.environment import environment
 from cvmk.telemetry.events import RunLog
 from cvmk.telemetry.reading import EventReader, read_events
@@ -11,4 +12,4 @@ from cvmk.telemetry.schema import Event, Record
 from cvmk.telemetry.stream import EventStream, Subscriber
 from cvmk.telemetry.terminal import Terminal
 
-__all__ = ["Event", "EventReader", "EventStream", "Record", "Reporter", "RunLog", "Subscriber", "Terminal", "environment", "read_events", "reporter"]
+__all__ = ["Curves", "Event", "EventReader", "EventStream", "Record", "Reporter", "RunLog", "Subscriber", "Terminal", "environment", "read_events", "reporter"]

@@ -12,7 +12,7 @@ import pytest
 
 from cvmk.errors import DataError
 from cvmk.telemetry import EventReader, read_events
-from cvmk.telemetry.schema import EVENTS, Event, Record, Start, Step, Validation
+from cvmk.telemetry.schema import EVENTS, Event, Iterations, Record, Start, Step, Validation
 
 OLD = """\
 {"time": 1795894880.33, "event": "start", "title": "model", "parameters": 34304, "pairs": 400, "step": 0}
@@ -33,6 +33,7 @@ OLD = """\
 
 def examples() -> list[Event]:
     values: dict[str, Any] = {"int": 3, "str": "é", "float": 0.5, "bool": True, "int | None": 4, "float | None": None, "str | None": "cpu"}
+    values |= {"list[float]": [0.5, 1.5], "list[int]": [1, 2]}
     empty: dict[bool, Any] = {True: [], False: {}}
     made = []
     for kind in EVENTS:
@@ -74,6 +75,23 @@ def test_events_of_later_are_told_and_passed_over(tmp_path: Path) -> None:
     assert len(problems) == 2
     assert "1 events 'step' of version 2 are passed over, this cvmk reads them up to version 1" in problems[0]
     assert "3 events 'comet' of version 1 are passed over, this cvmk does not know them" in problems[1]
+
+
+def test_a_value_of_another_type_costs_its_line_only(tmp_path: Path) -> None:
+    good = '{"time": 1, "event": "early_stop", "step": 4}'
+    bad = [
+        '{"time": 1, "event": "early_stop", "step": "4"}',
+        '{"time": 1, "event": "early_stop", "step": true}',
+        '{"time": 1, "event": "early_stop", "step": null}',
+        '{"time": 1, "event": "tick", "step": 1}',
+        '{"time": 1, "event": "iterations", "step": 1, "loss": [1, "x"], "learning_rate": [], "gradient_norm": [], "tokens": [], "seconds": []}',
+        '{"time": 1, "event": "end", "report": []}',
+    ]
+    (tmp_path / "events.jsonl").write_text("\n".join([good, *bad, good]) + "\n")
+    records, problems = read_events(tmp_path / "events.jsonl")
+    assert [record.event.KIND for record in records] == ["early_stop"] * 2
+    assert len(problems) == len(bad)
+    assert "'step' is not a whole number" in problems[1] and "'loss' is not a number" in problems[4] and "'report' is not an object" in problems[5]
 
 
 @pytest.mark.parametrize("cut", [1, 30, 107, 150])
@@ -125,3 +143,9 @@ def test_numbers_that_are_none_are_strict_json() -> None:
     json.dumps(line, allow_nan=False)
     back = Record.from_json(line).event
     assert isinstance(back, Step) and math.isnan(back.loss) and math.isnan(back.gradient_norm)
+
+
+def test_lists_of_numbers_come_back_with_what_is_no_number() -> None:
+    event = Iterations(1, [2.0, math.nan], [1.0, 1.0], [math.inf, 1.0], [3, 4], [0.1, 0.1], [0.0, 0.0])
+    back = Record.from_json(json.loads(json.dumps(Record.now(event).to_json(), allow_nan=False))).event
+    assert isinstance(back, Iterations) and back.loss[0] == 2.0 and math.isnan(back.loss[1]) and math.isnan(back.gradient_norm[0]) and back.tokens == [3, 4]

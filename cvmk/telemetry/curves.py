@@ -1,0 +1,115 @@
+"""Events as curves: what is drawn, whoever draws it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from cvmk.telemetry.schema import Epoch, Event, Iterations, Record, Resources, Resumed, Rollback, Scored, Start, Step, Validation
+
+PARTS = ("cross_entropy", "logits", "hidden", "attention")
+
+
+class Point(NamedTuple):
+    name: str
+    step: int
+    value: float
+
+
+def points(event: Event) -> Iterator[Point]:
+    """The numbers of an event that belong on a curve over the iterations; those that are not finite too.
+
+    loss, learning_rate, gradient_norm, tokens_per_second, seconds (of an iteration), data_wait (seconds of these); loss/PART of what is logged;
+    validation/METRIC and agreement/METRIC; epoch/loss and epoch/anomalies; process/cpu (cores), machine/cpu (share), process/memory and machine/memory
+    (bytes), gpuN/use (share) and gpuN/memory (bytes).
+    """
+    if isinstance(event, Iterations):
+        yield from _iterations(event)
+    elif isinstance(event, Step):
+        for name in ("loss", "learning_rate", "gradient_norm", "tokens_per_second"):
+            yield Point(name, event.step, getattr(event, name))
+        yield from (Point(f"loss/{part}", event.step, getattr(event, part)) for part in PARTS if getattr(event, part))
+    elif isinstance(event, Validation):
+        yield from _scores(event)
+    elif isinstance(event, Epoch):
+        yield Point("epoch/loss", event.step, event.loss)
+        yield Point("epoch/anomalies", event.step, sum(event.anomalies.values()))
+    elif isinstance(event, Resources) and event.step is not None:
+        yield from _resources(event, event.step)
+
+
+def _iterations(event: Iterations) -> Iterator[Point]:
+    rows = zip(event.loss, event.learning_rate, event.gradient_norm, event.tokens, event.seconds, event.data_wait, strict=False)
+    for step, (loss, rate, norm, tokens, seconds, wait) in enumerate(rows, event.step):
+        yield Point("loss", step, loss)
+        yield Point("learning_rate", step, rate)
+        yield Point("gradient_norm", step, norm)
+        yield Point("tokens_per_second", step, tokens / seconds if seconds > 0 else math.nan)
+        yield Point("seconds", step, seconds)
+        yield Point("data_wait", step, wait)
+
+
+def _scores(event: Scored) -> Iterator[Point]:
+    for kind, scores in (("validation", event.scores), ("agreement", event.agreement)):
+        for score in scores:
+            if isinstance(value := score.get("value"), (int, float)):
+                yield Point(f"{kind}/{score.get('metric')}", event.step, value)
+
+
+def _resources(event: Resources, step: int) -> Iterator[Point]:
+    found: dict[str, Any] = {
+        "process/cpu": event.process_cpu, "machine/cpu": event.machine_cpu, "process/memory": event.memory, "machine/memory": event.machine_memory,
+    }  # fmt: skip
+    for gpu in event.gpus:
+        found |= {f"gpu{gpu.get('index')}/{name}": gpu.get(name) for name in ("use", "memory")}
+    yield from (Point(name, step, value) for name, value in found.items() if isinstance(value, (int, float)))
+
+
+@dataclass
+class Curve:
+    steps: list[int] = field(default_factory=list)
+    values: list[float] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)
+    """Seconds since the epoch."""
+
+    def cut(self, step: int) -> None:
+        """Forget what is after `step`."""
+        while self.steps and self.steps[-1] > step:
+            for column in (self.steps, self.values, self.times):
+                column.pop()
+
+
+class Curves:
+    """The curves of one run, by the names of `points`. Steps rise: what a rollback or a resumption undid is forgotten."""
+
+    def __init__(self, records: Iterable[Record] = ()) -> None:
+        self.series: dict[str, Curve] = {}
+        for record in records:
+            self.add(record)
+
+    def add(self, record: Record) -> list[Point]:
+        """Take an event in; the points that it added."""
+        event = record.event
+        if isinstance(event, Rollback):
+            self._cut(event.to)
+        elif isinstance(event, (Resumed, Start)):
+            self._cut(event.step)
+        added = []
+        for point in points(event):
+            curve = self.series.setdefault(point.name, Curve())
+            if curve.steps and point.step <= curve.steps[-1]:
+                continue  # `Step` says again what `Iterations` said
+            curve.steps.append(point.step)
+            curve.values.append(point.value)
+            curve.times.append(record.time)
+            added.append(point)
+        return added
+
+    def _cut(self, step: int) -> None:
+        for curve in self.series.values():
+            curve.cut(step)
+
+
+__all__ = ["Curve", "Curves", "Point", "points"]
