@@ -1,4 +1,4 @@
-"""The two logs of a run: `events.jsonl` for programs, `log.txt` (rotating) for people."""
+"""The two logs of a run: `events.jsonl` for programs, `log.txt` for people. Both go on in a new file where one is full."""
 
 from __future__ import annotations
 
@@ -6,17 +6,20 @@ import json
 import logging
 import logging.handlers
 import os
+import re
 import time
 import warnings
 from pathlib import Path
 from typing import Any
 
-from cvmk.files import explained
+from cvmk.errors import ConfigError
+from cvmk.files import explained, lock
 from cvmk.telemetry.schema import Record
 
 EVENTS = "events.jsonl"
-_LOG_BYTES = 2_000_000
-_LOG_FILES = 3
+LOG_BYTES = 20_000_000
+LOG_FILES = 20
+_LOCK = ".log.lock"
 
 
 class _LoudHandler(logging.handlers.RotatingFileHandler):
@@ -27,26 +30,24 @@ class _LoudHandler(logging.handlers.RotatingFileHandler):
 
 
 class RunLog:
-    """Appends to the logs in `folder`. A line is written and flushed at once. Raises DataError where that fails."""
+    """Appends to the logs in `folder`, after what a run that was interrupted has left there. A line is written and flushed at once.
 
-    def __init__(self, folder: Path) -> None:
-        self._path = folder / EVENTS
+    A log that would grow beyond `max_bytes` is set aside, and `files` of those are kept: events.1.jsonl is the oldest of all, `EventReader` reads
+    what is left of them as one; log.txt.1 is the latest. One process writes at a time. Raises ConfigError where another one does, DataError
+    where writing fails.
+    """
+
+    def __init__(self, folder: Path, max_bytes: int = LOG_BYTES, files: int = LOG_FILES) -> None:
+        self._path, self._max_bytes, self._files = folder / EVENTS, max_bytes, files
         with explained(folder, "write the logs in"):
             folder.mkdir(parents=True, exist_ok=True)
-            self._mend_last_line()
-            self._events = open(self._path, "a", encoding="utf-8")
-            handler = _LoudHandler(folder / "log.txt", maxBytes=_LOG_BYTES, backupCount=_LOG_FILES, encoding="utf-8")
+            self._lock = _locked(folder)
+            _mend_last_line(self._path)
+            self._open()
+            handler = _LoudHandler(folder / "log.txt", maxBytes=max_bytes, backupCount=files, encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         self._logger = logging.Logger(f"cvmk.run.{folder}", logging.INFO)
         self._logger.addHandler(handler)
-
-    def _mend_last_line(self) -> None:
-        """A run that was killed may leave half a line; the next event must not join it."""
-        if self._path.exists() and self._path.stat().st_size:
-            with open(self._path, "rb+") as file:
-                file.seek(-1, os.SEEK_END)
-                if file.read() != b"\n":
-                    file.write(b"\n")
 
     def write(self, record: Record) -> None:
         """The event as a line of JSON, and its text, if it has one, as a line of the log."""
@@ -68,8 +69,51 @@ class RunLog:
         self._events.close()
         for handler in self._logger.handlers:
             handler.close()
+        self._lock.close()
+
+    def _open(self) -> None:
+        self._events = open(self._path, "ab")
+        self._size = os.fstat(self._events.fileno()).st_size
 
     def _append(self, values: dict[str, Any]) -> None:
+        line = json.dumps(values, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
         with explained(self._path, "write"):
-            self._events.write(json.dumps(values, ensure_ascii=False) + "\n")
+            if self._size and self._size + len(line) > self._max_bytes:
+                self._rotate()
+            self._events.write(line)
             self._events.flush()
+        self._size += len(line)
+
+    def _rotate(self) -> None:
+        """Number the full file, drop those that are too many, and begin a new one."""
+        self._events.close()
+        before = set_aside(self._path)
+        last = max(before, default=0) + 1
+        os.replace(self._path, self._path.with_name(f"{self._path.stem}.{last}{self._path.suffix}"))
+        for number, path in before.items():
+            if number <= last - self._files:
+                path.unlink(missing_ok=True)
+        self._open()
+
+
+def set_aside(path: Path) -> dict[int, Path]:
+    """The files that were set aside when `path` was full, by their numbers, the oldest first."""
+    name = re.compile(re.escape(path.stem) + r"\.([1-9]\d*)" + re.escape(path.suffix))
+    found = {int(match[1]): entry for entry in path.parent.iterdir() if (match := name.fullmatch(entry.name))}
+    return dict(sorted(found.items()))
+
+
+def _locked(folder: Path) -> Any:
+    try:
+        return lock(folder / _LOCK)
+    except BlockingIOError:
+        raise ConfigError(f"another process writes the logs in {folder}: wait for it, stop it, or choose another folder") from None
+
+
+def _mend_last_line(path: Path) -> None:
+    """A run that was killed may leave half a line; the next event must not join it."""
+    if path.exists() and path.stat().st_size:
+        with open(path, "rb+") as file:
+            file.seek(-1, os.SEEK_END)
+            if file.read() != b"\n":
+                file.write(b"\n")

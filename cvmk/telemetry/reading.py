@@ -1,13 +1,17 @@
-"""Reading `events.jsonl`: of any age, whole or cut, while it grows."""
+"""Reading `events.jsonl`: of any age, whole or cut, while it grows and while it is rotated."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from cvmk.files import explained
+from cvmk.telemetry.events import set_aside
 from cvmk.telemetry.schema import KINDS, Record, Unknown
 
 _PROBLEMS = 20
@@ -15,29 +19,40 @@ _PROBLEMS = 20
 
 
 class EventReader:
-    """Reads what has been added since the last call, as far as it is whole; what cannot be read is told by `problems`, not raised."""
+    """Reads what has been added since the last call, as far as it is whole; what cannot be read is told by `problems`, not raised.
+
+    Files that were full and set aside (events.1.jsonl, ...) are read before the one that `path` names.
+    """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
+        self._number = 0
+        """Of the file that is being read: the one that it has, or will have once it is set aside."""
+        self._inode = 0
         self._position = self._line = 0
+        self._name = self.path
         self._unknown: Counter[tuple[str, str]] = Counter()
         self._broken: list[str] = []
         self._more = 0
+        self._gone = ""
         self._rest = b""
 
     def read(self) -> list[Record]:
         """The new events, in order. A last line without its end is left for the next call. Raises DataError where the file cannot be read."""
-        with explained(self.path, "read"), open(self.path, "rb") as file:
-            file.seek(self._position)
-            data = file.read()
-        end = data.rfind(b"\n") + 1
-        self._position += end
-        self._rest = data[end:]
-        return [record for line in data[:end].split(b"\n")[:-1] if (record := self._record(line)) is not None]
+        records: list[Record] = []
+        with contextlib.ExitStack() as stack:
+            with explained(self.path, "read"):
+                files = self._files(stack)
+            for number, (path, file) in files.items():
+                with explained(path, "read"):
+                    self._turn_to(number, path, os.fstat(file.fileno()))
+                    records += self._lines(file, last=number == max(files))
+        return records
 
     def problems(self) -> list[str]:
         """What could not be read so far, a sentence each."""
-        found = [
+        found = [self._gone] if self._gone else []
+        found += [
             f"{self.path}: {count} events {kind!r} of version {version} are passed over, "
             + (f"this cvmk reads them up to version {KINDS[kind].VERSION}" if kind in KINDS else "this cvmk does not know them")
             for (kind, version), count in self._unknown.items()
@@ -46,8 +61,44 @@ class EventReader:
         if self._more:
             found.append(f"{self.path}: {self._more} more lines cannot be read")
         if self._rest:
-            found.append(f"{self.path} line {self._line + 1} is cut off: it is left out")
+            found.append(f"{self._name} line {self._line + 1} is cut off: it is left out")
         return found
+
+    def _files(self, stack: contextlib.ExitStack) -> dict[int, tuple[Path, BinaryIO]]:
+        """The files that hold what was not read yet, open, by their numbers, the oldest first."""
+        while True:
+            current = _opened(self.path, stack)
+            older = set_aside(self.path)
+            if _is(current, self.path):
+                break  # else the numbers are not those of when it was opened
+        names = older if current is None else {**older, max(older, default=0) + 1: self.path}
+        if not names:
+            raise FileNotFoundError(2, os.strerror(2))
+        after = self._number if self._number <= max(names) else 0  # it is another run's log where ours had more files
+        if (first := min(names)) > max(after, 1):
+            self._gone = f"{self.path}: what was written before {names[first].name} is no longer there"
+        files = {number: current if path == self.path else _opened(path, stack) for number, path in names.items() if number >= after}
+        return {number: (names[number], file) for number, file in files.items() if file is not None}
+
+    def _turn_to(self, number: int, path: Path, status: os.stat_result) -> None:
+        """Go on in this file, or begin with it."""
+        if (number, status.st_ino) != (self._number, self._inode) or status.st_size < self._position:
+            self._position = self._line = 0
+        self._number, self._inode, self._name = number, status.st_ino, path
+
+    def _lines(self, file: BinaryIO, *, last: bool) -> Iterator[Record]:
+        """The events of the whole lines from the present position on; what is behind them in a file that grows no more is broken."""
+        file.seek(self._position)
+        data = file.read()
+        end = data.rfind(b"\n") + 1
+        self._position += end
+        self._rest = data[end:]
+        for line in data[:end].split(b"\n")[:-1]:
+            if (record := self._record(line)) is not None:
+                yield record
+        if self._rest and not last:
+            self._problem("it is cut off", self._line + 1)
+            self._rest = b""
 
     def _record(self, line: bytes) -> Record | None:
         self._line += 1
@@ -58,15 +109,37 @@ class EventReader:
         except Unknown as unknown:
             self._unknown[unknown.kind, str(unknown.version)] += 1
         except (ValueError, TypeError, RecursionError) as error:
-            reason = "it is no JSON, as where a run was killed" if isinstance(error, (json.JSONDecodeError, UnicodeDecodeError)) else str(error)
-            if len(self._broken) < _PROBLEMS:
-                self._broken.append(f"{self.path} line {self._line} is left out: {reason}")
-            else:
-                self._more += 1
+            no_json = isinstance(error, (json.JSONDecodeError, UnicodeDecodeError))
+            self._problem("it is no JSON, as where a run was killed" if no_json else str(error), self._line)
         return None
+
+    def _problem(self, reason: str, line: int) -> None:
+        if len(self._broken) < _PROBLEMS:
+            self._broken.append(f"{self._name} line {line} is left out: {reason}")
+        else:
+            self._more += 1
 
 
 def read_events(path: str | os.PathLike[str]) -> tuple[list[Record], list[str]]:
-    """All events of a file, and what could not be read, a sentence each. Raises DataError where the file cannot be read at all."""
+    """All events of a file and of those that were set aside before it, and what could not be read, a sentence each.
+
+    Raises DataError where there is no file that can be read.
+    """
     reader = EventReader(path)
     return reader.read(), reader.problems()
+
+
+def _opened(path: Path, stack: contextlib.ExitStack) -> BinaryIO | None:
+    try:
+        return stack.enter_context(open(path, "rb"))
+    except FileNotFoundError:
+        return None
+
+
+def _is(file: BinaryIO | None, path: Path) -> bool:
+    """Whether `path` names this file now; for None, no file."""
+    try:
+        now = path.stat()
+    except FileNotFoundError:
+        return file is None
+    return file is not None and os.path.samestat(os.fstat(file.fileno()), now)

@@ -31,22 +31,26 @@ class EventStream:
     """Writes every event to the run's logs at once, and hands it to the subscribers, each in a thread of its own.
 
     A log that cannot be written ends the run (DataError), for its record would be lost. A subscriber cannot: one that raises is
-    unsubscribed and named in the logs, one that blocks loses what does not fit its queue, and `close` waits a few seconds at most.
+    unsubscribed and named in the logs, one that blocks loses what does not fit its queue, and `close` waits a few seconds at most. Any thread may
+    emit.
     """
 
     def __init__(self, log: RunLog, subscribers: Sequence[Subscriber] = ()) -> None:
         self._log = log
         self._subscriptions = [_Subscription(subscriber) for subscriber in subscribers]
         self._ticked = 0.0
+        self._writing = threading.Lock()
 
     def emit(self, event: Event) -> None:
         """Record the event, and pass it on. Raises DataError where a log cannot be written."""
-        record = Record.now(event)
-        if event.RECORDED:
+        if not event.RECORDED:  # without the lock: it may come from a signal handler, while the lock is held
+            self._pass_on(Record.now(event))
+            return
+        with self._writing:
+            record = Record.now(event)
             self._log.write(record)
             self._name_failures()
-        for subscription in self._subscriptions:
-            subscription.put(record)
+            self._pass_on(record)
 
     def tick(self, step: int, loss: float, tokens_per_second: float) -> None:
         """An iteration was done: passed on now and then, recorded never."""
@@ -74,12 +78,15 @@ class EventStream:
         finally:
             self._log.close()
 
+    def _pass_on(self, record: Record) -> None:
+        for subscription in self._subscriptions:
+            subscription.put(record)
+
     def _name_failures(self) -> None:
         failures = [failure for subscription in self._subscriptions for failure in subscription.failures()]
         for record in map(Record.now, map(Note, failures)):
             self._log.write(record)
-            for subscription in self._subscriptions:
-                subscription.put(record)
+            self._pass_on(record)
 
 
 class _Subscription:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import shutil
 from collections.abc import Iterator, Mapping
@@ -15,7 +14,7 @@ from cvmk.config.loading import load_train_config
 from cvmk.config.overrides import toml_value
 from cvmk.config.resume import changed_keys
 from cvmk.errors import ConfigError, DataError
-from cvmk.files import explained, read_json, write_json, write_text
+from cvmk.files import explained, lock, read_json, write_json, write_text
 from cvmk.telemetry import environment
 from cvmk.telemetry.commands import command
 from cvmk.training.contents import CONTENTS, Content, check_contents, to_json
@@ -59,11 +58,11 @@ def open_run(config: TrainConfig, text: str, contents: Mapping[str, Content], *,
 
 @contextlib.contextmanager
 def _claimed(folder: Path) -> Iterator[None]:
-    with open(folder / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"another process is training in {folder}: wait for it, stop it, or choose another run.folder") from None
+    try:
+        held = lock(folder / ".lock")
+    except BlockingIOError:
+        raise ConfigError(f"another process is training in {folder}: wait for it, stop it, or choose another run.folder") from None
+    with held:
         yield
 
 

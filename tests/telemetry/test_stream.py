@@ -119,6 +119,19 @@ def test_a_notice_may_come_from_a_signal_handler(tmp_path: Path) -> None:
     assert len(one.heard) > 2000
 
 
+def test_several_threads_emit(tmp_path: Path) -> None:
+    one = Listener()
+    events = EventStream(RunLog(tmp_path, max_bytes=2000, files=1000), [one])
+    threads = [threading.Thread(target=lambda start=start: [events.emit(EarlyStop(start + step)) for step in range(200)]) for start in (0, 1000, 2000)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    events.close()
+    records, problems = read_events(tmp_path / "events.jsonl")
+    assert problems == [] and [record.event for record in records] == one.heard and len(one.heard) == 600
+
+
 def test_a_full_disk_is_not_ignored(tmp_path: Path) -> None:
     events = EventStream(RunLog(tmp_path), [Listener()])
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
