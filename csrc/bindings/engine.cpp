@@ -50,6 +50,7 @@ Config read_config(const py::dict& from) {
   c.bias = from["bias"].cast<bool>();
   c.tied = from["tie_embeddings"].cast<bool>();
   c.causal_encoder = from["encoder_direction"].cast<std::string>() == "causal";
+  c.byte_caches = from["kv_cache"].cast<std::string>() == "int8";
   c.norm_epsilon = from["norm_eps"].cast<float>();
   c.rotary_base = from["rotary_base"].cast<double>();
   c.positions = pick<Positions>(from["positions"].cast<std::string>(), "positions",

@@ -1,5 +1,6 @@
 // Scores and sums are float32 products on vector registers; a row's arithmetic is the same however many rows share its keys.
 #pragma once
+#include "cached/bytes.inl"
 #include "cached/pairs.inl"
 #include "cached/weigh.inl"
 #include "common/float_product.inl"
@@ -9,7 +10,7 @@ namespace {
 
 // Of a thread: scores and sums of a block of rows, and a head's keys.
 CVMK_INLINE int64_t thread_bytes(const Attention& p) {
-  if (p.dtype != kFloat32) return pair_bytes(p);
+  if (p.dtype != kFloat32) return p.dtype == kInt8 ? byte_bytes(p) : pair_bytes(p);
   const int64_t width = up(p.d, kColumns), scores = score_width(p.longest);
   return up((kRows * (scores + width) + p.d * scores) * 4, 64);
 }
@@ -143,6 +144,7 @@ void run_attention(const Attention& p, char* scratch, const Team& team) {
   const auto one = [&](int64_t index, int thread) {
     char* memory = scratch + thread * thread_bytes(p);
     if (p.dtype == kFloat32) attend_item(p, p.items[index], reinterpret_cast<float*>(memory));
+    else if (p.dtype == kInt8) attend_bytes(p, p.items[index], memory);
     else attend_pairs(p, p.items[index], memory);
   };
   if (p.count * p.longest * p.heads * p.d < kGrain) {
@@ -155,7 +157,7 @@ void run_attention(const Attention& p, char* scratch, const Team& team) {
 int64_t append_scratch(const Append&, const Team&) { return 0; }
 
 void run_append(const Append& p, char*, const Team&) {
-  if (p.dtype != kFloat32) return append_pairs(p);
+  if (p.dtype != kFloat32) return p.dtype == kInt8 ? append_bytes(p) : append_pairs(p);
   const int64_t width = up(p.d, kColumns);
   for (int64_t r = 0; r < p.rows; ++r)
     for (int64_t h = 0; h < p.kv_heads; ++h) {
@@ -172,14 +174,16 @@ int64_t copy_scratch(const Copy&, const Team&) { return 0; }
 
 void run_copy(const Copy& p, char*, const Team&) {
   if (p.last <= p.first) return;
-  const int64_t size = size_of(p.dtype), width = up(p.d, kColumns), deep = p.dtype == kFloat32 ? p.d : up(p.d, 2);
-  const int64_t block = p.first / kColumns * kColumns, end = up(p.last, kColumns), pair = p.dtype == kFloat32 ? 1 : 2, first = p.first / pair * pair;
+  const int64_t size = size_of(p.dtype), width = up(p.d, kColumns), deep = p.dtype == kBFloat16 ? up(p.d, 2) : p.d;
+  const int64_t block = p.first / kColumns * kColumns, end = up(p.last, kColumns), pair = p.dtype == kBFloat16 ? 2 : 1, first = p.first / pair * pair;
   const auto part = [&](const void* from, void* to, int64_t from_first, int64_t to_first, int64_t count) {
     memcpy(static_cast<char*>(to) + to_first * size, static_cast<const char*>(from) + from_first * size, static_cast<size_t>(count * size));
   };
   for (int64_t h = 0; h < p.kv_heads; ++h) {
     part(p.from.keys, p.to.keys, h * up(p.d, 2) * p.from.capacity + block * deep, h * up(p.d, 2) * p.to.capacity + block * deep, (end - block) * deep);
     part(p.from.values, p.to.values, (h * p.from.capacity + first) * width, (h * p.to.capacity + first) * width, (up(p.last, pair) - first) * width);
+    for (int64_t which = h; p.dtype == kInt8 && which < 2 * p.kv_heads; which += p.kv_heads)
+      memcpy(p.to.scales + which * p.to.capacity + p.first, p.from.scales + which * p.from.capacity + p.first, static_cast<size_t>(p.last - p.first) * sizeof(float));
   }
 }
 

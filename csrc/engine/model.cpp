@@ -76,7 +76,8 @@ Model::Table Model::table(const Weights& weights, const std::string& name) {
   return {find(weights, name, {config_.vocabulary, d}), {}};
 }
 
-Model::Model(const Config& config, const RawTensors& tensors, Compute compute, const std::set<std::string>& tokens) : config_(config), cache_dtype_(quantises_rows(tensors, compute, tokens) ? kBFloat16 : kFloat32) {
+Model::Model(const Config& config, const RawTensors& tensors, Compute compute, const std::set<std::string>& tokens)
+    : config_(config), encoder_dtype_(quantises_rows(tensors, compute, tokens) ? kBFloat16 : kFloat32) {
   const Weights weights{tensors, compute, tokens};
   const std::int64_t d = config.d_model;
   source_table_ = table(weights, "embeddings.source");
@@ -151,9 +152,9 @@ Model::Block Model::block(const Weights& weights, const std::string& name, bool 
 }
 
 // -- caches -------------------------------------------------------------------------------------------------------------------------
-Caches Model::caches(char* memory, std::int64_t capacity, std::int64_t layers) const {
+Caches Model::caches(char* memory, std::int64_t capacity, std::int64_t layers, Dtype dtype) const {
   Caches found;
-  for (std::int64_t i = 0; i < layers; ++i, memory += layer_bytes(capacity)) found.layers.push_back(cache(memory, capacity));
+  for (std::int64_t i = 0; i < layers; ++i, memory += layer_bytes(capacity, dtype)) found.layers.push_back(cache(memory, capacity, dtype));
   return found;
 }
 
@@ -184,9 +185,9 @@ void Model::rotate(float* x, std::int64_t heads, std::int64_t position) const {
     }
 }
 
-void Model::attend(const std::vector<cached::Item>& items, std::int64_t longest, const Team& team) const {
+void Model::attend(const std::vector<cached::Item>& items, std::int64_t longest, Dtype dtype, const Team& team) const {
   cached::Attention p{items.data(), static_cast<std::int64_t>(items.size()), config_.heads, config_.kv_heads, head_size(), longest,
-                            static_cast<float>(1.0 / std::sqrt(static_cast<double>(head_size()))), cache_dtype_};
+                            static_cast<float>(1.0 / std::sqrt(static_cast<double>(head_size()))), dtype};
   const cached::Kernels& kernels = cached::kernels_for(p);
   cvmk::run(kernels.attention, p, team);
 }
@@ -210,7 +211,7 @@ struct Model::Append {
   cached::Append call;
   const cached::Kernels& kernels;
 
-  explicit Append(const Model& m) : call{nullptr, nullptr, 0, 0, 0, m.config_.kv_heads, m.head_size(), {}, m.cache_dtype_}, kernels(cached::kernels_for(call)) {}
+  Append(const Model& m, Dtype dtype) : call{nullptr, nullptr, 0, 0, 0, m.config_.kv_heads, m.head_size(), {}, dtype}, kernels(cached::kernels_for(call)) {}
   void operator()(const float* keys, const float* values, std::int64_t stride, std::int64_t rows, std::int64_t first, const cached::Cache& cache) const {
     cached::Append p = call;
     p.keys = keys;
@@ -236,7 +237,7 @@ void Model::encode(const std::vector<Source>& sources, Workspace& workspace, con
   for (const Source& s : sources) {
     rows += s.length - s.first;
     longest = std::max(longest, s.length);
-    if (s.encoder == nullptr) keys += layer_bytes(capacity_of(s.length));
+    if (s.encoder == nullptr) keys += layer_bytes(capacity_of(s.length), encoder_dtype_);
   }
   if (rows == 0) return;
   Arena count;
@@ -248,14 +249,14 @@ void Model::encode(const std::vector<Source>& sources, Workspace& workspace, con
   std::vector<cached::Cache> own;
   for (const Source& s : sources) {
     const std::int64_t capacity = capacity_of(s.length);
-    own.push_back(cache(memory, capacity));
-    if (s.encoder == nullptr) memory += layer_bytes(capacity);
+    own.push_back(cache(memory, capacity, encoder_dtype_));
+    if (s.encoder == nullptr) memory += layer_bytes(capacity, encoder_dtype_);
   }
   float* x = b.x;
   for (const Source& s : sources)
     for (std::int64_t i = s.first; i < s.length; ++i, x += d) embed(source_table_, s.ids[i], i, x);
   residual(b.x, nullptr, encoder_.empty() ? encoder_norm_ : encoder_[0].mixer_norm, rows, b.normed, team);
-  const Append append(*this);
+  const Append append(*this, encoder_dtype_), append_cross(*this, cache_dtype());
   std::vector<cached::Item> items;
   for (std::size_t layer = 0; layer < encoder_.size(); ++layer) {
     const Block& block = encoder_[layer];
@@ -274,7 +275,7 @@ void Model::encode(const std::vector<Source>& sources, Workspace& workspace, con
         items.push_back({qkv, b.normed + first * d, length, width, d, cache, length, nullptr});
       first += length;
     }
-    attend(items, longest, team);
+    attend(items, longest, encoder_dtype_, team);
     block.out(b.normed, rows, b.branch, team);
     residual(b.x, b.branch, block.ffn_norm, rows, b.normed, team);
     feed_forward(block, b, layer + 1 < encoder_.size() ? encoder_[layer + 1].mixer_norm : encoder_norm_, team);
@@ -284,7 +285,7 @@ void Model::encode(const std::vector<Source>& sources, Workspace& workspace, con
     std::int64_t first = 0;
     for (const Source& s : sources) {
       const float* from = b.wide + first * 2 * kv;
-      append(from, from + kv, 2 * kv, s.length - s.first, s.first, s.caches->layers[layer]);
+      append_cross(from, from + kv, 2 * kv, s.length - s.first, s.first, s.caches->layers[layer]);
       first += s.length - s.first;
     }
   }
@@ -307,7 +308,7 @@ void Model::step(const std::vector<StepRow>& rows, std::vector<StepResult>& resu
     longest_source = std::max(longest_source, row.source_length);
   }
   residual(b.x, nullptr, decoder_.empty() ? decoder_norm_ : decoder_[0].mixer_norm, count, b.normed, team);
-  const Append append(*this);
+  const Append append(*this, cache_dtype());
   std::vector<cached::Item> items;
   items.reserve(rows.size());
   for (std::size_t layer = 0; layer < decoder_.size(); ++layer) {
@@ -323,7 +324,7 @@ void Model::step(const std::vector<StepRow>& rows, std::vector<StepResult>& resu
       append(qkv + d, qkv + d + kv, width, 1, row.position, cache);
       items.push_back({qkv, b.normed + r * d, 1, width, d, cache, row.position + 1, nullptr});
     }
-    attend(items, longest, team);
+    attend(items, longest, cache_dtype(), team);
     block.out(b.normed, count, b.branch, team);
     residual(b.x, b.branch, block.cross_norm, count, b.normed, team);
     block.cross_query(b.normed, count, b.wide, team);
@@ -334,7 +335,7 @@ void Model::step(const std::vector<StepRow>& rows, std::vector<StepResult>& resu
       if (!items.empty() && row.map == nullptr && items.back().map == nullptr && items.back().cache.keys == row.source->layers[layer].keys) ++items.back().rows;
       else items.push_back({b.wide + r * d, b.normed + r * d, 1, d, d, row.source->layers[layer], row.source_length, last ? row.map : nullptr});
     }
-    attend(items, longest_source, team);
+    attend(items, longest_source, cache_dtype(), team);
     block.cross_out(b.normed, count, b.branch, team);
     residual(b.x, b.branch, block.ffn_norm, count, b.normed, team);
     feed_forward(block, b, last ? decoder_norm_ : decoder_[layer + 1].mixer_norm, team);

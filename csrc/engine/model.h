@@ -18,7 +18,7 @@ enum class Positions { kSinusoidal, kRotary, kNone };
 
 struct Config {
   std::int64_t d_model, ffn, heads, kv_heads, encoder_layers, decoder_layers, max_length, vocabulary;
-  bool rms, bias, tied, causal_encoder;
+  bool rms, bias, tied, causal_encoder, byte_caches;
   float norm_epsilon;
   double rotary_base;
   Positions positions;
@@ -89,15 +89,15 @@ class Model {
   const Linear& output() const { return output_; }
   std::int64_t head_size() const { return config_.d_model / config_.heads; }
 
-  // Bfloat16 where activations are quantised, else float32.
-  Dtype cache_dtype() const { return cache_dtype_; }
+  // Of what the decoder reads: int8 where the model says so, else as the encoder's.
+  Dtype cache_dtype() const { return config_.byte_caches ? kInt8 : encoder_dtype_; }
   // Bytes of the caches of a sequence of `capacity` positions: all decoder layers. capacity_of rounds a length up.
   static std::int64_t capacity_of(std::int64_t length) { return up(std::max<std::int64_t>(length, 1), cached::kColumns); }
-  std::int64_t cache_bytes(std::int64_t capacity) const { return config_.decoder_layers * layer_bytes(capacity); }
-  std::int64_t encoder_cache_bytes(std::int64_t capacity) const { return config_.encoder_layers * layer_bytes(capacity); }
+  std::int64_t cache_bytes(std::int64_t capacity) const { return config_.decoder_layers * layer_bytes(capacity, cache_dtype()); }
+  std::int64_t encoder_cache_bytes(std::int64_t capacity) const { return config_.encoder_layers * layer_bytes(capacity, encoder_dtype_); }
   // Caches in `memory`, cache_bytes(capacity) or encoder_cache_bytes(capacity) of it.
-  Caches caches(char* memory, std::int64_t capacity) const { return caches(memory, capacity, config_.decoder_layers); }
-  Caches encoder_caches(char* memory, std::int64_t capacity) const { return caches(memory, capacity, config_.encoder_layers); }
+  Caches caches(char* memory, std::int64_t capacity) const { return caches(memory, capacity, config_.decoder_layers, cache_dtype()); }
+  Caches encoder_caches(char* memory, std::int64_t capacity) const { return caches(memory, capacity, config_.encoder_layers, encoder_dtype_); }
 
   // Sources (ids with the end sign), each to the caches of the decoder's cross-attention. Where `encoder` is given, the encoder keeps its own keys and values
   // there, and the positions before `first`, which are there already, are not encoded again; the encoder must be causal, else first is 0.
@@ -124,13 +124,9 @@ class Model {
   struct Buffers;
   struct Append;
 
-  std::int64_t layer_bytes(std::int64_t capacity) const {
-    return (cached::keys_size(config_.kv_heads, head_size(), capacity) + cached::values_size(config_.kv_heads, head_size(), capacity)) * size_of(cache_dtype_);
-  }
-  cached::Cache cache(char* memory, std::int64_t capacity) const {
-    return {memory, memory + cached::keys_size(config_.kv_heads, head_size(), capacity) * size_of(cache_dtype_), capacity};
-  }
-  Caches caches(char* memory, std::int64_t capacity, std::int64_t layers) const;
+  std::int64_t layer_bytes(std::int64_t capacity, Dtype dtype) const { return cached::cache_bytes(config_.kv_heads, head_size(), capacity, dtype); }
+  cached::Cache cache(char* memory, std::int64_t capacity, Dtype dtype) const { return cached::cache_in(memory, config_.kv_heads, head_size(), capacity, dtype); }
+  Caches caches(char* memory, std::int64_t capacity, std::int64_t layers, Dtype dtype) const;
 
   // A matrix of embeddings: floats, or stored values.
   struct Table {
@@ -154,12 +150,12 @@ class Model {
   void residual(float* x, const float* branch, const Norm& norm, std::int64_t rows, float* out, const Team& team) const;
   void rotate(float* x, std::int64_t heads, std::int64_t position) const;
   void feed_forward(const Block& block, Buffers& b, const Norm& following, const Team& team) const;
-  void attend(const std::vector<cached::Item>& items, std::int64_t longest, const Team& team) const;
+  void attend(const std::vector<cached::Item>& items, std::int64_t longest, Dtype dtype, const Team& team) const;
   void project(const std::vector<StepRow>& rows, const float* features, std::vector<StepResult>& results, const Team& team) const;
   void project(const StepRow* rows, std::int64_t count, const float* features, const Shortlist* list, StepResult* results, const Team& team) const;
 
   Config config_;
-  Dtype cache_dtype_;
+  Dtype encoder_dtype_;  // of the encoder's keys and values: bfloat16 where activations are quantised, else float32
   std::set<std::string> found_;  // while it is made: the tensors that it has asked for
   Table source_table_, target_table_;
   std::vector<Block> encoder_, decoder_;

@@ -1,4 +1,4 @@
-// Attention over caches beside float64, at every level and for both types: odd sizes, grouped heads, caches written and copied in parts, NaN behind what is there.
+// Attention over caches beside float64, at every level and for each type: odd sizes, grouped heads, caches written and copied in parts, NaN behind what is there.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -19,7 +19,7 @@ using namespace cvmk::cached;
 using cvmk::testing::Random;
 
 float rounded(float x, Dtype dtype) {
-  if (dtype == kFloat32) return x;
+  if (dtype != kBFloat16) return x;
   std::uint32_t bits;
   std::memcpy(&bits, &x, 4);
   bits = (bits + 0x7FFFu + ((bits >> 16) & 1u)) & 0xFFFF0000u;
@@ -31,15 +31,26 @@ struct Sizes {
   std::int64_t heads, kv_heads, d;
 };
 
+// What a cache holds of keys or values, heads of d numbers side by side.
+std::vector<float> held(std::vector<float> x, std::int64_t d, Dtype dtype) {
+  for (float& one : x) one = rounded(one, dtype);
+  for (std::size_t head = 0; dtype == kInt8 && head < x.size(); head += static_cast<std::size_t>(d)) {
+    float largest = 0.0f;
+    for (std::size_t i = head; i < head + static_cast<std::size_t>(d); ++i) largest = std::max(largest, std::fabs(x[i]));
+    const float a = std::max(largest, std::ldexp(1.0f, -100));
+    for (std::size_t i = head; i < head + static_cast<std::size_t>(d); ++i) x[i] = std::nearbyint(x[i] * (127.0f / a)) * (a / 127.0f);
+  }
+  return x;
+}
+
 // A cache in memory of its own, which is NaN before anything is written.
 struct Owned {
   std::vector<std::uint32_t> memory;
   Cache cache;
 
   Owned(const Sizes& s, std::int64_t capacity, Dtype dtype) {
-    const std::int64_t keys = keys_size(s.kv_heads, s.d, capacity) * size_of(dtype) / 4, values = values_size(s.kv_heads, s.d, capacity) * size_of(dtype) / 4;
-    memory.assign(static_cast<std::size_t>(keys + values), 0x7FC07FC0u);
-    cache = {memory.data(), memory.data() + keys, capacity};
+    memory.assign(static_cast<std::size_t>(cache_bytes(s.kv_heads, s.d, capacity, dtype) / 4), 0x7FC07FC0u);
+    cache = cache_in(memory.data(), s.kv_heads, s.d, capacity, dtype);
   }
 };
 
@@ -90,7 +101,8 @@ void attention_is_close(const Sizes& s, std::int64_t length, std::int64_t rows, 
       const std::vector<float> alone = attended(s, whole.cache, length, {begin, begin + s.heads * s.d}, 1, nullptr, dtype);
       CHECK(std::memcmp(alone.data(), out.data() + r * s.heads * s.d, alone.size() * 4) == 0);
     }
-  const double tolerance = dtype == kFloat32 ? 2e-6 : 8e-3;  // bfloat16: weights rounded to 2^-9, values below 1
+  const std::vector<float> keys = held(kv.keys, s.d, dtype), values = held(kv.values, s.d, dtype);
+  const double tolerance = dtype == kBFloat16 ? 8e-3 : 2e-6;  // bfloat16: weights rounded to 2^-9, values below 1
   double worst = 0.0, worst_map = 0.0;
   for (std::int64_t r = 0; r < rows; ++r) {
     std::vector<double> mean(static_cast<std::size_t>(length), 0.0);
@@ -102,7 +114,7 @@ void attention_is_close(const Sizes& s, std::int64_t length, std::int64_t rows, 
         double score = 0.0;
         for (std::int64_t i = 0; i < s.d; ++i)
           score += static_cast<double>(rounded(q[static_cast<std::size_t>((r * s.heads + h) * s.d + i)], dtype)) *
-                   static_cast<double>(rounded(kv.keys[static_cast<std::size_t>(j * kv.width + kvh * s.d + i)], dtype));
+                   static_cast<double>(keys[static_cast<std::size_t>(j * kv.width + kvh * s.d + i)]);
         weights.push_back(score * static_cast<double>(0.3f));
         highest = std::max(highest, weights.back());
       }
@@ -111,7 +123,7 @@ void attention_is_close(const Sizes& s, std::int64_t length, std::int64_t rows, 
       for (std::int64_t i = 0; i < s.d; ++i) {
         double expected = 0.0;
         for (std::int64_t j = 0; j < length; ++j)
-          expected += weights[static_cast<std::size_t>(j)] / sum * static_cast<double>(rounded(kv.values[static_cast<std::size_t>(j * kv.width + kvh * s.d + i)], dtype));
+          expected += weights[static_cast<std::size_t>(j)] / sum * static_cast<double>(values[static_cast<std::size_t>(j * kv.width + kvh * s.d + i)]);
         worst = std::max(worst, std::fabs(expected - static_cast<double>(out[static_cast<std::size_t>((r * s.heads + h) * s.d + i)])));
       }
     }
@@ -141,21 +153,39 @@ void copies_leave_what_is_before(Dtype dtype) {
 void nothing_to_attend_to() {
   const Sizes s{2, 2, 8};
   const Owned empty(s, 16, kBFloat16);
-  for (const Dtype dtype : {kFloat32, kBFloat16})
+  for (const Dtype dtype : {kFloat32, kBFloat16, kInt8})
     for (const float x : attended(s, empty.cache, 0, std::vector<float>(48, 1.0f), 3, nullptr, dtype)) CHECK(x == 0.0f);
+}
+
+// Bytes cannot say NaN or infinity: the scale does, for the key or value that is not finite and no other.
+void what_is_not_finite() {
+  const Sizes s{1, 1, 5};
+  for (const float bad : {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()}) {
+    Random random;
+    Rows kv(random, s, 3);
+    kv.keys[7] = bad;
+    for (std::size_t i = 10; i < 15; ++i) kv.values[i] = 0.0f;
+    Owned owned(s, 16, kInt8);
+    kv.append(s, owned.cache, 0, 3, kInt8);
+    CHECK(!std::isnan(owned.cache.scales[0]) && std::isnan(owned.cache.scales[1]) && !std::isnan(owned.cache.scales[2]));
+    for (int i = 16; i < 19; ++i) CHECK(std::isfinite(owned.cache.scales[i]));
+    for (const float x : attended(s, owned.cache, 1, std::vector<float>(5, 1.0f), 1, nullptr, kInt8)) CHECK(std::isfinite(x));
+    for (const float x : attended(s, owned.cache, 2, std::vector<float>(5, 1.0f), 1, nullptr, kInt8)) CHECK(std::isnan(x));
+  }
 }
 
 }  // namespace
 
 int main() {
   cvmk::testing::at_every_level([] {
-    for (const Dtype dtype : {kFloat32, kBFloat16}) {
+    for (const Dtype dtype : {kFloat32, kBFloat16, kInt8}) {
       for (const Sizes& s : {Sizes{1, 1, 1}, Sizes{4, 4, 32}, Sizes{3, 1, 7}, Sizes{6, 2, 33}, Sizes{8, 8, 64}, Sizes{5, 5, 16}})
         for (const std::int64_t length : {1, 2, 15, 16, 17, 33, 130})
           for (const std::int64_t rows : {1, 2, 5, 26}) attention_is_close(s, length, rows, dtype);
       copies_leave_what_is_before(dtype);
     }
     nothing_to_attend_to();
+    what_is_not_finite();
   });
   return cvmk::testing::check_result();
 }

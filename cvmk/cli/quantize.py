@@ -42,6 +42,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--activations", default="token", choices=("token", "static"),
         help="w8a8: 8 bits by each token's largest magnitude (default), or by one a layer that calibration finds",
     )  # fmt: skip
+    parser.add_argument(
+        "--kv-cache", default="float", choices=("float", "int8"),
+        help="int8: the decoder keeps keys and values in bytes, a scale for each head's of a position (default: as floats)",
+    )  # fmt: skip
     parser.add_argument("--group-size", type=int, default=0, choices=(32, 64, 128), help="inputs of a scale, of 4-bit weights (default: 64, w4a8: 32)")
     parser.add_argument("--symmetric", action="store_true", help="4-bit weights without zero points (w4a8 has none anyway)")
     parser.add_argument("--damping", type=number, default=0.01, metavar="X", help="gptq: share of the mean that is added to the diagonal (default 0.01)")
@@ -70,6 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
     recipe = Recipe(
         arguments.scheme, method, arguments.group_size, True if arguments.symmetric else None,
         tuple(dict.fromkeys(arguments.keep)), arguments.damping, not arguments.in_order, not arguments.moving_groups, arguments.activations == "static",
+        arguments.kv_cache,
     )  # fmt: skip
     _threads(arguments.threads)
     calibration = read_lines(arguments.calibrate)

@@ -17,6 +17,7 @@ Mixer = Literal[
     "rwkv",
     "ssru",
 ]
+KvCache = Literal["float", "int8"]
 LETTERS: dict[str, Mixer] = {
     "A": "attention",
     "H": "hyena",
@@ -70,6 +71,11 @@ class ModelConfig(Section):
     tie_embeddings: bool = Field(True, description="One matrix for source embeddings, target embeddings and output.")
     dropout: float = Field(0.1, ge=0, lt=1, description="Dropout of embeddings and sublayer outputs.")
     attention_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout of attention weights.")
+    kv_cache: KvCache = Field(
+        "float",
+        description="How a decoder's attention keeps keys and values while it decodes: as floats, or in bytes, each head's of a position with a scale "
+        "of its own. Training is the same.",
+    )
     max_length: int = Field(512, ge=8, le=65536, description="Longest source or target in tokens.")
 
     @field_validator("encoder_mixers", "decoder_mixers", mode="before")

@@ -32,6 +32,8 @@ def refusals(manifest: Manifest) -> list[str]:
         found.append("its encoder is causal, and CTranslate2's sees the whole source")
     if model.positions == "none":
         found.append("it has no positions, and CTranslate2 adds some")
+    if model.kv_cache != "float":
+        found.append("it keeps keys and values in bytes, and CTranslate2 keeps floats: quantise without --kv-cache")
     stored = (schemes.default, *schemes.weights.values()) if schemes is not None else ()
     if any(scheme.type == "int4" for scheme in stored):
         found.append("it has 4-bit weights, which CTranslate2 does not have on a CPU: quantise with the scheme w8a8")

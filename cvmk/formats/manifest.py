@@ -52,7 +52,7 @@ _OPTIONS: dict[str, dict[str, tuple[Any, ...]]] = {
     "int4": {"activations": ("float", "token"), "group": (32, 64, 128), "zeros": (False, True), "order": (False, True)},
 }
 """The values that an option may have."""
-_BASE = frozenset({"scheme:float32", "mixer:attention", "encoder:bidirectional", "positions:sinusoidal", "positions:rotary"})
+_BASE = frozenset({"scheme:float32", "mixer:attention", "encoder:bidirectional", "positions:sinusoidal", "positions:rotary", "kv_cache:float"})
 """What every reader of a format knows, so that nobody has to require it."""
 _REMEDY = "restore it or save the model again"
 
@@ -186,14 +186,14 @@ def read_manifest(file: Path) -> tuple[Manifest, dict[str, Any]]:
 
 def known_features() -> frozenset[str]:
     """The features that a folder may require of this version."""
-    later = {"encoder:causal", "positions:none"}
+    later = {"encoder:causal", "positions:none", "kv_cache:int8"}
     return _BASE | later | {f"scheme:{name}" for name in SCHEMES} | {f"mixer:{name}" for name in get_args(Mixer)}
 
 
 def _features(model: ModelConfig, schemes: Schemes) -> set[str]:
     mixers = {*model.encoder_mixers, *model.decoder_mixers}
     types = {scheme.type for scheme in (schemes.default, *schemes.weights.values())}
-    kinds = {f"encoder:{model.encoder_direction}", f"positions:{model.positions}"}
+    kinds = {f"encoder:{model.encoder_direction}", f"positions:{model.positions}", f"kv_cache:{model.kv_cache}"}
     return {*(f"mixer:{name}" for name in mixers), *(f"scheme:{name}" for name in types), *kinds} - _BASE
 
 

@@ -46,7 +46,10 @@ def refusals(manifest: Manifest) -> list[str]:
     """Why a model cannot be written in ONNX, in sentences; empty where it can."""
     model = manifest.model
     others = sorted({*model.encoder_mixers, *model.decoder_mixers} - {"attention"})
-    return [f"it has the mixers {', '.join(others)}, and the export has graphs for attention only"] if others else []
+    found = [f"it has the mixers {', '.join(others)}, and the export has graphs for attention only"] if others else []
+    if model.kv_cache != "float":
+        found.append("it keeps keys and values in bytes, and the graphs keep floats: quantise without --kv-cache")
+    return found
 
 
 def need(*packages: str) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 
+from cvmk.config.model import KvCache
 from cvmk.config.schema import ModelConfig
 from cvmk.errors import ConfigError
 from cvmk.nn.cache import DecoderState, EncoderState, Plan
@@ -13,6 +14,7 @@ from cvmk.nn.embeddings import Embeddings
 from cvmk.nn.linear import TiedLinear
 from cvmk.nn.memory import Memory
 from cvmk.nn.mixers import mixer_class, mixer_names
+from cvmk.nn.mixers.attention import CrossAttention, SelfAttention
 from cvmk.nn.outputs import AttentionMap, AttentionMaps, HiddenStates, Unprojected
 from cvmk.nn.positions import POSITIONS, Span
 from cvmk.nn.stacks import Decoder, Encoder
@@ -35,7 +37,8 @@ class CVMTransformer(nn.Module):
         self.decoder = Decoder(config)
         self.dropout = nn.Dropout(config.dropout)
         self.positions = POSITIONS[config.positions](config)
-        free = {"dropout", "attention_dropout"}
+        self.keep_caches(config.kv_cache)
+        free = {"dropout", "attention_dropout", "kv_cache"}
         if not any(mixer_class(name).reads_max_length for name in (*config.encoder_mixers, *config.decoder_mixers)):
             free.add("max_length")
         self._architecture = {
@@ -45,6 +48,16 @@ class CVMTransformer(nn.Module):
             "decoder_mixers": mixer_names([*config.decoder_mixers], config.decoder_layers),
             "vocab_size": vocab_size,
         }
+
+    def keep_caches(self, kv_cache: KvCache) -> None:
+        """Decode with keys and values of this kind from now on, as `model.kv_cache` says: with "int8" each head's key and value of a position is rounded to 255
+        steps of its largest magnitude (`ops.quantize.rounded_rows`) before it is remembered. Here they stay numbers of the model's dtype; the native engine
+        holds bytes. Whole sequences, and encoders, are computed as before."""
+        self.config = self.config.model_copy(update={"kv_cache": kv_cache})
+        for block in self.decoder.blocks:
+            for attention in (block.mixer, block.cross):
+                if isinstance(attention, (SelfAttention, CrossAttention)):
+                    attention.heads.byte_cache = kv_cache == "int8"
 
     # -- whole sequences ---------------------------------------------------------------------------------------------
     def forward(
@@ -112,7 +125,7 @@ class CVMTransformer(nn.Module):
         output, lengths = self._encode(src, None, None)
         cross = []
         for block in self.decoder.blocks:
-            keys, values = block.cross.keys_values(output)
+            keys, values = block.cross.remembered(output)
             cross.append((keys.contiguous(), values.contiguous()))
         return Memory(output, lengths, cross, padded=bool((lengths < src.shape[1]).any()))
 
@@ -166,7 +179,7 @@ class CVMTransformer(nn.Module):
         output = self.encoder(x, span, state.mixers)
         state.encoded.append("output", output, span)
         for layer, block in enumerate(self.decoder.blocks):
-            for name, new in zip(("keys", "values"), block.cross.keys_values(output), strict=True):
+            for name, new in zip(("keys", "values"), block.cross.remembered(output), strict=True):
                 state.encoded.append(f"cross.{layer}.{name}", new, span)
         state.lengths.advance(span)
         return state.memory()

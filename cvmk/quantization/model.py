@@ -165,6 +165,7 @@ def quantize_model(model: CVMTransformer, recipe: Recipe, pairs: Sequence[Pair],
         say(f"searching scales ({recipe.method})")
         smooth = _fold_scales(work, recipe, chosen, statistics)
     choices = [_choose(work, recipe, site, statistics.get(site.name), smooth.get(site.name), nearest[site.name]) for site in chosen]
+    work.keep_caches(recipe.kv_cache)
     return Quantized(work, choices)
 
 

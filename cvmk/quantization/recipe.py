@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
+from cvmk.config.model import KvCache
 from cvmk.errors import ConfigError
 from cvmk.quantization.rounding import Grid
 
@@ -23,6 +24,7 @@ class Recipe:
     symmetric      4-bit weights without zero points; None: without for w4a8, which has none, and with them for w4a16.
     keep           parts that stay in floats: "embeddings" and "output" (where they are one matrix, either), "cross" (cross-attention).
     damping, act_order, static_groups     of gptq.
+    kv_cache       "int8": the decoder keeps keys and values in bytes while it decodes; the gate measures with them.
     static         w8a8: activations in 8 bits by one magnitude a layer, which calibration finds, and not by that of each token.
 
     Raises ConfigError for what does not go together.
@@ -37,9 +39,11 @@ class Recipe:
     act_order: bool = True
     static_groups: bool = True
     static: bool = False
+    kv_cache: KvCache = "float"
 
     def __post_init__(self) -> None:
-        for name, allowed in (("scheme", get_args(SchemeName)), ("method", get_args(Method)), ("group_size", (0, 32, 64, 128))):
+        allowed_values = {"scheme": get_args(SchemeName), "method": get_args(Method), "group_size": (0, 32, 64, 128), "kv_cache": get_args(KvCache)}
+        for name, allowed in allowed_values.items():
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}, and must be one of {', '.join(map(str, allowed))}")
         unknown = [part for part in self.keep if part not in get_args(Part)]

@@ -62,6 +62,7 @@ def test_refusals(tmp_path: Path, make_model: Make, tokenizer: Tokenizer) -> Non
         ({"encoder_direction": "causal"}, None, "its encoder is causal"), ({"positions": "none"}, None, "it has no positions"),
         ({}, Recipe("w4a16"), "4-bit weights, which CTranslate2 does not have"),
         ({}, Recipe("w8a8", static=True), "its inputs are rounded by static scales"),
+        ({"kv_cache": "int8"}, None, "keeps keys and values in bytes"),
     ]  # fmt: skip
     for number, (options, recipe, message) in enumerate(cases):
         folder = save(tmp_path / f"m{number}", make_model, tokenizer, recipe, **options)

@@ -239,6 +239,8 @@ def test_refusals(tmp_path: Path, make_model: Make, tokenizer: Tokenizer, monkey
     manifest = read_model_manifest(folder)[1]
     assert refusals(manifest) == []
     other = dataclasses.replace(manifest, model=manifest.model.model_copy(update={"decoder_mixers": ["scan"]}))
+    bytes_kept = dataclasses.replace(manifest, model=manifest.model.model_copy(update={"kv_cache": "int8"}))
+    assert refusals(bytes_kept) == ["it keeps keys and values in bytes, and the graphs keep floats: quantise without --kv-cache"]
     assert refusals(other) == ["it has the mixers scan, and the export has graphs for attention only"]
     with monkeypatch.context() as patch:
         patch.setattr(export, "refusals", lambda manifest: ["it is strange"])
@@ -309,5 +311,6 @@ def test_every_option_of_a_model_is_thought_of() -> None:
     known = {
         "d_model", "ffn", "heads", "kv_heads", "encoder_layers", "decoder_layers", "encoder_mixers", "decoder_mixers", "norm", "norm_eps", "encoder_direction",
         "positions", "rotary_base", "activation", "bias", "tie_embeddings", "dropout", "attention_dropout", "max_length",
+        "kv_cache",
     }  # fmt: skip
     assert set(ModelConfig.model_fields) == known

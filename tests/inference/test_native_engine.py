@@ -53,6 +53,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "modern": {"norm": "rmsnorm", "positions": "rotary", "activation": "swiglu", "bias": False, "kv_heads": 1, "ffn": 40},
     "causal, untied positions": {"positions": "none", "activation": "gelu", "encoder_direction": "causal", "tie_embeddings": True},
     "wide heads": {"d_model": 60, "heads": 2, "ffn": 100, "vocabulary": 1030},
+    "byte caches": {"kv_cache": "int8", "positions": "rotary", "kv_heads": 1, "encoder_direction": "causal"},
     "deep encoder": {"encoder_layers": 3, "decoder_layers": 1, "activation": "swiglu", "ffn": 64, "positions": "rotary"},
 }
 

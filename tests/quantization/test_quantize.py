@@ -178,9 +178,11 @@ def test_command(tmp_path: Path, command: Callable[..., list[str]], capsys: pyte
     assert "bleu" in out and "encoder.blocks.0.ffn.inner.weight" in out and "w4a16 by gptq" in out and "calibrating" in err
     written = json.loads((tmp_path / "out" / "quantization.json").read_text())
     assert written["recipe"]["keep"] == ["cross"] and not any("cross" in layer["name"] for layer in written["layers"])
-    assert main(command("--max-drop", "100", "--json", "--method", "gptq", "--in-order", out="other")) == 0
+    assert main(command("--max-drop", "100", "--json", "--method", "gptq", "--in-order", "--kv-cache", "int8", out="other")) == 0
     report = json.loads(capsys.readouterr().out)
-    assert report["recipe"]["scheme"] == "w8a8" and report["recipe"]["act_order"] is False
+    assert report["recipe"]["scheme"] == "w8a8" and report["recipe"]["act_order"] is False and report["recipe"]["kv_cache"] == "int8"
+    info = json.loads((tmp_path / "other" / "config.json").read_text())
+    assert info["model"]["kv_cache"] == "int8" and "kv_cache:int8" in info["requires"]
 
 
 def test_command_exit_codes(tmp_path: Path, command: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]) -> None:

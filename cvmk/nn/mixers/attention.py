@@ -12,10 +12,11 @@ from cvmk.nn.mixers.base import Mixer
 from cvmk.nn.outputs import AttentionMap, MapWish
 from cvmk.nn.positions import Span
 from cvmk.nn.state import GROWS, MixerState, StateLayout, StateTensor
+from cvmk.ops.quantize import rounded_rows
 
 
 class _Heads:
-    """Sizes of an attention's heads, and the call of the op."""
+    """Sizes of an attention's heads, and the call of the op. `byte_cache`: what is remembered is rounded to bytes; see `CVMTransformer.keep_caches`."""
 
     def __init__(self, config: ModelConfig, causal: bool) -> None:
         self.size = config.d_model // config.heads
@@ -25,6 +26,7 @@ class _Heads:
         self.scale = self.size**-0.5
         self.dropout = config.attention_dropout
         self.causal = causal
+        self.byte_cache = False
 
     def split(self, x: Tensor) -> Tensor:
         """[B, T, heads * D] -> [B, heads, T, D], a view."""
@@ -35,6 +37,10 @@ class _Heads:
         """A row's keys and values, each [Hkv, positions, D]."""
         entry = StateTensor((self.kv_heads, GROWS, self.size), dtype)
         return {"keys": entry, "values": entry}
+
+    def remembered(self, x: Tensor) -> Tensor:
+        """Keys or values [B, Hkv, T, D] as later positions read them."""
+        return rounded_rows(x) if self.byte_cache else x
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None, causal: bool, training: bool, query_start: Tensor | None = None
@@ -84,7 +90,7 @@ class SelfAttention(Mixer):
 
     def extend(self, x: Tensor, span: Span, state: MixerState) -> Tensor:
         q, k, v = self._project(x, span)
-        keys, values = state.append("keys", k, span), state.append("values", v, span)
+        keys, values = (state.append(name, self.heads.remembered(x), span) for name, x in (("keys", k), ("values", v)))
         if isinstance(span.start, int):  # the queries are aligned with the last keys
             mixed = self.heads.attend(q, keys, values, None, span.count > 1, self.training)
         else:
@@ -112,6 +118,11 @@ class CrossAttention(nn.Module):
         """memory [B, S, d] -> keys and values [B, Hkv, S, D]."""
         k, v = self.key_value(memory).chunk(2, dim=-1)
         return self.heads.split(k), self.heads.split(v)
+
+    def remembered(self, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """`keys_values` as decoding step by step reads them."""
+        keys, values = self.keys_values(memory)
+        return self.heads.remembered(keys), self.heads.remembered(values)
 
     def forward(self, x: Tensor, keys: Tensor, values: Tensor, lengths: Tensor | None, return_map: MapWish) -> tuple[Tensor, AttentionMap | None]:
         """x [B, T, d] over keys and values [B, Hkv, S, D], of which the first lengths [B] (None: all) are real -> [B, T, d]."""
