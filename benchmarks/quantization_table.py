@@ -20,7 +20,8 @@ from typing import Any
 from cvmk.cli._streams import read_lines
 
 ROWS = [
-    ("w8a8", "rtn"), ("w8a8", "smoothquant"), ("w8a8", "gptq"), ("w8a8 static", "smoothquant"), ("w4a16", "rtn"), ("w4a16", "gptq"), ("w4a16", "awq"),
+    ("w8a8", "rtn"), ("w8a8", "smoothquant"), ("w8a8", "gptq"), ("w8a8 static", "smoothquant"), ("w8a8 byte caches", "smoothquant"),
+    ("w4a16", "rtn"), ("w4a16", "gptq"), ("w4a16", "awq"),
     ("w4a8", "rtn"), ("w4a8", "smoothquant"), ("w4a8", "gptq"), ("w4a8", "awq"),
 ]  # fmt: skip
 ENGINES = ("native", "torch", "onnxruntime", "CTranslate2")
@@ -119,9 +120,9 @@ def _table(arguments: argparse.Namespace, work: Path) -> Any:
     calibration = read_lines(arguments.calibrate)
     pairs = read_pairs(calibration, Translator.of_weights(model, tokenizer), 128)
     for scheme, method in ROWS:
-        name, _, static = scheme.partition(" ")
-        recipe = Recipe(name, method, static=bool(static))  # type: ignore[arg-type]
-        out = work / f"{name}-{static}-{method}"
+        name, _, more = scheme.partition(" ")
+        recipe = Recipe(name, method, static=more == "static", kv_cache="int8" if more == "byte caches" else "float")  # type: ignore[arg-type]
+        out = work / f"{scheme}-{method}"
         save_model_folder(out, quantize_model(model, recipe, pairs).build(), tokenizer, "")
         yield from rows.of(scheme, method, str(out), "auto")
     yield from rows.onnxruntime(calibration)
