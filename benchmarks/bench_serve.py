@@ -20,11 +20,13 @@ import time
 import urllib.request
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import grpc.aio
+from cheap_flood import OK, REFUSED_BY_CORE, RESOURCE_EXHAUSTED, flood
 from serve_load import Flood, Speaker, bytes_of, channels, closed_loop, live, metadata, open_loop, percentile, translate
 from server_process import ServerProcess, free_port
 
@@ -34,6 +36,8 @@ from cvmk.serving import messages
 LIVE, CLIENTS = 16, 16
 TOGETHER = 16
 """Sentences of a request of a flood."""
+_STARTER = ThreadPoolExecutor(1)
+"""Starts servers. Priorities are of threads on Linux, and inherited."""
 KEYS = ("a-token-of-somebody-who-speaks", "a-token-of-somebody-with-much-text", "a-token-of-the-administrator")
 _MANY = {"sessions": 2000, "sessions_per_client": 2000}
 
@@ -75,8 +79,12 @@ class Bench:
             model = {"path": self.model, "threads": 1, "source": "en", "target": "de", **self._options}
             security = {"keys": f"{folder}/clients", "admin_keys": f"{folder}/admin"}
             tables = {"models": {"en-de": model}, "limits": {**_MANY, **(limits or {})}, "security": security, "server": {**server, "port": free_port()}}
-            with ServerProcess(tables, "from soak import without_huge_pages\nwithout_huge_pages()") as one:
+            one = ServerProcess(tables, "from soak import without_huge_pages\nwithout_huge_pages()")
+            try:
+                _STARTER.submit(one.start).result()
                 yield one
+            finally:
+                one.__exit__()
 
     async def capacity(self, address: str) -> float:
         """C, measured once."""
@@ -123,6 +131,31 @@ async def overload(bench: Bench) -> list[Row]:
             rows.append(at_most(f"{name}: other errors {dict(found.others) or ''}", sum(found.others.values()), 0, ""))
         _, times = await closed_loop(server.address, bench.sentences, 1, 1.0, key=KEYS[0])
         rows.append(Row("a sentence alone right after it, p99", 1000 * percentile(times, 0.99), "ms"))
+    return rows
+
+
+async def calls(bench: Bench) -> list[Row]:
+    """Overload by calls of one sentence, of a client that leaves the processors to the server; its process and the server's threads are looked at, too."""
+    rows, method = [], f"/{messages.SERVICE}/Translate"
+    requests = [bytes_of(messages.TranslateRequest(texts=[sentence.encode()], source="en")) for sentence in bench.sentences]
+    with bench.server({"sessions": 64, "sessions_per_client": 16}) as server:  # as they are by default
+        capacity = await bench.capacity(server.address)
+        rows.append(Row(f"C: a closed loop of {CLIENTS} clients", capacity, "sentences/s"))
+        for factor in (1, 2, 4, 10):
+            of_server, of_client = server.cpu_seconds(), time.process_time()
+            found = await asyncio.to_thread(flood, server.address, method, requests, factor * capacity, bench.seconds, bench.generator, KEYS[0], CLIENTS)
+            of_server, of_client = server.cpu_seconds() - of_server, time.process_time() - of_client
+            refused = [seconds for status in (RESOURCE_EXHAUSTED, REFUSED_BY_CORE) for seconds in found.seconds(status)]
+            name = f"calls of a sentence, {factor} C"
+            rows.append(at_least(f"{name}: goodput", found.rate(OK) / capacity, 0.9, "C"))
+            rows.append(Row(f"{name}: an answer, p99", 1000 * percentile(found.seconds(OK), 0.99), "ms"))
+            if refused:
+                rows.append(at_most(f"{name}: a refusal, p99", 1000 * percentile(refused, 0.99), 20, "ms"))
+                rows.append(Row(f"{name}: refusals in words (RESOURCE_EXHAUSTED)", len(found.seconds(RESOURCE_EXHAUSTED)) / len(refused), "of all"))
+            others = found.calls - found.kept - len(found.seconds(OK)) - len(refused)
+            rows.append(at_most(f"{name}: other ends, or none", others, 0, "calls"))
+            rows.append(Row(f"{name}: the server's processor time for an answer", 1e6 * of_server / len(found.seconds(OK)), "us"))
+            rows.append(Row(f"{name}: processor time of the client", of_client / (of_client + of_server), "of all"))
     return rows
 
 
@@ -236,7 +269,7 @@ async def crash(bench: Bench) -> list[Row]:
         await live(server.address, bench.sentences, 4, 1.0, key=KEYS[0])
         server.tell(9)
         server.ended(5)
-        return [at_most("kill -9: until it is ready again", sorted(server_start(server) for _ in range(3))[1], 2, "s")]
+        return [at_most("kill -9: until it is ready again", sorted(_STARTER.submit(server_start, server).result() for _ in range(3))[1], 2, "s")]
 
 
 def server_start(server: ServerProcess) -> float:
@@ -320,7 +353,8 @@ async def _burst(address: str, bench: Bench, capacity: float) -> Flood:
 
 
 PARTS: dict[str, Callable[[Bench], Awaitable[list[Row]]]] = {
-    "latency": latency, "solo": solo, "overload": overload, "slow_readers": slow_readers, "fairness": fairness, "memory": memory, "scraping": scraping,
+    "latency": latency, "solo": solo, "overload": overload, "calls": calls, "slow_readers": slow_readers, "fairness": fairness, "memory": memory,
+    "scraping": scraping,
     "swaps": swaps, "crash": crash, "sessions": sessions,
 }  # fmt: skip
 
@@ -337,6 +371,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--results", metavar="FILE", help="write the rows as JSON; those of other figures that are in it stay")
     parser.add_argument("--note", default="", help="what else is to be known of these rows, for the file")
     chosen = parser.parse_args(arguments)
+    _STARTER.submit(int).result()  # before this process is nice: what that one starts is not
     os.nice(10)
     options = {"compute_type": chosen.compute_type} | ({"running_tokens": chosen.running_tokens} if chosen.running_tokens else {})
     bench = Bench(chosen.model, [line for line in read_text(chosen.text).splitlines() if line.strip()], chosen.seconds, options)

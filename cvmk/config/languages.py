@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import json
 import re
 
 from cvmk.errors import ConfigError
 
 _FORMS = 'tags are BCP 47, such as "de", "hsb", "pt-BR" or "zh-Hant"'
+
+_LONGEST = 256  # characters; so long a tag says nothing that a model goes by
 
 # What languages call themselves, and what people write for them; their English names are in the registry.
 _OWN_NAMES = {
@@ -42,9 +45,16 @@ def check_language(code: str, key: str = "language code") -> str:
 
 
 def _standard(code: str) -> str | None:
+    if len(code) > _LONGEST or not re.fullmatch(r"[A-Za-z0-9]+([-_][A-Za-z0-9]+)*", code):
+        return None
+    return _registered(code)
+
+
+@functools.lru_cache(maxsize=1024)
+def _registered(code: str) -> str | None:
     import langcodes  # slow to import
 
-    if not re.fullmatch(r"[A-Za-z0-9]+([-_][A-Za-z0-9]+)*", code) or not langcodes.tag_is_valid(code):
+    if not langcodes.tag_is_valid(code):
         return None
     tag = langcodes.standardize_tag(code)
     return None if langcodes.Language.get(tag).extlangs else tag  # a known one has been replaced by its own subtag

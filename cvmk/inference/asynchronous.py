@@ -122,18 +122,23 @@ class AsyncTranslator:
             except Exception as error:
                 self._recover(error)
                 continue
-            for event in events:
-                self._tell(event)
+            self._tell(events)
 
-    def _tell(self, event: Event) -> None:
+    def _tell(self, events: Sequence[Event]) -> None:
+        """Whoever waits for them. An event loop is woken once for all that a step has finished."""
+        finished: dict[asyncio.AbstractEventLoop, list[tuple[asyncio.Future[Finished], Finished]]] = {}
         with self._changed:
-            one = self._waiting.get(event.id) if isinstance(event, Partial) else self._waiting.pop(event.id, None)
-        if one is None:
-            return
-        if isinstance(event, Partial):
-            one.call(one.on_partial, event.tokens)
-        else:
-            one.call(_settle, one.future, event)
+            told = [(event, self._waiting.get(event.id) if isinstance(event, Partial) else self._waiting.pop(event.id, None)) for event in events]
+        for event, one in told:
+            if one is None:
+                continue
+            if isinstance(event, Partial):
+                one.call(one.on_partial, event.tokens)
+            else:
+                finished.setdefault(one.loop, []).append((one.future, event))
+        for loop, those in finished.items():
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(_settle_all, those)
 
     def _recover(self, error: Exception) -> None:
         """After a step that failed: who had a part in it begins anew, one after the other, and then whoever came meanwhile, all together. What the engine has
@@ -158,8 +163,7 @@ class AsyncTranslator:
             self._step()  # lets go of what was cancelled
             self._submit(one)
             while one.id in self._waiting and not self._closed:
-                for event in self._step():
-                    self._tell(event)
+                self._tell(self._step())
         except Exception as error:
             self._give_up(one, error)
 
@@ -210,6 +214,11 @@ class _Waiting:
         """In its event loop, unless that has ended."""
         if not self.loop.is_closed():
             self.loop.call_soon_threadsafe(function, *arguments)
+
+
+def _settle_all(those: Sequence[tuple[asyncio.Future[Finished], Finished]]) -> None:
+    for future, result in those:
+        _settle(future, result)
 
 
 def _settle(future: asyncio.Future[Finished], result: Finished | Exception) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from cvmk import __version__
 from cvmk.config.serve import PRIORITIES, ServeConfig
@@ -20,14 +21,15 @@ from cvmk.serving.errors import ServiceError, Status, internal, invalid
 from cvmk.serving.limits import Limits
 from cvmk.serving.metrics import TEXT, Load, Metrics
 from cvmk.serving.models import Models, Served, answers
+from cvmk.serving.passages import cut
 from cvmk.serving.scheduler import Searched
 from cvmk.serving.sessions import MOST_CREDIT, LiveSession, Opening, Rules
-from cvmk.serving.texts import cut
 from cvmk.serving.traces import Traces
 
 if TYPE_CHECKING:
     from cvmk.inference.translator import Translation
 
+_T = TypeVar("_T")
 _LONGEST_NAME = 64
 _LONG = 1000
 """Characters of a text that is cut into sentences beside the event loop."""
@@ -98,10 +100,9 @@ class Application:
                 self.catalogue.find(source, target, model).scheduler.check_room(caller.id)
             found = self._languages_of(texts, source, target, model)
             search = _Search(caller.id, priority, beam_size, alternatives, timeout)
-            async with _group() as group:
-                tasks = [group.create_task(self._translated(text, source, one, target, model, search)) for text, one in zip(texts, found, strict=True)]
+            translated = await _together([self._translated(text, source, one, target, model, search) for text, one in zip(texts, found, strict=True)])
             self._translations += len(texts)
-            return [task.result() for task in tasks]
+            return translated
 
     async def _translated(self, text: str, source: str, language: Language | None, target: str, model: str, search: _Search) -> Translated:
         with self.catalogue.lease(source if language is None else language.code, target, model) as served:
@@ -109,10 +110,8 @@ class Application:
             arguments = text, served.translator, served.info.source
             whole = cut(*arguments) if len(text) < _LONG else await asyncio.to_thread(cut, *arguments)
             beam = max(search.beam_size or served.beam_size, search.alternatives + 1)
-            options = SearchOptions(beam_size=beam, n_best=search.alternatives + 1)
-            async with _group() as group:
-                tasks = [group.create_task(_searched(served, sentence, options, search)) for sentence in whole.sentences]
-            times = [task.result() for task in tasks]
+            options = _options(beam, search.alternatives + 1)
+            times = await _together([_searched(served, source, options, search) for source in whole.sources])
             for one in times:
                 self.metrics.translated(served.info.name, TEXT, one.queue_us, one.decode_us)
             found = [served.translator.decode(one.found.hypotheses) for one in times]
@@ -272,9 +271,14 @@ class Application:
         return self._detectors[languages]
 
 
-async def _searched(served: Served, sentence: str, options: SearchOptions, search: _Search) -> Searched:
+@functools.cache  # of as many as limits allow
+def _options(beam_size: int, n_best: int) -> SearchOptions:
+    return SearchOptions(beam_size=beam_size, n_best=n_best)
+
+
+async def _searched(served: Served, source: Sequence[int], options: SearchOptions, search: _Search) -> Searched:
     try:
-        return await served.scheduler.search(search.client, search.priority, served.translator.encode(sentence), options, timeout=search.timeout)
+        return await served.scheduler.search(search.client, search.priority, source, options, timeout=search.timeout)
     except ConfigError as error:
         raise invalid("texts", str(error)) from error
 
@@ -293,11 +297,13 @@ def _draining() -> ServiceError:
     return ServiceError(Status.UNAVAILABLE, "the server is draining: try another one, or again later", retry_after=1.0, reason="draining")
 
 
-@contextlib.asynccontextmanager
-async def _group() -> Any:
-    """Tasks that end together; the first error of one of them ends the others, and is raised by itself."""
+async def _together(coroutines: Sequence[Coroutine[Any, Any, _T]]) -> list[_T]:
+    """What they give, at the same time; the first error of one of them ends the others, and is raised by itself."""
+    if len(coroutines) == 1:  # without the cost of a task
+        return [await coroutines[0]]
     try:
         async with asyncio.TaskGroup() as group:
-            yield group
+            tasks = [group.create_task(one) for one in coroutines]
     except BaseExceptionGroup as errors:
         raise errors.exceptions[0] from None
+    return [task.result() for task in tasks]

@@ -79,6 +79,7 @@ class Metrics:
         self.registry = CollectorRegistry(auto_describe=False)
         self._make(version)
         self._models = {name: self._model(name) for name in models}
+        self._of_requests: dict[tuple[str, str], tuple[Counter, Histogram]] = {}  # series found once, by method and status
         self.registry.register(_Present(load, tuple(models)))
         ProcessCollector(registry=self.registry)  # resident memory, processor time, open files
 
@@ -123,9 +124,11 @@ class Metrics:
 
     def request(self, method: str, seconds: float, error: ServiceError | None = None) -> None:
         """A request has been answered, or a stream has ended; `error` is what it ended with. `method` is one of METHODS."""
-        kind = METHODS.get(method)
-        self._requests.labels(method if kind else OTHER, "OK" if error is None else error.status.name).inc()
-        self._seconds.labels(kind or OTHER).observe(seconds)
+        series = method if method in METHODS else OTHER, "OK" if error is None else error.status.name
+        if (found := self._of_requests.get(series)) is None:
+            found = self._of_requests[series] = self._requests.labels(*series), self._seconds.labels(METHODS.get(method, OTHER))
+        found[0].inc()
+        found[1].observe(seconds)
         if error is not None and error.status in _REJECTIONS:
             self._rejections.labels(error.reason if error.reason in REASONS else _REJECTIONS[error.status]).inc()
 

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
+from cvmk.inference.translator import Translator
 from cvmk.streaming import Sentences
+from cvmk.streaming.core import room_of, window_of
+from cvmk.text.lines import trimmed
+from cvmk.validation.scripts import unspaced_language
 
 _WINDOW = 2000
-"""Characters of a sentence; a longer one is cut behind a clause."""
+"""Characters of a sentence where no model says how many it reads."""
 _WIDE = "。！？｡"
 _NARROW = ".!?…"
+_LINE = re.compile(r"[^\r\n\v\f\x1c-\x1e\x85\u2028\u2029]+")
 
 
 class Piece(NamedTuple):
@@ -20,27 +28,68 @@ class Piece(NamedTuple):
     is_sentence: bool
 
 
+@dataclass(frozen=True)
+class Cut:
+    """A text: `sentences`, their pieces for a model, and `gaps`, one before each of them and one behind the last."""
+
+    sentences: list[str]
+    sources: list[list[int]]
+    gaps: list[str]
+
+    def joined(self, translations: Sequence[str]) -> str:
+        """The text with the translations in the places of its sentences. Where two sentences have nothing between them, as in Chinese, a language that
+        is written with spaces gets one."""
+        spaced = unspaced_language(translations) is None
+        parts = [self.gaps[0]]
+        for index, (translation, gap) in enumerate(zip(translations, self.gaps[1:], strict=True)):
+            inside = index + 1 < len(translations)
+            parts += [translation, gap or (" " if spaced and inside and translation else "")]
+        return "".join(parts)
+
+
+def cut(text: str, translator: Translator, language: str) -> Cut:
+    """Sentences as a stream would find them, each within a line and no longer than the model reads."""
+    encoded: dict[str, list[int]] = {}
+    room = room_of(translator)
+
+    def fits(part: str) -> bool:
+        encoded[part] = pieces = translator.tokenizer.encode(part)
+        return len(pieces) <= room
+
+    rules = Sentences(language)
+    places = [
+        (line.start() + begin, line.start() + end) for line in _LINE.finditer(text) for begin, end in _sentences(line.group(), rules, window_of(room), fits)
+    ]
+    sentences = [text[begin:end] for begin, end in places]
+    sources = [encoded[one] if one in encoded and trimmed(one) == one else translator.encode(one) for one in sentences]
+    ends = [0, *(end for _, end in places)]
+    begins = [*(begin for begin, _ in places), len(text)]
+    return Cut(sentences, sources, [text[end:begin] for end, begin in zip(ends, begins, strict=True)])
+
+
 def pieces(text: str, sentences: Sentences) -> list[Piece]:
     """A text cut up, in its order and without gaps. What holds no letter is no sentence: no model says it better."""
     found: list[Piece] = []
-    begin = kept = 0  # from `kept` to `begin` nothing is to be translated
-    while begin < len(text):
-        window = text[begin : begin + _WINDOW]
-        end, after = sentences.end(window) or _whole_or_clause(window, begin + len(window) == len(text), sentences)
-        sentence = window[:end].strip()
-        if any(map(str.isalpha, sentence)):
-            first = begin + window.index(sentence)
-            found += [Piece(kept, first, False), Piece(first, first + len(sentence), True)]
-            kept = first + len(sentence)
-        begin += after
+    kept = 0  # from here to the next sentence nothing is to be translated
+    for begin, end in _sentences(text, sentences):
+        if any(map(str.isalpha, text[begin:end])):
+            found += [Piece(kept, begin, False), Piece(begin, end, True)]
+            kept = end
     return [piece for piece in (*found, Piece(kept, len(text), False)) if piece.begin < piece.end]
-
-
-def _whole_or_clause(window: str, is_last: bool, sentences: Sentences) -> tuple[int, int]:
-    end = len(window) if is_last else sentences.clause(window, len(window))
-    return end, end
 
 
 def space_between(source: str, translation: str) -> str:
     """What goes between a translated sentence and the next where nothing stood between the two: a space behind a full stop that was none wide before."""
     return " " if source[-1:] in _WIDE and translation[-1:] in _NARROW and source and translation else ""
+
+
+def _sentences(text: str, rules: Sentences, longest: int = _WINDOW, fits: Callable[[str], bool] = lambda part: True) -> Iterator[tuple[int, int]]:
+    """Characters [begin, end) of each sentence, without white space around it."""
+    begin = 0
+    while begin < len(text):
+        window = text[begin : begin + longest]
+        end, after = rules.end_within(window, begin + len(window) == len(text), fits) or (len(window), len(window))
+        if sentence := window[:end].strip():
+            first = begin + window.index(sentence)
+            yield first, first + len(sentence)
+        begin += after

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections import Counter, OrderedDict
-from collections.abc import AsyncIterator, Callable, Hashable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,8 +96,7 @@ class Scheduler:
         ends within a step."""
         begun = self._clock()
         try:
-            with self._place(client, priority, tokens) as come:
-                await _within(come, timeout)
+            await self._come(client, priority, tokens, timeout)
             turn = Turn(self, client, self._translator, self._clock, tokens, begun, timeout)
             try:
                 yield turn
@@ -111,9 +110,8 @@ class Scheduler:
                 self._given_up("deadline")
             raise
 
-    @contextlib.contextmanager
-    def _place(self, client: str, priority: str, tokens: int) -> Iterator[asyncio.Future[None]]:
-        """A place in the queue, as a future that is done when it is this one's turn; from then on its tokens are running. On an error they are not."""
+    async def _come(self, client: str, priority: str, tokens: int, timeout: float | None) -> None:
+        """Waits in the queue; when it is this one's turn its tokens are running. On an error they are not."""
         if self._queue.cost + tokens > self._most or self._waiting_of[client] + tokens > self._most_per_client:
             raise self._full(tokens)
         one = _Waiting(client, tokens, asyncio.get_running_loop().create_future())
@@ -123,7 +121,8 @@ class Scheduler:
         self._waiting_of[client] += tokens
         self._fill()
         try:
-            yield one.come
+            if not one.come.done():
+                await _within(one.come, timeout)
         except BaseException:
             if one.come.done() and not one.come.cancelled():
                 self._ended(client, tokens)

@@ -41,7 +41,12 @@ _OPTIONS = [
     ("grpc.http2.ping_timeout_ms", 10_000),  # a minute, where nobody says it
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ("grpc.http2.max_ping_strikes", 4),
+    ("grpc.server.max_pending_requests", 1000),  # calls that the event loop has not come to yet; of more, the core refuses so many that there are never
+    ("grpc.server.max_pending_requests_hard_limit", 1500),  # more than these: with CANCELLED, at a tenth of what the event loop would need
+    ("grpc.http.overload_protection", 0),  # else a client that keeps to the limit of streams is refused, while those that have ended are cleared away
 ]
+_CALLS = 128
+"""Calls at once of one connection, beside its streams; a client's library keeps more to itself until there is room."""
 _log = logging.getLogger(__name__)
 
 
@@ -101,7 +106,9 @@ class Server:
     async def _listen(
         self, host: str, port: int, handler: grpc.GenericRpcHandler, names: tuple[str, ...], credentials: grpc.ServerCredentials | None
     ) -> int:
-        options = [*_OPTIONS, ("grpc.max_receive_message_length", self.config.limits.message_bytes)]
+        limits = self.config.limits
+        most = ("grpc.max_receive_message_length", limits.message_bytes), ("grpc.max_concurrent_streams", limits.sessions_per_client + _CALLS)
+        options = [*_OPTIONS, *most]
         server = grpc.aio.server(handlers=[handler], options=options)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection((*names, reflection.SERVICE_NAME), server)

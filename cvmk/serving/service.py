@@ -22,6 +22,7 @@ from cvmk.serving.outbox import SessionUpdate
 from cvmk.serving.sessions import LiveSession, Opening
 from cvmk.streaming import LocalAgreement, Policy, Retranslation, WaitK
 
+_CODES = {code.value[0]: code for code in grpc.StatusCode}
 _PRIORITIES = ("normal", "low", "normal", "high")  # by the numbers of Priority
 _MOST_SECONDS = 3600
 FIRST_SECONDS = 10.0
@@ -171,15 +172,21 @@ def _handler(
 
     def unary_call(method: str, function: Method) -> Any:
         async def call(data: bytes, context: Context) -> Any:
-            async with _told(application, method, context):
-                return await function(_parsed(inputs[method], data), _caller(context, keys, admin), context)
+            try:
+                with application.observed(method, _headers(application, context)):
+                    return await function(_parsed(inputs[method], data), _caller(context, keys, admin), context)
+            except ServiceError as error:
+                await _abort(context, error)
 
         return call
 
     def stream_call(method: str, function: Any) -> Any:
         async def call(requests: AsyncIterator[bytes], context: Context) -> None:
-            async with _told(application, method, context):
-                await function(_each_parsed(requests), _caller(context, keys, admin), context.write)
+            try:
+                with application.observed(method, _headers(application, context)):
+                    await function(_each_parsed(requests), _caller(context, keys, admin), context.write)
+            except ServiceError as error:
+                await _abort(context, error)
 
         return call
 
@@ -195,22 +202,17 @@ async def _each_parsed(requests: AsyncIterator[bytes]) -> AsyncIterator[Any]:
         yield _parsed("StreamRequest", data)
 
 
-@contextlib.asynccontextmanager
-async def _told(application: Application, method: str, context: Context) -> Any:
-    """Errors as statuses."""
-    headers = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)} if application.traces.active else None
-    try:
-        with application.observed(method, headers):
-            yield
-    except ServiceError as error:
-        trouble = error
-    else:
-        return
+def _headers(application: Application, context: Context) -> dict[str, str] | None:
+    """What traces want to know of a call."""
+    return {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)} if application.traces.active else None
+
+
+async def _abort(context: Context, trouble: ServiceError) -> None:
+    """An error as a status."""
     trailing = [("field", trouble.field)] if trouble.field else []
     if trouble.retry_after is not None:
         trailing.append(("retry-after-ms", str(math.ceil(1000 * trouble.retry_after))))
-    code = next(code for code in grpc.StatusCode if code.value[0] == trouble.status.number)
-    await context.abort(code, str(trouble), tuple(trailing))
+    await context.abort(_CODES[trouble.status.number], str(trouble), tuple(trailing))
 
 
 def _caller(context: Context, keys: Keys, admin: bool) -> Caller:

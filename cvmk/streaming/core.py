@@ -242,35 +242,27 @@ class StreamCore:
         """What can be translated."""
         return self._source[: complete_words(self._source)] if self._whole_words else self._source.rstrip()
 
-    def _window(self) -> int:
-        """Characters beyond which no sentence goes, whatever they are."""
-        return 32 * self._room()
-
     def _end(self) -> tuple[int, int] | None:
         """Where the sentence ends and the next one begins, if that is to be seen, or where it is cut."""
-        window = self._source[: self._window()]
-        place = self.sentences.end(window)
-        if place is not None and self._fits(window[: place[0]]):
-            return place
-        if len(window) == len(self._source) and self._fits(window.rstrip()):
-            return None
-        return self._cut(window)
-
-    def _cut(self, text: str) -> tuple[int, int]:
-        """Where a sentence that the model cannot read whole is cut: behind a clause, or behind all that was translated where something was committed."""
-        low, limit = 1, len(text)
-        while low < limit:  # the longest beginning that fits
-            middle = (low + limit + 1) // 2
-            low, limit = (middle, limit) if self._fits(text[:middle]) else (low, middle - 1)
-        end = len(self._translated) if self._committed and 0 < len(self._translated) <= limit else self.sentences.clause(text, limit)
-        return end, end
+        window = self._source[: window_of(self._room())]
+        translated = len(self._translated) if self._committed else 0
+        return self.sentences.end_within(window, len(window) == len(self._source), self._fits, translated)
 
     def _fits(self, text: str) -> bool:
         return len(self._model.tokenizer.encode(text)) <= self._room()
 
     def _room(self) -> int:
-        """Pieces of a sentence."""
-        return max(1, self._model.engine.max_length - 2)
+        return room_of(self._model)
+
+
+def room_of(model: Translator) -> int:
+    """Pieces of a sentence."""
+    return max(1, model.engine.max_length - 2)
+
+
+def window_of(room: int) -> int:
+    """Characters beyond which no sentence goes, whatever they are."""
+    return 32 * room
 
 
 def _string(text: object) -> str:

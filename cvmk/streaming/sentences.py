@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 _CLOSING = "\"'”’»«›)]}」』）】"
@@ -49,6 +50,24 @@ class Sentences:
             if "\n" in text[end:begin] or not (text[begin].islower() or self._goes_on(text, match)):
                 return end, begin
         return None
+
+    def end_within(self, window: str, is_rest: bool, fits: Callable[[str], bool], translated: int = 0) -> tuple[int, int] | None:
+        """`end`, of a sentence that a model can read whole, as `fits` says, or else where it is cut.
+
+        window      the beginning of the text, beyond which no sentence goes; `is_rest` says that it is all of it.
+        translated  characters of which something was committed, so that it is cut behind them; 0 for none. Else it is cut behind a clause.
+        """
+        place = self.end(window)
+        if place is not None and fits(window[: place[0]]):
+            return place
+        if is_rest and fits(window.rstrip()):
+            return None
+        low, limit = 1, len(window)
+        while low < limit:  # the longest beginning that fits
+            middle = (low + limit + 1) // 2
+            low, limit = (middle, limit) if fits(window[:middle]) else (low, middle - 1)
+        end = translated if 0 < translated <= limit else self.clause(window, limit)
+        return end, end
 
     def clause(self, text: str, limit: int) -> int:
         """Where the last clause within the first `limit` characters of a text ends: behind a mark, else a word; at `limit` where there is neither."""

@@ -130,6 +130,8 @@ def test_what_the_server_could_not_do_now_is_tried_again() -> None:
 
     async def work(server: FakeServer, client: AsyncClient) -> None:
         assert (await client.translate("a")).text == "A" and len(server.metadata) == 3
+        server.script.refusals, server.metadata = [(grpc.StatusCode.CANCELLED, None)], []  # what gRPC's core says of more than its server comes to
+        assert (await client.translate("a")).text == "A" and len(server.metadata) == 2
         server.script.refusals = [full]
         began = time.monotonic()
         await client.stats()

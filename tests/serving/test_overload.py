@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import grpc
 import grpc.aio
 import pytest
+from cheap_flood import OK, REFUSED_BY_CORE, RESOURCE_EXHAUSTED, flood
 from served import append, ask, idle, request, serving, stream, until
 from server_process import ServerProcess
 
@@ -106,6 +109,27 @@ def test_a_flood_is_refused_and_what_was_taken_is_answered(serve_config: Any) ->
             looking.cancel()
             assert 300 < highest <= 600
             await until(lambda: idle(server))
+
+    run(go())
+
+
+def test_calls_that_the_event_loop_does_not_come_to(serve_config: Any) -> None:
+    """One connection has its calls wait at the client; of very many, the core refuses those that would wait too long, and no call is forgotten."""
+    call = f"/{messages.SERVICE}/Translate", [messages.TranslateRequest(texts=[TEXTS[0].encode()], source="en").SerializeToString()]
+
+    async def go() -> None:
+        async with serving(serve_config()) as (server, channel):
+            address = f"127.0.0.1:{server.ports.grpc}"
+            for connections, refused in ((1, False), (40, True)):
+                with ThreadPoolExecutor(1) as pool:
+                    flooding = pool.submit(flood, address, *call, 1e5, 0.05, random.Random(0), "", connections, 60.0)
+                    await asyncio.sleep(0.01)
+                    time.sleep(0.3)  # that is what is tested
+                    found = await asyncio.wrap_future(flooding)
+                assert found.unanswered == 0 and set(found.statuses) <= {OK, RESOURCE_EXHAUSTED, REFUSED_BY_CORE}
+                assert found.statuses[OK] and (found.statuses[REFUSED_BY_CORE] > 0) == refused
+                assert await translated(channel, TEXTS[1])
+                await until(lambda: idle(server))
 
     run(go())
 

@@ -126,6 +126,8 @@ class Connection:
             return NoServerError(self.address, meant or details.rsplit(": ", 1)[-1].strip(" .]"), meant is not None)
         if status is Status.INTERNAL and _WRITE_FAILED.match(details):
             return self._broken()
+        if status is Status.CANCELLED:  # not by us
+            return ServiceError(Status.UNAVAILABLE, f"the server at {self.address} has more to do than it can refuse in words: try again later")
         trailing = dict(error.trailing_metadata() or ())
         return ServiceError(status, details, field=str(trailing.get("field", "")), retry_after=_seconds(trailing.get("retry-after-ms")))
 
