@@ -20,6 +20,7 @@ from cvmk.text.lines import decode_line, one_line
 
 if TYPE_CHECKING:
     from cvmk.inference import Translation, Translator
+    from cvmk.text.tokenizers import Tokenizer
 
 HELP = "Translate a text, line by line."
 LINES_AT_ONCE = 1024
@@ -59,6 +60,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--engine", default="auto", help="native, torch, or auto (default): the first that can run the model")
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads (default 0: all that the process may use)")
     parser.add_argument("--json", action="store_true", help="one JSON object a line: line, translation, score, truncated, hypotheses")
+    parser.add_argument(
+        "--alignments", action="store_true",
+        help="with --json: source_pieces, the end sign last, and of each hypothesis its pieces and the weight that each gave to each piece of the source",
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,8 @@ def run(arguments: argparse.Namespace) -> int:
     SearchOptions(**search)
     if arguments.batch_tokens < 1:
         raise ConfigError(f"--batch-tokens is {arguments.batch_tokens}, and must be at least 1")
+    if arguments.alignments and not arguments.json:
+        raise ConfigError("--alignments are shown in JSON: add --json")
     if not 0 <= arguments.threads <= MAX_THREADS:
         raise ConfigError(f"--threads is {arguments.threads}, and must be between 0 and {MAX_THREADS}")
     if is_standard(arguments.input):
@@ -85,6 +92,7 @@ def run(arguments: argparse.Namespace) -> int:
     if is_standard(arguments.output):
         need_open(sys.stdout, "output", "open it, or give --output FILE")
     options = {**search, "max_batch_tokens": arguments.batch_tokens, "on_long": arguments.on_long, "shortlist": arguments.shortlist}
+    options["alignments"] = arguments.alignments
     options["scores"] = arguments.json or options["n_best"] > 1  # which show them
     name = STANDARD_INPUT if is_standard(arguments.input) else arguments.input
     with contextlib.ExitStack() as stack:
@@ -94,7 +102,7 @@ def run(arguments: argparse.Namespace) -> int:
         source = file or standard_input()  # waits for the first line
         stack.enter_context(_own_warnings())
         for lines, trouble in read_lines(source, name, LINES_AT_ONCE):
-            _translate(translator, lines, name, options, arguments.json, sink)
+            _translate(translator, lines, name, options, arguments, sink)
             sink.flush()
             if trouble is not None:
                 raise trouble
@@ -108,7 +116,7 @@ def _translator(arguments: argparse.Namespace) -> Translator:
     return Translator(arguments.model, arguments.device, arguments.compute_type, engine=arguments.engine, threads=arguments.threads or None)
 
 
-def _translate(translator: Translator, lines: list[Line], name: str, options: dict[str, Any], as_json: bool, sink: BinaryIO) -> None:
+def _translate(translator: Translator, lines: list[Line], name: str, options: dict[str, Any], arguments: argparse.Namespace, sink: BinaryIO) -> None:
     """Translate and write some lines. What comes before a line that is too long is written before the error is raised."""
     from cvmk.inference import TooLongError
 
@@ -119,30 +127,41 @@ def _translate(translator: Translator, lines: list[Line], name: str, options: di
         trouble = DataError(f"{name}, line {lines[error.index].number} {error.reason}: split it into sentences, or use --on-long truncate")
         lines = lines[: error.index]
         found = translator.translate([line.text for line in lines], **options)
+    aligned = translator.tokenizer if arguments.alignments else None
     for line, translation in zip(lines, found, strict=True):
         if translation.truncated:
             print(f"cvmk: warning: {name}, line {line.number} is too long for the model: its end was left out", file=sys.stderr)
-        sink.write(_format(line, translation, options["n_best"], as_json).encode())
+        sink.write((_record(line, translation, aligned) if arguments.json else _format(line, translation, arguments.n_best)).encode())
     if trouble is not None:
         sink.flush()
         raise trouble
 
 
-def _format(line: Line, translation: Translation, n_best: int, as_json: bool) -> str:
-    hypotheses = [(one_line(hypothesis.text), hypothesis.score) for hypothesis in translation.hypotheses]
-    text = hypotheses[0][0]
-    if as_json:
-        record = {
-            "line": line.number,
-            "translation": text,
-            "score": translation.score,
-            "truncated": translation.truncated,
-            "hypotheses": [{"translation": other, "score": score} for other, score in hypotheses],
-        }
-        return json.dumps(record, ensure_ascii=False) + "\n"
+def _format(line: Line, translation: Translation, n_best: int) -> str:
     if n_best > 1:
-        return "".join(f"{line.number}\t{score:.6f}\t{other}\n" for other, score in hypotheses)
-    return text + line.end
+        return "".join(f"{line.number}\t{one.score:.6f}\t{one_line(one.text)}\n" for one in translation.hypotheses)
+    return one_line(translation.text) + line.end
+
+
+def _record(line: Line, translation: Translation, aligned: Tokenizer | None) -> str:
+    """The JSON of a line; with alignments, by the tokenizer's pieces, where it is given."""
+    hypotheses = []
+    for one in translation.hypotheses:
+        hypothesis: dict[str, Any] = {"translation": one_line(one.text), "score": one.score}
+        if aligned is not None:
+            hypothesis["pieces"] = [aligned.pieces[piece] for piece in one.tokens]
+            hypothesis["alignment"] = [[round(weight, 4) for weight in row] for row in one.alignment]
+        hypotheses.append(hypothesis)
+    record = {
+        "line": line.number,
+        "translation": hypotheses[0]["translation"],
+        "score": translation.score,
+        "truncated": translation.truncated,
+        "hypotheses": hypotheses,
+    }
+    if aligned is not None:
+        record["source_pieces"] = [aligned.pieces[piece] for piece in (*translation.source, aligned.EOS)]
+    return json.dumps(record, ensure_ascii=False) + "\n"
 
 
 def read_lines(stream: BinaryIO, name: str, at_once: int) -> Iterator[tuple[list[Line], DataError | None]]:

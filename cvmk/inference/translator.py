@@ -52,7 +52,7 @@ class TranslationHypothesis:
 class Translation:
     """The translation of one text. `hypotheses` holds the n best, best first; text, score and tokens are the best one's.
 
-    `truncated` says that the source was cut to what the model can read.
+    `truncated` says that the source was cut to what the model can read; `source` holds its piece ids as `Translator.translate` read them.
     """
 
     text: str
@@ -60,6 +60,7 @@ class Translation:
     tokens: list[int]
     hypotheses: list[TranslationHypothesis] = field(default_factory=list)
     truncated: bool = False
+    source: Sequence[int] = field(default=(), compare=False)
 
 
 class Translator:
@@ -167,7 +168,7 @@ class Translator:
             given = () if begun is None else ([begun[index] for index in batch],)
             for index, hypotheses in zip(batch, self.engine.search([sources[index] for index in batch], options, *given), strict=True):
                 found[index] = hypotheses
-        return [self._translation(hypotheses, index in cut) for index, hypotheses in enumerate(found)]
+        return [self._translation(hypotheses, index in cut, source) for index, (hypotheses, source) in enumerate(zip(found, sources, strict=True))]
 
     def session(self, **options: Any) -> Session:
         """A `Session`: a source that grows, and a translation whose beginning stays. `options` are those of `SearchOptions`."""
@@ -213,10 +214,10 @@ class Translator:
                 raise ConfigError(f"prefix {index + 1} of {count} {reason}: shorten it")
         return found
 
-    def _translation(self, hypotheses: list[Hypothesis], truncated: bool) -> Translation:
+    def _translation(self, hypotheses: list[Hypothesis], truncated: bool, source: Sequence[int] = ()) -> Translation:
         decoded = [TranslationHypothesis(self.tokenizer.decode(h.tokens), h.score, h.tokens, h.scores, h.alignment) for h in hypotheses]
         best = decoded[0]
-        return Translation(best.text, best.score, best.tokens, decoded, truncated)
+        return Translation(best.text, best.score, best.tokens, decoded, truncated, source)
 
 
 def _strings(what: str, values: Iterable[str]) -> list[str]:

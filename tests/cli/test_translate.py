@@ -79,6 +79,23 @@ def test_n_best_and_json(model: Path, call) -> None:
     assert records[1] == {"line": 2, "translation": "", "score": 0.0, "truncated": False, "hypotheses": [{"translation": "", "score": 0.0}]}
 
 
+def test_alignments(model: Path, call) -> None:
+    code, out, _ = call(b"a man\n\n", "--json", "--alignments", "--beam-size", "2", "--n-best", "2")
+    records = [json.loads(line) for line in out.decode().splitlines()]
+    translator = Translator(model)
+    found = translator.translate(["a man"], beam_size=2, n_best=2, max_length_b=3, alignments=True)[0]
+    names = translator.tokenizer.pieces
+    assert code == 0 and records[0]["source_pieces"] == [*(names[piece] for piece in found.source), "</s>"] and list(found.source) == translator.encode("a man")
+    for written, hypothesis in zip(records[0]["hypotheses"], found.hypotheses, strict=True):
+        assert written["pieces"] == [names[piece] for piece in hypothesis.tokens] and hypothesis.tokens
+        assert len(written["alignment"]) == len(hypothesis.tokens)
+        for row, weights in zip(written["alignment"], hypothesis.alignment, strict=True):
+            assert row == pytest.approx(list(weights), abs=1e-4) and len(row) == len(records[0]["source_pieces"]) and sum(row) == pytest.approx(1, abs=1e-2)
+    assert records[1]["source_pieces"] == ["</s>"] and records[1]["hypotheses"] == [{"translation": "", "score": 0.0, "pieces": [], "alignment": []}]
+    code, _, error = call(b"a man\n", "--alignments")
+    assert code == 2 and "add --json" in error
+
+
 def test_many_lines(model: Path, call) -> None:
     lines = ["a man" if index % 3 else "" for index in range(2500)]
     code, out, _ = call("\n".join(lines).encode())
