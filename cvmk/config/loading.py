@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 import tomllib
+import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails, PydanticUndefined
@@ -20,6 +22,7 @@ from cvmk.errors import ConfigError
 from cvmk.files import read_text
 
 D = TypeVar("D", bound=Document)
+_QUOTED = re.compile(r"'([^']*)'")
 
 
 def load_config(schema: type[D], path: str | Path, overrides: Sequence[str] = ()) -> D:
@@ -78,7 +81,21 @@ def _sentence(schema: type[BaseModel], detail: ErrorDetails) -> str:
     message = message[0].lower() + message[1:]
     if kind == "value_error":
         return f"{key}: {message}"
+    if kind == "literal_error":
+        message += _nearest(given, _QUOTED.findall(message))
     return f"{key} = {_shown(given)}: {message}"
+
+
+def _nearest(given: Any, names: Sequence[str]) -> str:
+    """The name that may have been meant, whatever its case and its hyphens: one that is alike, one with more or fewer words, or one by its initials."""
+    word, plain = _plain(str(given)), {_plain(name): name for name in names}
+    near = difflib.get_close_matches(word, list(plain), n=1, cutoff=0.6)
+    near = near or [name for name in plain if {*name.split("_")} & {*word.split("_")} or word == "".join(part[:1] for part in name.split("_"))]
+    return f"; did you mean '{plain[near[0]]}'?" if near else ""
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("-", "_")
 
 
 def _shown(value: Any) -> str:
@@ -150,9 +167,20 @@ def _default(key: str, field: Any) -> str:
 
 
 def _type(field: Any) -> str:
-    annotation = field.annotation
-    name = annotation.__name__ if isinstance(annotation, type) and not typing.get_args(annotation) else str(annotation)
-    name = name.replace("typing.", "").replace("Literal", "one of ").replace("NoneType", "none")
     limits = [f"{symbol} {getattr(m, attribute)}" for m in field.metadata for attribute, symbol in
               (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<")) if getattr(m, attribute, None) is not None]
-    return ", ".join([name, *limits])
+    return ", ".join([_type_name(field.annotation), *limits])
+
+
+def _type_name(annotation: Any) -> str:
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Annotated:
+        return _type_name(arguments[0])
+    if origin is Literal:
+        return f"one of {', '.join(map(repr, arguments))}"
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_type_name(argument) for argument in arguments)
+    if annotation is type(None):
+        return "none"
+    name = getattr(origin or annotation, "__name__", str(annotation))
+    return f"{name}[{', '.join(map(_type_name, arguments))}]" if arguments else name

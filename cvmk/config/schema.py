@@ -5,14 +5,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from cvmk.config.data import CorpusConfig, DataConfig, TokenizerConfig
 from cvmk.config.distillation import DistillationConfig, Divergence, LayerMap, SequenceLevelConfig
 from cvmk.config.model import Mixer, ModelConfig
-from cvmk.config.optimizer import OptimizerConfig, ScheduleConfig, Share
+from cvmk.config.optimizer import SCHEDULE_FREE, OptimizerConfig, ScheduleConfig, Share
 from cvmk.config.section import BY_CONTENT, MAX_THREADS, MAY_CHANGE, TABLES_MUST_MATCH, Document, Section
 from cvmk.config.training import GuardConfig, Metric, TrainingConfig, ValidationConfig
 
@@ -56,10 +57,30 @@ class Recipe(Section):
 
     model: ModelConfig = Field(ModelConfig(), description="The model to train.")
     optimizer: OptimizerConfig = Field(OptimizerConfig(), description="The optimiser.")
-    schedule: ScheduleConfig = Field(ScheduleConfig(), description="The learning rate.")
+    schedule: ScheduleConfig = Field(ScheduleConfig(), validate_default=True, description="The learning rate.")
     training: TrainingConfig = Field(TrainingConfig(), description="The loop.")
     validation: ValidationConfig = Field(ValidationConfig(), description="Scores during training.")
     guard: Annotated[GuardConfig, MAY_CHANGE] = Field(GuardConfig(), description="Rollback on divergence and regression.")
+
+    @field_validator("schedule", mode="before")
+    @classmethod
+    def _default_schedule(cls, value: Any, info: ValidationInfo) -> Any:
+        """Where nothing else is said, what needs no schedule has none."""
+        optimizer = info.data.get("optimizer")
+        if optimizer is None or optimizer.stepper != SCHEDULE_FREE:
+            return value
+        if isinstance(value, ScheduleConfig):
+            return value if "kind" in value.model_fields_set else ScheduleConfig(kind="constant")
+        return {"kind": "constant", **value} if isinstance(value, Mapping) else value
+
+    @model_validator(mode="after")
+    def _schedule_fits(self) -> Recipe:
+        if self.optimizer.stepper == SCHEDULE_FREE and self.schedule.kind != "constant":
+            raise ValueError(
+                f'schedule.kind = "{self.schedule.kind}": {SCHEDULE_FREE} averages its weights in place of a falling learning rate, '
+                'and takes "constant" with a warm-up: leave schedule.kind out'
+            )
+        return self
 
 
 class TeacherConfig(Recipe):

@@ -5,7 +5,7 @@ from cvmk.nn.linear import Linear
 from cvmk.nn.memory import Memory
 from cvmk.nn.mixers import MIXERS
 from cvmk.nn.outputs import AttentionMap, AttentionMaps, HiddenStates, Unprojected
-from cvmk.nn.parameters import count_parameters, decays
+from cvmk.nn.parameters import count_parameters, decays, projection_rows
 from cvmk.nn.quantize_module import Int4Linear, Int8Linear, quantize_module
 from cvmk.nn.quantized_linear import QuantizedLinear
 from cvmk.nn.quantized_table import QuantizedTable
@@ -28,5 +28,6 @@ __all__ = [
     "Unprojected",
     "count_parameters",
     "decays",
+    "projection_rows",
     "quantize_module",
 ]

@@ -57,6 +57,7 @@ class Linear(nn.Linear):
         parts = [outputs] if isinstance(outputs, int) else list(outputs)
         super().__init__(inputs, sum(parts), bias=bias)
         self.residual_output = residual_output
+        self.projections = {"weight": tuple(parts)}
         with torch.no_grad():
             for part in self.weight.split(parts):
                 nn.init.xavier_uniform_(part).mul_(scale)

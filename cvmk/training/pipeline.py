@@ -29,7 +29,7 @@ from cvmk.training.contents import Content, contents_of
 from cvmk.training.guard import DivergenceGuard
 from cvmk.training.judge import blindness
 from cvmk.training.materials import Corpora, load_corpora, prepare_tokenizer, teacher_translations
-from cvmk.training.optimizers import build_optimizer
+from cvmk.training.optimizers import build_optimizer, check_optimizer
 from cvmk.training.profile import StepProfiler
 from cvmk.training.report import REPORT, Outcome, model_card, training_report, unknown_languages
 from cvmk.training.run_folder import open_run
@@ -83,6 +83,9 @@ def train(
     it raises DivergedError.
     """
     device = _device(config.run.device)
+    check_optimizer(config.optimizer)
+    if config.teacher is not None and config.teacher.path is None:
+        check_optimizer(config.teacher.optimizer, "teacher.optimizer")
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     corpora = load_corpora(config.data)
@@ -191,7 +194,8 @@ def _trainer(job: Job, recipe: Recipe, folder: Path, tokenizer: Tokenizer, teach
     store = CheckpointStore(checkpoints, training.keep, lambda into: describe_model(into, model, tokenizer, about), job.world)
     profiler = None
     if job.profile and job.world.writes:
-        parameters, dtype = sum(parameter.numel() for parameter in optimizer.parameters), getattr(torch, training.precision)
+        adamw, dtype = recipe.optimizer.name == "adamw", getattr(torch, training.precision)
+        parameters = sum(parameter.numel() for parameter in optimizer.parameters) if adamw else 0
         taught = teacher.model.config if teacher is not None and objective.needs_teacher else None
         profiler = StepProfiler(folder, recipe.model, taught, tokenizer.vocab_size, parameters, dtype, job.device, job.reporter.say)
     averages = WeightHistory(checkpoints / "average", training.average)

@@ -58,7 +58,7 @@ class StepProfiler:
     """Watches some iterations of a training, then writes `profile/profile.txt` and `profile/trace.json` into the run's folder, and says the table.
 
     student, teacher, vocabulary   what the operations of a step are counted from.
-    parameters   how many numbers the optimiser changes.
+    parameters   how many numbers AdamW changes; 0 where the optimiser is another.
     dtype        of matrix products.
     """
 
@@ -123,7 +123,7 @@ class StepProfiler:
         events = profiler.key_averages()
         total = {event.key: event.cpu_time_total * 1e-6 for event in events if event.key in PHASES}
         least = {phase: self._work[phase] / limits.operations for phase in PHASES}
-        least["optimiser"] = iterations * 7 * 4 * self._parameters / limits.bytes  # reads gradient, weight and moments; writes the last three
+        least["optimiser"] = iterations * 7 * 4 * self._parameters / limits.bytes  # AdamW reads gradient, weight and moments; writes the last three
         first, last = SKIPPED + 1, SKIPPED + iterations
         where = "on the host; a GPU works behind it" if self._device.type == "cuda" else f"{torch.get_num_threads()} threads"
         dtype = str(self._dtype).removeprefix("torch.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +14,7 @@ from cvmk import nvtx
 from cvmk.distill import DistillationObjective, Losses
 from cvmk.nn import CVMTransformer
 from cvmk.text.batching import Batch
-from cvmk.training.optimizers import Optimizer
+from cvmk.training.optimizers import NotFiniteError, Optimizer
 from cvmk.training.world import World
 
 
@@ -28,6 +28,8 @@ class StepResult(NamedTuple):
     """Target tokens of all batches."""
     parts: dict[str, Tensor]
     """Scalars, still on the device: "loss" and what it is made of."""
+    passes: int = 1
+    """How often the gradients of the batches were computed."""
 
     def values(self) -> dict[str, float]:
         """The parts as numbers, in one read."""
@@ -65,20 +67,37 @@ class TrainingStep:
         tokens = self._world.total(sum(batch.tokens for batch in batches))
         parts = self._gradients(batches, tokens)
 
+        loss = norm = math.nan
+        passes, span = 1, ExitStack()
+
         def again() -> Tensor:
+            nonlocal passes, loss, norm
+            span.close()  # what is computed now has spans of its own
+            passes += 1
             self._optimizer.zero_grad()
             with torch.enable_grad():
                 found = self._gradients(batches, tokens)
-            self._optimizer.clip(self._clip_norm)
+            span.enter_context(nvtx.span("optimiser"))
+            seen = self._clipped(found)
+            if not all(map(math.isfinite, seen)):
+                loss, norm = seen
+                raise NotFiniteError
             return found["loss"]
 
-        with nvtx.span("optimiser"):
-            clipped = self._optimizer.clip(self._clip_norm)
-            loss, norm = torch.stack([parts["loss"].float(), clipped.float()]).tolist()  # the only read of a step, which waits for the device
+        with span:
+            span.enter_context(nvtx.span("optimiser"))
+            loss, norm = self._clipped(parts)
             if math.isfinite(loss) and math.isfinite(norm):
-                self._optimizer.step(again)
+                with suppress(NotFiniteError):
+                    self._optimizer.step(again)
             self._optimizer.zero_grad()
-        return StepResult(loss, norm, tokens, parts)
+        return StepResult(loss, norm, tokens, parts, passes)
+
+    def _clipped(self, parts: dict[str, Tensor]) -> tuple[float, float]:
+        """Clip the gradients; loss and norm, in the only read of a step, which waits for the device."""
+        norm = self._optimizer.clip(self._clip_norm)
+        loss, found = torch.stack([parts["loss"].float(), norm.float()]).tolist()
+        return loss, found
 
     def _gradients(self, batches: Sequence[Batch], tokens: int) -> dict[str, Tensor]:
         """Add the gradients of the batches, of all processes, to the parameters'; the losses."""

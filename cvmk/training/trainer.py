@@ -106,7 +106,7 @@ class Trainer:
             batches = next(self.state.batches)
         result = self.step(batches, self._factor(progress.step + 1))
         if self._profiler is not None:
-            self._profiler.took(batches, result.tokens)
+            self._profiler.took(list(batches) * result.passes, result.tokens)
         progress.step += 1
         progress.tokens += result.tokens
         progress.seconds += time.monotonic() - started

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import re
 import tomllib
 from pathlib import Path
@@ -9,8 +10,9 @@ import pytest
 from pydantic import Field
 
 from cvmk.config import TrainConfig, serve
-from cvmk.config.loading import explain_config, load_config, load_train_config
+from cvmk.config.loading import check_values, explain_config, load_config, load_train_config
 from cvmk.config.model import LETTERS, Mixer
+from cvmk.config.optimizer import OPTIMIZERS
 from cvmk.config.section import Document, Section, walk
 from cvmk.errors import ConfigError, DataError
 from cvmk.nn import MIXERS
@@ -58,7 +60,18 @@ def test_values_arrive(tmp_path: Path) -> None:
         ("[run]\nseed = 2026-01-01\n", ["run.seed", "integer"]),
         ("phrasebook_pairs = 5\ntrain = { source = 'a' }\n", ["data.train", "source and target"]),
         ("max_tokens_per_sentence = 512\n", ["data.max_tokens_per_sentence (512)", "model.max_length (512)"]),
-        ("[schedule]\nkind = 'cosin'\n", ["schedule.kind", "'cosine'"]),
+        ("[schedule]\nkind = 'cosin'\n", ["schedule.kind", "did you mean 'cosine'?"]),
+        ("[schedule]\nkind = 'wsd'\n", ["schedule.kind", "did you mean 'warmup_stable_decay'?"]),
+        ("[optimizer]\nname = 'AdamW'\n", ["optimizer.name", "did you mean 'adamw'?"]),
+        ("[optimizer]\nname = 'schedule-free'\n", ["optimizer.name", "did you mean 'schedule_free_adamw'?"]),
+        ("[optimizer]\nname = 'sam'\nbase = 'asam'\n", ["optimizer.base = \"asam\"", "'muon'"]),
+        ("[optimizer]\nrho = 0.1\n", ["optimizer: rho is a key of the optimisers sam and asam, not of adamw"]),
+        ("[optimizer]\nname = 'lion'\neps = 1e-8\n", ["optimizer: eps is a key of the optimisers adamw, muon and schedule_free_adamw, not of lion"]),
+        ("[teacher.optimizer]\nname = 'sam'\nmomentum = 0.9\n", ["teacher.optimizer: momentum is a key of the optimiser muon, not of sam over adamw"]),
+        ("[optimizer]\nname = 'muon'\nbetas = [0.9]\n", ["optimizer.betas.1 is missing"]),
+        ("[optimizer]\nbetas = [0.9, 1]\n", ["optimizer.betas.1 = 1", "less than 1"]),
+        ("[schedule]\ndecay = 0.1\n", ["schedule: decay is a key of the schedule warmup_stable_decay, not of inverse_sqrt"]),
+        ("[optimizer]\nname = 'schedule_free_adamw'\n[schedule]\nkind = 'cosine'\n", ["schedule.kind = \"cosine\"", "leave schedule.kind out"]),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, text: str, words: list[str]) -> None:
@@ -68,6 +81,27 @@ def test_mistakes_are_named(tmp_path: Path, text: str, words: list[str]) -> None
     assert "\n" not in message and "config.toml" in message
     for word in words:
         assert word in message
+
+
+def test_an_optimiser_has_its_own_keys_and_defaults(tmp_path: Path) -> None:
+    """The whole of a configuration is one, too; `final_factor` has always been taken by schedules that do not read it."""
+    for name, wanted in (
+        ("lion", {"learning_rate": 2e-4, "betas": (0.9, 0.99)}),
+        ("sam", {"base": "adamw", "rho": 0.05, "eps": 1e-9}),
+        ("muon", {"momentum": 0.95, "adamw_learning_rate": None}),
+    ):
+        config = load_train_config(write(tmp_path, f"[optimizer]\nname = '{name}'\n"))
+        assert {key: getattr(config.optimizer, key) for key in wanted} == wanted
+        assert check_values(TrainConfig, json.loads(config.model_dump_json()), "itself") == config
+        given = {key for key, value in config.optimizer.model_dump().items() if value is not None}
+        assert given <= {"name", *OPTIMIZERS.options[name], *OPTIMIZERS.options["adamw"]}
+    over = load_train_config(write(tmp_path, "[optimizer]\nname = 'asam'\nbase = 'lion'\nlearning_rate = 1\n"))
+    assert (over.optimizer.learning_rate, over.optimizer.weight_decay, over.optimizer.eps, over.optimizer.stepper) == (1.0, 0.05, None, "lion")
+    assert load_train_config(write(tmp_path, "[schedule]\nfinal_factor = 0.1\n")).schedule.final_factor == 0.1
+    free = "[optimizer]\nname = 'schedule_free_adamw'\n"
+    for more, warmup in (("", 1000), ("[schedule]\nwarmup = 7\n", 7), ("[schedule]\nkind = 'constant'\nwarmup = 8\n", 8)):
+        schedule = load_train_config(write(tmp_path, free + more)).schedule
+        assert (schedule.kind, schedule.warmup) == ("constant", warmup)
 
 
 def test_letters_of_mixers_are_their_names(tmp_path: Path) -> None:

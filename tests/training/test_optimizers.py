@@ -13,11 +13,12 @@ import torch
 from runs import last_step, train
 
 from cvmk.config import DistillationConfig, ModelConfig, OptimizerConfig
+from cvmk.config.optimizer import OPTIMIZERS, Base
 from cvmk.distill import DistillationObjective
 from cvmk.files import followed
 from cvmk.nn import CVMTransformer
 from cvmk.training.optimizers import Optimizer, build, build_optimizer
-from cvmk.training.optimizers.build import BUILDERS, Groups, parameter_groups
+from cvmk.training.optimizers.build import BUILDERS, Groups, Rows, parameter_groups
 from cvmk.training.optimizers.flat_adamw import FlatAdamW
 from cvmk.training.trainer import Trainer
 
@@ -34,8 +35,8 @@ def modules(tied: bool = True) -> tuple[CVMTransformer, DistillationObjective]:
 
 
 def test_every_name_of_the_schema_is_built() -> None:
-    names = typing.get_args(OptimizerConfig.model_fields["name"].annotation)
-    assert set(names) == set(BUILDERS)
+    names, bases = (typing.get_args(annotation) for annotation in (OptimizerConfig.model_fields["name"].annotation, Base))
+    assert set(names) == {*OPTIMIZERS.options} and set(bases) == {*BUILDERS} == {*names} - {"sam", "asam"}
     for name in names:
         optimizer = build_optimizer(OptimizerConfig(name=name), modules())
         assert isinstance(optimizer, Optimizer) and optimizer.parameters
@@ -239,7 +240,7 @@ class Stopped(BaseException):
 def test_resume_is_bit_for_bit_with_any_optimiser(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Optimizer]) -> None:
     made: list[Optimizer] = []
 
-    def builder(config: OptimizerConfig, groups: Groups) -> Optimizer:
+    def builder(config: OptimizerConfig, groups: Groups, rows: Rows) -> Optimizer:
         made.append(kind(torch.optim.SGD([{**groups[0], "lr": 0.1}, groups[1]], lr=0.2)))
         return made[-1]
 

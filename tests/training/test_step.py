@@ -4,60 +4,23 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from step_setting import MODEL, VOCABULARY, Setting, batches, corpus
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cvmk.config import DistillationConfig, ModelConfig, OptimizerConfig
-from cvmk.distill import DistillationObjective
-from cvmk.nn import CVMTransformer
+from cvmk.config import OptimizerConfig
 from cvmk.text.batching import Batch, collate
 from cvmk.text.cache import TokenizedCorpus
 from cvmk.text.corpus import CorpusReport
 from cvmk.training import step as step_module
 from cvmk.training.optimizers import Closure, Optimizer, build_optimizer
-from cvmk.training.step import StepResult, TrainingStep
-from cvmk.training.world import World
-
-VOCABULARY = 50
-MODEL = ModelConfig(d_model=16, ffn=32, heads=2, encoder_layers=1, decoder_layers=1, max_length=32, dropout=0.0)
-TEACHER = ModelConfig(d_model=24, ffn=32, heads=2, encoder_layers=2, decoder_layers=1, max_length=32, dropout=0.0)
-
-
-def corpus(pairs: int = 12) -> TokenizedCorpus:
-    random = np.random.default_rng(1)
-    lengths = random.integers(2, 9, size=2 * pairs)
-    ids = random.integers(4, VOCABULARY, size=lengths.sum()).astype(np.uint16)
-    return TokenizedCorpus(np.arange(pairs), np.concatenate([[0], np.cumsum(lengths)]), ids, CorpusReport())
-
-
-class Setting:
-    def __init__(self, *, teacher: bool = False, seed: int = 1, clip_norm: float = 0.0, vocabulary: int = VOCABULARY, **options: Any) -> None:
-        torch.manual_seed(seed)
-        self.model = CVMTransformer(MODEL, vocabulary, 0)
-        self.teacher = CVMTransformer(TEACHER, vocabulary, 0).eval() if teacher else None
-        distillation = DistillationConfig(beta=0.5, gamma=0.5) if teacher else DistillationConfig(alpha=0.0)
-        self.objective = DistillationObjective(
-            distillation, label_smoothing=0.1, student=MODEL, teacher=TEACHER if teacher else None, vocab_size=vocabulary
-        )
-        self.optimizer = options.pop("optimizer", Optimizer(torch.optim.SGD([*self.model.parameters(), *self.objective.parameters()], lr=0.5)))
-        self.step = TrainingStep(
-            self.model, self.teacher, self.objective, self.optimizer, precision="float32", clip_norm=clip_norm, world=options.pop("world", World())
-        )
-
-    def weights(self) -> list[Tensor]:
-        return [parameter.detach().clone() for parameter in [*self.model.parameters(), *self.objective.parameters()]]
-
-
-def batches(groups: Sequence[Sequence[int]]) -> list[Batch]:
-    found = corpus()
-    return [collate(found, group) for group in groups]
+from cvmk.training.step import StepResult
 
 
 class Sizes(TorchDispatchMode):
@@ -166,8 +129,7 @@ class Sharpness(Optimizer):
 def test_an_optimiser_may_look_twice() -> None:
     plain = Setting()
     setting = Setting(clip_norm=1.0)
-    setting.optimizer = Sharpness(torch.optim.SGD(setting.model.parameters(), lr=0.5))
-    setting.step = TrainingStep(setting.model, None, setting.objective, setting.optimizer, precision="float32", clip_norm=1.0, world=World())
+    setting.driven_by(Sharpness(torch.optim.SGD(setting.model.parameters(), lr=0.5)))
     made = batches([[0, 1, 2], [3, 4]])
     start = setting.weights()
     result = setting.step(made, 1.0)

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch.multiprocessing.spawn import spawn
 
-sys.path[:0] = [str(Path(__file__).parent)]
+sys.path[:0] = [str(Path(__file__).parents[1] / "helpers")]
 
-from test_step import Setting, corpus  # noqa: E402
+from step_setting import Setting, corpus  # noqa: E402
 
 from cvmk.text.batching import TokenBatchSampler  # noqa: E402
 from cvmk.training.batches import Batches  # noqa: E402

@@ -10,7 +10,11 @@ from torch import Tensor
 
 Closure = Callable[[], Tensor]
 """Computes the gradients of the same batches anew, at the present weights; returns the loss, a scalar. They are clipped and summed
-over all processes as the first ones were."""
+over all processes as the first ones were. Raises NotFiniteError where loss or gradient are not finite: let it pass, with the weights as they were."""
+
+
+class NotFiniteError(Exception):
+    """A loss or a gradient that must change no weight."""
 
 
 class Optimizer:
@@ -32,7 +36,17 @@ class Optimizer:
 
     def clip(self, norm: float) -> Tensor:
         """Scale all gradients down to this norm, where theirs is larger (0: never). Returns their norm before, a scalar; not finite where a gradient is not."""
-        return torch.nn.utils.clip_grad_norm_(self.parameters, norm or float("inf"))
+        found = self.gradient_norm()
+        self.scale_down(norm, found)
+        return found
+
+    def gradient_norm(self) -> Tensor:
+        """Of all gradients, a scalar. Called once, before `scale_down`, when they are complete."""
+        return torch.nn.utils.get_total_norm([parameter.grad for parameter in self.parameters if parameter.grad is not None])
+
+    def scale_down(self, norm: float, found: Tensor) -> None:
+        """Scale the gradients by norm / found where that is below 1 (norm 0: never); `found` is the norm of these gradients and of all that go with them."""
+        torch.nn.utils.clip_grads_with_norm_(self.parameters, norm or float("inf"), found)
 
     def step(self, closure: Closure) -> None:
         """Change the weights by the gradients that are there. `closure` is for those who want the gradients at other weights, too."""

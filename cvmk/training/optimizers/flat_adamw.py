@@ -91,8 +91,8 @@ class FlatAdamW(Optimizer):
         large = {i: self.parameters[i].grad for i in self._order if self._large[i]}
         self._seen = {i: gradient.contiguous() for i, gradient in large.items() if gradient is not None}
 
-    def clip(self, norm: float) -> Tensor:
-        """As of `Optimizer`, but that the gradients are scaled on their way into the step, where they stand."""
+    def gradient_norm(self) -> Tensor:
+        """As of `Optimizer`; the step goes by the gradients that this has seen."""
         self._lay()
         self._gather()
         # sums of single rows, which no number of threads changes
@@ -100,11 +100,14 @@ class FlatAdamW(Optimizer):
         every = torch.cat(rows)
         sums = torch.linalg.vector_norm(torch.nn.functional.pad(every, (0, -len(every) % _ROW)).view(-1, _ROW), dim=1)
         found: Tensor = torch.linalg.vector_norm(sums)
-        self._scale = (norm / (found + 1e-6)).clamp(max=1.0) if norm else None
         return found
 
+    def scale_down(self, norm: float, found: Tensor) -> None:
+        """As of `Optimizer`, but that the gradients are scaled on their way into the step, where they stand."""
+        self._scale = (norm / (found + 1e-6)).clamp(max=1.0) if norm else None
+
     def step(self, closure: Closure) -> None:
-        """One step by the gradients that the last `clip` has seen."""
+        """One step by the gradients that the last `gradient_norm` has seen."""
         there = [parameter.grad is not None for parameter in self.parameters]
         self._steps = [step + has for step, has in zip(self._steps, there, strict=True)]
         with torch.no_grad():
