@@ -26,7 +26,7 @@ from cvmk.serving.exporter import Exporter
 from cvmk.serving.service import AdminService, TranslationService
 
 if TYPE_CHECKING:
-    from cvmk.serving.http_server import HttpServer
+    from cvmk.web.server import HttpServer
 
 SWITCH_INTERVAL = 0.0005
 """Seconds after which Python lets another thread on: an engine's thread that has finished a step should not wait 5 ms for the event loop to pause."""

@@ -8,16 +8,13 @@ number of the status.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from starlette.requests import Request
-from starlette.responses import Response
-from starlette.routing import BaseRoute, Route, WebSocketRoute
+from starlette.routing import BaseRoute, WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from cvmk.config.serve import ServerConfig
@@ -25,42 +22,18 @@ from cvmk.serving.auth import Keys, bearer_token
 from cvmk.serving.errors import ServiceError, Status
 from cvmk.serving.json_messages import from_json, object_of, to_json
 from cvmk.serving.service import FIRST_SECONDS, TranslationService
+from cvmk.web.pages import page_routes
 
 if TYPE_CHECKING:
     from cvmk.serving.application import Application
 
 _PAGE = Path(__file__).parent / "page"
-_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 _PROTOCOL = "cvmk.v1"
-_HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "Cross-Origin-Opener-Policy": "same-origin",
-    "Cross-Origin-Resource-Policy": "same-origin",
-    "Cache-Control": "no-cache",
-}
 
 
 def web_routes(application: Application, keys: Keys, config: ServerConfig) -> tuple[BaseRoute, ...]:
     """The page, its files, and its WebSocket."""
-    files = {path.name: path for path in sorted(_PAGE.iterdir()) if path.suffix in _TYPES}
-    pages = (Route("/" if name == "index.html" else f"/{name}", _file(path), methods=["GET"]) for name, path in files.items())
-    return (*pages, WebSocketRoute("/stream", _Streams(application, keys, config).stream))
-
-
-def _file(path: Path) -> Any:
-    data = path.read_bytes()
-    tag = f'"{hashlib.sha256(data).hexdigest()[:32]}"'
-    headers = _HEADERS | {"ETag": tag}
-
-    async def answer(request: Request) -> Response:
-        if tag in request.headers.get("if-none-match", ""):
-            return Response(status_code=304, headers=headers)
-        return Response(data, media_type=_TYPES[path.suffix], headers=headers)
-
-    return answer
+    return (*page_routes(_PAGE), WebSocketRoute("/stream", _Streams(application, keys, config).stream))
 
 
 class _Streams:

@@ -10,7 +10,8 @@ from typing import Any
 
 from cvmk.config.serve import ServerConfig
 from cvmk.serving.auth import Keys
-from cvmk.serving.http_server import HttpServer, serve_http
+from cvmk.serving.http_server import serve_http
+from cvmk.web.server import HttpServer
 
 
 @contextlib.contextmanager

@@ -364,7 +364,7 @@ def test_stop_ends_what_runs() -> None:
 
 def test_connections_without_a_request_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also one whose request never gets whole; what is asked on another one goes on."""
-    monkeypatch.setattr("cvmk.serving.http_server._IDLE_SECONDS", 0.2)
+    monkeypatch.setattr("cvmk.web.server._IDLE_SECONDS", 0.2)
     with http_served(FakeApplication) as server:
         begin = time.monotonic()
         for sent in (b"", b"POST /translate HTTP/1.1\r\nHost: a\r\nX-"):

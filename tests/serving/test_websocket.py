@@ -22,9 +22,9 @@ from cvmk.inference import Translator
 from cvmk.serving import messages
 from cvmk.serving.application import Application
 from cvmk.serving.errors import ServiceError, Status
-from cvmk.serving.http_server import HttpServer
 from cvmk.serving.json_messages import from_json, to_json
 from cvmk.streaming import Retranslation, Stream
+from cvmk.web.server import HttpServer
 
 TOKEN = "0123456789abcdef"
 
@@ -236,7 +236,7 @@ def test_the_page_is_whole_and_strict(server: HttpServer) -> None:
     policy = page.headers["content-security-policy"]
     assert page.headers["content-type"].startswith("text/html") and "default-src 'none'" in policy and "unsafe" not in policy
     assert "style=" not in page.text and "onclick" not in page.text and "://" not in page.text
-    for name in ("page.css", "page.js", "live.js", "theme.js", "icon.svg"):
+    for name in ("page.css", "page.js", "live.js", "icon.svg", "base.css", "theme.js", "theme-button.js", "kept.js"):
         answer = httpx.get(f"{server.url}/{name}")
         assert answer.status_code == 200 and answer.headers["x-content-type-options"] == "nosniff"
         assert httpx.get(f"{server.url}/{name}", headers={"if-none-match": answer.headers["etag"]}).status_code == 304

@@ -1,5 +1,7 @@
 // The page: what is typed goes to a live stream, and what that says is shown.
 import { Live } from "./live.js";
+import { store, stored } from "./kept.js";
+import "./theme-button.js";
 
 const $ = (id) => document.getElementById(id);
 const [text, source, target, committed, tentative] = ["text", "source", "target", "committed", "tentative"].map($);
@@ -185,26 +187,5 @@ $("key-form").addEventListener("submit", (event) => {
 addEventListener("online", () => live.retry());
 addEventListener("pagehide", () => live.rest()); // a page that may be come back to holds no place at the server
 addEventListener("pageshow", (event) => { if (event.persisted) live.retry(); });
-
-const dark = matchMedia("(prefers-color-scheme: dark)");
-function showTheme() {
-  const isDark = (document.documentElement.dataset.theme ?? (dark.matches ? "dark" : "light")) === "dark";
-  $("theme").setAttribute("aria-pressed", String(isDark));
-}
-$("theme").addEventListener("click", () => {
-  const chosen = $("theme").getAttribute("aria-pressed") === "true" ? "light" : "dark";
-  document.documentElement.dataset.theme = chosen;
-  store("theme", chosen);
-  showTheme();
-});
-dark.addEventListener("change", showTheme);
-showTheme();
-
-function stored(name) {
-  try { return localStorage.getItem(name); } catch { return null; }
-}
-function store(name, value) {
-  try { localStorage.setItem(name, value); } catch { /* no storage: forgotten with the page */ }
-}
 
 load().then(() => { if (text.value) write(); });
