@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ipaddress
 import json
 import math
@@ -22,7 +23,7 @@ from starlette.routing import Route
 from cvmk.dashboard import find
 from cvmk.dashboard.board import Board, Query
 from cvmk.web.pages import HEADERS, page_routes
-from cvmk.web.server import listen, start
+from cvmk.web.server import PortError, listen, start
 
 _PAGE = Path(__file__).parent / "page"
 _POINTS = (16, 2000)
@@ -116,19 +117,8 @@ async def serve(paths: Sequence[str], host: str, port: int | None, tell: Callabl
 
 def _listener(host: str, port: int | None) -> socket.socket:
     keys = ("--host", "--port")
-    if port is not None:
-        return listen(host, port, keys)
-    for number in range(PORT, PORT + _PORTS):
-        if not _is_taken(host, number):
-            break
-    return listen(host, number, keys)
-
-
-def _is_taken(host: str, port: int) -> bool:
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError:
-            return True
-    return False
+    if port is None:
+        for number in range(PORT, PORT + _PORTS):
+            with contextlib.suppress(PortError):
+                return listen(host, number, keys)
+    return listen(host, PORT if port is None else port, keys)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cvmk.dashboard import find
-from cvmk.dashboard.charts import CHARTS, GROUPS, Chart, score_chart
+from cvmk.dashboard.charts import GROUPS, Chart, order
 from cvmk.dashboard.numbers import Window
 from cvmk.dashboard.run import Run
 
@@ -98,9 +98,9 @@ class Board:
         for key, run in runs.items():
             if key in chosen:
                 windows, marks[key] = run.view(query.axis, query.low, query.high, query.points)
-                shown[key] = {kind: _columns(window) for kind, window in windows.items() if len(window.x)}
+                shown[key] = {name: _columns(window) for name, window in windows.items() if len(window.x)}
                 samples[key] = run.samples()
-                charts |= {chart.key: chart for chart in map(score_chart, windows["validation"].fields)}
+                charts |= {chart.name: chart for chart in run.charts.copy().values() if chart is not None}
         return {
             "version": version,
             "now": time.time(),
@@ -108,7 +108,10 @@ class Board:
             "left_out": self._left_out,
             "runs": told,
             "groups": GROUPS,
-            "charts": [chart._asdict() | {"key": chart.key} for chart in (*CHARTS, *sorted(charts.values(), key=lambda chart: chart.is_of_teacher))],
+            "charts": [
+                {"key": chart.name, "table": chart.table, "group": chart.group, "title": chart.title, "unit": chart.unit, "is_part": chart.is_part}
+                for chart in sorted(charts.values(), key=order)
+            ],
             "shown": shown,
             "marks": marks,
             "samples": {key: found for key, found in samples.items() if found},

@@ -1,74 +1,73 @@
-"""Which numbers of which events are charts, in the order of the page."""
+"""Which of the numbers that events have (`cvmk.telemetry.curves`) are charts, and how they are called."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+import re
+from typing import NamedTuple
 
-from cvmk.telemetry.schema import Scored
+_SPEED = "Speed and machine"
+GROUPS = ("Loss", "Validation", "Optimisation", _SPEED)
+"""In the order of the page."""
 
 
 class Chart(NamedTuple):
-    """A chart over one field of one kind of event."""
+    """A chart of the points of one name."""
 
-    kind: str
-    field: str
+    name: str
     group: str
     title: str
     unit: str = ""
+    factor: float = 1.0
+    """By which a number is to be multiplied for its unit."""
     is_part: bool = False
-    """Whether it is left out where it is 0 throughout: a part that is not used."""
+    """Whether it is left out where it is 0 throughout: what is not used, or does not happen."""
 
     @property
-    def is_of_teacher(self) -> bool:
-        """Whether it is of scores against the teacher's translations."""
-        return self.field.startswith(_TEACHER)
-
-    @property
-    def key(self) -> str:
-        return f"{self.kind}.{self.field}"
+    def table(self) -> str:
+        """Where its numbers are kept: those that come together, and as often, stand in one table."""
+        prefix = self.name.partition("/")[0] if "/" in self.name else "iteration"
+        return {"agreement": "validation"}.get(prefix, "machine" if self.group == _SPEED and "/" in self.name else prefix)
 
 
-CHARTS = (
-    Chart("step", "loss", "Loss", "Loss"),
-    Chart("step", "cross_entropy", "Loss", "Cross-entropy", is_part=True),
-    Chart("step", "logits", "Loss", "Distillation of logits", is_part=True),
-    Chart("step", "hidden", "Loss", "Distillation of hidden states", is_part=True),
-    Chart("step", "attention", "Loss", "Distillation of attention maps", is_part=True),
-    Chart("step", "learning_rate", "Optimisation", "Learning rate"),
-    Chart("step", "gradient_norm", "Optimisation", "Gradient norm"),
-    Chart("step", "tokens_per_second", "Speed and machine", "Throughput", "tokens/s"),
-)
-SCORES = "Validation"
-"""The group of the charts of scores, which are named by the events: one a metric, against the references and against the teacher."""
-MOST_SCORES = 24
-_TEACHER = "teacher "
-
-GROUPS = ("Loss", SCORES, "Optimisation", "Speed and machine")
-"""The groups in the order of the page."""
-
-FIELDS = {kind: tuple(chart.field for chart in CHARTS if chart.kind == kind) for kind in {chart.kind for chart in CHARTS}}
+_KNOWN = {chart.name: chart for chart in (
+    Chart("loss", "Loss", "Loss"),
+    Chart("loss/cross_entropy", "Loss", "Cross-entropy", is_part=True),
+    Chart("loss/logits", "Loss", "Distillation of logits", is_part=True),
+    Chart("loss/hidden", "Loss", "Distillation of hidden states", is_part=True),
+    Chart("loss/attention", "Loss", "Distillation of attention maps", is_part=True),
+    Chart("epoch/loss", "Loss", "Mean loss of an epoch"),
+    Chart("learning_rate", "Optimisation", "Learning rate"),
+    Chart("gradient_norm", "Optimisation", "Gradient norm"),
+    Chart("epoch/anomalies", "Optimisation", "Anomalies in an epoch", is_part=True),
+    Chart("tokens_per_second", _SPEED, "Throughput", "tokens/s"),
+    Chart("seconds", _SPEED, "Time of an iteration", "s"),
+    Chart("data_wait", _SPEED, "Wait for data", "s"),
+    Chart("process/cpu", _SPEED, "CPU of the process", "cores"),
+    Chart("machine/cpu", _SPEED, "CPU of the machine", "%", 100),
+    Chart("process/memory", _SPEED, "Memory of the process", "GB", 1e-9),
+    Chart("machine/memory", _SPEED, "Memory of the machine", "GB", 1e-9),
+)}  # fmt: skip
+_PLACES = {name: place for place, name in enumerate(_KNOWN)}
 METRICS = {"bleu": "BLEU", "chrf": "chrF", "ter": "TER", "comet": "COMET", "bertscore": "BERTScore", "rouge": "ROUGE"}
+_GPU = re.compile(r"gpu(\d+)/(use|memory)")
+ANOMALIES = {"loss": "loss", "gradient_norm": "gradient_norm", "throughput": "tokens_per_second", "data_wait": "data_wait"}
+"""The chart of an anomaly's quantity."""
 
 
-def numbers(kind: str, values: Mapping[str, Any]) -> dict[str, float]:
-    """The fields of an event that are charts."""
-    return {name: value for name in FIELDS[kind] if isinstance(value := values.get(name), (int, float))}
+def chart(name: str) -> Chart | None:
+    """The chart of a point's name; None where there is none."""
+    if name in _KNOWN:
+        return _KNOWN[name]
+    kind, _, rest = name.partition("/")
+    if kind in ("validation", "agreement"):
+        title = METRICS.get(rest, rest[:40])
+        return Chart(name, "Validation", title if kind == "validation" else f"{title} against the teacher")
+    if (gpu := _GPU.fullmatch(name)) is not None:
+        what, unit, factor = ("Use", "%", 100.0) if gpu[2] == "use" else ("Memory", "GB", 1e-9)
+        return Chart(name, _SPEED, f"{what} of GPU {gpu[1]}", unit, factor)
+    return None
 
 
-def scores(event: Scored) -> dict[str, float]:
-    """The scores of a validation, by metric; "teacher METRIC" where the teacher is the reference."""
-    found: dict[str, float] = {}
-    for prefix, given in (("", event.scores), (_TEACHER, event.agreement)):
-        for score in given:
-            name, value = score.get("metric"), score.get("value")
-            if isinstance(name, str) and isinstance(value, (int, float)) and len(found) < MOST_SCORES:
-                found[prefix + name[:40]] = value
-    return found
-
-
-def score_chart(field: str) -> Chart:
-    """The chart of a field that `scores` gave."""
-    metric = field.removeprefix(_TEACHER)
-    title = METRICS.get(metric, metric)
-    return Chart("validation", field, SCORES, title if metric == field else f"{title} against the teacher")
+def order(one: Chart) -> tuple[int, int, str]:
+    """Of the charts on the page: by group, and scores against the references first."""
+    return GROUPS.index(one.group), _PLACES.get(one.name, 1000 + one.name.startswith("agreement/")), one.name

@@ -7,7 +7,7 @@ import stat
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from cvmk.telemetry.events import EVENTS
+from cvmk.telemetry.events import EVENTS, set_aside
 
 PIECE = 1 << 20
 """Bytes that one call reads at most."""
@@ -106,21 +106,16 @@ class Follower:
 
 
 def log_files(folder: Path) -> list[Path]:
-    """The files of the log in `folder`, the oldest first: events.jsonl.2, events.jsonl.1, events.jsonl."""
-    found = []
+    """The files of the log in `folder`, the oldest first: events.1.jsonl, events.2.jsonl, ..., events.jsonl."""
+    path = folder / EVENTS
     try:
-        for entry in os.scandir(folder):
-            name, _, number = entry.name.rpartition(".")
-            if entry.name == EVENTS:
-                found.append((0, entry.path))
-            elif name == EVENTS and number.isdecimal():
-                found.append((int(number), entry.path))
+        files = [*set_aside(path).values(), path]
     except (FileNotFoundError, NotADirectoryError):
         return []
-    return [Path(path) for _, path in sorted(found, reverse=True) if stat.S_ISREG(_mode(path))]
+    return [file for file in files if stat.S_ISREG(_mode(file))]
 
 
-def _mode(path: str) -> int:
+def _mode(path: Path) -> int:
     try:
         return os.stat(path).st_mode
     except OSError:

@@ -2,27 +2,50 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import threading
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from cvmk.dashboard import charts
+from cvmk.dashboard.charts import ANOMALIES, METRICS, Chart, chart
 from cvmk.dashboard.follow import Follower
 from cvmk.dashboard.numbers import Segments, Table, Window, extent, window
-from cvmk.telemetry.schema import KINDS, Average, EarlyStop, End, Event, Interruption, Note, Record, Resumed, Rollback, Scored, Start, Unknown
+from cvmk.telemetry.curves import points
+from cvmk.telemetry.schema import (
+    Anomaly,
+    Average,
+    EarlyStop,
+    End,
+    Epoch,
+    Event,
+    Interruption,
+    Iterations,
+    QuantizationEnded,
+    Record,
+    Rollback,
+    SearchEnded,
+    ServingEnded,
+    Start,
+    Step,
+    Unknown,
+    Validation,
+)
 
 MARKS = 400
 """Marks of a kind that are kept; older ones are counted."""
 SAMPLES = 20
 _SAMPLE_CHARACTERS = 2000
 _TEXT_CHARACTERS = 500
-_MARKED = (Start, Rollback, EarlyStop, Interruption, Note, End)
+_STATES: dict[type[Event], str] = {
+    Interruption: "interrupted", EarlyStop: "stopped early", End: "finished", SearchEnded: "finished", QuantizationEnded: "finished", ServingEnded: "finished",
+}  # fmt: skip
+_MOST_CHARTS = 100
 
 
 class Mark(NamedTuple):
@@ -34,6 +57,9 @@ class Mark(NamedTuple):
     segment: int
     text: str
     is_trouble: bool
+    chart: str | None = None
+    """The name of the chart that it belongs to; None for all."""
+    value: float | None = None
 
 
 class Run:
@@ -48,11 +74,12 @@ class Run:
         self._begin_anew()
 
     def _begin_anew(self) -> None:
-        self.tables: dict[str, Table] = {kind: Table(fields) for kind, fields in charts.FIELDS.items()} | {"validation": Table()}
+        self.charts: dict[str, Chart | None] = {}
+        self.tables: dict[str, Table] = {}
         self._marks: dict[str, deque[Mark]] = {}
         self._marked: Counter[str] = Counter()
         self._segments: list[tuple[float, float]] = [(0.0, 0.0)]  # the offset of its times, the iteration it went on from
-        self._step = self._time = 0.0
+        self._step = self._trained = self._time = 0.0
         self._is_dated = False  # whether an event told its time
         self._facts: dict[str, Any] = {}
         self._latest: dict[str, float] = {}
@@ -96,80 +123,104 @@ class Run:
         if not line.strip():
             return
         try:
-            values = json.loads(line)
-            kind = values["event"]
-            version = values.get("version", 1)
-            if kind in charts.FIELDS and type(version) is int and version <= KINDS[kind].VERSION:
-                self._numbers(kind, values)  # most of a log: no object is made of it
-            else:
-                self._event(Record.from_json(values))
+            self._event(Record.from_json(json.loads(line)))
         except Unknown as unknown:
             self._unknown[f"{unknown.kind[:40]!r} of version {str(unknown.version)[:10]}"] += 1
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        except (ValueError, TypeError, RecursionError, ArithmeticError, AttributeError, LookupError):
             self._broken_in_all += 1
             if len(self._broken) < 3:
                 self._broken.append(self._lines)
 
-    def _numbers(self, kind: str, values: Mapping[str, Any]) -> None:
-        time, step = values.get("time"), values.get("step")
-        self._at(float(time) if isinstance(time, (int, float)) else math.nan, float(step) if isinstance(step, (int, float)) else None)
-        found = charts.numbers(kind, values)
-        self.tables[kind].add(self._step, self._time, len(self._segments) - 1, found)
-        self._latest.update(found)
-        self._state = "running"
-
     def _event(self, record: Record) -> None:
         event = record.event
+        time = record.time if math.isfinite(record.time) else self._time
         if isinstance(event, Start):
-            self._starts(record.time if math.isfinite(record.time) else self._time, event)
-        step = getattr(event, "step", None)
-        self._at(record.time, None if step is None or isinstance(event, Resumed) else float(step))
-        if isinstance(event, Scored):
+            self._starts(time, event)
+        self._at(time, event)
+        self._numbers(event)
+        if isinstance(event, (Validation, Average)):
             self._validated(event)
-        self._state = {Interruption: "interrupted", EarlyStop: "stopped early", End: "finished"}.get(type(event), self._state)
+        self._state = _STATES.get(type(event), "running" if isinstance(event, (Iterations, Step)) or self._state == "waiting" else self._state)
         if (mark := self._mark(event)) is not None:
             self._marks.setdefault(mark.kind, deque(maxlen=MARKS)).append(mark)
             self._marked[mark.kind] += 1
         if isinstance(event, Rollback) and not event.final:
-            self._segments.append((self._segments[-1][0], float(event.to)))
-            self._step = float(event.to)
+            self._goes_on(self._segments[-1][0], event.to)
 
     def _starts(self, time: float, event: Start) -> None:
         """A stretch of training begins: the time since the last one does not count."""
-        offset = self._segments[-1][0]
-        if not self._is_dated:
-            self._segments = [(0.0, float(event.step))]
+        if self._is_dated:
+            self._goes_on(self._segments[-1][0] + max(0.0, time - self._time), event.step)
         else:
-            self._segments.append((offset + max(0.0, time - self._time), float(event.step)))
-        self._step = float(event.step)
+            self._segments.clear()
+            self._goes_on(time, event.step)
         self._state = "running"
         self._facts = {"title": event.title, "parameters": event.parameters, "iterations": event.iterations, "device": event.device}
 
-    def _at(self, time: float, step: float | None) -> None:
-        if math.isfinite(time):
-            if not self._is_dated:
-                self._segments = [(time, begin) for _, begin in self._segments]
-                self._is_dated = True
-            self._time = time
-        if step is not None and math.isfinite(step):
-            if step < self._step:  # it went back without saying so
-                self._segments.append((self._segments[-1][0], step - 1))
-            self._step = step
+    def _goes_on(self, offset: float, step: int) -> None:
+        self._segments.append((offset, float(step)))
+        self._step = self._trained = float(step)
 
-    def _validated(self, event: Scored) -> None:
-        if not isinstance(event, Average):
-            self.tables["validation"].add(self._step, self._time, len(self._segments) - 1, charts.scores(event))
-        if not isinstance(event, Average) and getattr(event, "best", False):
-            self._best = {"metric": charts.METRICS.get(event.metric, event.metric), "value": event.value if math.isfinite(event.value) else None, "step": event.step}
+    def _at(self, time: float, event: Event) -> None:
+        if not self._is_dated:
+            self._segments = [(time, begin) for _, begin in self._segments]
+            self._is_dated = True
+        self._time = time
+        if isinstance(event, (Step, Validation, Anomaly, Rollback, EarlyStop, Interruption, Epoch)):
+            self._step = float(event.step)
+        elif isinstance(event, Iterations):
+            self._step = float(event.step + max(0, len(event.loss) - 1))
+
+    def _numbers(self, event: Event) -> None:
+        """Its points, those of an iteration together. `Step` says again what `Iterations` said."""
+        seconds = event.seconds if isinstance(event, Iterations) else []
+        left = math.fsum(one for one in seconds if math.isfinite(one))
+        for place, (step, found) in enumerate(itertools.groupby(points(event), lambda point: point.step)):
+            left -= seconds[place] if seconds and math.isfinite(seconds[place]) else 0.0
+            rows: dict[str, dict[str, float]] = {}
+            for point in found:
+                one = self._chart(point.name)
+                if one is not None and (one.table != "iteration" or step > self._trained):
+                    rows.setdefault(one.table, {})[one.name] = point.value * one.factor
+            for table, row in rows.items():
+                if table not in self.tables:
+                    self.tables[table] = Table()
+                self.tables[table].add(step, self._time - max(0.0, left), len(self._segments) - 1, row)
+            if "iteration" in rows:
+                self._trained = step
+                self._latest.update(rows["iteration"])
+
+    def _chart(self, name: str) -> Chart | None:
+        if name not in self.charts:
+            if len(self.charts) >= _MOST_CHARTS:
+                return None
+            self.charts[name] = chart(name)
+        return self.charts[name]
+
+    def _validated(self, event: Validation | Average) -> None:
+        if isinstance(event, Validation) and event.best:
+            value = event.value if math.isfinite(event.value) else None
+            self._best = {"metric": METRICS.get(event.metric, event.metric), "value": value, "step": event.step}
         if event.samples:
-            shown = [{name: str(text)[:_SAMPLE_CHARACTERS] for name, text in sample.items()} for sample in event.samples[:SAMPLES]]
+            shown = [
+                {name: str(sample.get(name, ""))[:_SAMPLE_CHARACTERS] for name in ("source", "reference", "hypothesis")}
+                for sample in event.samples[:SAMPLES]
+                if isinstance(sample, dict)
+            ]
             self._samples = {"step": event.step, "samples": shown}
 
     def _mark(self, event: Event) -> Mark | None:
-        if not isinstance(event, _MARKED) or (isinstance(event, Start) and not event.step):
+        if isinstance(event, (Step, Validation)) or (isinstance(event, Start) and not event.step):
             return None
-        text = "finished" if isinstance(event, End) else f"resumed at iteration {event.step}" if isinstance(event, Start) else event.text() or ""
-        return Mark(event.KIND, self._step, self._time, len(self._segments) - 1, text[:_TEXT_CHARACTERS], isinstance(event, (Rollback, EarlyStop)))
+        text = "finished" if isinstance(event, End) else f"resumed at iteration {event.step}" if isinstance(event, Start) else event.text()
+        if text is None:
+            return None
+        one, value = None, None
+        if isinstance(event, Anomaly):
+            one = ANOMALIES.get(event.quantity)
+            value = event.value if math.isfinite(event.value) else None
+        trouble = isinstance(event, (Anomaly, Rollback, EarlyStop))
+        return Mark(event.KIND, self._step, self._time, len(self._segments) - 1, text[:_TEXT_CHARACTERS], trouble, one, value)
 
     # -- answers ------------------------------------------------------------------------------------------------------------------------------
     def summary(self) -> dict[str, Any]:
@@ -190,13 +241,14 @@ class Run:
                 **self._facts,
             }
 
-    def view(self, axis: str, low: float | None, high: float | None, points: int) -> tuple[dict[str, Window], list[dict[str, Any]]]:
-        """Every kind's numbers in a window of an axis ("step", "time"), and the marks in it."""
+    def view(self, axis: str, low: float | None, high: float | None, width: int) -> tuple[dict[str, Window], list[dict[str, Any]]]:
+        """Every table's numbers in a window of an axis ("step", "time"), about `width` rows of each at most, and the marks in it."""
         with self._lock:
             segments = self._as_arrays()
-            shown = {kind: window(table, axis, segments, low, high, points) for kind, table in self.tables.items()}
+            shown = {name: window(table, axis, segments, low, high, width) for name, table in self.tables.items()}
             marks = [
                 {"kind": mark.kind, "x": x, "step": mark.step, "time": mark.time, "text": mark.text, "trouble": mark.is_trouble}
+                | ({"chart": mark.chart, "value": mark.value} if mark.chart else {})
                 for mark in sorted((mark for kept in self._marks.values() for mark in kept), key=lambda mark: mark.time)
                 for x in (mark.step if axis == "step" else mark.time - self._segments[mark.segment][0],)
                 if (low is None or x >= low) and (high is None or x <= high)

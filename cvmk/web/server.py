@@ -15,6 +15,12 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from cvmk.errors import ConfigError
 
 _IDLE_SECONDS = 30.0
+_WAITING = 2048
+"""Connections that may wait to be taken."""
+
+
+class PortError(ConfigError):
+    """A port that cannot be listened at, as where another process does."""
 
 
 async def start(app: Any, listener: socket.socket, *, is_secure: bool = False, **options: Any) -> HttpServer:
@@ -95,7 +101,8 @@ class _Protocol(H11Protocol):
 
 
 def listen(host: str, port: int, keys: tuple[str, str]) -> socket.socket:
-    """A socket that takes connections at an address. Raises ConfigError, which names one of `keys` (the host's, the port's), where it cannot."""
+    """A socket that takes connections at an address. Raises ConfigError, which names `keys[0]`, for a host
+    that is none, and PortError, which names `keys[1]`, where the port is taken or forbidden."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         listener = socket.socket(family, kind, protocol)
@@ -104,8 +111,9 @@ def listen(host: str, port: int, keys: tuple[str, str]) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
+        listener.listen(_WAITING)  # now, for until then another process may be given the same port
     except OSError as error:
         listener.close()
-        raise ConfigError(f"{keys[1]}: cannot listen at {host}:{port} ({error.strerror or error}); give another port") from error
+        raise PortError(f"{keys[1]}: cannot listen at {host}:{port} ({error.strerror or error}); give another port") from error
     listener.setblocking(False)
     return listener

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import pytest
 
 from cvmk.dashboard import follow
 from cvmk.dashboard.follow import Follower, Piece
+from cvmk.telemetry import Record, RunLog
+from cvmk.telemetry.schema import Note
 
 
 def everything(follower: Follower) -> list[bytes]:
@@ -47,20 +50,33 @@ def test_a_long_log_comes_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_a_rotated_log_is_read_on(tmp_path: Path) -> None:
     """However often between two looks; and one that was rotated before is read from its oldest file on."""
     log = tmp_path / "events.jsonl"
-    (tmp_path / "events.jsonl.2").write_bytes(b"1\n")
-    (tmp_path / "events.jsonl.1").write_bytes(b"2\n")
-    (tmp_path / "events.jsonl.gz").write_bytes(b"no part of it\n")
+    (tmp_path / "events.9.jsonl").write_bytes(b"1\n")
+    (tmp_path / "events.10.jsonl").write_bytes(b"2\n")
+    (tmp_path / "events.old.jsonl").write_bytes(b"no part of it\n")
     log.write_bytes(b"3\n")
     follower = Follower(tmp_path)
     assert everything(follower) == [b"1", b"2", b"3"]
     with open(log, "ab") as file:
         file.write(b"4\n5")  # and then the run is killed
-    for number in (2, 1):
-        (tmp_path / f"events.jsonl.{number}").rename(tmp_path / f"events.jsonl.{number + 2}")
-    log.rename(tmp_path / "events.jsonl.2")
-    (tmp_path / "events.jsonl.1").write_bytes(b"6\n")
+    log.rename(tmp_path / "events.11.jsonl")
+    (tmp_path / "events.12.jsonl").write_bytes(b"6\n")
+    (tmp_path / "events.9.jsonl").unlink()
     log.write_bytes(b"7\n")
     assert everything(follower) == [b"4", b"5", b"6", b"7"]
+    assert follower.progress() == 1.0
+
+
+def test_what_the_runs_log_writes_is_read_through_its_rotations(tmp_path: Path) -> None:
+    log, follower = RunLog(tmp_path, max_bytes=500), Follower(tmp_path)
+    found = []
+    for number in range(100):
+        log.write(Record(0.0, Note(str(number))))
+        if number % 17 == 0:
+            found += everything(follower)
+    log.close()
+    found += everything(follower)
+    assert [json.loads(line)["message"] for line in found] == [str(number) for number in range(100)]
+    assert len(list(tmp_path.glob("events.*.jsonl"))) > 10
 
 
 def test_a_log_that_was_cut_or_rewritten_is_read_anew(tmp_path: Path) -> None:

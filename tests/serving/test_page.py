@@ -19,6 +19,7 @@ from cvmk.streaming import Retranslation, Stream
 from cvmk.text.tokenizers.fallback import FallbackTokenizer
 
 TOKEN = "0123456789abcdef"
+CONTRAST = Path(__file__).parents[1] / "helpers/contrast.js"
 
 
 @pytest.fixture(scope="module")
@@ -203,7 +204,7 @@ def test_swapping_and_remembering(browser: Chromium, config: ServeConfig) -> Non
 
 def test_light_and_dark(browser: Chromium, config: ServeConfig, tmp_path: Path) -> None:
     """As the system has it, or as chosen, which is kept. All text can be read: WCAG's contrast of 4.5."""
-    ground, contrasts = "getComputedStyle(document.body).backgroundColor", (Path(__file__).parent / "contrast.js").read_text()
+    ground, contrasts = "getComputedStyle(document.body).backgroundColor", CONTRAST.read_text()
     with http_served(lambda: Application(config), web=True) as server:
         page = opened(browser, server.url, prefers_color_scheme="light")
         page.type("A man rides. Two horses ")

@@ -72,8 +72,8 @@ export class Chart {
     brush.beginPath();
     brush.rect(this.box.left, this.box.top - 4, this.box.right - this.box.left, this.box.bottom - this.box.top + 8);
     brush.clip();
-    this.drawMarks(brush);
     for (const one of this.series) this.drawSeries(brush, one);
+    this.drawMarks(brush);
     brush.restore();
   }
 
@@ -157,23 +157,30 @@ export class Chart {
     for (const { run, mark } of this.view.marks) {
       if (!DRAWN_MARKS.has(mark.kind)) continue;
       const x = Math.round(this.toX(mark.x)) + 0.5;
-      brush.globalAlpha = 0.7;
+      const y = mark.value === null || mark.value === undefined ? null : this.toY(mark.value);
       brush.strokeStyle = this.colour(mark.trouble ? "bad" : "dim");
-      brush.setLineDash([3, 3]);
-      brush.lineWidth = 1;
-      brush.beginPath();
-      brush.moveTo(x, this.box.top + (mark.kind === "anomaly" ? -4 : 4));
-      brush.lineTo(x, mark.kind === "anomaly" ? this.box.top + 14 : this.box.bottom);
-      brush.stroke();
-      brush.globalAlpha = 1;
       brush.fillStyle = this.colour(`run-${run.place % 8}`);
+      brush.beginPath();
+      if (y !== null) { // an anomaly, where its value is
+        brush.lineWidth = 1.6;
+        brush.arc(x, y, 4.5, 0, 2 * Math.PI);
+        brush.stroke();
+        continue;
+      }
+      brush.lineWidth = 1;
+      brush.globalAlpha = 0.7;
+      brush.setLineDash([3, 3]);
+      brush.moveTo(x, this.box.top + 4);
+      brush.lineTo(x, this.box.bottom);
+      brush.stroke();
+      brush.setLineDash([]);
+      brush.globalAlpha = 1;
       brush.beginPath();
       brush.moveTo(x - 5, this.box.top - 4);
       brush.lineTo(x + 5, this.box.top - 4);
       brush.lineTo(x, this.box.top + 4);
       brush.fill();
     }
-    brush.setLineDash([]);
   }
 
   drawSeries(brush, one) {

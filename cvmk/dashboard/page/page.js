@@ -202,11 +202,11 @@ function show() {
   let shown = 0;
   for (const spec of answer.charts) {
     const series = chosen.flatMap((run) => {
-      const columns = answer.shown[run.key]?.[spec.kind];
-      return columns?.fields[spec.field] ? [new Series(run, columns, spec.field)] : [];
+      const columns = answer.shown[run.key]?.[spec.table];
+      return columns?.fields[spec.key] ? [new Series(run, columns, spec.key)] : [];
     });
     const isUsed = series.length > 0 && !(spec.is_part && series.every((one) => one.mean.every((value) => !value)));
-    if (isUsed) chartOf(spec).show(series, { axis: answer.axis, window, log: view.log.has(spec.key), smoothing: view.smoothing, marks });
+    if (isUsed) chartOf(spec).show(series, { axis: answer.axis, window, log: view.log.has(spec.key), smoothing: view.smoothing, marks: marks.filter(({ mark }) => !mark.chart || mark.chart === spec.key) });
     if (charts.has(spec.key)) charts.get(spec.key).figure.hidden = !isUsed;
     shown += isUsed;
   }

@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Callable, Coroutine, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cvmk.dashboard.app import app
+from cvmk.dashboard.board import Board
+from cvmk.web.server import listen, start
+
+
+@contextlib.contextmanager
+def dashboard(*folders: Path, port: int = 0) -> Iterator[str]:
+    """The address of a dashboard of runs, served in a thread."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+
+    def run(work: Coroutine[Any, Any, Any]) -> Any:
+        return asyncio.run_coroutine_threadsafe(work, loop).result(30)
+
+    try:
+        with Board([str(folder) for folder in folders]) as board:
+            server = run(start(app(board, "127.0.0.1"), listen("127.0.0.1", port, ("--host", "--port")), ws="none"))
+            try:
+                yield server.url
+            finally:
+                run(server.stop(0.2))
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+
+@pytest.fixture
+def served() -> Callable[..., contextlib.AbstractContextManager[str]]:
+    return dashboard
