@@ -119,7 +119,7 @@ def test_zoom_and_reset(browser: Chromium, runs: Path, served: Served) -> None:
         page.wait("document.querySelector('#runs tr').cells[2].innerText.startsWith('110')")
         assert page.run("shown.innerText") == f"{low} to {high}"
         page.run("reset.click()")
-        page.wait("reset.disabled && shown.innerText === ''")
+        page.wait(f"reset.disabled && shown.innerText === '' && [...{LOSS}.querySelectorAll('tbody tr')].at(-1).innerText.startsWith('110')")
         page.run(f"{LOSS}.querySelector('.plot').focus()")
         page.press("End")
         page.wait(f"{LOSS}.querySelector('[aria-live]').innerText.startsWith('iteration 110: one 0.909')")

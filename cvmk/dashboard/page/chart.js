@@ -313,7 +313,9 @@ export class Chart {
       }
     });
     this.plot.addEventListener("pointermove", (event) => {
-      if (!this.box) return;
+      const hand = `${event.clientX},${event.clientY}`;
+      if (!this.box || hand === this.hand) return; // the page moved under it, not it over the page
+      this.hand = hand;
       const x = pixel(event);
       this.page.point(this.snapped(this.fromX(x)), this);
       this.selection.hidden = from === null || Math.abs(x - from) < 5;
