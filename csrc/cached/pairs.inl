@@ -3,6 +3,7 @@
 #pragma once
 #include "cached/weigh.inl"
 #include "common/elements.h"
+#include "common/pairs.h"
 
 namespace cvmk::cached {
 namespace {
@@ -13,13 +14,8 @@ constexpr int kBeside = 4;  // chains that do not wait for each other
 template <bool kPairs>
 CVMK_INLINE F dot2(F sum, I cache, uint32_t word) {
   const I both = simd::seti(static_cast<int32_t>(word));
-#if defined(__AVX512BF16__)
-  if (kPairs) return simd::bits<F>(_mm512_dpbf16_ps(simd::bits<__m512>(sum), simd::bits<__m512bh>(cache), simd::bits<__m512bh>(both)));
-#elif defined(__AVX512F__)
-  if (kPairs) {
-    __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(cache), "v"(both));
-    return sum;
-  }
+#if defined(__AVX512F__)
+  if (kPairs) return pairs::dot2(sum, simd::bits<__m512i>(cache), simd::bits<__m512i>(both));
 #endif
   constexpr int32_t kHigh = static_cast<int32_t>(0xFFFF0000u);
   sum += simd::bits<F>(cache & kHigh) * simd::bits<F>(both & kHigh);
@@ -40,12 +36,8 @@ CVMK_INLINE uint32_t word_at(const uint16_t* p, int64_t i) {
 // To the nearest bfloat16; the instruction takes subnormal numbers for 0, as vdpbf16ps does.
 template <bool kPairs>
 CVMK_INLINE simd::H narrow(F x) {
-#if defined(__AVX512F__) && !defined(__AVX512BF16__)
-  if (kPairs) {
-    __m256i found;
-    __asm__("vcvtneps2bf16 %1, %0" : "=v"(found) : "v"(x));
-    return simd::bits<simd::H>(found);
-  }
+#if defined(__AVX512F__)
+  if (kPairs) return simd::bits<simd::H>(pairs::narrow(x));
 #endif
   return elements::round_bf16(x);
 }

@@ -1,19 +1,13 @@
 // The same products on vector registers, two numbers of a sum at a time: vdpbf16ps (AVX512_BF16).
 #pragma once
 
+#include "common/pairs.h"
 #include "distill/tiles.inl"
 
 namespace cvmk::distill {
 namespace {
 
-CVMK_INLINE F dot2(F sum, __m512i a, __m512i b) {
-#if defined(__AVX512BF16__)
-  return simd::bits<F>(_mm512_dpbf16_ps(simd::bits<__m512>(sum), simd::bits<__m512bh>(a), simd::bits<__m512bh>(b)));
-#else
-  __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
-  return sum;
-#endif
-}
+using pairs::dot2;
 
 // c [8][32] (+)= eight rows of tiles of a left operand times two columns of tiles of a right one.
 __attribute__((noinline)) void eight_rows(int64_t depth, const Half* left, int64_t along, const Half* right, int64_t step, int64_t across, float* c, bool add) {

@@ -5,6 +5,7 @@
 #pragma once
 #if defined(__AVX512F__)
 #include "common/amx.h"
+#include "common/pairs.h"
 #include "linear/shape.inl"
 
 namespace cvmk::linear {
@@ -12,24 +13,8 @@ namespace {
 
 typedef uint16_t Half;
 
-CVMK_INLINE __m256i narrow(F x) {
-#if defined(__AVX512BF16__)
-  return simd::bits<__m256i>(_mm512_cvtneps_pbh(simd::bits<__m512>(x)));
-#else
-  __m256i h;
-  __asm__("vcvtneps2bf16 %1, %0" : "=v"(h) : "v"(x));
-  return h;
-#endif
-}
-
-CVMK_INLINE F dot2(F sum, __m512i a, __m512i b) {
-#if defined(__AVX512BF16__)
-  return simd::bits<F>(_mm512_dpbf16_ps(simd::bits<__m512>(sum), simd::bits<__m512bh>(a), simd::bits<__m512bh>(b)));
-#else
-  __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
-  return sum;
-#endif
-}
+using pairs::dot2;
+using pairs::narrow;
 
 // c [R][kGroup] (+)= R rows of pairs, `row` numbers apart and `along` from pair to pair, times four panels of `panel` numbers.
 template <int R>
