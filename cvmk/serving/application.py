@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import functools
+import itertools
 import time
-from collections.abc import Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 from cvmk import __version__
 from cvmk.config.serve import PRIORITIES, ServeConfig
@@ -21,16 +23,17 @@ from cvmk.serving.errors import ServiceError, Status, internal, invalid
 from cvmk.serving.limits import Limits
 from cvmk.serving.metrics import TEXT, Load, Metrics
 from cvmk.serving.models import Models, Served, answers
-from cvmk.serving.passages import cut
+from cvmk.serving.passages import Cut, cut
 from cvmk.serving.scheduler import Searched
 from cvmk.serving.sessions import MOST_CREDIT, LiveSession, Opening, Rules
+from cvmk.serving.tasks import in_pieces, together
 from cvmk.serving.traces import Traces
 
-if TYPE_CHECKING:
-    from cvmk.inference.translator import Translation
-
-_T = TypeVar("_T")
+_Said = tuple[tuple[str, ...], float, int, int]
+"""Of a sentence: its candidates, the score of the first, and microseconds in the queue and in the engine."""
 _LONGEST_NAME = 64
+_PIECE = 8
+"""Texts that are made ready before the event loop turns to others."""
 _LONG = 1000
 """Characters of a text that is cut into sentences beside the event loop."""
 
@@ -100,25 +103,45 @@ class Application:
                 self.catalogue.find(source, target, model).scheduler.check_room(caller.id)
             found = self._languages_of(texts, source, target, model)
             search = _Search(caller.id, priority, beam_size, alternatives, timeout)
-            translated = await _together([self._translated(text, source, one, target, model, search) for text, one in zip(texts, found, strict=True)])
+            translated = await self._translated(texts, [source if one is None else one.code for one in found], target, model, search)
             self._translations += len(texts)
-            return translated
+            return [one if language is None else dataclasses.replace(one, language=language) for one, language in zip(translated, found, strict=True)]
 
-    async def _translated(self, text: str, source: str, language: Language | None, target: str, model: str, search: _Search) -> Translated:
-        with self.catalogue.lease(source if language is None else language.code, target, model) as served:
-            served.scheduler.check_room(search.client)
-            arguments = text, served.translator, served.info.source
-            whole = cut(*arguments) if len(text) < _LONG else await asyncio.to_thread(cut, *arguments)
-            beam = max(search.beam_size or served.beam_size, search.alternatives + 1)
-            options = _options(beam, search.alternatives + 1)
-            times = await _together([_searched(served, source, options, search) for source in whole.sources])
-            for one in times:
-                self.metrics.translated(served.info.name, TEXT, one.queue_us, one.decode_us)
-            found = [served.translator.decode(one.found.hypotheses) for one in times]
-            said = [whole.joined([_candidate(one, rank) for one in found]) for rank in range(search.alternatives + 1)]
-            score = sum(one.score for one in found) / max(1, len(found))
-            waited, decoded = max((one.queue_us for one in times), default=0), max((one.decode_us for one in times), default=0)
-            return Translated(said[0], said[1:], language, score, waited, decoded, served.info.name)
+    async def _translated(self, texts: Sequence[str], sources: Sequence[str], target: str, model: str, search: _Search) -> list[Translated]:
+        cuts: list[Cut] = []
+        places: dict[Served, list[int]] = {}
+        translated: dict[int, Translated] = {}
+
+        async def of_model(served: Served, those: list[int]) -> None:
+            said = iter(await self._searched(served, [source for place in those for source in cuts[place].sources], search))
+            async for place in in_pieces(those, _PIECE):
+                translated[place] = _whole(cuts[place], list(itertools.islice(said, len(cuts[place].sources))), search, served.info.name)
+
+        with contextlib.ExitStack() as leases:
+            async for text, source in in_pieces(zip(texts, sources, strict=True), _PIECE):
+                served = self.catalogue.find(source, target, model)
+                if served not in places:
+                    served.scheduler.check_room(search.client)
+                    leases.callback(served.lease().release)
+                    places[served] = []
+                places[served].append(len(cuts))
+                arguments = text, served.translator, served.info.source
+                cuts.append(cut(*arguments) if len(text) < _LONG else await asyncio.to_thread(cut, *arguments))
+            await together(of_model, list(places.items()))
+        return [translated[place] for place in range(len(texts))]
+
+    async def _searched(self, served: Served, sources: Sequence[Sequence[int]], search: _Search) -> list[_Said]:
+        options = _options(max(search.beam_size or served.beam_size, search.alternatives + 1), search.alternatives + 1)
+
+        def told(one: Searched) -> _Said:
+            self.metrics.translated(served.info.name, TEXT, one.queue_us, one.decode_us)
+            found = served.translator.decode(one.found.hypotheses)
+            return tuple(hypothesis.text for hypothesis in found.hypotheses), found.score, one.queue_us, one.decode_us
+
+        try:
+            return await served.scheduler.search_all(search.client, search.priority, sources, options, told=told, timeout=search.timeout)
+        except ConfigError as error:
+            raise invalid("texts", str(error)) from error
 
     # -- streams -----------------------------------------------------------------------------------------------------------------------
     def open(self, caller: Caller, opening: Opening) -> LiveSession:
@@ -276,15 +299,11 @@ def _options(beam_size: int, n_best: int) -> SearchOptions:
     return SearchOptions(beam_size=beam_size, n_best=n_best)
 
 
-async def _searched(served: Served, source: Sequence[int], options: SearchOptions, search: _Search) -> Searched:
-    try:
-        return await served.scheduler.search(search.client, search.priority, source, options, timeout=search.timeout)
-    except ConfigError as error:
-        raise invalid("texts", str(error)) from error
-
-
-def _candidate(found: Translation, rank: int) -> str:
-    return found.hypotheses[min(rank, len(found.hypotheses) - 1)].text
+def _whole(text: Cut, said: Sequence[_Said], search: _Search, model: str) -> Translated:
+    """A text's translation, of what was said of each of its sentences."""
+    first, *others = (text.joined([texts[min(rank, len(texts) - 1)] for texts, *_ in said]) for rank in range(search.alternatives + 1))
+    scores, waited, decoded = (list(values) for values in zip(*(one[1:] for one in said), strict=True)) if said else ([0.0], [0], [0])
+    return Translated(first, others, None, sum(scores) / len(scores), max(waited), max(decoded), model)
 
 
 def _priority(priority: str) -> str:
@@ -297,13 +316,3 @@ def _draining() -> ServiceError:
     return ServiceError(Status.UNAVAILABLE, "the server is draining: try another one, or again later", retry_after=1.0, reason="draining")
 
 
-async def _together(coroutines: Sequence[Coroutine[Any, Any, _T]]) -> list[_T]:
-    """What they give, at the same time; the first error of one of them ends the others, and is raised by itself."""
-    if len(coroutines) == 1:  # without the cost of a task
-        return [await coroutines[0]]
-    try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(one) for one in coroutines]
-    except BaseExceptionGroup as errors:
-        raise errors.exceptions[0] from None
-    return [task.result() for task in tasks]

@@ -28,13 +28,13 @@ class Piece(NamedTuple):
     is_sentence: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Cut:
-    """A text: `sentences`, their pieces for a model, and `gaps`, one before each of them and one behind the last."""
+    """A text: the pieces of its sentences for a model, and `gaps`, one before each of them and one behind the last. In tuples: a garbage collection passes
+    over those."""
 
-    sentences: list[str]
-    sources: list[list[int]]
-    gaps: list[str]
+    sources: tuple[tuple[int, ...], ...]
+    gaps: tuple[str, ...]
 
     def joined(self, translations: Sequence[str]) -> str:
         """The text with the translations in the places of its sentences. Where two sentences have nothing between them, as in Chinese, a language that
@@ -61,10 +61,10 @@ def cut(text: str, translator: Translator, language: str) -> Cut:
         (line.start() + begin, line.start() + end) for line in _LINE.finditer(text) for begin, end in _sentences(line.group(), rules, window_of(room), fits)
     ]
     sentences = [text[begin:end] for begin, end in places]
-    sources = [encoded[one] if one in encoded and trimmed(one) == one else translator.encode(one) for one in sentences]
+    sources = (encoded[one] if one in encoded and trimmed(one) == one else translator.encode(one) for one in sentences)
     ends = [0, *(end for _, end in places)]
     begins = [*(begin for begin, _ in places), len(text)]
-    return Cut(sentences, sources, [text[end:begin] for end, begin in zip(ends, begins, strict=True)])
+    return Cut(tuple(map(tuple, sources)), tuple(text[end:begin] for end, begin in zip(ends, begins, strict=True)))
 
 
 def pieces(text: str, sentences: Sentences) -> list[Piece]:

@@ -20,11 +20,14 @@ from cvmk.serving.auth import Caller, Keys, bearer_token
 from cvmk.serving.errors import ServiceError, Status, internal, invalid
 from cvmk.serving.outbox import SessionUpdate
 from cvmk.serving.sessions import LiveSession, Opening
+from cvmk.serving.tasks import in_pieces
 from cvmk.streaming import LocalAgreement, Policy, Retranslation, WaitK
 
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 _PRIORITIES = ("normal", "low", "normal", "high")  # by the numbers of Priority
 _MOST_SECONDS = 3600
+_PIECE = 128
+"""Translations that are made into messages before the event loop turns to others."""
 FIRST_SECONDS = 10.0
 """In which a stream's first request has to come."""
 _LAST_WORDS = 0.25
@@ -54,7 +57,10 @@ class TranslationService:
             caller, texts, source=request.source, target=request.target, model=request.model, beam_size=request.beam_size,
             alternatives=request.alternatives, priority=_priority("priority", request.priority), timeout=context.time_remaining(),
         )  # fmt: skip
-        return messages.TranslateResponse(translations=map(_translated, found), model=found[0].model)
+        response = messages.TranslateResponse(model=found[0].model)
+        async for one in in_pieces(found, _PIECE):
+            response.translations.append(_translated(one))
+        return response
 
     async def _detect(self, request: Any, caller: Caller, context: Context) -> Any:
         texts = self._application.limits.check_texts("texts", request.texts)
