@@ -5,6 +5,7 @@ A message is one sentence that names the key, file or shape at fault, and the re
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 
@@ -47,3 +48,11 @@ class DataError(CvmkError):
     """A file or folder is missing, unreadable, unwritable, empty or corrupt."""
 
     exit_code = 5
+
+
+_OUT_OF_MEMORY = re.compile(r"can't allocate memory|not enough memory|out of memory", re.IGNORECASE)  # as torch says it
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether there was not enough memory, of the machine or of a GPU."""
+    return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)) is not None

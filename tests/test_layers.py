@@ -73,6 +73,7 @@ def test_imports_go_one_way() -> None:
         "import cvmk.formats.folder, cvmk.formats.tensors, cvmk.inference.engines, cvmk.inference.scheduler, cvmk.validation.metrics",
         "from cvmk.cli import main; main(['train', '--explain-config'])",
         f"from cvmk.cli import main; main(['train', {str(ROOT / 'examples/quickstart.toml')!r}, '--check'])",
+        f"from cvmk.cli import main; main(['search', {str(ROOT / 'examples/search.toml')!r}, '--check'])",
         "from cvmk.cli import main; main(['validate', 'model', '--source', 'nowhere', '--reference', 'nowhere'])",
     ],
 )

@@ -7,7 +7,6 @@ import argparse
 import contextlib
 import importlib
 import pkgutil
-import re
 import signal
 import threading
 from collections.abc import Iterator, Sequence
@@ -15,12 +14,11 @@ from types import FrameType
 
 from cvmk import __version__
 from cvmk.cli import _terminal
-from cvmk.errors import CvmkError, DataError
+from cvmk.errors import CvmkError, DataError, is_out_of_memory
 from cvmk.libraries import check_environment
 
 INTERRUPTED = 130
 _TERMINATED = 143  # what shells say of a process that SIGTERM ended
-_OUT_OF_MEMORY = re.compile(r"can't allocate memory|not enough memory|out of memory", re.IGNORECASE)  # as torch says it
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -49,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _terminal.complain(_unencodable(error))
         return DataError.exit_code
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not _OUT_OF_MEMORY.search(str(error)):
+        if not is_out_of_memory(error):
             raise
         _terminal.complain("not enough memory: use a smaller model, smaller batches or a smaller beam")
         return DataError.exit_code

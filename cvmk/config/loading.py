@@ -73,6 +73,8 @@ def _sentence(schema: type[BaseModel], detail: ErrorDetails) -> str:
     location = [str(part) for part in detail["loc"]]
     key = ".".join(location) or "the configuration"
     kind, given = detail["type"], detail.get("input")
+    if kind == "extra_forbidden" and key in (others := getattr(schema, "OTHERS", {})):
+        return f"the table [{key}] is for `{others[key]}`: use that, or take the table out"
     if kind == "extra_forbidden":
         return f"unknown key {key}{_suggestion(schema, location)}"
     if kind == "missing":

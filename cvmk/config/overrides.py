@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from cvmk.errors import ConfigError
 
-_HEADER = re.compile(r"\s*\[([^\[\]]+)\]\s*(#.*)?\Z")
+_HEADER = re.compile(r"\s*\[([^\[\]]+)\]\s*(#.*)?\s*\Z")
 _KEY = re.compile(r"""\s*([A-Za-z0-9_-]+|"[^"]*"|'[^']*')\s*=""")
 
 
@@ -45,17 +45,31 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> None:
         table[path[-1]] = value
 
 
-def with_overrides(text: str, overrides: Sequence[str]) -> str:
-    """The TOML `text` changed so that it says what `overrides` say. Comments and order stay where the change is a line.
+def with_overrides(text: str, overrides: Sequence[str], origin: str = "--set") -> str:
+    """The TOML `text` changed so that it says what `overrides` say. Comments and order stay where the change is a line, which `origin` then marks.
 
     Raises ConfigError for a wrong override. The text must be valid.
     """
     for override in overrides:
         wanted = tomllib.loads(text)
         apply_overrides(wanted, [override])
-        edited = _edited(text, parse_override(override))
-        text = edited if _says(edited, wanted) else f"# written anew for --set {override}\n{dumps(wanted)}"
+        edited = _edited(text, parse_override(override), origin)
+        text = edited if _says(edited, wanted) else f"# written anew for {origin} {override}\n{dumps(wanted)}"
     return text
+
+
+def without_table(text: str, name: str) -> str:
+    """The TOML `text` without the table `name` and those below it. Comments and order of the rest stay where the table stands in lines of its own."""
+    wanted = {key: value for key, value in tomllib.loads(text).items() if key != name}
+    kept: list[str] = []
+    inside = False
+    for line in text.splitlines(keepends=True):
+        if header := _HEADER.match(line):
+            inside = header[1].split(".")[0].strip().strip("\"'") == name
+        if not inside:
+            kept.append(line)
+    edited = "".join(kept)
+    return edited if _says(edited, wanted) else dumps(wanted)
 
 
 def _says(text: str, wanted: dict[str, Any]) -> bool:
@@ -65,10 +79,10 @@ def _says(text: str, wanted: dict[str, Any]) -> bool:
         return False
 
 
-def _edited(text: str, override: Override) -> str:
+def _edited(text: str, override: Override, origin: str) -> str:
     """`text` with the line of the key replaced, or a line added to its table, or the table added. The caller checks what it says."""
     *tables, key = override.path
-    line = f"{_key(key)} = {toml_value(override.value)}  # --set\n"
+    line = f"{_key(key)} = {toml_value(override.value)}  # {origin}\n"
     lines = text.splitlines(keepends=True)
     if lines and not lines[-1].endswith("\n"):
         lines[-1] += "\n"

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
@@ -96,7 +96,8 @@ class TrainConfig(Recipe, Document):
     """The whole of a training configuration."""
 
     COMMAND = "cvmk train"
-    FIRST = ("run", "data", "tokenizer")
+    FIRST: ClassVar[tuple[str, ...]] = ("run", "data", "tokenizer")
+    OTHERS: ClassVar[dict[str, str]] = {"search": "cvmk search"}
 
     run: RunConfig = Field(RunConfig(), description="Where and how to run.")
     data: DataConfig = Field(description="The parallel text.")

@@ -28,6 +28,8 @@ class Document(Section):
     """The command that reads it."""
     FIRST: ClassVar[tuple[str, ...]] = ()
     """The tables that stand first in an explanation; the others follow in the order of the schema."""
+    OTHERS: ClassVar[dict[str, str]] = {}
+    """Tables of another command, which reads the same file: by name, the command."""
 
 
 class OnResume(enum.Enum):

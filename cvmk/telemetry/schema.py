@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from cvmk.telemetry.event import Event
 from cvmk.telemetry.quantization_events import QuantizationEnded, QuantizationStarted, QuantizationTrial, Recovering
-from cvmk.telemetry.search_events import SearchEnded, SearchStarted, TrialEnded, TrialScored, TrialStarted
+from cvmk.telemetry.search_events import SearchEnded, SearchStarted, TrialEnded, TrialScored, TrialStarted, TrialTick
 from cvmk.telemetry.serving_events import Serving, ServingEnded, ServingStarted
 from cvmk.telemetry.training_events import (
     Anomaly,
@@ -45,7 +45,7 @@ __all__ = [
     "Anomaly", "Average", "EVENTS", "EarlyStop", "End", "Epoch", "Evaluation", "Event", "Interruption", "Iterations", "KINDS", "Note", "Notice",
     "Profiled", "QuantizationEnded", "QuantizationStarted", "QuantizationTrial", "Record", "Recovering", "Resources", "Resumed", "Rollback", "Scored",
     "SearchEnded", "SearchStarted", "Serving", "ServingEnded", "ServingStarted", "Start", "Step", "Taught", "Tick", "TrialEnded", "TrialScored",
-    "TrialStarted", "Unknown", "Validation",
+    "TrialStarted", "TrialTick", "Unknown", "Validation",
 ]  # fmt: skip
 
 EVENTS: tuple[type[Event], ...] = (

@@ -29,7 +29,7 @@ class SearchStarted(Event):
 
     def text(self) -> str:
         before = f", {self.trials} trials are done" if self.trials else ""
-        return f"search {self.study}: {len(self.space)} keys, {self.sampler}, {self.metric} ({self.direction}){before}"
+        return f"study {self.study}: {len(self.space)} keys, {self.sampler}, {self.metric} ({self.direction}){before}"
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,17 @@ class TrialScored(Event):
     value: float
     best: bool = False
     """Whether none of the trial's before was better."""
+
+
+@dataclass(frozen=True)
+class TrialTick(Event):
+    """Where a trial is; for whoever looks on."""
+
+    KIND = "trial_tick"
+    RECORDED = False
+    trial: int
+    step: int
+    loss: float
 
 
 @dataclass(frozen=True)
@@ -98,4 +109,4 @@ class SearchEnded(Event):
     def text(self) -> str:
         counts = ", ".join(f"{count} {state}" for state, count in self.trials.items())
         best = "no trial is complete" if self.best is None else f"best: trial {self.best}" + ("" if self.value is None else f" with {self.value:.4g}")
-        return f"search: {counts + '; ' if counts else ''}{best}{f' ({self.reason})' if self.reason else ''}"
+        return f"{counts + '; ' if counts else ''}{best}{f' ({self.reason})' if self.reason else ''}"

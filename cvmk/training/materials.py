@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from cvmk.config import DataConfig, TokenizerConfig
 from cvmk.files import explained, read_bytes, write_text
@@ -72,7 +74,8 @@ def teacher_translations(
     if len(done) < len(sources):
         with explained(path, "write"):
             folder.mkdir(parents=True, exist_ok=True)
-            with open(path, "a", encoding="utf-8") as file, reporter.progress(f"teacher translates {name}", len(sources), len(done)) as bar:
+            with _alone(path) as file, reporter.progress(f"teacher translates {name}", len(sources), len(done)) as bar:
+                done, size = _whole_lines(path)  # another process may have made them meanwhile
                 file.truncate(size)
                 for start in range(len(done), len(sources), _CHUNK):
                     found = translator.translate(list(sources[start : start + _CHUNK]), beam_size=beam_size, on_long="truncate", scores=False)
@@ -82,6 +85,14 @@ def teacher_translations(
                     done += texts
                     bar.update(len(done), log=len(done) % (_CHUNK * 8) == 0)
     return done
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[IO[str]]:
+    """The file, to append to, once no other process has it so: trials of a search share what their teacher says."""
+    with open(path, "a", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield file
 
 
 def _file(folder: Path, name: str, asked: list[Any]) -> Path:

@@ -13,6 +13,7 @@ from cvmk.config import TrainConfig, serve
 from cvmk.config.loading import check_values, explain_config, load_config, load_train_config
 from cvmk.config.model import LETTERS, Mixer
 from cvmk.config.optimizer import OPTIMIZERS
+from cvmk.config.search import SearchDocument
 from cvmk.config.section import Document, Section, walk
 from cvmk.errors import ConfigError, DataError
 from cvmk.nn import MIXERS
@@ -28,7 +29,7 @@ def write(tmp_path: Path, text: str) -> Path:
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
 def test_examples_are_valid(path: Path) -> None:
-    schema = serve.ServeConfig if path.name == "serve.toml" else TrainConfig
+    schema = {"serve.toml": serve.ServeConfig, "search.toml": SearchDocument}.get(path.name, TrainConfig)
     assert isinstance(load_config(schema, path), schema)
 
 
