@@ -48,7 +48,7 @@ if(CVMK_WERROR)
 endif()
 
 add_library(cvmk_cpu STATIC csrc/common/blocks.cpp csrc/common/cpu_features.cpp csrc/common/scratch.cpp csrc/common/team.cpp csrc/distill/loss.cpp csrc/gemm/pack.cpp csrc/sketch/sketch.cpp
-  csrc/engine/candidates.cpp csrc/engine/decoding.cpp csrc/engine/engine.cpp csrc/engine/memory.cpp csrc/engine/model.cpp csrc/engine/pool.cpp csrc/engine/projection.cpp csrc/engine/scheduler.cpp csrc/engine/source.cpp csrc/engine/weights.cpp)
+  csrc/engine/candidates.cpp csrc/engine/decoding.cpp csrc/engine/engine.cpp csrc/engine/memory.cpp csrc/engine/mixers.cpp csrc/engine/model.cpp csrc/engine/model_weights.cpp csrc/engine/pool.cpp csrc/engine/projection.cpp csrc/engine/scheduler.cpp csrc/engine/source.cpp csrc/engine/weights.cpp)
 target_include_directories(cvmk_cpu PUBLIC csrc)
 target_link_libraries(cvmk_cpu PRIVATE cvmk_warnings)
 
@@ -64,6 +64,7 @@ cvmk_kernels(cvmk_cpu conv base avx2 avx512)
 cvmk_kernels(cvmk_cpu embed base avx2 avx512)
 cvmk_kernels(cvmk_cpu norm base avx2 avx512)
 cvmk_kernels(cvmk_cpu optimizer base avx2 avx512)
+cvmk_kernels(cvmk_cpu recurrent base avx2 avx512)
 cvmk_kernels(cvmk_cpu vocabulary base avx2 avx512)
 set(CVMK_BINDINGS attention conv distill embed engine gemm linear norm optimizer scan)
 list(TRANSFORM CVMK_BINDINGS REPLACE "(.+)" "csrc/bindings/\\1.cpp")

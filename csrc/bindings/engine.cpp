@@ -37,7 +37,15 @@ T pick(const std::string& name, const char* key, const std::vector<std::pair<con
 
 Config read_config(const py::dict& from) {
   const auto whole = [&](const char* key) { return from[key].cast<std::int64_t>(); };
+  const auto mixers = [&](const char* key) {
+    std::vector<Mixer> found;
+    for (const auto& name : from[key].cast<std::vector<std::string>>())
+      found.push_back(pick<Mixer>(name, key, {{"attention", Mixer::kAttention}, {"ssru", Mixer::kSsru}, {"mamba", Mixer::kMamba}}));
+    return found;
+  };
   Config c{};
+  c.encoder_mixers = mixers("encoder_mixers");
+  c.decoder_mixers = mixers("decoder_mixers");
   c.d_model = whole("d_model");
   c.ffn = whole("ffn");
   c.heads = whole("heads");

@@ -30,7 +30,7 @@ double uniform(std::uint64_t seed, std::uint64_t stream, std::uint64_t step) {
 
 std::int64_t Sequence::bytes(const Model& model, const Request& request) {
   const std::int64_t source = Model::capacity_of(static_cast<std::int64_t>(request.source.size()) + 1), own = Model::capacity_of(request.limit + 1);
-  return (request.growing == nullptr ? model.cache_bytes(source) : 0) + request.options.beam_size * model.cache_bytes(own);
+  return (request.growing == nullptr ? model.cross_bytes(source) : 0) + request.options.beam_size * model.own_bytes(own);
 }
 
 Sequence::Sequence(const Model& model, Memory& memory, Request request)
@@ -41,12 +41,12 @@ Sequence::Sequence(const Model& model, Memory& memory, Request request)
   const std::int64_t source = Model::capacity_of(static_cast<std::int64_t>(source_.size())), own = Model::capacity_of(request_.limit + 1);
   char* next = block_;
   if (request_.growing == nullptr) {
-    encoded_ = model.caches(next, source);
-    next += model.cache_bytes(source);
+    encoded_ = model.cross_caches(next, source);
+    next += model.cross_bytes(source);
   } else {
     encoded_ = request_.growing->encoded();
   }
-  for (std::int64_t slot = 0; slot < request_.options.beam_size; ++slot, next += model.cache_bytes(own)) slots_.push_back(model.caches(next, own));
+  for (std::int64_t slot = 0; slot < request_.options.beam_size; ++slot, next += model.own_bytes(own)) slots_.push_back(model.own_caches(next, own));
   fed_.assign(slots_.size(), -1);
   nodes_.push_back({-1, kBegin, 0.0f, 0, nullptr});
   Live first{};
@@ -301,10 +301,7 @@ void Sequence::copy(std::int64_t from, std::int32_t from_node, std::int64_t to) 
     while (a != b) (depth(a) > depth(b) ? a : b) = nodes_[static_cast<std::size_t>(depth(a) > depth(b) ? a : b)].parent;
     first = depth(a) + 1;
   }
-  for (std::size_t layer = 0; layer < slots_[0].layers.size(); ++layer) {
-    const cached::Cache &source = slots_[static_cast<std::size_t>(from)].layers[layer], &target = slots_[static_cast<std::size_t>(to)].layers[layer];
-    cached::kernels().copy.run({source, target, first, last, model_.config().kv_heads, model_.head_size(), model_.cache_dtype()}, nullptr, Team{});
-  }
+  model_.copy(slots_[static_cast<std::size_t>(from)], slots_[static_cast<std::size_t>(to)], first, last);
   fed_[static_cast<std::size_t>(to)] = from_node;
 }
 

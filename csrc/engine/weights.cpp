@@ -331,7 +331,11 @@ gemm::Linear Linear::call(const float* x, std::int64_t rows, float* out) const {
   return l;
 }
 
-void Linear::operator()(const float* x, std::int64_t rows, float* out, const Team& team) const { run(call(x, rows, out), 0, nullptr, team); }
+void Linear::operator()(const float* x, std::int64_t rows, float* out, const Team& team, std::int64_t stride) const {
+  gemm::Linear l = call(x, rows, out);
+  if (stride != 0) l.x_stride = stride;
+  run(l, 0, nullptr, team);
+}
 
 std::int64_t Linear::prepared_bytes(std::int64_t rows) const {
   if (!prepares()) return 0;

@@ -86,8 +86,8 @@ class Linear {
 
   // The layer of these outputs only, in their order; without activation.
   Linear rows(const std::vector<std::int32_t>& outputs) const;
-  // x [rows, inputs] -> out [rows, out_columns()], both contiguous.
-  void operator()(const float* x, std::int64_t rows, float* out, const Team& team) const;
+  // x [rows, inputs] -> out [rows, out_columns()], contiguous; the rows of x are `stride` numbers apart, 0 for contiguous ones.
+  void operator()(const float* x, std::int64_t rows, float* out, const Team& team, std::int64_t stride = 0) const;
   // Rows of x [rows, inputs] as several calls of `range` multiply them: quantised once, in `memory` of prepared_bytes(rows).
   struct Prepared {
     const float* x;

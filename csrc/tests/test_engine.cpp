@@ -19,6 +19,7 @@ using namespace cvmk::engine;
 using testing::Random;
 using testing::Weights;
 using testing::config_of;
+using testing::recurrent_config_of;
 
 std::vector<Request> requests_of(const Config& c, int count) {
   Random random;
@@ -56,8 +57,7 @@ bool same(const std::vector<Hypothesis>& a, const std::vector<Hypothesis>& b) {
 }
 
 // What is found does not depend on company, threads, or the order in which requests come and go.
-void company_changes_nothing(bool other, Compute compute) {
-  const Config c = config_of(other);
+void company_changes_nothing(const Config& c, Compute compute) {
   const Weights weights(c);
   const std::vector<Request> requests = requests_of(c, 24);
   Engine alone(c, weights.tensors, compute, 1, Budget{});
@@ -78,6 +78,33 @@ void company_changes_nothing(bool other, Compute compute) {
     }
     CHECK(engine.step().empty());
   }
+}
+
+// A source that grows, shrinks and changes is translated as it is by an engine that has not seen it before, whatever of it was kept.
+void sources_grow() {
+  Config c = recurrent_config_of(true);
+  c.max_length = 120;
+  const Weights weights(c);
+  Engine engine(c, weights.tensors, Compute::kFloat32, 2, Budget{}), fresh(c, weights.tensors, Compute::kFloat32, 1, Budget{});
+  const std::shared_ptr<GrowingSource> source = engine.open_source(c.max_length);
+  Random random;
+  Request r;
+  r.limit = 8;
+  r.options.beam_size = 2;
+  std::int64_t kept = 0;
+  for (int i = 0; i < 40; ++i) {
+    const std::size_t before = r.source.size();
+    if (i % 3 == 2) r.source.resize(static_cast<std::size_t>(random.below(static_cast<int>(before) + 1)));
+    if (i % 8 == 7) r.source.clear();
+    for (int n = random.below(i % 5 == 0 ? 60 : 4); n > 0 && r.source.size() < 119; --n) r.source.push_back(4 + random.below(static_cast<int>(c.vocabulary) - 4));
+    const std::vector<Hypothesis> expected = fresh.search({r})[0];
+    Request growing = r;
+    growing.growing = GrowingSource::lease(source);
+    CHECK(same(engine.search({std::move(growing)})[0], expected));
+    if (i % 3 != 2 && i % 8 != 7 && i > 0) CHECK(source->kept() == static_cast<std::int64_t>(before) + (r.source.size() == before ? 1 : 0));  // all but the end sign
+    kept += source->kept();
+  }
+  CHECK(kept > 300);
 }
 
 // Alignments are distributions over the source; scores sum to the score.
@@ -228,7 +255,11 @@ void bad_models_are_named() {
 int main() {
   cvmk::testing::at_every_level([] {
     for (const bool other : {false, true})
-      for (const Compute compute : {Compute::kFloat32, Compute::kBFloat16, Compute::kInt8, Compute::kInt4}) company_changes_nothing(other, compute);
+      for (const Compute compute : {Compute::kFloat32, Compute::kBFloat16, Compute::kInt8, Compute::kInt4}) {
+        company_changes_nothing(config_of(other), compute);
+        company_changes_nothing(recurrent_config_of(other), compute);
+      }
+    sources_grow();
   });
   results_are_whole();
   requests_leave();

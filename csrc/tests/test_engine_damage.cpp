@@ -21,6 +21,7 @@ using namespace cvmk::engine;
 using testing::Random;
 using testing::Weights;
 using testing::config_of;
+using testing::recurrent_config_of;
 
 constexpr Dtype kDtypes[] = {kFloat32, kBFloat16, kFloat64, kFloat16};
 constexpr std::int64_t kSizes[] = {0, 1, 2, 31, 32, 33, 48, 64, 96, 301, 302, 4096};
@@ -135,7 +136,7 @@ int main() {
   Random random;
   int refusals = 0;
   for (int i = 0; i < count; ++i) {
-    const Config c = config_of(i % 2 == 1);
+    const Config c = i % 4 < 2 ? config_of(i % 2 == 1) : recurrent_config_of(i % 2 == 1);
     const Weights weights(c);
     Tensors tensors(weights.tensors);
     for (int n = random.below(3); n >= 0; --n) damage(tensors, random);

@@ -1,4 +1,4 @@
-"""The engine in C++ on the CPU kernels (csrc/engine/): encoder-decoders of attention, without torch in the process."""
+"""The engine in C++ on the CPU kernels (csrc/engine/): encoder-decoders of attention, Mamba and SSRU, without torch in the process."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ MAX_BATCH_TOKENS = 4096
 MAX_SESSIONS = 1024
 """Growing sources that are open at once, where nobody says another number."""
 _MOST = 2**63 - 1  # of a whole number in the library; more than any length or vocabulary
-_MIXERS = ("attention",)
+_MIXERS = ("attention", "mamba", "ssru")
 _PARTIAL, _FINISHED, _EXPIRED, _FAILED = range(4)  # csrc/engine/scheduler.h
 
 

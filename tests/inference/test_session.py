@@ -15,7 +15,15 @@ from cvmk.inference.native_engine import NativeEngine
 
 
 @pytest.mark.parametrize("of", [Translator.from_model, Translator.of_weights], ids=["torch", "native"])
-@pytest.mark.parametrize("options", [{}, {"encoder_direction": "causal"}, {"encoder_direction": "causal", "positions": "rotary", "kv_heads": 1}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"encoder_direction": "causal"},
+        {"encoder_direction": "causal", "positions": "rotary", "kv_heads": 1},
+        {"encoder_direction": "causal", "encoder_mixers": ["ssru"], "decoder_mixers": ["ssru"]},
+    ],
+)
 def test_as_if_at_once(make_model, tokenizer, of: Any, options: dict[str, Any]) -> None:
     translator = of(make_model(tokenizer.vocab_size, sharpness=3.0, **options), tokenizer)
     causal_and_native = "encoder_direction" in options and of == Translator.of_weights
@@ -56,6 +64,28 @@ def test_edits_encode_what_follows_them(make_model) -> None:
         assert state.kept == (same if before or _ else 0)
         expected = fresh.search([source], SearchOptions(3))[0]
         assert found == expected and [h.scores for h in found] == [h.scores for h in expected]
+
+
+def test_states_go_on_from_where_they_stand(make_model) -> None:
+    """A recurrent encoder cannot go back to any position: it begins again behind the last 32, 64, ... that are the same, or goes on before the end sign."""
+    model = make_model(60, seed=2, sharpness=2.0, encoder_direction="causal", encoder_mixers=["mamba", "ssru", "attention"], encoder_layers=3, max_length=160)
+    engine, fresh = (NativeEngine(manifest_of(model), raw_tensors(model), threads=1) for _ in range(2))
+    state, generator, source = engine.open_source(), random.Random(0), list(range(4, 54))
+    options = SearchOptions(2, max_length_a=0, max_length_b=6)
+
+    def kept(changed: list[int]) -> int:
+        found = engine.search_one(Request(None, changed, options, state=state))
+        expected = fresh.search([changed], options)[0]
+        assert found == expected and [h.scores for h in found] == [h.scores for h in expected]
+        return int(state.kept)
+
+    assert kept(source) == 0
+    assert kept([*source, 9, 10]) == 50 and kept([*source, 9, 10]) == 53
+    assert kept([*source, 9, 11]) == 32 and kept(source[:20]) == 0 and kept(source[:20]) == 21 and kept(source) == 20
+    assert kept(source * 2) == 50 and kept([*source, *source[:49], 5]) == 96 and kept(source[:31]) == 0 and kept(source[:32]) == 31 and kept(source[:33]) == 32
+    for _ in range(30):
+        source = (source[: generator.randint(0, len(source))] + [generator.randrange(4, 60) for _ in range(generator.randint(0, 40))])[:150]
+        kept(source)
 
 
 def test_one_request_at_a_time(make_model) -> None:

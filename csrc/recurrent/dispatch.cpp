@@ -1,0 +1,4 @@
+#include "common/levels.h"
+#include "recurrent/params.h"
+
+CVMK_LEVELS(recurrent)
