@@ -111,6 +111,7 @@ inline Config config_of(bool other) {
 inline Config recurrent_config_of(bool other) {
   Config c = config_of(other);
   c.encoder_layers = c.decoder_layers = 3;
+  c.byte_caches = other;
   c.encoder_mixers = other ? std::vector{Mixer::kMamba, Mixer::kSsru, Mixer::kAttention} : std::vector{Mixer::kSsru, Mixer::kMamba};
   c.decoder_mixers = other ? std::vector{Mixer::kSsru} : std::vector{Mixer::kMamba, Mixer::kAttention, Mixer::kSsru};
   return c;
