@@ -100,7 +100,7 @@ class Board:
                 windows, marks[key] = run.view(query.axis, query.low, query.high, query.points)
                 shown[key] = {name: _columns(window) for name, window in windows.items() if len(window.x)}
                 samples[key] = run.samples()
-                charts |= {chart.name: chart for chart in run.charts.copy().values() if chart is not None}
+                charts |= run.charts.copy()
         return {
             "version": version,
             "now": time.time(),

@@ -8,6 +8,8 @@ from typing import NamedTuple
 _SPEED = "Speed and machine"
 GROUPS = ("Loss", "Validation", "Optimisation", _SPEED)
 """In the order of the page."""
+ITERATION = "iteration"
+"""The table of what every iteration has."""
 
 
 class Chart(NamedTuple):
@@ -25,7 +27,7 @@ class Chart(NamedTuple):
     @property
     def table(self) -> str:
         """Where its numbers are kept: those that come together, and as often, stand in one table."""
-        prefix = self.name.partition("/")[0] if "/" in self.name else "iteration"
+        prefix = self.name.partition("/")[0] if "/" in self.name else ITERATION
         return {"agreement": "validation"}.get(prefix, "machine" if self.group == _SPEED and "/" in self.name else prefix)
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cvmk.dashboard.charts import ANOMALIES, METRICS, Chart, chart
+from cvmk.dashboard.charts import ANOMALIES, ITERATION, METRICS, Chart, chart
 from cvmk.dashboard.follow import Follower
 from cvmk.dashboard.numbers import Segments, Table, Window, extent, window
 from cvmk.telemetry.curves import points
@@ -46,6 +46,7 @@ _STATES: dict[type[Event], str] = {
     Interruption: "interrupted", EarlyStop: "stopped early", End: "finished", SearchEnded: "finished", QuantizationEnded: "finished", ServingEnded: "finished",
 }  # fmt: skip
 _MOST_CHARTS = 100
+_MOST_NAMES = 1000
 
 
 class Mark(NamedTuple):
@@ -74,7 +75,8 @@ class Run:
         self._begin_anew()
 
     def _begin_anew(self) -> None:
-        self.charts: dict[str, Chart | None] = {}
+        self.charts: dict[str, Chart] = {}
+        self._places: dict[str, tuple[str, float]] = {}
         self.tables: dict[str, Table] = {}
         self._marks: dict[str, deque[Mark]] = {}
         self._marked: Counter[str] = Counter()
@@ -178,24 +180,26 @@ class Run:
         for place, (step, found) in enumerate(itertools.groupby(points(event), lambda point: point.step)):
             left -= seconds[place] if seconds and math.isfinite(seconds[place]) else 0.0
             rows: dict[str, dict[str, float]] = {}
-            for point in found:
-                one = self._chart(point.name)
-                if one is not None and (one.table != "iteration" or step > self._trained):
-                    rows.setdefault(one.table, {})[one.name] = point.value * one.factor
+            for name, _, value in found:
+                table, factor = self._places.get(name) or self._place(name)
+                if table and (table != ITERATION or step > self._trained):
+                    rows.setdefault(table, {})[name] = value * factor
             for table, row in rows.items():
                 if table not in self.tables:
                     self.tables[table] = Table()
                 self.tables[table].add(step, self._time - max(0.0, left), len(self._segments) - 1, row)
-            if "iteration" in rows:
+            if ITERATION in rows:
                 self._trained = step
-                self._latest.update(rows["iteration"])
+                self._latest.update(rows[ITERATION])
 
-    def _chart(self, name: str) -> Chart | None:
-        if name not in self.charts:
-            if len(self.charts) >= _MOST_CHARTS:
-                return None
-            self.charts[name] = chart(name)
-        return self.charts[name]
+    def _place(self, name: str) -> tuple[str, float]:
+        """The table of a point's name, "" for none, and the factor of its chart."""
+        one = chart(name) if len(self.charts) < _MOST_CHARTS else None
+        if one is not None:
+            self.charts[name] = one
+        if len(self._places) < _MOST_NAMES:
+            self._places[name] = ("", 1.0) if one is None else (one.table, one.factor)
+        return ("", 1.0) if one is None else (one.table, one.factor)
 
     def _validated(self, event: Validation | Average) -> None:
         if isinstance(event, Validation) and event.best:

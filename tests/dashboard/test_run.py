@@ -127,4 +127,4 @@ def test_iterations_and_what_the_machine_does(tmp_path: Path) -> None:
     }  # fmt: skip
     assert shown["loss"].mean[0].tolist() == [8.0]
     assert mark["chart"] == "tokens_per_second" and mark["value"] == 90.0 and mark["trouble"]
-    assert [one.title for one in run.charts.values() if one and one.table == "machine"][-1] == "Memory of GPU 0"
+    assert [one.title for one in run.charts.values() if one.table == "machine"][-1] == "Memory of GPU 0"

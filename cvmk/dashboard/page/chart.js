@@ -28,7 +28,7 @@ export class Chart {
     this.series = [];
     this.view = { axis: "step", window: [0, 1], log: false, smoothing: 0, marks: [] };
     const title = spec.unit ? `${spec.title}, ${spec.unit}` : spec.title;
-    this.log = element("button", { type: "button", class: "quiet", "aria-pressed": "false", "aria-label": `Log scale for ${spec.title}` }, "log");
+    this.log = element("button", { type: "button", "aria-pressed": "false", "aria-label": `Log scale for ${spec.title}` }, "log");
     this.log.addEventListener("click", () => page.toggleLog(spec.key));
     this.canvas = element("canvas", { "aria-hidden": "true" });
     [this.cursor, this.selection, this.tip] = ["cursor", "selection", "tip"].map((name) => element("div", { class: name, hidden: true, "aria-hidden": "true" }));
@@ -157,7 +157,7 @@ export class Chart {
     for (const { run, mark } of this.view.marks) {
       if (!DRAWN_MARKS.has(mark.kind)) continue;
       const x = Math.round(this.toX(mark.x)) + 0.5;
-      const y = mark.value === null || mark.value === undefined ? null : this.toY(mark.value);
+      const y = mark.value === null || mark.value === undefined ? null : Math.min(this.box.bottom, Math.max(this.box.top, this.toY(mark.value) ?? this.box.bottom));
       brush.strokeStyle = this.colour(mark.trouble ? "bad" : "dim");
       brush.fillStyle = this.colour(`run-${run.place % 8}`);
       brush.beginPath();
@@ -269,13 +269,16 @@ export class Chart {
 
   told(x) {
     const lines = this.readings(x).map(({ one, at }) => {
-      const spread = one.least && one.least[at] !== one.greatest[at] ? ` (${number(one.least[at])} to ${number(one.greatest[at])})` : "";
-      const where = one.x[at] === x ? "" : ` at ${place(one.x[at], this.view.axis)}`;
-      const value = this.view.smoothing > 0 ? `${number(one.smooth[at])} ~ ` : "";
-      return element("p", {}, swatch(one.run), element("span", { class: "name" }, one.run.name), element("b", {}, value + number(one.mean[at])), element("span", { class: "dim" }, spread + where));
+      const isSpread = one.least && one.least[at] !== one.greatest[at];
+      const beside = [
+        this.view.smoothing > 0 ? number(one.mean[at]) : "", isSpread ? `${number(one.least[at])} to ${number(one.greatest[at])}` : "",
+        Math.abs(this.toX(one.x[at]) - this.toX(x)) > 2 ? `at ${place(one.x[at], this.view.axis)}` : "",
+      ].filter(Boolean).join(", ");
+      const name = element("span", { class: "name" }, one.run.name);
+      return element("p", {}, swatch(one.run), name, element("b", {}, number(one.smooth[at])), element("span", { class: "dim" }, beside));
     });
     const near = this.view.marks.filter(({ mark }) => Math.abs(this.toX(mark.x) - this.toX(x)) < 5 && DRAWN_MARKS.has(mark.kind));
-    const marks = near.slice(-3).map(({ run, mark }) => element("p", { class: mark.trouble ? "bad" : "dim" }, swatch(run), mark.text));
+    const marks = near.slice(-3).map(({ run, mark }) => element("p", { class: `said ${mark.trouble ? "bad" : "dim"}` }, swatch(run), mark.text));
     return [element("p", { class: "dim" }, this.view.axis === "time" ? place(x, "time") : `iteration ${place(x, "step")}`), ...lines, ...marks];
   }
 

@@ -11,6 +11,7 @@ const HIDDEN_POLL = 5000;
 const LOADING_POLL = 250;
 const CHOSEN_AT_FIRST = 8;
 const MARKS_LISTED = 200;
+const NOT_SMOOTHED = new Set(["validation", "epoch"]);
 
 const kept = (() => {
   try { return JSON.parse(stored("dashboard") ?? "{}") ?? {}; } catch { return {}; }
@@ -206,7 +207,11 @@ function show() {
       return columns?.fields[spec.key] ? [new Series(run, columns, spec.key)] : [];
     });
     const isUsed = series.length > 0 && !(spec.is_part && series.every((one) => one.mean.every((value) => !value)));
-    if (isUsed) chartOf(spec).show(series, { axis: answer.axis, window, log: view.log.has(spec.key), smoothing: view.smoothing, marks: marks.filter(({ mark }) => !mark.chart || mark.chart === spec.key) });
+    if (isUsed) {
+      const smoothing = NOT_SMOOTHED.has(spec.table) ? 0 : view.smoothing;
+      const own = marks.filter(({ mark }) => !mark.chart || mark.chart === spec.key);
+      chartOf(spec).show(series, { axis: answer.axis, window, log: view.log.has(spec.key), smoothing, marks: own });
+    }
     if (charts.has(spec.key)) charts.get(spec.key).figure.hidden = !isUsed;
     shown += isUsed;
   }

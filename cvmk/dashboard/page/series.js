@@ -10,16 +10,18 @@ export class Series {
     this.smooth = this.mean;
   }
 
-  // An exponential average whose first values count in full, anew wherever training began anew.
+  // An exponential average whose first values count in full. Where training went back, it goes on from what was not done again.
   smoothen(weight) {
     this.smooth = this.mean;
     if (weight <= 0) return;
     let [sum, share] = [0, 0];
+    let lasting = [sum, share];
     this.smooth = this.mean.map((value, at) => {
-      if (this.breaks.has(at)) [sum, share] = [0, 0];
+      if (this.breaks.has(at)) [sum, share] = lasting;
       if (value === null) return null;
       sum = weight * sum + (1 - weight) * value;
       share = weight * share + (1 - weight);
+      if (!this.faint.has(at)) lasting = [sum, share];
       return sum / share;
     });
   }
