@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from cvmk.dashboard import board
 from cvmk.dashboard.app import app
 from cvmk.dashboard.board import Board
 from cvmk.web.server import listen, start
@@ -25,8 +26,8 @@ def dashboard(*folders: Path, port: int = 0) -> Iterator[str]:
         return asyncio.run_coroutine_threadsafe(work, loop).result(30)
 
     try:
-        with Board([str(folder) for folder in folders]) as board:
-            server = run(start(app(board, "127.0.0.1"), listen("127.0.0.1", port, ("--host", "--port")), ws="none"))
+        with Board([str(folder) for folder in folders]) as runs:
+            server = run(start(app(runs, "127.0.0.1"), listen("127.0.0.1", port, ("--host", "--port")), ws="none"))
             try:
                 yield server.url
             finally:
@@ -38,5 +39,6 @@ def dashboard(*folders: Path, port: int = 0) -> Iterator[str]:
 
 
 @pytest.fixture
-def served() -> Callable[..., contextlib.AbstractContextManager[str]]:
+def served(monkeypatch: pytest.MonkeyPatch) -> Callable[..., contextlib.AbstractContextManager[str]]:
+    monkeypatch.setattr(board, "_LOOK_SECONDS", 0.05)
     return dashboard
