@@ -11,6 +11,7 @@ from cvmk.cli._arguments import number, points, positive, samples
 from cvmk.cli._streams import read_lines
 from cvmk.cli._terminal import complain, show, show_json, table
 from cvmk.errors import ConfigError, DataError
+from cvmk.report.quantization import facts, layer_rows, score_rows
 
 if TYPE_CHECKING:
     from cvmk.quantization import Recover
@@ -121,38 +122,12 @@ def _aligned(source: str, reference: str) -> tuple[list[str], list[str]]:
 
 def text_of(report: dict[str, Any], out: str | None) -> str:
     """The report for people; `out` is where the model is, None where it was not written."""
-    percent = f"{100 * report['evaluation']['confidence']:g}% interval"
-    rows = [("metric", "before", percent, "after", percent, "difference", percent, "p")]
-    for before, after, pair in zip(report["before"]["scores"], report["after"]["scores"], report["paired"], strict=True):
-        spans = [f"[{score['low']:.2f}, {score['high']:.2f}]" for score in (before, after)]
-        difference = (f"{pair['difference']:+.2f}", f"[{pair['low']:+.2f}, {pair['high']:+.2f}]", f"{pair['p_value']:.4f}")
-        rows.append((before["metric"], f"{before['value']:.2f}", spans[0], f"{after['value']:.2f}", spans[1], *difference))
-    layers = [("matrix", "stored", "bytes", "signal to noise, dB", "rounded to nearest")]
-    for layer in report["layers"]:
-        ratios = ("" if value is None else f"{value:.1f}" for value in (layer["snr"], layer["nearest_snr"]))
-        layers.append((layer["name"], layer["stored"], str(layer["bytes"]), *ratios))
-    parts = [table(rows), _facts(report), table(layers)]
+    parts = [table(score_rows(report)), "\n".join(facts(report)), table(layer_rows(report))]
     if report["changed"]:
         shown = [f"{one['line']}: {one['source']}\n   before  {one['before']}\n   after   {one['after']}" for one in report["changed"]]
         parts.append("The sentences that changed most\n" + "\n".join(shown))
     parts.append("Nothing was written." if out is None else f"{out}: {report['recipe']['scheme']} by {report['recipe']['method']}")
     return "\n\n".join(parts)
-
-
-def _facts(report: dict[str, Any]) -> str:
-    sizes = report["sizes"]
-    lines = [f"weights: {sizes['float32']} bytes in float32, {sizes['after']} now ({sizes['ratio']:.3f})"]
-    rates = [report[when]["tokens_per_second"] for when in ("before", "after")]
-    if None not in rates:
-        lines.append(f"speed: {rates[0]:.0f} tokens/s before, {rates[1]:.0f} after")
-    if recovery := report["recovery"]:
-        spans = [recovery["history"][0]["divergence"], min(one["divergence"] for one in recovery["history"])]
-        lines.append(f"recovery: BLEU {recovery['unrecovered']:.2f} without it; divergence on held-out text {spans[0]:.4f} -> {spans[1]:.4f} nats a piece, "
-                     f"best of {recovery['steps']} steps: {recovery['best']}")  # fmt: skip
-    if report["raised"]:
-        lines.append(f"in a higher precision: {', '.join(report['raised'])}")
-    lines += [f"trial with {trial['raised']} raised: BLEU {trial['value']:.2f} ({-trial['drop']:+.2f})" for trial in report["trials"][:-1]]
-    return "\n".join(lines)
 
 
 def _threads(threads: int | None) -> None:

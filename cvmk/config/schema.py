@@ -49,6 +49,7 @@ class RunConfig(Section):
     )
     seed: int = Field(1, ge=0, lt=2**32, description="Seed of everything random: initial weights, data order, dropout.")
     device: Annotated[Literal["auto", "cpu", "cuda"], MAY_CHANGE] = Field("auto", description="Where to train; auto takes a GPU where there is one.")
+    report: Annotated[bool, MAY_CHANGE] = Field(True, description="Write report.html, report.md and report.json at the end, as `cvmk report` does.")
     threads: Annotated[int, MAY_CHANGE] = Field(0, ge=0, le=MAX_THREADS, description="CPU threads; 0 leaves the choice to PyTorch.")
 
 

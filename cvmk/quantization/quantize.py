@@ -20,11 +20,11 @@ from cvmk.quantization.calibration import Pair, check_language, read_pairs
 from cvmk.quantization.gate import Evaluation, Gate
 from cvmk.quantization.model import LayerReport, Quantized, Say, quantize_model, sensitivities
 from cvmk.quantization.recipe import Recipe
+from cvmk.report.names import QUANTIZATION
 from cvmk.text.tokenizers import Tokenizer
 from cvmk.validation.tokenization import tokenization
 
-REPORT = "quantization.json"
-"""In the folder of a quantised model."""
+REPORT = QUANTIZATION
 _MORE = ("languages",)
 """Keys of config.json that the quantised model takes over."""
 

@@ -39,15 +39,17 @@ class EventReader:
 
     def read(self) -> list[Record]:
         """The new events, in order. A last line without its end is left for the next call. Raises DataError where the file cannot be read."""
-        records: list[Record] = []
+        return list(self.records())
+
+    def records(self) -> Iterator[Record]:
+        """As `read`, one by one, so that a long run need not be held as a whole."""
         with contextlib.ExitStack() as stack:
             with explained(self.path, "read"):
                 files = self._files(stack)
             for number, (path, file) in files.items():
                 with explained(path, "read"):
                     self._turn_to(number, path, os.fstat(file.fileno()))
-                    records += self._lines(file, last=number == max(files))
-        return records
+                    yield from self._lines(file, last=number == max(files))
 
     def problems(self) -> list[str]:
         """What could not be read so far, a sentence each."""

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from cvmk.errors import DataError
+from cvmk.report.names import CONTENTS
 from cvmk.text.corpus import ParallelCorpus
-
-CONTENTS = "contents.json"
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,12 @@ from typing import IO, Any
 from cvmk.config import DataConfig, TokenizerConfig
 from cvmk.files import explained, read_bytes, write_text
 from cvmk.inference import Translator
+from cvmk.report.names import RESOLVED
 from cvmk.telemetry import Reporter
 from cvmk.text.corpus import ParallelCorpus, read_corpus
 from cvmk.text.lines import one_line, trimmed
 from cvmk.text.phrasebook import phrasebook
 from cvmk.text.tokenizers import Tokenizer, load_tokenizer, train_tokenizer
-from cvmk.training.run_folder import RESOLVED
 
 _CHUNK = 512
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +13,13 @@ import torch
 from cvmk.config import DistillationConfig, TrainConfig
 from cvmk.config.schema import Recipe
 from cvmk.distill import DistillationObjective, check_vocabularies
-from cvmk.errors import ConfigError, DivergedError
+from cvmk.errors import ConfigError, CvmkError, DivergedError
 from cvmk.files import write_json
 from cvmk.formats import describe_model, save_model_folder
 from cvmk.nn import CVMTransformer, count_parameters
+from cvmk.report.evaluations import write_evaluation
+from cvmk.report.names import EVALUATIONS, HYPOTHESES
+from cvmk.report.names import REPORT as PAGE
 from cvmk.telemetry import EventStream, Reporter, RunLog, Subscriber, Terminal
 from cvmk.telemetry.schema import Average, End, Start
 from cvmk.text.batching import TokenBatchSampler
@@ -148,11 +152,13 @@ def _train_one(job: Job, recipe: Recipe, folder: Path, title: str, tokenizer: To
             events.emit(teacher.event())
         diverged = _diverged(trainer)
         report = training_report(
-            job.config, recipe, title, trainer.state, corpus, _outcome(job, recipe, trainer, teacher, diverged), teacher.facts() if teacher else None
+            job.config, recipe, title, trainer.state, corpus, _outcome(job, recipe, folder, trainer, teacher, diverged), teacher.facts() if teacher else None
         )
         save_model_folder(folder / "model", trainer.state.model.eval(), tokenizer, model_card(report), {"languages": job.config.data.languages})
         write_json(folder / REPORT, report)
         events.emit(End(report))
+        if job.config.run.report and job.world.writes:
+            _write_page(folder, recipe, events)
         if diverged is not None:
             raise DivergedError(
                 f"{diverged}; the model in {folder / 'model'} is its {report['weights']}: "
@@ -213,13 +219,29 @@ def _diverged(trainer: Trainer) -> str | None:
     return None
 
 
-def _outcome(job: Job, recipe: Recipe, trainer: Trainer, teacher: Teacher | None, diverged: str | None) -> Outcome:
-    """Leave the best weights in the trainer's model, and score them on the test set, where there is one."""
+def _write_page(folder: Path, recipe: Recipe, events: EventStream) -> None:
+    """The report of the model in `folder`. It costs little, and a run does not fail for it: what goes wrong is noted."""
+    from cvmk.report import figures_of, write_report
+
+    try:
+        figures = figures_of([folder], bootstrap=recipe.validation.bootstrap, confidence=recipe.validation.confidence)
+        write_report(figures, folder / PAGE)
+    except Exception as error:
+        with contextlib.suppress(CvmkError):
+            events.note(f"no report was written ({type(error).__name__}: {error}): cvmk report {folder} tries again")
+
+
+def _outcome(job: Job, recipe: Recipe, folder: Path, trainer: Trainer, teacher: Teacher | None, diverged: str | None) -> Outcome:
+    """Leave the best weights in the trainer's model, and score them on the test set, where there is one. What was scored is kept in `evaluations/`."""
     result, chosen = _final_weights(trainer)
+    scored = {"validation": (trainer.validator, result)}
     test = None
     if job.corpora.test is not None:
         validator = _validator(job, recipe, job.corpora.test, "test", None, teacher, trainer.events)
         test = validator.run(trainer.translator(), trainer.progress.step, on_long="truncate", scores=False)
+        scored["test"] = (validator, test)
+    for name, (judge, of) in scored.items() if job.world.writes else ():
+        write_evaluation(folder / EVALUATIONS / f"{name}.jsonl", judge.sources, judge.references, of.hypotheses, judge.teacher_outputs)
     blind = blindness(trainer.validator.history)
     return Outcome(chosen, result, test, diverged, [blind] if blind else [])
 
@@ -255,7 +277,7 @@ def _validator(
     if teacher is not None:
         outputs = teacher_translations(teacher.translator(), teacher.fingerprint, sources[:count], config.beam_size, job.cache, name, job.reporter)
     history = folder / "validation_history.json" if folder is not None else None
-    hypotheses = folder / "hypotheses" if folder is not None else None
+    hypotheses = folder / HYPOTHESES if folder is not None else None
     language = job.config.data.target_language
     return DistillationValidator(config, sources[:count], references[:count], outputs, history, hypotheses, language, events.note)
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from cvmk.config import TrainConfig
 from cvmk.config.schema import Recipe
 from cvmk.nn import count_parameters
+from cvmk.report.names import TRAINING_REPORT
 from cvmk.telemetry import environment
 from cvmk.validation import Score, ValidationResult
 
@@ -15,8 +16,7 @@ if TYPE_CHECKING:
     from cvmk.text.cache import TokenizedCorpus
     from cvmk.training.state import TrainingState
 
-
-REPORT = "training_report.json"
+REPORT = TRAINING_REPORT
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,12 @@ from cvmk.config.overrides import toml_value
 from cvmk.config.resume import changed_keys
 from cvmk.errors import ConfigError, DataError
 from cvmk.files import explained, lock, read_json, write_json, write_text
+from cvmk.report.names import CONTENTS, ENVIRONMENT, RESOLVED
 from cvmk.telemetry import environment
 from cvmk.telemetry.commands import command
-from cvmk.training.contents import CONTENTS, Content, check_contents, to_json
+from cvmk.training.contents import Content, check_contents, to_json
 
-CONFIG, RESOLVED = "config.toml", "config.resolved.json"
+CONFIG = "config.toml"
 
 
 @contextlib.contextmanager
@@ -52,7 +53,7 @@ def open_run(config: TrainConfig, text: str, contents: Mapping[str, Content], *,
             write_json(folder / RESOLVED, resolved)  # first: it makes the folder a run's
             write_text(folder / CONFIG, text)
             write_json(folder / CONTENTS, to_json(contents))
-            write_json(folder / "environment.json", environment())
+            write_json(folder / ENVIRONMENT, environment())
             yield folder
 
 

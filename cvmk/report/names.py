@@ -1,0 +1,20 @@
+"""The files of a run's folder that a report is made from, by the names that training and quantisation write them under."""
+
+from __future__ import annotations
+
+RESOLVED = "config.resolved.json"
+"""The whole configuration; it makes a folder a run's."""
+ENVIRONMENT = "environment.json"
+CONTENTS = "contents.json"
+"""What the run read: names, checksums, numbers of sentences."""
+TRAINING_REPORT = "training_report.json"
+HYPOTHESES = "hypotheses"
+"""Folder of the translations of every validation: step-N.txt, a sentence a line."""
+EVALUATIONS = "evaluations"
+"""Folder of what the final weights were scored on: see `cvmk.report.evaluations`."""
+TEACHER = "teacher"
+"""Folder of the teacher that a run has trained."""
+QUANTIZATION = "quantization.json"
+"""In the folder of a quantised model."""
+REPORT = "report"
+"""The page, its Markdown and its figures, by their endings."""

@@ -1,0 +1,77 @@
+"""Folders of runs without training: what `cvmk train` leaves behind, with the numbers that a test needs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cvmk.config.schema import DataConfig, TrainConfig
+from cvmk.report.evaluations import write_evaluation
+from cvmk.telemetry.schema import End, Event, Record, Start, Step, Validation
+
+REFERENCES = (
+    "the red house stands by the sea", "two dogs run over the wide meadow", "we would like a table for four people",
+    "the train leaves from platform nine", "my sister has bought a new bicycle", "a woman in a blue coat waits for the bus",
+    "the children play football in the rain", "he reads the paper every morning",
+)  # fmt: skip
+SOURCES = tuple(f"source {number}" for number in range(len(REFERENCES)))
+
+
+def sentences(count: int) -> tuple[list[str], list[str]]:
+    """Sources and references, all different."""
+    return [f"source {at}" for at in range(count)], [f"{REFERENCES[at % len(REFERENCES)]} number {at}" for at in range(count)]
+
+
+def worse(texts: Sequence[str], every: int) -> list[str]:
+    """Every so-many-th text loses its last words."""
+    return [" ".join(text.split()[:-3]) if at % every == 0 else text for at, text in enumerate(texts)]
+
+
+def score(metric: str, value: float) -> dict[str, Any]:
+    return {"metric": metric, "value": value, "signature": "recorded", "fallback": False}
+
+
+def validation(step: int, value: float, **changes: Any) -> Validation:
+    values: dict[str, Any] = {
+        "step": step, "metric": "bleu", "value": value, "low": value - 1, "high": value + 1, "confidence": 0.95, "scores": [score("bleu", value)],
+        "agreement": [], "sentences": 40, "seconds": 1.0, "tokens": 400, "best": True,
+    }  # fmt: skip
+    return Validation(**values | changes)
+
+
+def step(number: int, loss: float = 2.0, norm: float = 0.5, rate: float = 1e-3) -> Step:
+    return Step(number, rate, norm, 1000.0, loss, loss)
+
+
+def write_run(
+    folder: Path,
+    events: Sequence[Event] = (),
+    *,
+    config: Mapping[str, Any] | None = None,
+    report: Mapping[str, Any] | None = None,
+    hypotheses: Sequence[str] | None = None,
+    teacher: Sequence[str] | None = None,
+    references: Sequence[str] | None = None,
+) -> Path:
+    """A run's folder. With `hypotheses` it is finished and was scored on as many sentences, on the validation and the test set."""
+    folder.mkdir(parents=True, exist_ok=True)
+    resolved = json.loads(TrainConfig(data=DataConfig(embedded="phrasebook")).model_dump_json())
+    for key, value in (config or {}).items():
+        section, _, name = key.partition(".")
+        resolved[section][name] = value
+    (folder / "config.resolved.json").write_text(json.dumps(resolved))
+    told: list[Event] = [Start("model", 1000, 100, 0, 100, "cpu"), *events]
+    if hypotheses is not None:
+        sources, own = sentences(len(hypotheses))
+        for name in ("validation", "test"):
+            write_evaluation(folder / "evaluations" / f"{name}.jsonl", sources, references or own, hypotheses, teacher)
+        result = {**validation(100, 50.0).values(), "sentences": len(hypotheses), "sentences_per_second": 40.0, "tokens_per_second": 400.0}
+        report = {"iterations": 100, "weights": "checkpoint at iteration 100", "parameters": 1000, "validation": result, "test": result} | dict(report or {})
+        told.append(End(report))
+    if report is not None:
+        (folder / "training_report.json").write_text(json.dumps(report))
+    lines = [json.dumps(Record(1.8e9 + at, event).to_json()) + "\n" for at, event in enumerate(told)]
+    (folder / "events.jsonl").write_text("".join(lines))
+    return folder
