@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from cvmk.config.loading import explain_config, parse_config
     from cvmk.config.overrides import with_overrides
-    from cvmk.config.schema import TrainConfig
+    from cvmk.config.schema import TrainConfig, check_packages
     from cvmk.errors import ConfigError
     from cvmk.validation.tokenization import check_tokenizer
 
@@ -43,6 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
     overrides = [as_text(override) for override in arguments.overrides]
     config = parse_config(TrainConfig, text, name, overrides)
     if arguments.check:
+        check_packages(config)
         check_tokenizer(config.validation.bleu_tokenize, "validation.bleu_tokenize")
         show(f"{name} is a valid configuration")
         return 0

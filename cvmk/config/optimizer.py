@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from cvmk.config.choices import Choices
 from cvmk.config.section import Section
+from cvmk.errors import ConfigError
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 Shares = Annotated[tuple[Share, Share], Field(strict=False)]  # behind a validator of the whole table a list of TOML is no tuple
 Base = Literal["adamw", "lion", "adafactor", "muon", "schedule_free_adamw"]
 SCHEDULE_FREE = "schedule_free_adamw"
+_OF_LIBRARY = ("lion", "adafactor", SCHEDULE_FREE)
 _ADAMW = {"learning_rate": 1e-3, "weight_decay": 0.01, "betas": (0.9, 0.98), "eps": 1e-9}
 
 OPTIMIZERS = Choices(
@@ -91,6 +94,13 @@ class OptimizerConfig(Section):
     def stepper(self) -> str:
         """The optimiser that takes the step."""
         return self.base or self.name
+
+
+def check_optimizer(config: OptimizerConfig, table: str = "optimizer") -> None:
+    """Raise ConfigError where the optimiser, named in this table, is of a package that is not installed."""
+    if config.stepper in _OF_LIBRARY and importlib.util.find_spec("pytorch_optimizer") is None:
+        key = "name" if config.base is None else "base"
+        raise ConfigError(f'{table}.{key} = "{config.stepper}" needs the package pytorch-optimizer: pip install \'cvmk[optimizers]\'')
 
 
 class ScheduleConfig(Section):

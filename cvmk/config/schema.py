@@ -13,7 +13,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from cvmk.config.data import CorpusConfig, DataConfig, TokenizerConfig
 from cvmk.config.distillation import DistillationConfig, Divergence, LayerMap, SequenceLevelConfig
 from cvmk.config.model import Mixer, ModelConfig
-from cvmk.config.optimizer import SCHEDULE_FREE, OptimizerConfig, ScheduleConfig, Share
+from cvmk.config.optimizer import SCHEDULE_FREE, OptimizerConfig, ScheduleConfig, Share, check_optimizer
 from cvmk.config.section import BY_CONTENT, MAX_THREADS, MAY_CHANGE, TABLES_MUST_MATCH, Document, Section
 from cvmk.config.training import GuardConfig, Metric, TrainingConfig, ValidationConfig
 
@@ -119,3 +119,10 @@ class TrainConfig(Recipe, Document):
                     f"data.max_tokens_per_sentence ({longest - 1}) must be below {name}.max_length ({model.max_length})"
                 )
         return self
+
+
+def check_packages(config: TrainConfig) -> None:
+    """Raise ConfigError where a run would need a package that is not installed, before it reads anything. That of a metric is the validator's to know."""
+    check_optimizer(config.optimizer, "optimizer")
+    if config.teacher is not None and config.teacher.path is None:
+        check_optimizer(config.teacher.optimizer, "teacher.optimizer")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from cvmk.config import DistillationConfig, TrainConfig
-from cvmk.config.schema import Recipe
+from cvmk.config.schema import Recipe, check_packages
 from cvmk.distill import DistillationObjective, check_vocabularies
 from cvmk.errors import ConfigError, CvmkError, DivergedError
 from cvmk.files import write_json
@@ -33,7 +33,7 @@ from cvmk.training.contents import Content, contents_of
 from cvmk.training.guard import DivergenceGuard
 from cvmk.training.judge import blindness
 from cvmk.training.materials import Corpora, load_corpora, prepare_tokenizer, teacher_translations
-from cvmk.training.optimizers import build_optimizer, check_optimizer
+from cvmk.training.optimizers import build_optimizer
 from cvmk.training.profile import StepProfiler
 from cvmk.training.report import REPORT, Outcome, model_card, training_report, unknown_languages
 from cvmk.training.run_folder import open_run
@@ -87,9 +87,7 @@ def train(
     it raises DivergedError.
     """
     device = _device(config.run.device)
-    check_optimizer(config.optimizer)
-    if config.teacher is not None and config.teacher.path is None:
-        check_optimizer(config.teacher.optimizer, "teacher.optimizer")
+    check_packages(config)
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     corpora = load_corpora(config.data)

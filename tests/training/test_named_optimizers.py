@@ -14,12 +14,14 @@ from runs import events, train
 from step_setting import Setting, batches
 from torch import Tensor
 
+from cvmk.cli import main
 from cvmk.config import ModelConfig, OptimizerConfig
+from cvmk.config import optimizer as optimizer_config
 from cvmk.errors import ConfigError
 from cvmk.files import followed
 from cvmk.nn import MIXERS, CVMTransformer, Linear, decays, projection_rows
 from cvmk.training import pipeline
-from cvmk.training.optimizers import Optimizer, build, build_optimizer, check_optimizer
+from cvmk.training.optimizers import Optimizer, build_optimizer
 from cvmk.training.optimizers.joined import Joined
 from cvmk.training.optimizers.muon import Muon
 from cvmk.training.optimizers.schedule_free import ScheduleFree
@@ -240,14 +242,16 @@ def test_only_matrices_decay_in_any_mixer_and_projections_are_whole() -> None:
     assert projection_rows(torch.nn.Linear(4, 3), "weight") == (3,) and projection_rows(torch.nn.Conv1d(2, 2, 1), "weight") is None
 
 
-def test_a_missing_package_is_one_sentence(monkeypatch: pytest.MonkeyPatch, config: Path) -> None:
-    monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: None)
+def test_a_missing_package_is_one_sentence(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], config: Path) -> None:
+    monkeypatch.setattr(optimizer_config.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(pipeline, "load_corpora", lambda data: pytest.fail("it is known before anything is read"))
     of_teacher = ["teacher.optimizer.name=sam", "teacher.optimizer.base=lion"]
     for overrides, key in ((["optimizer.name=lion"], "optimizer.name"), (of_teacher, "teacher.optimizer.base")):
         with pytest.raises(ConfigError, match=f"^{key} = \"lion\" needs the package pytorch-optimizer: pip install 'cvmk\\[optimizers\\]'$"):
             train(config, *overrides)
-    check_optimizer(OptimizerConfig(name="muon"))
+        assert main(["train", str(config), "--check", *(word for one in overrides for word in ("--set", one))]) == 2
+        assert f'{key} = "lion" needs the package' in capsys.readouterr().err
+    optimizer_config.check_optimizer(OptimizerConfig(name="muon"))
 
 
 # -- in a training step --------------------------------------------------------------------------------------------------------------

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from cvmk.config import OptimizerConfig
+from cvmk.config.optimizer import check_optimizer
 from cvmk.errors import ConfigError
 from cvmk.nn import decays, projection_rows
 from cvmk.training.optimizers.base import Optimizer
@@ -22,8 +22,6 @@ Groups = list[dict[str, Any]]
 Rows = Mapping[int, Sequence[int]]
 """By id of a parameter that is a projection: what `cvmk.nn.projection_rows` says."""
 Builder = Callable[[OptimizerConfig, Groups, Rows], Optimizer]
-LIBRARY = "pytorch_optimizer"
-OF_LIBRARY = ("lion", "adafactor", "schedule_free_adamw")
 
 
 def build_optimizer(config: OptimizerConfig, modules: Iterable[torch.nn.Module]) -> Optimizer:
@@ -36,13 +34,6 @@ def build_optimizer(config: OptimizerConfig, modules: Iterable[torch.nn.Module])
     rows = {id(parameter): found for module, name, parameter in _trained(modules) if (found := projection_rows(module, name)) is not None}
     built = BUILDERS[config.stepper](config, parameter_groups(config, modules), rows)
     return built if config.rho is None else SharpnessAware(built, config.rho, config.eta)
-
-
-def check_optimizer(config: OptimizerConfig, table: str = "optimizer") -> None:
-    """Raise ConfigError where the optimiser, named in this table, is of a package that is not installed."""
-    if config.stepper in OF_LIBRARY and importlib.util.find_spec(LIBRARY) is None:
-        key = "name" if config.base is None else "base"
-        raise ConfigError(f'{table}.{key} = "{config.stepper}" needs the package pytorch-optimizer: pip install \'cvmk[optimizers]\'')
 
 
 def parameter_groups(config: OptimizerConfig, modules: Iterable[torch.nn.Module]) -> Groups:
