@@ -20,7 +20,18 @@ float* floats(const Arguments& in, const Tensor& x, std::int64_t count, const ch
   return in.data_of<float>(x, cvmk::kFloat32, name);
 }
 
-// x, weight, bias, initial_state and lengths of `ConvCall` in cvmk/ops/causal_conv1d.py, and whether the activation is silu.
+// [batch, length, dim] whose channels are neighbours, and its strides; null for None.
+cvmk::Elements steps(const Arguments& in, const Tensor& x, const char* name, std::int64_t* batch, std::int64_t* step) {
+  if (!x) return {nullptr, cvmk::kFloat32};
+  x.expect(3, name);
+  if (x.stride(2) != 1 && x.size(2) > 1 && cvmk::bindings::count_of(x) > 0) throw std::invalid_argument(in.about(name) + "must have channels that are neighbours");
+  *batch = x.stride(0);
+  *step = x.stride(1);
+  return {x.data(), in.floating(x, name)};
+}
+
+// x, weight, bias, initial_state, lengths, and whether the activation is silu, channels are last and it is reversed: `ConvCall` in
+// cvmk/ops/causal_conv1d.py.
 Shape read_shape(Arguments& in, cvmk::Elements* x) {
   const Tensor given = in.tensor("x"), weight = in.tensor("weight"), bias = in.optional("bias"), before = in.optional("initial_state");
   const Tensor lengths = in.optional("lengths");
@@ -28,11 +39,9 @@ Shape read_shape(Arguments& in, cvmk::Elements* x) {
   weight.expect(2, "weight");
   Shape s{};
   s.batch = given.size(0);
-  s.dim = given.size(1);
-  s.length = given.size(2);
   s.width = weight.size(1);
   if (s.width < 1 || s.width > kMaxWidth) throw std::invalid_argument(in.about("weight") + "must have a width of 1 to " + std::to_string(kMaxWidth));
-  *x = elements(in, given, s.batch * s.dim * s.length, "x");
+  s.dim = weight.size(0);
   s.weight = floats(in, weight, s.dim * s.width, "weight");
   s.bias = floats(in, bias, s.dim, "bias");
   s.before = floats(in, before, s.batch * s.dim * (s.width - 1), "initial_state");
@@ -43,6 +52,12 @@ Shape read_shape(Arguments& in, cvmk::Elements* x) {
     s.lengths_dtype = in.counting(lengths, "lengths");
   }
   s.silu = in.integer() != 0;
+  s.channels_last = in.integer() != 0;
+  s.reverse = in.integer() != 0;
+  if (s.reverse && !s.channels_last) throw std::invalid_argument(in.about("x") + "is read from the end with channels last only");
+  s.length = given.size(s.channels_last ? 1 : 2);
+  if (given.size(s.channels_last ? 2 : 1) != s.dim) throw std::invalid_argument(in.about("weight") + "must be [dim, width] with x's dim");
+  *x = s.channels_last ? steps(in, given, "x", &s.x_batch, &s.x_step) : elements(in, given, s.batch * s.dim * s.length, "x");
   return s;
 }
 
@@ -60,7 +75,8 @@ void backward(Arguments& in) {
   p.shape = read_shape(in, &p.x);
   const Shape& s = p.shape;
   const std::int64_t inputs = s.batch * s.dim * s.length, states = s.batch * s.dim * (s.width - 1);
-  p.grad_out = elements(in, in.optional("grad_out"), inputs, "grad_out");
+  const Tensor grad_out = in.optional("grad_out");
+  p.grad_out = s.channels_last ? steps(in, grad_out, "grad_out", &p.grad_batch, &p.grad_step) : elements(in, grad_out, inputs, "grad_out");
   p.grad_last = elements(in, in.optional("grad_last_state"), states, "grad_last_state");
   p.dx = elements(in, in.optional("the gradient of x"), inputs, "the gradient of x");
   p.dweight = floats(in, in.optional("the gradient of weight"), s.dim * s.width, "the gradient of weight");

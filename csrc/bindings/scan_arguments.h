@@ -48,7 +48,21 @@ inline Weights weights_of(const Tensor& x, const char* name, bool* readable) {
 // Results, and what the op made itself.
 inline float* floats(Arguments& in, const char* name) { return in.data_of<float>(in.optional(name), kFloat32, name); }
 
-// u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus, reverse.
+// Steps that were read as [batch, row, column] and are [batch, column, row].
+inline void turn(View* v) {
+  const int64_t row = v->row;
+  v->row = v->column;
+  v->column = row;
+}
+// Likewise [batch, group, state, time] that is [batch, time, group, state].
+inline void turn(Weights* w) {
+  const int64_t time = w->group;
+  w->group = w->varying.row;
+  w->varying.row = w->varying.column;
+  w->varying.column = time;
+}
+
+// u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus, reverse, channels_last.
 inline Scan read_scan(Arguments& in, bool* readable) {
   Scan s{};
   const Tensor u = in.tensor("u"), delta = in.tensor("delta"), A = in.tensor("A"), B = in.tensor("B"), C = in.tensor("C");
@@ -70,13 +84,19 @@ inline Scan read_scan(Arguments& in, bool* readable) {
     s.cu_dtype = in.counting(cu, "cu_seqlens");
     s.sequences = cu.size(0) - 1;
   }
-  s.batch = u.size(0);
-  s.channels = u.size(1);
-  s.length = u.size(2);
-  s.states = A.size(1);
-  s.groups = B.dims == 4 ? B.size(1) : C.dims == 4 ? C.size(1) : 1;
   s.softplus = in.integer();
   s.reverse = in.integer();
+  s.channels_last = in.integer();
+  const int last = s.channels_last ? 2 : 1;
+  if (s.channels_last) {
+    for (View* v : {&s.u, &s.delta, &s.z}) turn(v);
+    for (Weights* w : {&s.B, &s.C}) turn(w);
+  }
+  s.batch = u.size(0);
+  s.channels = u.size(last);
+  s.length = u.size(3 - last);
+  s.states = A.size(1);
+  s.groups = B.dims == 4 ? B.size(last) : C.dims == 4 ? C.size(last) : 1;
   return s;
 }
 
@@ -101,6 +121,7 @@ inline Call<ScanBackward> read_backward(Arguments& in) {
   p.scan = read_scan(in, &call.readable);
   in.integer();
   p.grad_out = view_of(in.optional("grad_out"), "grad_out", &call.readable);
+  if (p.scan.channels_last) turn(&p.grad_out);
   p.grad_last = floats_of(in.optional("grad_last_state"), &call.readable);
   p.kept = floats_of(in.tensor("states"), &call.readable);
   p.du = in.optional("the gradient of u").data();

@@ -14,7 +14,8 @@
 namespace cvmk::scan {
 namespace {
 
-constexpr int64_t kMostBlocks = 4;      // blocks of an item: the sums across lanes are shared by so many
+constexpr int64_t kMostBlocks = 4;      // blocks of an item: B, C and the sums across lanes are shared by so many
+constexpr int64_t kManyRows = 32;       // from so many rows on there are enough items whatever their size
 constexpr int64_t kMostBatchParts = 64;  // parts of the batch whose sums over time are kept apart
 
 // Offsets of the sums over batch and time within one part: dA, dD, d bias, constant dB, constant dC; each of [channels, ...].
@@ -40,7 +41,7 @@ struct Cut {
   int64_t rows_of_part;
   explicit CVMK_INLINE Cut(const Scan& s) {
     blocks = blocks_of_group(s);
-    per_item = blocks / 8 < 1 ? 1 : blocks / 8 > kMostBlocks ? kMostBlocks : blocks / 8;
+    per_item = s.batch >= kManyRows ? most(1, least(blocks, kMostBlocks)) : most(1, least(blocks / 8, kMostBlocks));
     items = (blocks + per_item - 1) / per_item;
     rows_of_part = (s.batch + kMostBatchParts - 1) / kMostBatchParts;
     batch_parts = rows_of_part == 0 ? 0 : (s.batch + rows_of_part - 1) / rows_of_part;
@@ -53,12 +54,14 @@ struct BackwardScratch {
   float *decays, *before;                            // [kChunk][kStates][W], the second with one step more
   float *entry, *A;                                  // [states][W]
   float *B, *C;                                      // [states][kChunk], or constant [states][W]
-  float *dB, *dC;                                    // [states][kChunk][W], sums of the item in one chunk
+  float *dB, *dC;                                    // [states][pitch][W], sums of the item in one chunk
+  int64_t pitch;                                     // steps of a chunk, and odd: of a power of 2, a step of all states is one set of the first-level cache
   float* carry;                                      // [kMostBlocks][states][W]
   float *dA, *dD, *dbias, *constant_dB, *constant_dC;  // [kMostBlocks][states][W] or [kMostBlocks][W], sums of the item
 
   CVMK_INLINE BackwardScratch(const Scan& s, Arena* a) {
     const int64_t tile = kChunk * W, square = s.states * W;
+    pitch = least(s.length, kChunk) | 1;
     u = a->take<float>(tile);
     step = a->take<float>(tile);
     rate = a->take<float>(tile);
@@ -76,8 +79,8 @@ struct BackwardScratch {
     A = a->take<float>(square);
     B = a->take<float>(s.states * kChunk);
     C = a->take<float>(s.states * kChunk);
-    dB = a->take<float>(s.B.constant != nullptr ? 0 : s.states * tile);
-    dC = a->take<float>(s.C.constant != nullptr ? 0 : s.states * tile);
+    dB = a->take<float>(s.B.constant != nullptr ? 0 : s.states * pitch * W);
+    dC = a->take<float>(s.C.constant != nullptr ? 0 : s.states * pitch * W);
     carry = a->take<float>(square * kMostBlocks);
     dA = a->take<float>(square * kMostBlocks);
     dD = a->take<float>(W * kMostBlocks);
@@ -91,6 +94,7 @@ struct BackwardScratch {
 struct Inner {
   const float *rate, *drive, *dy, *A, *B, *C, *entry;
   float *y, *du, *dstep, *decays, *before, *dB, *dC, *carry, *dA, *constant_dB, *constant_dC;
+  int64_t pitch;
 };
 
 template <int kCount, bool kConstantB, bool kConstantC, bool kOutput>
@@ -124,7 +128,7 @@ CVMK_INLINE void retreat(const Inner& k, int64_t n, int begin, int end) {
     const F rate = simd::load(k.rate + t * W), drive = simd::load(k.drive + t * W), dy = simd::load(k.dy + t * W);
     F du = simd::load(k.du + t * W), dstep = simd::load(k.dstep + t * W);
     for (int j = 0; j < kCount; ++j) {
-      const int64_t at = ((n + j) * kChunk + t) * W;
+      const int64_t at = ((n + j) * k.pitch + t) * W;
       const F h = dy * (kConstantC ? C[j] : simd::set(k.C[(n + j) * kChunk + t])) + carry[j];
       if (kConstantC) dC[j] += dy * x[j];
       else simd::store(k.dC + at, simd::load(k.dC + at) + dy * x[j]);
@@ -228,7 +232,7 @@ CVMK_INLINE void retreat_block(const ScanBackward& p, const Spans& spans, int64_
   if (s.B.constant != nullptr) load_states(s, s.B.constant, b.channel, b.lanes, k.B);
   if (s.C.constant != nullptr) load_states(s, s.C.constant, b.channel, b.lanes, k.C);
   const Inner inner{k.rate, k.drive, k.dy, k.A, k.B, k.C, k.entry, k.y, k.du, k.dstep, k.decays, k.before, k.dB, k.dC,
-                    k.carry + m * square, k.dA + m * square, k.constant_dB + m * square, k.constant_dC + m * square};
+                    k.carry + m * square, k.dA + m * square, k.constant_dB + m * square, k.constant_dC + m * square, k.pitch};
   const Extent e = extent(s, c);
   enter_chunk(p, b, e, k, bias, D);
   for (int64_t i = spans.starts[c + 1] - 1; i >= spans.starts[c]; --i) {
@@ -243,14 +247,29 @@ CVMK_INLINE void retreat_block(const ScanBackward& p, const Spans& spans, int64_
   leave_chunk(p, b, e, k, m, D);
 }
 
-// The sums over an item's channels, [states][length] at `to`.
-CVMK_INLINE void store_lane_sums(const Scan& s, const Extent& e, const float* sums, float* to) {
+// `count` sums over the lanes of vectors that lie `stride` floats apart.
+CVMK_INLINE F lane_sums(const float* from, int64_t stride, int count) {
+  F v[W];
+  for (int i = 0; i < W; ++i) v[i] = i < count ? simd::load(from + i * stride) : F{};
+  return row_sums(v);
+}
+
+// The sums over an item's channels, [states][length] at `to`, or [length][states] where channels are last.
+inline __attribute__((noinline)) void store_lane_sums(const Scan& s, const Extent& e, const float* sums, int64_t pitch, float* to) {
+  if (s.channels_last) {
+    for (int t = 0; t < e.steps; ++t) {
+      float* const row = to + (s.reverse ? e.time + e.steps - 1 - t : e.time + t) * s.states;
+      for (int64_t n = 0; n < s.states; n += W) {
+        const int count = static_cast<int>(least(W, s.states - n));
+        simd::store_n(row + n, lane_sums(sums + (n * pitch + t) * W, pitch * W, count), count);
+      }
+    }
+    return;
+  }
   for (int64_t n = 0; n < s.states; ++n) {
     for (int t = 0; t < e.steps; t += W) {
       const int count = e.steps - t < W ? e.steps - t : W;
-      F v[W];
-      for (int i = 0; i < W; ++i) v[i] = i < count ? simd::load(sums + (n * kChunk + t + i) * W) : F{};
-      const F total = row_sums(v);
+      const F total = lane_sums(sums + (n * pitch + t) * W, W, count);
       float* row = to + n * s.length + e.time;
       if (!s.reverse) simd::store_n(row + t, total, count);
       else
@@ -260,7 +279,7 @@ CVMK_INLINE void store_lane_sums(const Scan& s, const Extent& e, const float* su
 }
 
 struct Parts {
-  float *dB, *dC;  // [batch, groups, items, states, length], or null
+  float *dB, *dC;  // [batch, groups, items, states, length], or of each item [length, states] where channels are last; or null
   float* sums;     // [batch_parts, Sums::size]
 };
 
@@ -282,15 +301,15 @@ CVMK_INLINE void backward_item(const ScanBackward& p, const Spans& spans, const 
       const int64_t place = ((batch * s.groups + group) * cut.items + item) * s.states * s.length;
       if (s.B.constant == nullptr) {
         load_weights(s, s.B, batch, group, e, k.B);
-        fill(k.dB, s.states * kChunk * W, 0.0f);
+        fill(k.dB, s.states * k.pitch * W, 0.0f);
       }
       if (s.C.constant == nullptr) {
         load_weights(s, s.C, batch, group, e, k.C);
-        fill(k.dC, s.states * kChunk * W, 0.0f);
+        fill(k.dC, s.states * k.pitch * W, 0.0f);
       }
       for (int64_t m = 0; m < count; ++m) retreat_block(p, spans, c, block_at(s, batch, group, first + m), k, m, run);
-      if (parts.dB != nullptr) store_lane_sums(s, e, k.dB, parts.dB + place);
-      if (parts.dC != nullptr) store_lane_sums(s, e, k.dC, parts.dC + place);
+      if (parts.dB != nullptr) store_lane_sums(s, e, k.dB, k.pitch, parts.dB + place);
+      if (parts.dC != nullptr) store_lane_sums(s, e, k.dC, k.pitch, parts.dC + place);
     }
   }
   const Sums sums(s);
@@ -308,14 +327,17 @@ CVMK_INLINE void backward_item(const ScanBackward& p, const Spans& spans, const 
 // The parts of the batch added up, one after the other, in double precision.
 CVMK_INLINE void add_parts(const float* parts, int64_t count, int64_t pitch, int64_t size, float* out) {
   if (out == nullptr) return;
-  for (int64_t i = 0; i < size; ++i) {
-    double total = 0.0;
-    for (int64_t part = 0; part < count; ++part) total += static_cast<double>(parts[part * pitch + i]);
-    out[i] = static_cast<float>(total);
+  constexpr int64_t kAtOnce = 64;
+  for (int64_t first = 0; first < size; first += kAtOnce) {
+    const int64_t some = least(kAtOnce, size - first);
+    double totals[kAtOnce] = {};
+    for (int64_t part = 0; part < count; ++part)
+      for (int64_t i = 0; i < some; ++i) totals[i] += static_cast<double>(parts[part * pitch + first + i]);
+    for (int64_t i = 0; i < some; ++i) out[first + i] = static_cast<float>(totals[i]);
   }
 }
 
-// One row [length] of dB or dC from the sums of the items of its group.
+// One row [length] (channels last: [states]) of dB or dC from the sums of the items of its group.
 template <Dtype kType>
 CVMK_INLINE void add_items_as(const float* parts, int64_t items, int64_t pitch, int64_t length, void* out) {
   for (int64_t t = 0; t < length; t += W) {
@@ -326,12 +348,15 @@ CVMK_INLINE void add_items_as(const float* parts, int64_t items, int64_t pitch, 
   }
 }
 CVMK_INLINE void add_items(const Scan& s, const Cut& cut, const float* parts, void* out, Dtype dtype, int64_t row) {
-  const int64_t pitch = s.states * s.length;
-  const float* from = parts + (row / s.states * cut.items * s.states + row % s.states) * s.length;
-  void* to = elements::at(out, dtype, row * s.length);
-  if (dtype == kFloat32) add_items_as<kFloat32>(from, cut.items, pitch, s.length, to);
-  else if (dtype == kBFloat16) add_items_as<kBFloat16>(from, cut.items, pitch, s.length, to);
-  else add_items_as<kFloat16>(from, cut.items, pitch, s.length, to);
+  const int64_t pitch = s.states * s.length, rows = s.channels_last ? s.length : s.states, width = s.channels_last ? s.states : s.length;
+  const int64_t of_group = row / rows, at = row % rows;
+  const float* from = parts + (of_group * cut.items * rows + at) * width;
+  // Channels last: [batch, length, group, state].
+  const int64_t place = s.channels_last ? (of_group / s.groups * s.length + at) * s.groups + of_group % s.groups : row;
+  void* to = elements::at(out, dtype, place * width);
+  if (dtype == kFloat32) add_items_as<kFloat32>(from, cut.items, pitch, width, to);
+  else if (dtype == kBFloat16) add_items_as<kBFloat16>(from, cut.items, pitch, width, to);
+  else add_items_as<kFloat16>(from, cut.items, pitch, width, to);
 }
 
 // The memory of a pass: the spans, what the items leave for the sums at the end, and a part for each thread.
@@ -366,7 +391,7 @@ inline __attribute__((unused)) int64_t backward_scratch(const ScanBackward& p, c
 // dB and dC (unless they are constant), then the sums over batch and time.
 CVMK_INLINE void finish_backward(const ScanBackward& p, const BackwardPlan& plan, const Team& team) {
   const Scan& s = p.scan;
-  const int64_t rows = s.batch * s.groups * s.states;
+  const int64_t rows = s.batch * s.groups * (s.channels_last ? s.length : s.states);
   for (int which = 0; which < 2; ++which) {
     const float* from = which == 0 ? plan.parts.dB : plan.parts.dC;
     if (from == nullptr) continue;

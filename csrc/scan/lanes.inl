@@ -207,7 +207,13 @@ inline __attribute__((noinline)) void load_tile_as(const Plane& from, int rows, 
       }
       transpose(m);
     } else if (from.row == 1) {
-      for (int i = 0; i < W; ++i) m[i] = i < n ? elements::load_n<kType>(from.data + (c + i) * from.column * size, rows) : F{};
+      const char* p = from.data + c * from.column * size;
+      const int64_t stride = from.column * size;
+      if (rows == W) {
+        for (int i = 0; i < n; ++i) m[i] = elements::load<kType>(p + i * stride);
+      } else {
+        for (int i = 0; i < n; ++i) m[i] = elements::load_n<kType>(p + i * stride, rows);
+      }
     } else {
       for (int i = 0; i < W; ++i) {
         m[i] = F{};
@@ -223,13 +229,18 @@ CVMK_INLINE void load_tile(const Plane& from, int rows, int columns, bool flip, 
   else load_tile_as<kFloat16>(from, rows, columns, flip, tile);
 }
 
-// To memory whose columns are contiguous.
+// To memory whose columns or rows are contiguous.
 template <Dtype kType>
 inline __attribute__((noinline)) void store_tile_as(const Plane& to, int rows, int columns, bool flip, const float* tile) {
   constexpr int64_t size = size_of(kType);
-  if (to.row == 1 && columns == 1) {  // one step of channels that are neighbours
-    if (rows == W) return elements::store<kType>(to.data, simd::load(tile));
-    return elements::store_n<kType>(to.data, simd::load(tile), rows);
+  if (to.row == 1 && (columns == 1 || to.column != 1)) {  // channels that are neighbours
+    const int64_t stride = to.column * size;
+    for (int c = 0; c < columns; ++c) {
+      const F v = simd::load(tile + (flip ? columns - 1 - c : c) * W);
+      if (rows == W) elements::store<kType>(to.data + c * stride, v);
+      else elements::store_n<kType>(to.data + c * stride, v, rows);
+    }
+    return;
   }
   for (int c = 0; c < columns; c += W) {
     const int n = columns - c < W ? columns - c : W;
@@ -251,10 +262,30 @@ CVMK_INLINE void store_tile(const Plane& to, int rows, int columns, bool flip, c
   else store_tile_as<kFloat16>(to, rows, columns, flip, tile);
 }
 
+// The rows [r, r + count), which are neighbours in memory, as `load_rows`.
+template <Dtype kType>
+CVMK_INLINE void turn_rows_as(const Plane& from, int64_t r, int count, int columns, bool flip, float* out, int64_t pitch) {
+  constexpr int64_t size = size_of(kType);
+  for (int c = 0; c < columns; c += W) {
+    const int n = columns - c < W ? columns - c : W;
+    F m[W];
+    for (int i = 0; i < W; ++i) {
+      const int64_t column = flip ? columns - 1 - c - i : c + i;
+      m[i] = i < n ? elements::load_n<kType>(from.data + (r + column * from.column) * size, count) : F{};
+    }
+    transpose(m);
+    for (int i = 0; i < count; ++i) simd::store_n(out + i * pitch + c, m[i], n);
+  }
+}
+
 // Rows [rows][columns] of any dtype as float32, row r at out + r * pitch, the columns flipped or not.
 template <Dtype kType>
 inline __attribute__((noinline)) void load_rows_as(const Plane& from, int64_t rows, int columns, bool flip, float* out, int64_t pitch) {
   constexpr int64_t size = size_of(kType);
+  if (from.row == 1 && from.column != 1 && columns > 1) {
+    for (int64_t r = 0; r < rows; r += W) turn_rows_as<kType>(from, r, static_cast<int>(rows - r < W ? rows - r : W), columns, flip, out + r * pitch, pitch);
+    return;
+  }
   for (int64_t r = 0; r < rows; ++r) {
     const char* p = from.data + r * from.row * size;
     float* q = out + r * pitch;

@@ -29,6 +29,7 @@ struct Weights {
 struct Scan {
   int64_t batch, channels, length, states, groups;
   int64_t softplus, reverse;
+  int64_t channels_last;  // whether out, du, ddelta and dz are [batch, length, channels], and dB and dC [batch, length, group, state]
   View u, delta, z;
   Weights B, C;
   const float *A, *D, *bias, *initial;  // contiguous; all but A may be null
@@ -39,7 +40,7 @@ struct Scan {
 
 struct ScanForward {
   Scan scan;
-  void* out;         // [batch, channels, length], in u's dtype
+  void* out;         // [batch, channels, length] (or channels last), in u's dtype
   float* last;       // [sequences or batch, channels, states]
   float* kept;       // [batch, chunks * channels, states]: states before each chunk in the order of the scan; may be null
 };

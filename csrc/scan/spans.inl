@@ -84,9 +84,11 @@ CVMK_INLINE void load_steps(const Scan& s, const View& view, const Block& b, con
   if (view.data == nullptr) fill(tile, static_cast<int64_t>(e.steps) * W, 0.0f);
   else load_tile(plane(view, b.batch, b.channel, e.time), b.lanes, e.steps, s.reverse != 0, tile);
 }
-// To a contiguous [batch, channels, length].
+// To [batch, channels, length] without gaps, or channels last.
 CVMK_INLINE void store_steps(const Scan& s, void* data, Dtype dtype, const Block& b, const Extent& e, const float* tile) {
-  const Plane to{elements::at(data, dtype, (b.batch * s.channels + b.channel) * s.length + e.time), dtype, s.length, 1};
+  const int64_t row = s.channels_last ? 1 : s.length, column = s.channels_last ? s.channels : 1;
+  const int64_t at = b.batch * s.channels * s.length + b.channel * row + e.time * column;
+  const Plane to{elements::at(data, dtype, at), dtype, row, column};
   store_tile(to, b.lanes, e.steps, s.reverse != 0, tile);
 }
 // B or C of one chunk as [states][kChunk].

@@ -19,6 +19,56 @@ using cvmk::testing::poisoned;
 
 constexpr double kNear = 2e-5;
 
+// [batch][rows][columns] with rows and columns exchanged.
+Floats turned(const Floats& values, std::int64_t batch, std::int64_t rows, std::int64_t columns) {
+  Floats out(values.size());
+  for (std::int64_t i = 0; i < batch; ++i)
+    for (std::int64_t r = 0; r < rows; ++r)
+      for (std::int64_t c = 0; c < columns; ++c)
+        out[static_cast<std::size_t>((i * columns + c) * rows + r)] = values[static_cast<std::size_t>((i * rows + r) * columns + c)];
+  return out;
+}
+
+// [batch][length][dim] with the real steps of each row in reverse order.
+Floats flipped(const Floats& values, const std::vector<std::int64_t>& lengths, std::int64_t length, std::int64_t dim) {
+  Floats out = values;
+  for (std::size_t b = 0; b < lengths.size(); ++b)
+    for (std::int64_t t = 0; t < lengths[b]; ++t)
+      for (std::int64_t c = 0; c < dim; ++c) {
+        const std::int64_t row = static_cast<std::int64_t>(b) * length;
+        out[static_cast<std::size_t>((row + t) * dim + c)] = values[static_cast<std::size_t>((row + lengths[b] - 1 - t) * dim + c)];
+      }
+  return out;
+}
+
+// Channels last, forwards and backwards: the results of the passes with time last. `found`: x, grad_out, out, last, dx, dbefore,
+// dweight and dbias.
+void check_channels_last(Shape s, Backward b, const std::vector<std::int64_t>& lengths, const std::vector<const Floats*>& found) {
+  const std::int64_t inputs = s.batch * s.dim * s.length;
+  s.channels_last = true, s.x_batch = s.length * s.dim + 3, s.x_step = s.dim;
+  for (const bool reverse : {false, true}) {
+    s.reverse = reverse;
+    const auto in_order = [&](const Floats& values) {
+      const Floats last = turned(values, s.batch, s.dim, s.length);
+      return reverse ? flipped(last, lengths, s.length, s.dim) : last;
+    };
+    Floats x = poisoned(inputs + 3 * s.batch), given = in_order(*found[0]), grad = in_order(*found[1]);
+    for (std::int64_t row = 0; row < s.batch; ++row)
+      for (std::int64_t i = 0; i < s.length * s.dim; ++i)
+        x[static_cast<std::size_t>(row * s.x_batch + i)] = given[static_cast<std::size_t>(row * s.length * s.dim + i)];
+    Floats out = poisoned(inputs), last = poisoned(static_cast<std::int64_t>(found[3]->size())), dx = out, dbefore = last;
+    Floats dweight = poisoned(s.dim * s.width), dbias = poisoned(s.dim);
+    const auto elements = [](Floats& values) { return Elements{values.data(), cvmk::kFloat32}; };
+    cvmk::run(kernels().forward, Forward{s, elements(x), elements(out), elements(last)}, cvmk::openmp_team());
+    b.shape = s, b.x = elements(x), b.grad_out = elements(grad), b.grad_batch = s.length * s.dim, b.grad_step = s.dim;
+    b.dx = elements(dx), b.dweight = dweight.data(), b.dbias = dbias.data(), b.dbefore = dbefore.data();
+    cvmk::run(kernels().backward, b, cvmk::openmp_team());
+    const auto as = [](const Floats& values) { return std::vector<double>(values.begin(), values.end()); };
+    CHECK(last == *found[3] && near(out, as(in_order(*found[2])), 1e-6));
+    CHECK(near(dx, as(in_order(*found[4])), 1e-6) && near(dbefore, as(*found[5]), 1e-6) && near(dweight, as(*found[6]), 1e-5) && near(dbias, as(*found[7]), 1e-5));
+  }
+}
+
 void check_case(std::int64_t batch, std::int64_t dim, std::int64_t length, std::int64_t width, bool with_optional, bool silu) {
   const std::int64_t front = width - 1, rows = batch * dim;
   Floats x = normal(rows * length), weight = normal(dim * width), bias = normal(dim), before = normal(rows * front);
@@ -63,6 +113,7 @@ void check_case(std::int64_t batch, std::int64_t dim, std::int64_t length, std::
   }
   CHECK(near(out, want, kNear) && near(last, want_last, kNear) && near(dx, want_dx, kNear) && near(dbefore, want_dbefore, kNear));
   CHECK(near(dweight, want_dweight, 1e-4) && near(dbias, want_dbias, 1e-4));
+  check_channels_last(shape, b, lengths, {&x, &grad, &out, &last, &dx, &dbefore, &dweight, &dbias});
 
   if (length == 0) return;  // steps, from the same start, of rows that are all real
   Floats state = o ? before : Floats(before.size(), 0.0f), y = poisoned(rows), now = poisoned(rows);

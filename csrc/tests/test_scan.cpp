@@ -141,6 +141,40 @@ Results loops(const Case& p) {
   return r;
 }
 
+// [count][rows][columns] with rows and columns exchanged.
+Floats turned(const Floats& values, std::int64_t count, std::int64_t rows, std::int64_t columns) {
+  Floats out(values.size());
+  for (std::int64_t i = 0; i < count; ++i)
+    for (std::int64_t r = 0; r < rows; ++r)
+      for (std::int64_t c = 0; c < columns; ++c)
+        out[static_cast<std::size_t>((i * columns + c) * rows + r)] = values[static_cast<std::size_t>((i * rows + r) * columns + c)];
+  return out;
+}
+
+// The same bits with channels last: f and g are the passes that were run with time last.
+void check_channels_last(Case p, ScanForward f, ScanBackward g, const std::vector<const Floats*>& steps, const std::vector<const Floats*>& weights,
+                         const std::vector<const Floats*>& rest) {
+  const std::int64_t channels = p.channels, length = p.length, inner = p.groups * p.states;
+  const auto by_step = [&](const Floats& x) { return turned(x, p.batch, channels, length); };
+  const auto by_weight = [&](const Floats& x) { return turned(x, p.batch, inner, length); };
+  Floats u = by_step(p.u), delta = by_step(p.delta), z = by_step(p.z), grad_out = by_step(p.grad_out), B = by_weight(p.B), C = by_weight(p.C);
+  const auto view = [&](Floats& values) { return cvmk::scan::View{values.data(), cvmk::kFloat32, channels * length, 1, channels}; };
+  const auto weight = [&](Floats& values) { return cvmk::scan::Weights{{values.data(), cvmk::kFloat32, inner * length, 1, inner}, p.states, nullptr}; };
+  f.scan.channels_last = 1, f.scan.u = view(u), f.scan.delta = view(delta), f.scan.z = view(z), f.scan.B = weight(B), f.scan.C = weight(C);
+  g.scan = f.scan, g.grad_out = view(grad_out);
+  const float nan = std::nanf("");
+  std::vector<Floats> found;
+  for (const auto* group : {&steps, &weights, &rest})
+    for (const Floats* like : *group) found.emplace_back(like->size(), nan);
+  f.out = found[0].data(), g.du = found[1].data(), g.ddelta = found[2].data(), g.dz = found[3].data(), g.dB = found[4].data(), g.dC = found[5].data();
+  f.last = found[6].data(), g.dA = found[7].data(), g.dD = found[8].data(), g.dbias = found[9].data(), g.dinitial = found[10].data();
+  cvmk::run(cvmk::scan::kernels().forward, f, cvmk::openmp_team());
+  cvmk::run(cvmk::scan::kernels().backward, g, cvmk::openmp_team());
+  for (std::size_t i = 0; i < 4; ++i) CHECK(found[i] == by_step(*steps[i]));
+  for (std::size_t i = 0; i < 2; ++i) CHECK(found[4 + i] == by_weight(*weights[i]));
+  for (std::size_t i = 0; i < 5; ++i) CHECK(found[6 + i] == *rest[i]);
+}
+
 void check_case(Case p) {
   const float nan = std::nanf("");
   const auto poisoned = [&](const Floats& like) { return Floats(like.size(), nan); };
@@ -163,6 +197,7 @@ void check_case(Case p) {
   CHECK(near(du, want.du, 2e-6) && near(ddelta, want.ddelta, 2e-6) && near(dz, want.dz, 2e-6));
   CHECK(near(dB, want.dB, 2e-6) && near(dC, want.dC, 2e-6));
   CHECK(near(dA, want.dA, 2e-6) && near(dD, want.dD, 2e-6) && near(dbias, want.dbias, 2e-6) && near(dinitial, want.dinitial, 2e-6));
+  check_channels_last(p, f, g, {&out, &du, &ddelta, &dz}, {&dB, &dC}, {&last, &dA, &dD, &dbias, &dinitial});
 }
 
 void check_functions() {

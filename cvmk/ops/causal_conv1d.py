@@ -29,12 +29,16 @@ ACTIVATIONS = (None, "silu")
 
 
 class ConvCall(NamedTuple):
+    """Where channels are last, x is [batch, length, dim]."""
+
     x: Tensor
     weight: Tensor
     bias: Tensor | None
     initial_state: Tensor | None
     lengths: Tensor | None
     silu: bool
+    channels_last: bool
+    reverse: bool
 
 
 class ConvOut(NamedTuple):
@@ -63,6 +67,8 @@ def causal_conv1d(
     initial_state: Tensor | None = None,
     lengths: Tensor | None = None,
     return_last_state: bool = False,
+    channels_last: bool = False,
+    reverse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Convolve each channel with its own filter of the present and the W - 1 inputs before it; formulas and gradients stand at the top of this module.
 
@@ -73,6 +79,9 @@ def causal_conv1d(
     initial_state  [batch, dim, W - 1]: the inputs before the first, oldest first, any floating dtype.
     lengths        [batch], int32 or int64, on x's device: of row b only the first lengths[b] inputs are real. The others count as 0 whatever they are,
                    as do the results there, and the row's last state is that behind its last real input. Below 0 is 0, above `length` is `length`.
+    channels_last  x and out are [batch, length, dim], as linear layers give and take them: the same results, without a transposition on the CPU.
+    reverse        from the last real input of each row to its first: the result equals that of inputs whose real part is flipped, flipped. The initial
+                   state enters there, and the last state is that after position 0.
 
     Returns out [batch, dim, length] and, with return_last_state, (out, last state [batch, dim, W - 1]), which goes on as initial_state or by
     `causal_conv1d_update`. Sums are in float32 (float64 for float64). Every floating tensor has a gradient, through the last state too. Under autocast x
@@ -81,7 +90,17 @@ def causal_conv1d(
     Raises TypeError for a dtype and ValueError for a shape, a device or an activation that does not fit.
     """
     out, last_state = conv_op(
-        _prepare(x, weight, bias, activation=activation, initial_state=initial_state, lengths=lengths, return_last_state=return_last_state)
+        _prepare(
+            x,
+            weight,
+            bias,
+            activation=activation,
+            initial_state=initial_state,
+            lengths=lengths,
+            return_last_state=return_last_state,
+            channels_last=channels_last,
+            reverse=reverse,
+        )
     )
     return (out, last_state) if return_last_state else out
 
@@ -101,7 +120,7 @@ def causal_conv1d_update(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor 
 
 # -- whole sequences -----------------------------------------------------------------------------------------------------------
 def _fake(c: ConvCall) -> ConvOut:
-    batch, dim, _ = c.x.shape
+    batch, dim = c.x.shape[0], c.weight.shape[0]
     return ConvOut(c.x.new_empty(c.x.shape), c.x.new_empty((batch, dim, c.weight.shape[1] - 1)))
 
 
@@ -118,11 +137,13 @@ def _prepare(
     initial_state: Tensor | None = None,
     lengths: Tensor | None = None,
     return_last_state: bool = False,
+    channels_last: bool = False,
+    reverse: bool = False,
 ) -> ConvCall:
     if x.dim() != 3:
-        raise ValueError(f"x must be [batch, dim, length], not of shape {list(x.shape)}")
-    _check("causal_conv1d", x, weight, bias, activation)
-    batch, dim, _ = x.shape
+        raise ValueError(f"x must be {'[batch, length, dim]' if channels_last else '[batch, dim, length]'}, not of shape {list(x.shape)}")
+    batch, dim = x.shape[0], x.shape[2 if channels_last else 1]
+    _check("causal_conv1d", x, dim, weight, bias, activation)
     if initial_state is not None:
         _check_state("initial_state", initial_state, x, (batch, dim, weight.shape[1] - 1))
     if lengths is not None:
@@ -134,7 +155,7 @@ def _prepare(
             raise ValueError(f"lengths is on {lengths.device}, and x on {x.device}: move it there")
     if autocast_enabled():
         (x,) = autocast_lower(x)
-    return make(ConvCall, (x, weight, bias, initial_state, lengths, activation == "silu"))
+    return make(ConvCall, (x, weight, bias, initial_state, lengths, activation == "silu", channels_last, reverse))
 
 
 # -- one input -----------------------------------------------------------------------------------------------------------------
@@ -145,7 +166,7 @@ update_op = Op("causal_conv1d_update", UpdateCall, UpdateOut, fake_forward=lambd
 def _prepare_update(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str | None = None) -> UpdateCall:
     if x.dim() != 2:
         raise ValueError(f"x must be [batch, dim], not of shape {list(x.shape)}")
-    _check("causal_conv1d_update", x, weight, bias, activation)
+    _check("causal_conv1d_update", x, x.shape[1], weight, bias, activation)
     _check_state("state", state, x, (*x.shape, weight.shape[1] - 1))
     if torch.is_grad_enabled():
         for name, tensor in (("state", state), ("x", x), ("weight", weight), ("bias", bias)):
@@ -157,13 +178,12 @@ def _prepare_update(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | Non
 
 
 # -- checks --------------------------------------------------------------------------------------------------------------------
-def _check(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> None:
+def _check(op: str, x: Tensor, dim: int, weight: Tensor, bias: Tensor | None, activation: str | None) -> None:
     for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.dtype not in _FLOATS:
             raise TypeError(f"{op} needs float64, float32, bfloat16 or float16, but {name} is {tensor.dtype}")
         if tensor is not None and tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device}, and x on {x.device}: move it there")
-    dim = x.shape[1]
     if weight.dim() != 2 or weight.shape[0] != dim or weight.shape[1] < 1:
         raise ValueError(f"weight must be [dim, width] with dim {dim} as x has it and a width of at least 1, not of shape {list(weight.shape)}")
     if bias is not None and bias.shape != (dim,):

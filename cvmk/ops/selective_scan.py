@@ -38,6 +38,8 @@ SCAN_CHUNK = 64
 
 
 class ScanCall(NamedTuple):
+    """Where channels are last, u, delta and z are [batch, length, dim], and B and C [batch, length, groups, state]."""
+
     u: Tensor
     delta: Tensor
     A: Tensor
@@ -50,6 +52,7 @@ class ScanCall(NamedTuple):
     cu_seqlens: Tensor | None
     delta_softplus: bool
     reverse: bool
+    channels_last: bool
     keep_states: bool
 
 
@@ -97,6 +100,7 @@ def selective_scan(
     return_last_state: bool = False,
     reverse: bool = False,
     cu_seqlens: Tensor | None = None,
+    channels_last: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Run the selective scan along the last dimension; formulas and gradients stand at the top of this module.
 
@@ -115,6 +119,8 @@ def selective_scan(
                    1; sequence i is positions cu_seqlens[i] up to cu_seqlens[i + 1], and no state passes from one to the next. It
                    must rise from 0 to length; empty sequences are legal. On the CPU anything else is refused; a device is not waited
                    for, and makes some division of the length of it.
+    channels_last  u, delta, z and out are [batch, length, dim], and B and C [batch, length, state] or [batch, length, groups, state], as linear layers
+                   give and take them: the same results, without a transposition on the CPU.
 
     Returns out [batch, dim, length] in u's dtype and, with return_last_state, (out, last state [batch or sequences, dim, state]).
     The last state is in the dtype of the computation: float32, or float64 where u is float64. An empty sequence's last state is
@@ -141,6 +147,7 @@ def selective_scan(
             return_last_state=return_last_state,
             reverse=reverse,
             cu_seqlens=cu_seqlens,
+            channels_last=channels_last,
         )
     )
     return (out, last_state) if return_last_state else out
@@ -180,7 +187,7 @@ def selective_state_update(
 
 # -- the scan ------------------------------------------------------------------------------------------------------------------
 def _fake_scan(c: ScanCall) -> ScanOut:
-    batch, dim, length = c.u.shape
+    batch, dim, length = sizes_of(c)
     dtype, states = accumulation_dtype(c.u.dtype), c.A.shape[1]
     last_state = c.u.new_empty((sequences_of(c), dim, states), dtype=dtype)
     chunks = (length + SCAN_CHUNK - 1) // SCAN_CHUNK
@@ -193,9 +200,48 @@ def sequences_of(c: ScanCall) -> int:
     return c.u.shape[0] if c.cu_seqlens is None else c.cu_seqlens.shape[0] - 1
 
 
+def sizes_of(c: ScanCall) -> tuple[int, int, int]:
+    """(batch, dim, length)."""
+    batch, dim, length = c.u.shape
+    return (batch, length, dim) if c.channels_last else (batch, dim, length)
+
+
 def groups_of(c: ScanCall) -> int:
-    """How many groups B and C have; 1 where neither varies over time."""
+    """How many groups B and C have; 1 where neither varies over time. Channels are not last."""
     return c.B.shape[1] if c.B.dim() == 4 else c.C.shape[1] if c.C.dim() == 4 else 1
+
+
+def _turned(tensor: Any) -> Any:
+    """[batch, length, dim] <-> [batch, dim, length], and [batch, length, groups, state] -> [batch, groups, state, length]; constants stay."""
+    if tensor is None or tensor.dim() < 3:
+        return tensor
+    return tensor.mT if tensor.dim() == 3 else tensor.permute(0, 2, 3, 1)
+
+
+def time_last(c: ScanCall) -> ScanCall:
+    """The same scan of views of its arguments, with channels not last."""
+    return c._replace(u=c.u.mT, delta=c.delta.mT, B=_turned(c.B), C=_turned(c.C), z=_turned(c.z), channels_last=False)
+
+
+def turning(forward: Any, backward: Any) -> tuple[Any, Any]:
+    """The passes of a backend that knows time last only, for either order."""
+
+    def either_forward(c: ScanCall) -> ScanOut:
+        if not c.channels_last:
+            found: ScanOut = forward(c)
+            return found
+        out, last_state, states = forward(time_last(c))
+        return ScanOut(out.mT, last_state, states)
+
+    def either_backward(g: ScanOut, c: ScanCall, saved: ScanOut, needs: Any) -> tuple[Tensor | None, ...]:
+        if not c.channels_last:
+            grads: tuple[Tensor | None, ...] = backward(g, c, saved, needs)
+            return grads
+        du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial = backward(g._replace(out=_turned(g.out)), time_last(c), saved, needs)
+        dB, dC = (grad.permute(0, 3, 1, 2) if grad is not None and grad.dim() == 4 else grad for grad in (dB, dC))
+        return _turned(du), _turned(ddelta), dA, dB, dC, dD, _turned(dz), dbias, dinitial
+
+    return either_forward, either_backward
 
 
 scan_op = Op(
@@ -225,55 +271,61 @@ def _prepare_scan(
     return_last_state: bool = False,
     reverse: bool = False,
     cu_seqlens: Tensor | None = None,
+    channels_last: bool = False,
 ) -> ScanCall:
     device, tensors = u.device, (u, delta, A, B, C, D, z, delta_bias, initial_state)
     for tensor in tensors:
         if tensor is not None and (tensor.dtype not in _FLOATS or tensor.device != device):
             _check_tensors("selective_scan", dict(zip(ScanCall._fields, tensors, strict=False)), device)
     shape, rates = u.shape, A.shape
+    of_steps = "[batch, length, dim]" if channels_last else "[batch, dim, length]"
     if len(shape) != 3:
-        raise ValueError(f"u must be [batch, dim, length], not of shape {_shape(u)}")
+        raise ValueError(f"u must be {of_steps}, not of shape {_shape(u)}")
     batch, dim, length = shape
+    if channels_last:
+        dim, length = length, dim
     if len(rates) != 2 or rates[0] != dim:
         raise ValueError(f"A must be [dim, state] with dim {dim} as u has it, not of shape {_shape(A)}")
     state = rates[1]
     if delta.shape != shape or (z is not None and z.shape != shape):
-        _check_shape("delta", delta, "[batch, dim, length] as u is", shape)
-        _check_shape("z", z, "[batch, dim, length] as u is", shape)
-    if D is not None and D.shape != shape[1:2]:
+        _check_shape("delta", delta, f"{of_steps} as u is", shape)
+        _check_shape("z", z, f"{of_steps} as u is", shape)
+    if D is not None and D.shape != rates[:1]:
         _check_shape("D", D, "[dim]", (dim,))
-    if delta_bias is not None and delta_bias.shape != shape[1:2]:
+    if delta_bias is not None and delta_bias.shape != rates[:1]:
         _check_shape("delta_bias", delta_bias, "[dim]", (dim,))
-    B, B_groups = _with_groups("B", B, batch, dim, state, length)
-    C, C_groups = _with_groups("C", C, batch, dim, state, length)
+    B, B_groups = _with_groups("B", B, batch, dim, state, length, channels_last)
+    C, C_groups = _with_groups("C", C, batch, dim, state, length, channels_last)
     if B_groups != C_groups and B_groups and C_groups:
         raise ValueError(f"B has {B_groups} groups and C has {C_groups}; give both the same number (expand the smaller one)")
     sequences = batch
     if cu_seqlens is not None:
-        _check_cu_seqlens(cu_seqlens, u)
+        _check_cu_seqlens(cu_seqlens, u, length)
         sequences = cu_seqlens.shape[0] - 1
     if initial_state is not None and initial_state.shape != (sequences, dim, state):
         _check_shape("initial_state", initial_state, "[batch (packed: sequences), dim, state]", (sequences, dim, state))
     if autocast_enabled():
         u, B, C, z = autocast_lower(u, B, C, z)
-    return make(ScanCall, (u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus, reverse, False))
+    return make(ScanCall, (u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus, reverse, channels_last, False))
 
 
-def _with_groups(name: str, tensor: Tensor, batch: int, dim: int, state: int, length: int) -> tuple[Tensor, int]:
-    """B or C as [batch, groups, state, length] with its groups, or as [dim, state] and 0."""
+def _with_groups(name: str, tensor: Tensor, batch: int, dim: int, state: int, length: int, channels_last: bool) -> tuple[Tensor, int]:
+    """B or C as [batch, groups, state, length] (channels last: [batch, length, groups, state]) with its groups, or as [dim, state] and 0."""
     sizes = tensor.shape
     if len(sizes) == 2:
         _check_shape(name, tensor, "[dim, state]", (dim, state))
         return tensor, 0
     if len(sizes) == 3:
-        tensor = tensor.unsqueeze(1)
+        tensor = tensor.unsqueeze(2 if channels_last else 1)
         sizes = tensor.shape
-    if len(sizes) != 4 or sizes[0] != batch or sizes[2] != state or sizes[3] != length:
+    wanted = (batch, length, state) if channels_last else (batch, state, length)
+    if len(sizes) != 4 or (sizes[0], sizes[1 if channels_last else 2], sizes[3]) != wanted:
+        names = ("[batch, length, state]", "[batch, length, groups, state]") if channels_last else ("[batch, state, length]", "[batch, groups, state, length]")
         raise ValueError(
-            f"{name} must be [dim, state], [batch, state, length] or [batch, groups, state, length] with batch {batch}, dim {dim}, "
+            f"{name} must be [dim, state], {names[0]} or {names[1]} with batch {batch}, dim {dim}, "
             f"state {state}, length {length}, not of shape {_shape(tensor)}"
         )
-    groups = sizes[1]
+    groups = sizes[2 if channels_last else 1]
     if groups != 1:
         _check_groups(name, groups, dim, "dim")
     return tensor, groups
@@ -287,7 +339,7 @@ def check_boundaries(cu_seqlens: Tensor, length: int) -> None:
             raise ValueError(f"selective_scan: cu_seqlens must rise from 0 to {length}, the length, but element {i} is {at}")
 
 
-def _check_cu_seqlens(cu_seqlens: Tensor, u: Tensor) -> None:
+def _check_cu_seqlens(cu_seqlens: Tensor, u: Tensor, length: int) -> None:
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"cu_seqlens must be int32 or int64, not {cu_seqlens.dtype}")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
@@ -296,8 +348,8 @@ def _check_cu_seqlens(cu_seqlens: Tensor, u: Tensor) -> None:
         raise ValueError(f"cu_seqlens is on {cu_seqlens.device} and u on {u.device}; move it there")
     if u.shape[0] != 1:
         raise ValueError(f"cu_seqlens packs sequences along the length of a batch of 1, but u has batch {u.shape[0]}; concatenate along length")
-    if cu_seqlens.shape[0] < 2 and u.shape[2] > 0:
-        raise ValueError(f"cu_seqlens has {cu_seqlens.shape[0]} element, so it names no sequence, but u has length {u.shape[2]}")
+    if cu_seqlens.shape[0] < 2 and length > 0:
+        raise ValueError(f"cu_seqlens has {cu_seqlens.shape[0]} element, so it names no sequence, but u has length {length}")
 
 
 # -- the single step -----------------------------------------------------------------------------------------------------------

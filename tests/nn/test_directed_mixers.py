@@ -13,7 +13,7 @@ from cvmk.config.schema import ModelConfig
 from cvmk.errors import ConfigError
 from cvmk.nn import CVMTransformer
 from cvmk.nn.mixers import Mixer, build_mixer
-from cvmk.nn.mixers.two_directions import turned
+from cvmk.nn.mixers.two_directions import DirectedMixer, Direction, turned
 from cvmk.nn.positions import Span
 from cvmk.nn.state import row_nbytes
 
@@ -44,6 +44,18 @@ def inputs(rows: int, count: int, dtype: torch.dtype = torch.float64) -> Tensor:
 
 def whole(mixer: Mixer, x: Tensor, lengths: Tensor | None = None) -> Tensor:
     return mixer(x, Span(0, x.shape[1], x.shape[1], lengths), False)[0]
+
+
+@pytest.mark.parametrize("lengths", [None, torch.tensor([11, 0, 4])], ids=["whole", "padded"])
+def test_a_direction_of_its_own_is_that_of_turned_rows(lengths: Tensor | None) -> None:
+    """Mamba's convolution and scan run from the end themselves."""
+    mixer, x = mixer_of("mamba", causal=False), inputs(3, 11)
+    assert isinstance(mixer, DirectedMixer) and mixer.backwards is not None
+    span = Span(0, 11, 11, lengths)
+    found, want = mixer.backwards.from_the_end(x, span), Direction.from_the_end(mixer.backwards, x, span)
+    real = torch.ones(3, 11, dtype=torch.bool) if lengths is None else span.real(x.device)
+    assert real is not None
+    torch.testing.assert_close(found[real], want[real], atol=1e-13, rtol=0)
 
 
 # -- steps ------------------------------------------------------------------------------------------------------------------------

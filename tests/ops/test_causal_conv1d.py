@@ -138,6 +138,42 @@ def test_dtypes_and_layouts(dtype: torch.dtype) -> None:
         assert torch.equal(last.double(), exact[1])
 
 
+def turned(x: Tensor, lengths: Tensor | None) -> Tensor:
+    """x [batch, dim, length] with the real inputs of each row in reverse order, 0 behind them."""
+    ends = [x.shape[2]] * x.shape[0] if lengths is None else lengths.tolist()
+    return torch.stack([torch.cat((row[:, :end].flip(1), 0 * row[:, end:]), dim=1) for row, end in zip(x, ends, strict=True)])
+
+
+@pytest.mark.parametrize("optional", ["", "bias initial_state lengths"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_channels_last_and_from_the_end(dtype: torch.dtype, optional: str) -> None:
+    """The results and gradients of time last and forwards, in their order, from rows that are parts of wider ones."""
+    for dim, width, silu in ((3, 2, False), (17, 4, True), (32, 5, True)):
+        a = inputs(3, dim, 9, width, optional, dtype)
+        a["x"] = turned(turned(a["x"], a.get("lengths")), a.get("lengths"))
+        names = [name for name in a if name != "lengths"]
+        for reverse, last in itertools.product((False, True), (False, True)):
+
+            def order(x: Tensor, reverse: bool = reverse, last: bool = last, a: dict[str, Any] = a) -> Tensor:
+                x = turned(x, a.get("lengths")) if reverse else x
+                return x.mT if last else x
+
+            plain = {name: tensor.detach().double().requires_grad_(name != "lengths") if name != "lengths" else tensor for name, tensor in a.items()}
+            out, state = both(plain, silu)
+            want = [order(out), state, *gradients((order(out), state), [plain[name] for name in names])]
+            other = {name: (order(tensor) if name == "x" else tensor).detach() for name, tensor in a.items()}
+            if last:
+                other["x"] = torch.cat((other["x"], other["x"]), dim=2)[..., :dim]
+            leaves = [other[name].requires_grad_() for name in names]
+            found = causal_conv1d(**other, activation="silu" if silu else None, return_last_state=True, channels_last=last, reverse=reverse)
+            got = [*found, *gradients(tuple(found), leaves)]
+            assert all(tensor.is_contiguous() for tensor in found) and found[0].shape == other["x"].shape
+            want[2] = order(want[2])
+            for name, one, exact in zip(("out", "state", *names), got, want, strict=True):
+                error = (one.double() - exact).abs().max().item()
+                assert error <= 24 * torch.finfo(dtype).eps * max(1.0, exact.abs().max().item()), (name, reverse, last, error)
+
+
 def test_empty() -> None:
     for batch, dim, length in ((0, 3, 5), (2, 0, 5), (2, 3, 0)):
         a = inputs(batch, dim, length)
@@ -156,7 +192,9 @@ def test_the_same_bits_every_time_and_for_any_number_of_threads() -> None:
         for threads in (1, 2, 3, 1):
             torch.set_num_threads(threads)
             results = both(a, True)
-            found.append([*results, *gradients(results, leaves)])
+            turned_around = causal_conv1d(a["x"].mT, a["weight"], a["bias"], lengths=a["lengths"], activation="silu", channels_last=True, reverse=True)
+            assert isinstance(turned_around, Tensor)
+            found.append([*results, *gradients(results, leaves), turned_around, *gradients((turned_around,), leaves[:3])])
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(x, y) for other in found[1:] for x, y in zip(found[0], other, strict=True))
@@ -165,7 +203,8 @@ def test_the_same_bits_every_time_and_for_any_number_of_threads() -> None:
 def test_opcheck() -> None:
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     for optional in ("", "bias initial_state lengths"):
-        call = _prepare(**inputs(optional=optional, dtype=torch.float32), activation="silu")
+        a = inputs(optional=optional, dtype=torch.float32)
+        call = _prepare(**{**a, "x": a["x"].mT}, activation="silu", channels_last=True, reverse=True) if optional else _prepare(**a, activation="silu")
         torch.library.opcheck(torch.ops.cvmk.causal_conv1d_forward.default, call, test_utils=tests)
         out, last = conv_op.run_forward(call)
         grads = ConvOut(torch.randn_like(out), torch.randn_like(last))
@@ -208,6 +247,8 @@ def test_autocast() -> None:
     ("change", "error", "words"),
     [
         ({"x": torch.zeros(2, 3)}, ValueError, r"x must be \[batch, dim, length\], not of shape \[2, 3\]"),
+        ({"x": torch.zeros(2, 3), "channels_last": True}, ValueError, r"x must be \[batch, length, dim\], not of shape \[2, 3\]"),
+        ({"channels_last": True}, ValueError, r"weight must be \[dim, width\] with dim 6"),
         ({"weight": torch.zeros(4, 4)}, ValueError, r"weight must be \[dim, width\] with dim 3"),
         ({"weight": torch.zeros(3, 0)}, ValueError, "width of at least 1"),
         ({"bias": torch.zeros(4)}, ValueError, r"bias must be \[dim\], here \[3\]"),

@@ -144,6 +144,34 @@ def test_lengths_and_dtypes(length: int, dtype: torch.dtype) -> None:
     check(inputs(length=length, B=groups, C=groups, dtype=dtype, optional="D z delta_bias initial_state"), softplus=True)
 
 
+@pytest.mark.parametrize("backend", ON_CPU)
+@pytest.mark.parametrize(
+    ("B", "C", "sizes"), [("plain", "plain", (40, 33, 16, 17)), ("groups 2", "constant", (2, 6, 5, 70)), ("constant", "groups 2", (1, 18, 3, 1))]
+)
+def test_channels_last(backend: str, B: str, C: str, sizes: tuple[int, int, int, int]) -> None:
+    """The same bits as with time last, of tensors that are parts of wider ones."""
+    for reverse, dtype in ((False, torch.float32), (True, torch.bfloat16)):
+        a = inputs(*sizes, B=B, C=C, dtype=dtype, optional="D z delta_bias initial_state")
+
+        def turned(a: dict[str, Tensor]) -> dict[str, Tensor]:
+            found = {name: tensor.mT if name in CHANNEL_INPUTS or (name in "BC" and tensor.dim() == 3) else tensor for name, tensor in a.items()}
+            found |= {name: found[name].permute(0, 3, 1, 2) for name in "BC" if found[name].dim() == 4}
+            found |= {name: torch.cat((found[name],) * 2, -1)[..., : found[name].shape[-1]] for name in ("u", "z", "B") if found[name].dim() > 2}
+            return found
+
+        def last(a: dict[str, Tensor], reverse: bool = reverse) -> Any:
+            out, state = selective_scan(**turned(a), delta_softplus=True, reverse=reverse, return_last_state=True, channels_last=True)  # type: ignore[arg-type]
+            assert out.is_contiguous() and out.shape == a["u"].mT.shape
+            return out.mT, state
+
+        def first(a: dict[str, Tensor], reverse: bool = reverse) -> Any:
+            return selective_scan(**a, delta_softplus=True, reverse=reverse, return_last_state=True)  # type: ignore[arg-type]
+
+        with use(backend):
+            for name, one, other in zip(("out", "state", *a), with_gradients(last, a), with_gradients(first, a), strict=True):
+                assert torch.equal(one, other), name
+
+
 @pytest.mark.parametrize("optional", ["", "D", "z", "delta_bias", "initial_state", "D z delta_bias"])
 @pytest.mark.parametrize("softplus", [False, True])
 def test_optional_arguments(optional: str, softplus: bool) -> None:
@@ -300,8 +328,11 @@ def test_memory_stays_far_below_all_states() -> None:
 
 
 def scan_arguments(**options: Any) -> ScanCall:
-    call = {name: options.pop(name) for name in ("reverse", "cu_seqlens", "delta_softplus") if name in options}
-    return _prepare_scan(**inputs(**options), **call)._replace(keep_states=True)
+    call = {name: options.pop(name) for name in ("reverse", "cu_seqlens", "delta_softplus", "channels_last") if name in options}
+    a = inputs(**options)
+    if "channels_last" in call:
+        a |= {name: a[name].mT for name in CHANNEL_INPUTS if name in a} | {"B": a["B"].permute(0, 3, 1, 2)}
+    return _prepare_scan(**a, **call)._replace(keep_states=True)
 
 
 @pytest.mark.parametrize(
@@ -311,6 +342,7 @@ def scan_arguments(**options: Any) -> ScanCall:
         {"length": SCAN_CHUNK + 1, "optional": "", "reverse": True},
         {"batch": 1, "optional": "z initial_state", "sequences": 2, "cu_seqlens": torch.tensor([0, 7, 16])},
         {"length": 0, "optional": "initial_state"},
+        {"optional": "D z", "C": "constant", "channels_last": True},
     ],
 )
 def test_opcheck_scan(options: dict[str, Any]) -> None:
@@ -391,6 +423,8 @@ def test_explain_and_use() -> None:
     [
         ({"u": torch.zeros(4, 16)}, ValueError, r"u must be \[batch, dim, length\].*\[4, 16\]"),
         ({"delta": torch.zeros(2, 4, 15)}, ValueError, r"delta must be .*\[2, 4, 16\].*\[2, 4, 15\]"),
+        ({"channels_last": True}, ValueError, r"A must be \[dim, state\] with dim 16 as u has it"),
+        ({"channels_last": True, "A": torch.zeros(16, 8)}, ValueError, r"D must be \[dim\], here \[16\]"),
         ({"A": torch.zeros(5, 8)}, ValueError, r"A must be \[dim, state\] with dim 4"),
         ({"A": torch.zeros(4, 8, dtype=torch.complex64)}, TypeError, "A is torch.complex64"),
         ({"B": torch.zeros(2, 3, 8, 16)}, ValueError, "B has 3 groups, which do not divide dim 4"),

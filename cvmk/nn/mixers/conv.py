@@ -26,11 +26,13 @@ class CausalConv(nn.Module):
         self.weight = nn.Parameter(torch.empty(channels, width).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(channels).uniform_(-bound, bound))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Whole sequences x [N, T, channels] -> the same shape."""
-        out = ops.causal_conv1d(x.mT, self.weight, self.bias, activation=self.activation)
+    def forward(self, x: Tensor, lengths: Tensor | None = None, reverse: bool = False) -> Tensor:
+        """Whole sequences x [N, T, channels] -> the same shape. Behind `lengths` (where they are told) nothing is read and 0 is given, which a convolution
+        from the last real position to the first asks for."""
+        lengths = None if lengths is None else lengths.to(x.device)
+        out = ops.causal_conv1d(x, self.weight, self.bias, activation=self.activation, lengths=lengths, channels_last=True, reverse=reverse)
         assert isinstance(out, Tensor)
-        return out.mT
+        return out
 
     def layout(self, dtype: torch.dtype) -> dict[str, StateTensor]:
         """The last inputs of a row, oldest first."""
@@ -43,7 +45,14 @@ class CausalConv(nn.Module):
             return ops.causal_conv1d_update(window, x[:, 0], self.weight, self.bias, activation=self.activation).unsqueeze(1)
         lengths = None if span.lengths is None else span.lengths.to(x.device)
         out, last = ops.causal_conv1d(
-            x.mT, self.weight, self.bias, activation=self.activation, initial_state=window.clone(), lengths=lengths, return_last_state=True
+            x,
+            self.weight,
+            self.bias,
+            activation=self.activation,
+            initial_state=window.clone(),
+            lengths=lengths,
+            return_last_state=True,
+            channels_last=True,
         )
         window.copy_(last)
-        return out.mT
+        return out

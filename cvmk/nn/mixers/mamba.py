@@ -54,18 +54,22 @@ class SelectiveSpace(Direction):
         """u [N, T, E] behind the convolution -> the scan's u, delta, A, B, C and D."""
         steps, B, C = self.scan_proj(u).split((self.rank, STATES, STATES), dim=-1)
         A = -self.A_log.to(state_dtype(self.A_log.dtype)).exp()
-        return u.mT, self.step_proj(steps).mT, A, B.mT, C.mT, self.D
+        return u, self.step_proj(steps), A, B, C, self.D
 
     def forward(self, x: Tensor, span: Span) -> Tensor:
         u, z = self.in_proj(x).chunk(2, dim=-1)
-        return scan(*self._selected(self.conv(u)), z.mT, span).mT
+        return scan(*self._selected(self.conv(u)), z)
+
+    def from_the_end(self, x: Tensor, span: Span) -> Tensor:
+        u, z = self.in_proj(x).chunk(2, dim=-1)
+        return scan(*self._selected(self.conv(u, span.lengths, reverse=True)), z, reverse=True)
 
     def state_layout(self, dtype: torch.dtype) -> StateLayout:
         return {**self.conv.layout(dtype), "state": StateTensor((self.outputs, STATES), state_dtype(dtype))}
 
     def extend(self, x: Tensor, span: Span, state: MixerState) -> Tensor:
         u, z = self.in_proj(x).chunk(2, dim=-1)
-        return scan_from(state["state"], *self._selected(self.conv.extend(u, span, state)), z.mT, span).mT
+        return scan_from(state["state"], *self._selected(self.conv.extend(u, span, state)), z, span)
 
 
 class Mamba(DirectedMixer):

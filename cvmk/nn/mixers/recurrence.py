@@ -20,18 +20,14 @@ def scan(
     C: Tensor,
     D: Tensor | None,
     z: Tensor | None,
-    span: Span,
     *,
     reverse: bool = False,
 ) -> Tensor:
-    """Whole sequences u, delta (before softplus) and z [N, D, T] -> [N, D, T]; A [D, S], B and C [D, S] or [N, S, T].
+    """Whole sequences u, delta (before softplus) and z [N, T, D] -> [N, T, D]; A [D, S], B and C [D, S] or [N, T, S].
 
-    A reversed scan begins at each row's last real position: before it nothing enters, so that the state is 0 there.
+    A reversed scan comes through the padding first: u must be 0 there, so that the state is 0 at each row's last real position.
     """
-    real = span.real(u.device) if reverse else None
-    if real is not None:
-        u = u.masked_fill(~real[:, None], 0)
-    out = ops.selective_scan(u, delta, A, B, C, D, z, delta_softplus=True, reverse=reverse)
+    out = ops.selective_scan(u, delta, A, B, C, D, z, delta_softplus=True, reverse=reverse, channels_last=True)
     assert isinstance(out, Tensor)
     return out
 
@@ -41,14 +37,17 @@ def scan_from(
 ) -> Tensor:
     """As `scan`, onwards from `state` [N, D, S], which is overwritten with that behind each row's last real position."""
     real = span.real(u.device)
-    if real is None and u.shape[2] == 1 and not torch.is_grad_enabled():
-        B, C = (weights.expand(u.shape[0], *weights.shape) if weights.dim() == 2 else weights[..., 0] for weights in (B, C))
-        gate = None if z is None else z[..., 0]
-        return ops.selective_state_update(state, u[..., 0], delta[..., 0], A, B, C, D, gate, dt_softplus=True).unsqueeze(-1)
+    if real is None and u.shape[1] == 1 and not torch.is_grad_enabled():
+        B, C = (weights.expand(u.shape[0], *weights.shape) if weights.dim() == 2 else weights[:, 0] for weights in (B, C))
+        gate = None if z is None else z[:, 0]
+        return ops.selective_state_update(state, u[:, 0], delta[:, 0], A, B, C, D, gate, dt_softplus=True).unsqueeze(1)
     if real is not None:
-        padding = ~real[:, None]
+        padding = ~real[..., None]
         u, delta = u.masked_fill(padding, 0), delta.masked_fill(padding, _STAYS)
-    out, last = ops.selective_scan(u, delta, A, B, C, D, z, delta_softplus=True, initial_state=state.clone(), return_last_state=True)
+    before = state.clone()
+    out, last = ops.selective_scan(
+        u, delta, A, B, C, D, z, delta_softplus=True, initial_state=before, return_last_state=True, channels_last=True
+    )
     state.copy_(last)
     return out
 

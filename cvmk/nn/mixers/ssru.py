@@ -43,26 +43,29 @@ class SSRU(Mixer):
         self.value = Linear(self.width, self.width, bias=False, residual_output=True)
 
     def _inputs(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """u and delta [N, d, T], and A and B = C [d, 1] of the scan."""
+        """u and delta [N, T, d], and A and B = C [d, 1] of the scan."""
         value, logits = self.value(x), self.gate(x)
         exact = logits.to(state_dtype(logits.dtype))
         bounded = exact.clamp(max=_LARGEST)
         u = (value * (torch.sigmoid(-bounded) / F.softplus(-bounded))).to(value.dtype)
         ones = exact.new_ones(self.width, 1)
-        return u.transpose(1, 2), -logits.transpose(1, 2), -ones, ones
+        return u, -logits, -ones, ones
 
     def forward(self, x: Tensor, span: Span, return_map: MapWish) -> tuple[Tensor, AttentionMap | None]:
         u, delta, A, B = self._inputs(x)
         if self.causal:
-            cell = scan(u, delta, A, B, B, None, None, span)
+            cell = scan(u, delta, A, B, B, None, None)
         else:
-            halves = zip(u.chunk(2, 1), delta.chunk(2, 1), A.chunk(2), B.chunk(2), (False, True), strict=True)
-            cell = torch.cat([scan(v, d, a, b, b, None, None, span, reverse=reverse) for v, d, a, b, reverse in halves], dim=1)
-        return cell.transpose(1, 2).relu(), None
+            real = span.real(u.device)
+            if real is not None:
+                u = u.masked_fill(~real[..., None], 0)
+            halves = zip(u.chunk(2, -1), delta.chunk(2, -1), A.chunk(2), B.chunk(2), (False, True), strict=True)
+            cell = torch.cat([scan(v, d, a, b, b, None, None, reverse=reverse) for v, d, a, b, reverse in halves], dim=-1)
+        return cell.relu(), None
 
     def state_layout(self, dtype: torch.dtype) -> StateLayout:
         return {"cell": StateTensor((self.width, 1), state_dtype(dtype))}
 
     def extend(self, x: Tensor, span: Span, state: MixerState) -> Tensor:
         u, delta, A, B = self._inputs(x)
-        return scan_from(state["cell"], u, delta, A, B, B, None, None, span).transpose(1, 2).relu()
+        return scan_from(state["cell"], u, delta, A, B, B, None, None, span).relu()

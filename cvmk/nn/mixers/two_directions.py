@@ -38,6 +38,10 @@ class Direction(nn.Module, ABC):
     def forward(self, x: Tensor, span: Span) -> Tensor:
         """Whole sequences x [B, T, d] -> [B, T, outputs]; padding on the right reaches nothing."""
 
+    def from_the_end(self, x: Tensor, span: Span) -> Tensor:
+        """As `forward`, of rows that are read from each one's last real position to its first."""
+        return turned(self(turned(x, span.lengths), span), span.lengths)
+
     @abstractmethod
     def state_layout(self, dtype: torch.dtype) -> StateLayout:
         """As `Mixer.state_layout`."""
@@ -65,8 +69,7 @@ class DirectedMixer(Mixer):
     def forward(self, x: Tensor, span: Span, return_map: MapWish) -> tuple[Tensor, AttentionMap | None]:
         mixed = self.forwards(x, span)
         if self.backwards is not None:
-            behind = turned(self.backwards(turned(x, span.lengths), span), span.lengths)
-            mixed = torch.cat((mixed, behind), dim=-1)
+            mixed = torch.cat((mixed, self.backwards.from_the_end(x, span)), dim=-1)
         return self.out(mixed), None
 
     def state_layout(self, dtype: torch.dtype) -> StateLayout:

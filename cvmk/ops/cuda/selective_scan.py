@@ -14,7 +14,7 @@ from torch import Tensor
 from cvmk.ops import cuda
 from cvmk.ops._backend import Backend
 from cvmk.ops.native.selective_scan import DTYPES, as_inputs, gradients_of, readable_grads, readable_scan, readable_update, results_of, update_limits
-from cvmk.ops.selective_scan import ScanCall, ScanOut, UpdateCall
+from cvmk.ops.selective_scan import ScanCall, ScanOut, UpdateCall, sizes_of, turning
 
 MOST_STATES = 256
 """States of a channel; a block of the backward pass keeps four numbers a state and warp in shared memory."""
@@ -60,7 +60,7 @@ def _library() -> Any:
 
 
 def _scan_limits(which: str, c: ScanCall) -> list[str]:
-    states, length = c.A.shape[1], c.u.shape[2]
+    states, length = c.A.shape[1], sizes_of(c)[2]
     found = [f"A has {states} states, more than {MOST_STATES}"] if states > MOST_STATES else []
     return [*found, f"u has {length} steps, more than 2^30"] if length > 2**30 else found
 
@@ -68,7 +68,7 @@ def _scan_limits(which: str, c: ScanCall) -> list[str]:
 _OPTIONS: dict[str, Any] = {"dtypes": DTYPES, "devices": ("cuda",), "unavailable": cuda.reason}
 BACKENDS = (
     Backend(
-        "selective_scan", "cuda", scan_forward, scan_backward, limits=_scan_limits, by_default=cuda.by_default("selective_scan", "u"), **_OPTIONS
+        "selective_scan", "cuda", *turning(scan_forward, scan_backward), limits=_scan_limits, by_default=cuda.by_default("selective_scan", "u"), **_OPTIONS
     ),
     Backend(
         "selective_state_update", "cuda", update_forward, limits=update_limits, by_default=cuda.by_default("selective_state_update", "x"), **_OPTIONS

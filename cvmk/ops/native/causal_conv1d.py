@@ -1,4 +1,4 @@
-"""The short causal convolution and its single step on the CPU kernels of csrc/conv: rows of time without gaps, sums in float32."""
+"""The short causal convolution and its single step on the CPU kernels of csrc/conv: rows of time without gaps, or channels last; sums in float32."""
 
 from __future__ import annotations
 
@@ -25,21 +25,33 @@ def _floats(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else with_memory(tensor).float().contiguous()
 
 
+def _steps(tensor: Tensor, channels_last: bool) -> Tensor:
+    """Inputs, results or their gradients, as the kernels read them."""
+    tensor = with_memory(tensor)
+    return tensor if channels_last and tensor.stride(2) == 1 else tensor.contiguous()
+
+
 def _readable(c: ConvCall) -> tuple[Any, ...]:
     """The fields as the kernels read them."""
-    lengths = None if c.lengths is None else c.lengths.contiguous()
-    return with_memory(c.x).contiguous(), _floats(c.weight), _floats(c.bias), _floats(c.initial_state), lengths, c.silu
+    lengths, last = None if c.lengths is None else c.lengths.contiguous(), c.channels_last
+    return _steps(c.x, last), _floats(c.weight), _floats(c.bias), _floats(c.initial_state), lengths, c.silu, last, c.reverse
 
 
 def forward(c: ConvCall) -> ConvOut:
-    batch, dim, _ = c.x.shape
-    out, last = empty(c.x.shape, c.x.dtype), c.x.new_empty((batch, dim, c.weight.shape[1] - 1))
+    if c.reverse and not c.channels_last:
+        out, last = forward(c._replace(x=c.x.mT, channels_last=True))
+        return ConvOut(out.mT, last)
+    out, last = empty(c.x.shape, c.x.dtype), c.x.new_empty((c.x.shape[0], *c.weight.shape[:1], c.weight.shape[1] - 1))
     _NATIVE.causal_conv1d_forward(*_readable(c), out, last)
     return ConvOut(out, last)
 
 
 def backward(g: ConvOut, c: ConvCall, saved: ConvOut, needs: Needs) -> tuple[Tensor | None, ...]:
-    given = [None if grad is None else with_memory(grad).contiguous() for grad in g]
+    if c.reverse and not c.channels_last:
+        of_out = None if g.out is None else g.out.mT
+        found, *rest = backward(ConvOut(of_out, g.last_state), c._replace(x=c.x.mT, channels_last=True), saved, needs)
+        return None if found is None else found.mT, *rest
+    given = (None if g.out is None else _steps(g.out, c.channels_last), None if g.last_state is None else with_memory(g.last_state).contiguous())
     dx = empty(c.x.shape, c.x.dtype) if needs.x else None
     others = [
         torch.empty(tensor.shape, dtype=torch.float32) if needed and tensor is not None else None

@@ -15,7 +15,7 @@ from torch import Tensor
 from cvmk.ops._backend import Backend
 from cvmk.ops._call import make
 from cvmk.ops.native import library, reason
-from cvmk.ops.selective_scan import SCAN_CHUNK, ScanCall, ScanOut, UpdateCall, sequences_of, with_heads
+from cvmk.ops.selective_scan import SCAN_CHUNK, ScanCall, ScanOut, UpdateCall, sequences_of, sizes_of, with_heads
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _FLOAT32 = torch.float32
@@ -42,10 +42,10 @@ def readable_scan(c: ScanCall) -> ScanCall:
 
 def results_of(c: ScanCall) -> ScanOut:
     """Where a scan's results go."""
-    batch, dim, length = c.u.shape
+    batch, dim, length = sizes_of(c)
     states, numbers = c.A.shape[1], c.A if c.A.dtype is _FLOAT32 else torch.empty((), dtype=_FLOAT32, device=c.A.device)
     kept = numbers.new_empty(batch, -(-length // SCAN_CHUNK) * dim, states) if c.keep_states else _NOTHING if c.u.is_cpu else numbers.new_empty(0)
-    return make(ScanOut, (c.u.new_empty(batch, dim, length), numbers.new_empty(sequences_of(c), dim, states), kept))
+    return make(ScanOut, (c.u.new_empty(*c.u.shape), numbers.new_empty(sequences_of(c), dim, states), kept))
 
 
 def gradients_of(c: ScanCall, needs: Any) -> list[Tensor | None]:

@@ -43,8 +43,32 @@ def _ends(c: ConvCall) -> Tensor:
     return at[:, None].expand(batch, dim, -1)
 
 
+def _plain(c: ConvCall) -> ConvCall:
+    """The same convolution with time last and forwards."""
+    x = c.x.mT if c.channels_last else c.x
+    return c._replace(x=_flipped(c, x) if c.reverse else x, channels_last=False, reverse=False)
+
+
+def _flipped(c: ConvCall, x: Tensor) -> Tensor:
+    """x [batch, dim, length] with the real inputs of each row in reverse order."""
+    if c.lengths is None:
+        return x.flip(2)
+    length = x.shape[2]
+    at, ends = torch.arange(length, device=x.device), c.lengths.long().clamp(0, length)[:, None]
+    return x.gather(2, torch.where(at < ends, ends - 1 - at, at)[:, None].expand(x.shape))
+
+
+def _in_order(c: ConvCall, x: Tensor) -> Tensor:
+    """What belongs to the inputs of `_plain(c)`, as it belongs to those of c."""
+    x = _flipped(c, x) if c.reverse else x
+    return x.mT if c.channels_last else x
+
+
 def forward(c: ConvCall) -> ConvOut:
     """Plain operations that autograd can follow, any number of times."""
+    if c.channels_last or c.reverse:
+        out, last_state = forward(_plain(c))
+        return ConvOut(_in_order(c, out), last_state)
     padding = _padding(c)
     p = _inputs(c, padding)
     pre = _filtered(c, p)
@@ -57,6 +81,10 @@ def forward(c: ConvCall) -> ConvOut:
 
 def backward(g: ConvOut, c: ConvCall, saved: ConvOut, needs: Any) -> tuple[Tensor | None, ...]:
     """By the formulas of `cvmk/ops/causal_conv1d.py`."""
+    if c.channels_last or c.reverse:
+        of_out = None if g.out is None else _plain(c._replace(x=g.out)).x
+        of_x, *rest = backward(ConvOut(of_out, g.last_state), _plain(c), saved, needs)
+        return None if of_x is None else _in_order(c, of_x), *rest
     padding, length, width = _padding(c), c.x.shape[2], c.weight.shape[1]
     p = _inputs(c, padding)
     weight = c.weight.to(p.dtype)

@@ -23,7 +23,7 @@ from torch import Tensor
 from cvmk.ops._backend import Backend
 from cvmk.ops._dtypes import accumulation_dtype
 from cvmk.ops._watch import unobserved
-from cvmk.ops.selective_scan import SCAN_CHUNK, ScanCall, ScanOut, UpdateCall, check_boundaries, groups_of, with_heads
+from cvmk.ops.selective_scan import SCAN_CHUNK, ScanCall, ScanOut, UpdateCall, check_boundaries, groups_of, turning, with_heads
 
 _BLOCK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 24}
 """How many elements a tensor of one chunk's states may have before the batch is cut into blocks."""
@@ -367,6 +367,6 @@ def update_forward(c: UpdateCall) -> Tensor:
 
 
 BACKENDS = (
-    Backend("selective_scan", "reference", scan_forward, scan_backward),
+    Backend("selective_scan", "reference", *turning(scan_forward, scan_backward)),
     Backend("selective_state_update", "reference", update_forward),
 )

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cvmk.ops import triton
 from cvmk.ops._backend import Backend
-from cvmk.ops.selective_scan import SCAN_CHUNK, ScanCall, ScanOut, UpdateCall, groups_of, scan_op, sequences_of, with_heads
+from cvmk.ops.selective_scan import SCAN_CHUNK, ScanCall, ScanOut, UpdateCall, groups_of, scan_op, sequences_of, turning, with_heads
 from cvmk.ops.triton import _launch
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -238,7 +238,7 @@ def limits(which: str, c: ScanCall) -> list[str]:
 
 _OPTIONS: dict[str, Any] = {"dtypes": _DTYPES, "devices": triton.DEVICES, "unavailable": triton.reason, "by_default": triton.by_default}
 BACKENDS = (
-    Backend("selective_scan", "triton", scan_forward, scan_backward, limits=limits, **_OPTIONS),
+    Backend("selective_scan", "triton", *turning(scan_forward, scan_backward), limits=limits, **_OPTIONS),
     Backend("selective_state_update", "triton", update_forward, limits=update_limits, **_OPTIONS),
 )
 
@@ -267,7 +267,7 @@ def _case(
         D, bias = (sample(dim, kind=torch.float32) if options else None for _ in range(2))
         z = sample(batch, dim, length) if options else None
         bounds = torch.linspace(0, length, packed + 1, device=device).to(torch.int32) if packed else None
-        c = ScanCall(u, delta, A, B, C, D, z, bias, None, bounds, options, reverse, True)
+        c = ScanCall(u, delta, A, B, C, D, z, bias, None, bounds, options, reverse, False, True)
         scan_backward(ScanOut(grad, None, None), c, scan_forward(c), scan_op.needs(*[True] * 9))  # type: ignore[arg-type]
 
     return _launch.Case(name, run)

@@ -123,10 +123,12 @@ def scan(draw: Draw) -> Case:
     for name, shape in optional.items():
         if draw.yes():
             t[name] = draw.normal(*shape, dtype=None if name == "z" else torch.float32)
-    reverse = draw.yes()
+    options = {"reverse": draw.yes(), "channels_last": draw.yes()}
+    if options["channels_last"]:
+        t = {name: x.mT if x.dim() == 3 and name in ("u", "delta", "z") else x.permute(0, 3, 1, 2) if x.dim() == 4 else x for name, x in t.items()}
 
     def call(t: dict[str, Tensor]) -> Any:
-        return ops.selective_scan(**t, delta_softplus=True, reverse=reverse, return_last_state=True)
+        return ops.selective_scan(**t, delta_softplus=True, return_last_state=True, **options)
 
     return Case(t, call, tuple(t), ("u", "delta"))
 
@@ -171,8 +173,10 @@ def convolution(draw: Draw) -> Case:
     leaves = tuple(t)
     if draw.yes():
         t["lengths"] = draw.integers(length + 1, b)
-    activation = draw.one_of((None, "silu"))
-    return Case(t, lambda t: ops.causal_conv1d(**t, activation=activation, return_last_state=True), leaves, ("x",), 0.1)
+    options: dict[str, Any] = {"activation": draw.one_of((None, "silu")), "channels_last": draw.yes(), "reverse": draw.yes()}
+    if options["channels_last"]:
+        t["x"] = t["x"].mT
+    return Case(t, lambda t: ops.causal_conv1d(**t, **options, return_last_state=True), leaves, ("x",), 0.1)
 
 
 def convolution_step(draw: Draw) -> Case:
