@@ -174,14 +174,15 @@ int64_t copy_scratch(const Copy&, const Team&) { return 0; }
 
 void run_copy(const Copy& p, char*, const Team&) {
   if (p.last <= p.first) return;
-  const int64_t size = size_of(p.dtype), width = up(p.d, kColumns), deep = p.dtype == kBFloat16 ? up(p.d, 2) : p.d;
-  const int64_t block = p.first / kColumns * kColumns, end = up(p.last, kColumns), pair = p.dtype == kBFloat16 ? 2 : 1, first = p.first / pair * pair;
+  const int64_t size = size_of(p.dtype), width = up(p.d, kColumns), beside = p.dtype == kFloat32 ? 1 : p.dtype == kInt8 ? 4 : 2;
+  const int64_t deep = up(p.d, beside);
+  const int64_t block = p.first / kColumns * kColumns, end = up(p.last, kColumns), first = p.first / beside * beside, head = up(p.d, most(beside, int64_t{2}));
   const auto part = [&](const void* from, void* to, int64_t from_first, int64_t to_first, int64_t count) {
     memcpy(static_cast<char*>(to) + to_first * size, static_cast<const char*>(from) + from_first * size, static_cast<size_t>(count * size));
   };
   for (int64_t h = 0; h < p.kv_heads; ++h) {
-    part(p.from.keys, p.to.keys, h * up(p.d, 2) * p.from.capacity + block * deep, h * up(p.d, 2) * p.to.capacity + block * deep, (end - block) * deep);
-    part(p.from.values, p.to.values, (h * p.from.capacity + first) * width, (h * p.to.capacity + first) * width, (up(p.last, pair) - first) * width);
+    part(p.from.keys, p.to.keys, h * head * p.from.capacity + block * deep, h * head * p.to.capacity + block * deep, (end - block) * deep);
+    part(p.from.values, p.to.values, (h * p.from.capacity + first) * width, (h * p.to.capacity + first) * width, (up(p.last, beside) - first) * width);
     for (int64_t which = h; p.dtype == kInt8 && which < 2 * p.kv_heads; which += p.kv_heads)
       memcpy(p.to.scales + which * p.to.capacity + p.first, p.from.scales + which * p.from.capacity + p.first, static_cast<size_t>(p.last - p.first) * sizeof(float));
   }

@@ -15,7 +15,11 @@ const Kernels& with_pairs(bool& pairs) {
 
 }  // namespace
 
-const Kernels& kernels_for(Attention& p) { return with_pairs(p.pairs); }
+const Kernels& kernels_for(Attention& p) {
+  const Dispatch dispatched = dispatch();
+  p.vnni = dispatched.level >= IsaLevel::kAvx512 && dispatched.features.avx512_vnni;
+  return with_pairs(p.pairs);
+}
 const Kernels& kernels_for(Append& p) { return with_pairs(p.pairs); }
 
 }  // namespace cvmk::cached

@@ -15,7 +15,8 @@ constexpr int64_t kColumns = 16;  // positions of a block of keys; a capacity is
 // has stands together; values [kv_heads][capacity][up(d, kColumns)], the columns behind d being 0.
 // Bfloat16: the same in pairs, for products of pairs: keys [kv_heads][capacity / kColumns][pieces(d, 2)][kColumns][2], neighbours in d side by side; values
 // [kv_heads][capacity / 2][up(d, kColumns)][2], neighbouring positions side by side, the second of the last pair being 0 where there is none yet.
-// Int8: as float32, in bytes; a head's key and value of a position are each integers of -127 to 127 times a scale of their own.
+// Int8: a head's key and value of a position are each integers of -127 to 127 times a scale of their own. Keys, plus 128, in quads for products of bytes:
+// [kv_heads][capacity / kColumns][pieces(d, 4)][kColumns][4]; values [kv_heads][capacity / 4][up(d, kColumns)][4], neighbouring positions side by side.
 struct Cache {
   void *keys, *values;
   int64_t capacity;
@@ -38,7 +39,7 @@ struct Attention {
   int64_t count, heads, kv_heads, d, longest;
   float scale;
   Dtype dtype;  // of the caches: kFloat32, kInt8, or kBFloat16, with which q and the weights are rounded to it before they are multiplied
-  bool pairs = false;  // whether vdpbf16ps may be used; kernels_for sets it
+  bool pairs = false, vnni = false;  // whether vdpbf16ps and vpdpbusd may be used; kernels_for sets them
 };
 
 // Positions first ... first + rows - 1 of a cache, from keys and values whose rows are `stride` apart, kv_heads * d numbers each.
@@ -70,15 +71,15 @@ const Kernels& kernels_for(Attention& p);
 const Kernels& kernels_for(Append& p);
 
 // Numbers of a cache's keys and of its values.
-CVMK_INLINE int64_t keys_size(int64_t kv_heads, int64_t d, int64_t capacity) { return kv_heads * up(d, 2) * capacity; }
+CVMK_INLINE int64_t keys_size(int64_t kv_heads, int64_t d, int64_t capacity, Dtype dtype) { return kv_heads * up(d, dtype == kInt8 ? 4 : 2) * capacity; }
 CVMK_INLINE int64_t values_size(int64_t kv_heads, int64_t d, int64_t capacity) { return kv_heads * up(d, kColumns) * capacity; }
 
 // Bytes of a cache, and the cache that stands in so many.
 CVMK_INLINE int64_t cache_bytes(int64_t kv_heads, int64_t d, int64_t capacity, Dtype dtype) {
-  return (keys_size(kv_heads, d, capacity) + values_size(kv_heads, d, capacity)) * size_of(dtype) + (dtype == kInt8 ? 2 * kv_heads * capacity * 4 : 0);
+  return (keys_size(kv_heads, d, capacity, dtype) + values_size(kv_heads, d, capacity)) * size_of(dtype) + (dtype == kInt8 ? 2 * kv_heads * capacity * 4 : 0);
 }
 CVMK_INLINE Cache cache_in(void* memory, int64_t kv_heads, int64_t d, int64_t capacity, Dtype dtype) {
-  char *keys = static_cast<char*>(memory), *values = keys + keys_size(kv_heads, d, capacity) * size_of(dtype);
+  char *keys = static_cast<char*>(memory), *values = keys + keys_size(kv_heads, d, capacity, dtype) * size_of(dtype);
   char* scales = values + values_size(kv_heads, d, capacity) * size_of(dtype);
   return {keys, values, capacity, dtype == kInt8 ? reinterpret_cast<float*>(scales) : nullptr};
 }
