@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import re
 import socket
 import time
@@ -21,9 +22,10 @@ from cvmk.search.space import Space
 JOURNAL = "study.log"
 SEEN_SECONDS = 60.0
 """How often a search says that it is alive."""
-_LOST_SECONDS = 900.0
+LOST_SECONDS = 900.0
 """A trial of another machine whose search has said nothing for so long is lost, and done again."""
 _UNOWNED_SECONDS = 60.0
+_STARTS = 5
 _URL = re.compile(r"[a-z][a-z0-9+]*://")
 _BASE, _SPACE, _CORPORA = "cvmk.configuration", "cvmk.space", "cvmk.corpora"
 _OWNER, _SEEN, _REASON, _STEP, _SECONDS, _AGAIN = ("cvmk." + name for name in ("owner", "seen", "reason", "iterations", "seconds", "again"))
@@ -123,7 +125,7 @@ class SearchStudy:
                     owner = self._owner  # whoever asked for it was killed before a word
                 if owner == self._owner and trial.number not in self._trials:
                     mine.append(self._own(self._optuna.trial.Trial(self._study, trial._trial_id)))
-                elif owner != self._owner and time.time() - trial.user_attrs.get(_SEEN, time.time()) > _LOST_SECONDS:
+                elif owner != self._owner and time.time() - trial.user_attrs.get(_SEEN, time.time()) > LOST_SECONDS:
                     self._give_up(trial)
             return mine
 
@@ -253,17 +255,7 @@ def _storage(place: str, *, alone: bool) -> Any:
     import optuna
 
     if _URL.match(place):
-        try:
-            return optuna.storages.RDBStorage(place, engine_kwargs={"pool_pre_ping": True})
-        except ImportError as error:
-            raise ConfigError(
-                f"search.storage = {_without_password(place)} needs a driver that is not installed ({error}): "
-                "pip install 'cvmk[postgresql]' for PostgreSQL, another database's own driver, or name a file"
-            ) from error
-        except (ValueError, optuna.exceptions.OptunaError) as error:
-            if isinstance(error, optuna.exceptions.StorageInternalError):
-                raise
-            raise ConfigError(f"search.storage = {_without_password(place)} is no URL of a database: {_reason(error)}") from error
+        return _database(place)
     Path(place).parent.mkdir(parents=True, exist_ok=True)
     from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
@@ -273,6 +265,29 @@ def _storage(place: str, *, alone: bool) -> Any:
             os.unlink(place + ".lock")
     _mend(place, lock)
     return optuna.storages.JournalStorage(JournalFileBackend(place, lock))
+
+
+def _database(url: str) -> Any:
+    from optuna.storages import RDBStorage
+    from sqlalchemy.exc import ArgumentError, IntegrityError, ProgrammingError
+
+    for left in reversed(range(_STARTS)):
+        try:
+            return RDBStorage(url, engine_kwargs={"pool_pre_ping": True})  # a connection may be lost between two trials
+        except (IntegrityError, ProgrammingError):  # searches that start at once make the tables at once
+            if not left:
+                raise
+            time.sleep(random.uniform(0.1, 0.5))
+        except ImportError as error:
+            raise ConfigError(
+                f"search.storage = {_without_password(url)} needs a driver that is not installed ({error}): "
+                "pip install 'cvmk[postgresql]' for PostgreSQL, another database's own driver, or name a file"
+            ) from error
+        except (ArgumentError, ValueError) as error:
+            raise ConfigError(
+                f"search.storage = {_without_password(url)} is no URL of a database ({_reason(error)}): write it as postgresql+psycopg://user@host/base"
+            ) from error
+    raise AssertionError
 
 
 def _mend(path: str, lock: Any) -> None:
