@@ -5,11 +5,14 @@ from __future__ import annotations
 import sys
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cvmk.telemetry import Record, Subscriber, Terminal, reporter
 from cvmk.telemetry.console import duration
 from cvmk.telemetry.schema import Note, SearchEnded, SearchStarted, TrialEnded, TrialScored, TrialStarted, TrialTick
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 _ROWS = 12
 _STYLES = {"complete": "green", "pruned": "yellow", "failed": "red", "running": "bold"}
@@ -17,7 +20,11 @@ _STYLES = {"complete": "green", "pruned": "yellow", "failed": "red", "running": 
 
 def view() -> Subscriber:
     """Whoever shows a search on stderr."""
-    return _Table() if sys.stderr.isatty() else Terminal(reporter(), "search")
+    if not sys.stderr.isatty():
+        return Terminal(reporter(), "search")
+    from rich.console import Console
+
+    return _Table(Console(stderr=True, highlight=False))
 
 
 @dataclass
@@ -69,24 +76,24 @@ class _State:
 
 
 class _Table:
-    def __init__(self) -> None:
-        from rich.console import Console
+    def __init__(self, console: Console) -> None:
         from rich.live import Live
 
         self._state = _State()
-        self._live = Live(console=Console(stderr=True, highlight=False), refresh_per_second=4, get_renderable=self._rendered, transient=False)
+        self.console = console
+        self._live = Live(console=console, refresh_per_second=4, get_renderable=self.rendered)
         self._live.start()
 
     def receive(self, record: Record) -> None:
         event = record.event
         self._state.take(record)
         if isinstance(event, (Note, SearchStarted, SearchEnded)) and (text := event.text()):
-            self._live.console.print(f"search: {text}", markup=False)
+            self.console.print(f"search: {text}", markup=False)
 
     def close(self) -> None:
         self._live.stop()
 
-    def _rendered(self) -> Any:
+    def rendered(self) -> Any:
         from rich.table import Table
 
         state = self._state
