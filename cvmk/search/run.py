@@ -210,7 +210,8 @@ class Search:
         self._events.emit(TrialScored(number, message.step, self._config.validation.metric, message.value, better))
         if not math.isfinite(message.value):
             return
-        if self._study.report(number, message.step, message.value):
+        last = running.record.parameters.get("training.iterations", self._config.training.iterations)
+        if self._study.report(number, message.step, message.value) and message.step < last:  # after the last iteration there is nothing to save
             self._stop(running, f"{self._search.pruner} pruning at iteration {message.step}")
 
     def _stop(self, running: _Running, reason: str) -> None:

@@ -23,7 +23,7 @@ from cvmk.telemetry import read_events
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_a_search_from_start_to_end(run: Run, tmp_path: Path, workers: int):
-    result = run(workers=workers, plots=True)
+    result = run(workers=workers, plots=workers == 1)
     folder = tmp_path / "search"
     assert [one.number for one in result.trials] == [*range(6)] and result.counts() == {"complete": 6}
     assert result.best == max(result.trials, key=lambda one: one.value or 0)
@@ -32,12 +32,12 @@ def test_a_search_from_start_to_end(run: Run, tmp_path: Path, workers: int):
     best = load_train_config(folder / "best.toml")
     assert best.optimizer.learning_rate == result.best.parameters["optimizer.learning_rate"] and best.model.ffn == result.best.parameters["model.ffn"]
     assert "# kept" in (folder / "best.toml").read_text() and best.run.folder == str(folder / "best")
-    drawn = [f"{name}.{kind}" for name in ("history", "importances", "parameters") for kind in ("png", "svg")]
-    assert sorted(path.name for path in (folder / "plots").iterdir()) == drawn
     report = read_json(folder / "search_report.json")
     assert len(report["trials"]) == 6 and report["direction"] == "maximize" and abs(sum(report["importances"].values()) - 1) < 1e-6
     records, problems = read_events(folder / "events.jsonl")
     assert not problems and len(events(folder, "trial_start")) == len(events(folder, "trial_end")) == 6 and len(records) == 1 + 6 * 6 + 1
+    drawn = [f"{name}.{kind}" for name in ("history", "importances", "parameters") for kind in ("png", "svg")]
+    assert sorted(path.name for path in folder.glob("plots/*")) == (drawn if workers == 1 else [])
 
 
 def test_what_a_trial_is_given(run: Run, tmp_path: Path):
@@ -89,7 +89,7 @@ def test_samplers_and_pruners(run: Run, sampler: str, pruner: str):
     result = run(*options, script=script)
     pruned = [one for one in result.trials if one.state == "pruned"]
     assert bool(pruned) == (pruner != "none") and len(result.trials) == 16
-    assert all(one.iterations < 40 and f"{pruner} pruning at iteration" in one.reason for one in pruned)
+    assert all(one.reason in {f"{pruner} pruning at iteration {step}" for step in (10, 20, 30)} for one in pruned)
     assert result.best.value == max(one.value for one in result.trials if one.value is not None)
 
 
