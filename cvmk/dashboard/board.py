@@ -53,8 +53,6 @@ class Board:
     def __exit__(self, *error: object) -> None:
         self._ending.set()
         self._thread.join()
-        for run in self._runs.values():
-            run.close()
 
     @property
     def runs(self) -> list[Run]:

@@ -6,9 +6,9 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from cvmk.dashboard.follow import log_files
 from cvmk.errors import DataError
 from cvmk.files import explained
+from cvmk.telemetry.events import EVENTS, set_aside
 
 RUNS = 200
 """Runs that are followed at most."""
@@ -32,7 +32,7 @@ def check(paths: Sequence[str]) -> None:
 def found(path: str | os.PathLike[str], depth: int = _DEPTH) -> Iterator[Path]:
     """The run in a folder, and those in its folders: a teacher's, trials of a search, `runs/`. No link is followed on the way down."""
     folder = Path(path)
-    if (folder / _IS_RUN).is_file() or log_files(folder):
+    if _is_run(folder):
         yield folder
     if depth:
         try:
@@ -42,6 +42,13 @@ def found(path: str | os.PathLike[str], depth: int = _DEPTH) -> Iterator[Path]:
             return
         for one in inner:
             yield from found(one, depth - 1)
+
+
+def _is_run(folder: Path) -> bool:
+    try:
+        return (folder / _IS_RUN).is_file() or (folder / EVENTS).is_file() or bool(set_aside(folder / EVENTS))
+    except OSError:
+        return False
 
 
 def names(folders: Sequence[Path]) -> list[str]:

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import threading
-from collections import Counter, deque
-from collections.abc import Iterator
+from collections import deque
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from cvmk.dashboard.charts import ANOMALIES, ITERATION, METRICS, Chart, chart
-from cvmk.dashboard.follow import Follower
 from cvmk.dashboard.numbers import Segments, Table, Window, extent, window
+from cvmk.errors import DataError
+from cvmk.telemetry import EventReader, Record
 from cvmk.telemetry.curves import points
+from cvmk.telemetry.events import EVENTS
 from cvmk.telemetry.schema import (
     Anomaly,
     Average,
@@ -27,19 +27,21 @@ from cvmk.telemetry.schema import (
     Interruption,
     Iterations,
     QuantizationEnded,
-    Record,
     Rollback,
     SearchEnded,
     ServingEnded,
     Start,
     Step,
-    Unknown,
     Validation,
 )
 
 MARKS = 400
 """Marks of a kind that are kept; older ones are counted."""
 SAMPLES = 20
+PIECE = 1 << 20
+"""Bytes of a log that are read at a time."""
+PROBLEMS = 6
+"""Sentences on what cannot be read that are told of a run."""
 _SAMPLE_CHARACTERS = 2000
 _TEXT_CHARACTERS = 500
 _STATES: dict[type[Event], str] = {
@@ -68,18 +70,16 @@ class Run:
 
     def __init__(self, folder: Path, name: str) -> None:
         self.folder, self.name = folder, name
-        self.revision = 0
         self.progress = 0.0
-        self._follower = Follower(folder)
         self._lock = threading.Lock()
         self._begin_anew()
 
     def _begin_anew(self) -> None:
+        self._reader = EventReader(self.folder / EVENTS)
         self.charts: dict[str, Chart] = {}
         self._places: dict[str, tuple[str, float]] = {}
         self.tables: dict[str, Table] = {}
         self._marks: dict[str, deque[Mark]] = {}
-        self._marked: Counter[str] = Counter()
         self._segments: list[tuple[float, float]] = [(0.0, 0.0)]  # the offset of its times, the iteration it went on from
         self._step = self._trained = self._time = 0.0
         self._is_dated = False  # whether an event told its time
@@ -88,50 +88,41 @@ class Run:
         self._state = "waiting"
         self._samples: dict[str, Any] | None = None
         self._best: dict[str, Any] | None = None
-        self._unknown: Counter[str] = Counter()
-        self._lines = 0
-        self._broken: list[int] = []
-        self._broken_in_all = 0
-        self._trouble = ""
+        self._unread = 0
+        self._problems: list[str] = []
 
     # -- reading ------------------------------------------------------------------------------------------------------------------------------
     def advance(self) -> bool:
         """Read the next piece of the log. False where there is nothing new."""
+        trouble, records, progress = "", [], 1.0
         try:
-            piece = self._follower.read()
-            trouble = ""
-        except OSError as error:
-            piece, trouble = None, f"the log cannot be read ({error.strerror or error})"
+            records = self._reader.read(PIECE)
+            progress = self._reader.progress
+        except DataError as error:
+            if not isinstance(error.__cause__, FileNotFoundError):  # it is waited for
+                trouble = str(error)
         with self._lock:
-            changed = trouble != self._trouble
-            self._trouble = trouble
-            if piece is not None and piece.anew:
+            before = (self._problems, self.progress)
+            if self._reader.anew:  # what was read is no longer what is there
                 self._begin_anew()
-                changed = True
-            for line in piece.lines if piece else ():
-                self._line(line)
-                changed = True
-            progress = self._follower.progress()
-            changed |= progress != self.progress
+                return True
+            for record in records:
+                try:
+                    self._event(record)
+                except (ValueError, TypeError, ArithmeticError, AttributeError, LookupError):  # lists and objects may hold anything
+                    self._unread += 1
             self.progress = progress
-            self.revision += changed
-        return changed
+            if trouble or not records:  # a line that is not whole may be one that is being written
+                self._problems = self._found(trouble)
+            return bool(records) or before != (self._problems, self.progress)
 
-    def close(self) -> None:
-        self._follower.close()
-
-    def _line(self, line: bytes) -> None:
-        self._lines += 1
-        if not line.strip():
-            return
-        try:
-            self._event(Record.from_json(json.loads(line)))
-        except Unknown as unknown:
-            self._unknown[f"{unknown.kind[:40]!r} of version {str(unknown.version)[:10]}"] += 1
-        except (ValueError, TypeError, RecursionError, ArithmeticError, AttributeError, LookupError):
-            self._broken_in_all += 1
-            if len(self._broken) < 3:
-                self._broken.append(self._lines)
+    def _found(self, trouble: str) -> list[str]:
+        """What cannot be read, a sentence each."""
+        found = [trouble] if trouble else []
+        found += [problem.removeprefix(f"{self.folder}/") for problem in self._reader.problems()]
+        if self._unread:
+            found.append(f"{self._unread} events hold what is no number or text where one should be, and are left out")
+        return found if len(found) <= PROBLEMS else [*found[:PROBLEMS], f"and {len(found) - PROBLEMS} more"]
 
     def _event(self, record: Record) -> None:
         event = record.event
@@ -145,7 +136,6 @@ class Run:
         self._state = _STATES.get(type(event), "running" if isinstance(event, (Iterations, Step)) or self._state == "waiting" else self._state)
         if (mark := self._mark(event)) is not None:
             self._marks.setdefault(mark.kind, deque(maxlen=MARKS)).append(mark)
-            self._marked[mark.kind] += 1
         if isinstance(event, Rollback) and not event.final:
             self._goes_on(self._segments[-1][0], event.to)
 
@@ -241,7 +231,7 @@ class Run:
                 "extent": ends,
                 "last": {name: value for name, value in self._latest.items() if math.isfinite(value)},
                 "best": self._best,
-                "problems": list(self._problems()),
+                "problems": self._problems,
                 **self._facts,
             }
 
@@ -270,12 +260,3 @@ class Run:
     def _extent(self, axis: str) -> list[float] | None:
         found = [ends for table in self.tables.values() if (ends := extent(table, axis, self._as_arrays())) is not None]
         return [min(low for low, _ in found), max(high for _, high in found)] if found else None
-
-    def _problems(self) -> Iterator[str]:
-        if self._trouble:
-            yield self._trouble
-        for what, count in list(self._unknown.items())[:5]:
-            yield f"{count} events {what} are passed over, this cvmk does not know them"
-        if self._broken_in_all:
-            lines = ", ".join(map(str, self._broken)) + (", …" if self._broken_in_all > len(self._broken) else "")
-            yield f"{self._broken_in_all} lines of the log are broken and left out (line {lines})"

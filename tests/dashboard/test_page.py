@@ -94,7 +94,7 @@ def test_it_follows_a_training(browser: Chromium, tmp_path: Path, served: Served
     with served(run) as url:
         page = fresh(browser, url)
         page.wait("document.getElementById('nothing')?.innerText.startsWith('No numbers yet')")
-        assert cells(page, 0)[1] == "no events yet"
+        page.wait("document.querySelector('#runs tr').cells[1].innerText === 'no events yet'")
         write(run, start(), *steps(range(1, 21)))
         page.wait(f"{LOSS} && document.querySelector('#runs tr').cells[2].innerText === '20 of 1,000'")
         assert rows(page)[-1] == ["20", "5"] and pixels(page, 0) > 100

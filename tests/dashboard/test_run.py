@@ -80,11 +80,13 @@ def test_lines_that_cannot_be_read_are_told_and_the_rest_counts(tmp_path: Path) 
     run = read(write(tmp_path, *steps((6,)), begin=EPOCH + 10))
     shown, _ = run.view("step", None, None, 100)
     assert shown["iteration"].x.tolist() == [1, 2, 5, 6]
-    assert run.summary()["problems"] == [
-        "1 events 'step' of version 99 are passed over, this cvmk does not know them",
-        "2 events 'weather' of version 1 are passed over, this cvmk does not know them",
-        "7 lines of the log are broken and left out (line 4, 5, 6, …)",
+    problems = run.summary()["problems"]
+    assert problems[:3] == [
+        "events.jsonl: 1 events 'step' of version 99 are passed over, this cvmk reads them up to version 1",
+        "events.jsonl: 2 events 'weather' of version 1 are passed over, this cvmk does not know them",
+        "events.jsonl line 4 is left out: it is no JSON, as where a run was killed",
     ]
+    assert len(problems) == 7 and problems[-1] == "and 3 more"  # the wrong loss, nesting without end, and scores that are none
     json.dumps(run.summary(), allow_nan=False)
 
 

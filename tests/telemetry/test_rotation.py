@@ -116,6 +116,57 @@ def test_a_file_that_is_made_anew_is_read_from_its_beginning(tmp_path: Path) -> 
     assert len(reader.read()) == 1
 
 
+def test_a_long_log_comes_in_pieces(tmp_path: Path) -> None:
+    """Lines that are longer than a piece too; and no piece ends within a line."""
+    log, reader = RunLog(tmp_path, max_bytes=50 * LINE, files=20), EventReader(tmp_path / "events.jsonl")
+    write(log, *range(10, 99))
+    log.write(Record(1.0, Note("x" * 20 * LINE)))
+    write(log, 99)
+    log.close()
+    pieces, progress = [], []
+    while (piece := reader.read(3 * LINE)) or reader.progress < 1:
+        pieces.append(piece)
+        progress.append(reader.progress)
+    assert steps([record for piece in pieces for record in piece]) == list(range(10, 100))
+    assert max(map(len, pieces)) <= 3 and len(pieces) > 30 and progress == sorted(progress) and progress[0] < 0.1
+    assert reader.progress == 1 and reader.problems() == []
+
+
+def test_a_log_that_is_cut_rewritten_or_replaced_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    lines = [json.dumps(Record(1.0, EarlyStop(step)).to_json()).encode() + b"\n" for step in range(10, 20)]
+
+    def again(reader: EventReader) -> list[int]:
+        found = steps(reader.read())
+        assert reader.anew and not reader.read() and not reader.anew
+        return found
+
+    reader = EventReader(path)
+    path.write_bytes(b"".join(lines[:3]))
+    assert steps(reader.read()) == [10, 11, 12] and not reader.anew
+    os.truncate(path, LINE + 5)
+    assert again(reader) == [10]
+    with open(path, "r+b") as file:  # in place, and longer
+        file.write(b"".join(lines[5:]))
+    assert again(reader) == [15, 16, 17, 18, 19]
+    path.unlink()
+    with pytest.raises(DataError, match="No such file"):
+        reader.read()
+    path.write_bytes(lines[7])
+    assert again(reader) == [17]
+    with open(path, "ab") as file:
+        file.write(lines[8])
+    path.rename(tmp_path / "events.1.jsonl")
+    path.write_bytes(lines[9])
+    assert steps(reader.read()) == [18, 19] and not reader.anew
+
+
+def test_a_pipe_is_no_log(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "events.jsonl")
+    with pytest.raises(DataError, match=r"cannot read .*events\.jsonl"):
+        read_events(tmp_path / "events.jsonl")
+
+
 def test_no_file(tmp_path: Path) -> None:
     (tmp_path / "events.x.jsonl").write_text("{}\n")
     with pytest.raises(DataError, match=r"events\.jsonl: No such file"):
