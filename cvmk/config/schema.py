@@ -15,6 +15,7 @@ from cvmk.config.distillation import DistillationConfig, Divergence, LayerMap, S
 from cvmk.config.model import Mixer, ModelConfig
 from cvmk.config.optimizer import SCHEDULE_FREE, OptimizerConfig, ScheduleConfig, Share, check_optimizer
 from cvmk.config.section import BY_CONTENT, MAX_THREADS, MAY_CHANGE, TABLES_MUST_MATCH, Document, Section
+from cvmk.config.telemetry import TelemetryConfig, check_plots
 from cvmk.config.training import GuardConfig, Metric, TrainingConfig, ValidationConfig
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "SequenceLevelConfig",
     "Share",
     "TeacherConfig",
+    "TelemetryConfig",
     "TokenizerConfig",
     "TrainConfig",
     "TrainingConfig",
@@ -108,6 +110,7 @@ class TrainConfig(Recipe, Document):
         description="The model to distil; without it the model is trained on the references alone.",
     )
     distillation: DistillationConfig = Field(DistillationConfig(), description="What the student learns from the teacher.")
+    telemetry: Annotated[TelemetryConfig, MAY_CHANGE] = Field(TelemetryConfig(), description="What the run writes down of itself.")
 
     @model_validator(mode="after")
     def _sentences_fit(self) -> TrainConfig:
@@ -126,3 +129,4 @@ def check_packages(config: TrainConfig) -> None:
     check_optimizer(config.optimizer, "optimizer")
     if config.teacher is not None and config.teacher.path is None:
         check_optimizer(config.teacher.optimizer, "teacher.optimizer")
+    check_plots(config.telemetry)

@@ -3,13 +3,36 @@
 Imports nothing of cvmk but its errors and files.
 """
 
+from cvmk.telemetry.anomalies import AnomalyWatch
 from cvmk.telemetry.console import Reporter, reporter
 from cvmk.telemetry.curves import Curves
+from cvmk.telemetry.dashboard import TelemetryDashboard
 from cvmk.telemetry.environment import environment
 from cvmk.telemetry.events import RunLog
 from cvmk.telemetry.reading import EventReader, read_events
+from cvmk.telemetry.recorder import Iteration, Recorder
+from cvmk.telemetry.resources import Gauges, ResourceWatch
 from cvmk.telemetry.schema import Event, Record
 from cvmk.telemetry.stream import EventStream, Subscriber
 from cvmk.telemetry.terminal import Terminal
 
-__all__ = ["Curves", "Event", "EventReader", "EventStream", "Record", "Reporter", "RunLog", "Subscriber", "Terminal", "environment", "read_events", "reporter"]
+__all__ = [
+    "AnomalyWatch",
+    "Curves",
+    "Event",
+    "EventReader",
+    "EventStream",
+    "Gauges",
+    "Iteration",
+    "Record",
+    "Recorder",
+    "Reporter",
+    "ResourceWatch",
+    "RunLog",
+    "Subscriber",
+    "TelemetryDashboard",
+    "Terminal",
+    "environment",
+    "read_events",
+    "reporter",
+]

@@ -7,23 +7,28 @@ import select
 import sys
 
 from cvmk.telemetry.console import Progress, Reporter
-from cvmk.telemetry.schema import Event, Record, Start, Step, Tick, Validation
+from cvmk.telemetry.schema import Anomaly, Epoch, Event, Record, Start, Step, Tick, Validation
+
+_EPOCH_SECONDS = 30.0
 
 
 class Terminal:
-    """Shows a run by a `Reporter`: a line an event that has a text, and the iterations as progress."""
+    """Shows a run by a `Reporter`: a line an event that has a text, and the iterations as progress. Of epochs those with anomalies, now and then."""
 
     def __init__(self, reporter: Reporter, title: str) -> None:
         self._reporter, self._title = reporter, title
         self._bar: Progress | None = None
         self._open = contextlib.ExitStack()
         self._best = ""
+        self._epoch = -_EPOCH_SECONDS
 
     def receive(self, record: Record) -> None:
         event = record.event
         _wait_for_room()
         if isinstance(event, (Tick, Step)):
             self._progress(event)
+        elif isinstance(event, Anomaly) or (isinstance(event, Epoch) and not self._tells(event, record.time)):
+            return
         elif isinstance(event, Validation):
             if event.best:
                 self._best = f"  best {event.metric} {event.value:.2f}"
@@ -40,6 +45,12 @@ class Terminal:
             self._bar.update(event.step, event.summary() + self._best, log=True)
         elif isinstance(event, Tick):
             self._bar.update(event.step, (event.text() or "") + self._best)
+
+    def _tells(self, event: Epoch, now: float) -> bool:
+        if not event.anomalies or now - self._epoch < _EPOCH_SECONDS:
+            return False
+        self._epoch = now
+        return True
 
     def close(self) -> None:
         self._open.close()

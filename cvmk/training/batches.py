@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -12,6 +12,14 @@ from cvmk.text.cache import TokenizedCorpus
 from cvmk.training.world import World
 
 _Prepared = tuple[list[Batch], dict[str, Any]]
+
+
+class Place(NamedTuple):
+    """Where a step's batches lie in the corpus: the epoch (from 0) of the first, and whether they begin it and end it."""
+
+    epoch: int
+    begins: bool
+    ends: bool
 
 
 class Batches:
@@ -24,16 +32,20 @@ class Batches:
     def __init__(self, corpus: TokenizedCorpus, sampler: TokenBatchSampler, accumulate: int, device: torch.device, world: World) -> None:
         self._corpus, self._sampler, self._accumulate, self._device, self._world = corpus, sampler, accumulate, device, world
         self._state = sampler.state_dict()
+        self.place = Place(self._state["epoch"], False, False)
+        """Of the batches that were taken last."""
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="cvmk-batches")
         self._ahead: Future[_Prepared] | None = None
 
     def __next__(self) -> list[Batch]:
         ahead, self._ahead = self._ahead, None
+        before = self._state
         try:
             batches, self._state = self._prepare() if ahead is None else ahead.result()
         except BaseException:
             self._sampler.load_state_dict(self._state)
             raise
+        self.place = Place(before["epoch"], before["position"] == 0, self._state["epoch"] != before["epoch"])
         self._ahead = self._worker.submit(self._prepare)
         return batches
 

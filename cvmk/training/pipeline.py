@@ -20,7 +20,7 @@ from cvmk.nn import CVMTransformer, count_parameters
 from cvmk.report.evaluations import write_evaluation
 from cvmk.report.names import EVALUATIONS, HYPOTHESES
 from cvmk.report.names import REPORT as PAGE
-from cvmk.telemetry import EventStream, Reporter, RunLog, Subscriber, Terminal
+from cvmk.telemetry import AnomalyWatch, EventStream, Recorder, Reporter, ResourceWatch, RunLog, Subscriber, TelemetryDashboard, Terminal
 from cvmk.telemetry.schema import Average, End, Start
 from cvmk.text.batching import TokenBatchSampler
 from cvmk.text.cache import TokenizedCorpus, over_long, tokenized
@@ -34,7 +34,7 @@ from cvmk.training.guard import DivergenceGuard
 from cvmk.training.judge import blindness
 from cvmk.training.materials import Corpora, load_corpora, prepare_tokenizer, teacher_translations
 from cvmk.training.optimizers import build_optimizer
-from cvmk.training.profile import StepProfiler
+from cvmk.training.profile import WATCHED, StepProfiler
 from cvmk.training.report import REPORT, Outcome, model_card, training_report, unknown_languages
 from cvmk.training.run_folder import open_run
 from cvmk.training.signals import StopSignal
@@ -139,16 +139,18 @@ def _train_teacher(job: Job, tokenizer: Tokenizer) -> Teacher:
 
 def _train_one(job: Job, recipe: Recipe, folder: Path, title: str, tokenizer: Tokenizer, teacher: Teacher | None) -> dict[str, Any]:
     """Train, choose the weights, score them, and write the model and its report. Raises DivergedError after that where training gave up."""
-    events = EventStream(RunLog(folder), [Terminal(job.reporter, title), *job.subscribers(title, folder)])
+    events, recorder = _events(job, folder, title)
     try:
-        trainer, corpus = _trainer(job, recipe, folder, tokenizer, teacher, events)
+        trainer, corpus = _trainer(job, recipe, folder, tokenizer, teacher, events, recorder)
         step = trainer.resume()
         trainer.validator.check_metric(refuse=step is None)
         parameters = count_parameters(trainer.state.model)
         events.emit(Start(title, parameters, len(corpus), step or 0, recipe.training.iterations, str(job.device)))
         if teacher is not None:
             events.emit(teacher.event())
-        diverged = _diverged(trainer)
+        every = job.config.telemetry.resources_every
+        with ResourceWatch(events, every, lambda: recorder.step) if every else contextlib.nullcontext():
+            diverged = _diverged(trainer)
         report = training_report(
             job.config, recipe, title, trainer.state, corpus, _outcome(job, recipe, folder, trainer, teacher, diverged), teacher.facts() if teacher else None
         )
@@ -167,7 +169,20 @@ def _train_one(job: Job, recipe: Recipe, folder: Path, title: str, tokenizer: To
         events.close()
 
 
-def _trainer(job: Job, recipe: Recipe, folder: Path, tokenizer: Tokenizer, teacher: Teacher | None, events: EventStream) -> tuple[Trainer, TokenizedCorpus]:
+def _events(job: Job, folder: Path, title: str) -> tuple[EventStream, Recorder]:
+    """What a run writes down, by `[telemetry]`, and whoever looks on."""
+    config = job.config.telemetry
+    log = RunLog(folder, config.log_bytes, config.log_files)
+    lookers = [Terminal(job.reporter, title), *job.subscribers(title, folder)]
+    if config.tensorboard or config.plots:
+        lookers.append(TelemetryDashboard(folder, tensorboard=config.tensorboard, plots=config.plots, plots_every=config.plots_every))
+    events = EventStream(log, lookers)
+    return events, Recorder(events, iterations=config.iterations, watch=AnomalyWatch(config.deviations) if config.anomalies else None)
+
+
+def _trainer(
+    job: Job, recipe: Recipe, folder: Path, tokenizer: Tokenizer, teacher: Teacher | None, events: EventStream, recorder: Recorder
+) -> tuple[Trainer, TokenizedCorpus]:
     """The objects that a configuration stands for, and the corpus that is trained on."""
     config, training = job.config, recipe.training
     torch.manual_seed(config.run.seed)
@@ -196,14 +211,18 @@ def _trainer(job: Job, recipe: Recipe, folder: Path, tokenizer: Tokenizer, teach
     )
     checkpoints, about = folder / "checkpoints", {"languages": config.data.languages}
     store = CheckpointStore(checkpoints, training.keep, lambda into: describe_model(into, model, tokenizer, about), job.world)
-    profiler = None
-    if job.profile and job.world.writes:
+    profiler, telemetry = None, config.telemetry
+    watched = telemetry.profile or (WATCHED if job.profile else 0)
+    if watched and job.world.writes:
         adamw, dtype = recipe.optimizer.name == "adamw", getattr(torch, training.precision)
         parameters = sum(parameter.numel() for parameter in optimizer.parameters) if adamw else 0
         taught = teacher.model.config if teacher is not None and objective.needs_teacher else None
-        profiler = StepProfiler(folder, recipe.model, taught, tokenizer.vocab_size, parameters, dtype, job.device, job.reporter.say)
+        profiler = StepProfiler(
+            folder, recipe.model, taught, tokenizer.vocab_size, parameters, dtype, job.device, job.reporter.say, events.emit,
+            skipped=telemetry.profile_after, watched=watched, trace_bytes=telemetry.profile_bytes,
+        )  # fmt: skip
     averages = WeightHistory(checkpoints / "average", training.average)
-    return Trainer(recipe, state, step, store, averages, tokenizer, events, job.stop, profiler), corpus
+    return Trainer(recipe, state, step, store, averages, tokenizer, events, recorder, job.stop, profiler), corpus
 
 
 def _diverged(trainer: Trainer) -> str | None:

@@ -1,8 +1,11 @@
-"""`cvmk train --profile`: where the time of a step goes, by phase and by operation, and a trace for chrome://tracing or ui.perfetto.dev."""
+"""`cvmk train --profile`, `telemetry.profile`: where the time of a step goes, by phase and by operation, and a trace for ui.perfetto.dev."""
 
 from __future__ import annotations
 
 import contextlib
+import json
+import os
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -16,13 +19,14 @@ from torch.profiler import ProfilerActivity, record_function
 from cvmk import nvtx
 from cvmk.config import ModelConfig
 from cvmk.files import explained, write_text
+from cvmk.telemetry.schema import Profiled
 from cvmk.text.batching import Batch
 from cvmk.training.work import phase_products
 
 FOLDER, TABLE, TRACE = "profile", "profile.txt", "trace.json"
 PHASES = ("data", "teacher", "forward", "loss", "backward", "optimiser")
-SKIPPED, WATCHED = 10, 20
-"""Iterations of a process that pass before it looks, for the first ones are slower, and that it looks at."""
+WATCHED = 20
+"""Iterations that it looks at where the configuration does not say."""
 _OPERATIONS = 25
 
 
@@ -60,6 +64,9 @@ class StepProfiler:
     student, teacher, vocabulary   what the operations of a step are counted from.
     parameters   how many numbers AdamW changes; 0 where the optimiser is another.
     dtype        of matrix products.
+    say, told    get the table, and the event.
+    skipped, watched   iterations of this process that pass before, for the first ones are slower, and that are watched.
+    trace_bytes  of the trace at most: the calls at its end are left out where it would be larger.
     """
 
     def __init__(
@@ -72,26 +79,33 @@ class StepProfiler:
         dtype: torch.dtype,
         device: torch.device,
         say: Callable[[str], None],
+        told: Callable[[Profiled], None] = lambda event: None,
+        *,
+        skipped: int = 10,
+        watched: int = WATCHED,
+        trace_bytes: int = 100_000_000,
     ) -> None:
         self._folder, self._student, self._teacher, self._vocabulary = folder / FOLDER, student, teacher, vocabulary
-        self._parameters, self._dtype, self._device, self._say = parameters, dtype, device, say
-        self._seen, self._tokens, self._work = 0, 0, defaultdict[str, float](float)
+        self._parameters, self._dtype, self._device, self._say, self._told = parameters, dtype, device, say, told
+        self._skipped, self._watched, self._trace_bytes = skipped, watched, trace_bytes
+        self._seen, self._step, self._tokens, self._work = 0, 0, 0, defaultdict[str, float](float)
         self._profiler: torch.profiler.profile | None = None
         self._ends = contextlib.ExitStack()
 
     @contextlib.contextmanager
     def iteration(self) -> Iterator[None]:
         """Around one iteration."""
-        if self._seen == SKIPPED:
+        if self._seen == self._skipped:
             self._begin()
         yield
         self._seen += 1
-        if self._seen == SKIPPED + WATCHED:
+        if self._seen == self._skipped + self._watched:
             self.finish()
 
-    def took(self, batches: Sequence[Batch], tokens: int) -> None:
-        """What the iteration computed."""
+    def took(self, batches: Sequence[Batch], tokens: int, step: int = 0) -> None:
+        """What the iteration computed; `step` is its number."""
         if self._profiler is not None:
+            self._step = step
             self._tokens += tokens
             for phase, operations in phase_products(self._student, self._teacher, self._vocabulary, batches).items():
                 self._work[phase] += operations
@@ -107,7 +121,7 @@ class StepProfiler:
         profiler, self._profiler = self._profiler, None
         if profiler is None:
             return
-        seconds, iterations = time.perf_counter() - self._start, self._seen - SKIPPED
+        seconds, iterations = time.perf_counter() - self._start, self._seen - self._skipped
         self._ends.close()
         if iterations < 1:
             return
@@ -115,8 +129,10 @@ class StepProfiler:
         with explained(self._folder, "write the profile"):
             self._folder.mkdir(parents=True, exist_ok=True)
             write_text(self._folder / TABLE, table + "\n")
-            profiler.export_chrome_trace(str(self._folder / TRACE))
-        self._say(f"{table}\n{self._folder / TRACE} has every call: open it at ui.perfetto.dev")
+            kept = _write_trace(profiler, self._folder / TRACE, self._trace_bytes)
+        share = "every call" if kept == 1 else f"the first {kept:.0%} of the calls (telemetry.profile_bytes)"
+        self._say(f"{table}\n{self._folder / TRACE} has {share}: open it at ui.perfetto.dev")
+        self._told(Profiled(self._step - iterations + 1, iterations, [f"{FOLDER}/{TABLE}", f"{FOLDER}/{TRACE}"]))
 
     def _table(self, profiler: torch.profiler.profile, seconds: float, iterations: int) -> str:
         limits = Limits.measured(self._dtype, self._device)
@@ -124,7 +140,7 @@ class StepProfiler:
         total = {event.key: event.cpu_time_total * 1e-6 for event in events if event.key in PHASES}
         least = {phase: self._work[phase] / limits.operations for phase in PHASES}
         least["optimiser"] = iterations * 7 * 4 * self._parameters / limits.bytes  # AdamW reads gradient, weight and moments; writes the last three
-        first, last = SKIPPED + 1, SKIPPED + iterations
+        first, last = self._skipped + 1, self._skipped + iterations
         where = "on the host; a GPU works behind it" if self._device.type == "cuda" else f"{torch.get_num_threads()} threads"
         dtype = str(self._dtype).removeprefix("torch.")
         lines = [
@@ -145,3 +161,26 @@ class StepProfiler:
             spent = event.self_cpu_time_total * 1e-6
             lines.append(f"{event.key[:43]:<44}{spent / iterations * 1e3:9.2f}{spent / seconds:8.1%}{event.count / iterations:8.1f}")
         return "\n".join(lines)
+
+
+def _write_trace(profiler: torch.profiler.profile, path: Path, most: int) -> float:
+    """Write the trace, whole or not at all, in so many bytes; the share of the calls that are in it."""
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        whole = Path(folder) / path.name
+        profiler.export_chrome_trace(str(whole))
+        if whole.stat().st_size <= most:
+            os.replace(whole, path)
+            return 1.0
+        trace = json.loads(whole.read_text(encoding="utf-8"))
+    timed = sorted((event for event in trace["traceEvents"] if event.get("ph") != "M"), key=lambda event: float(event.get("ts", 0)))
+    trace["traceEvents"] = [event for event in trace["traceEvents"] if event.get("ph") == "M"]
+    left = most - len(json.dumps(trace).encode())
+    kept = 0
+    for event in timed:
+        left -= len(json.dumps(event).encode()) + 2
+        if left < 0:
+            break
+        kept += 1
+    trace["traceEvents"] += timed[:kept]
+    write_text(path, json.dumps(trace))
+    return kept / len(timed)

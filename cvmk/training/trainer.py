@@ -11,7 +11,7 @@ from cvmk import nvtx
 from cvmk.config.schema import Recipe
 from cvmk.errors import DataError, DivergedError
 from cvmk.inference import Translator
-from cvmk.telemetry import EventStream
+from cvmk.telemetry import EventStream, Iteration, Recorder
 from cvmk.telemetry.schema import EarlyStop, Interruption, Resumed, Rollback, Step, Validation
 from cvmk.text.tokenizers import Tokenizer
 from cvmk.training.averaging import WeightHistory
@@ -43,11 +43,13 @@ class Trainer:
         averages: WeightHistory,
         tokenizer: Tokenizer,
         events: EventStream,
+        recorder: Recorder,
         stop: StopSignal,
         profiler: StepProfiler | None = None,
     ) -> None:
         self.recipe, self.state, self.step = recipe, state, step
         self.store, self.averages, self.tokenizer, self.events = store, averages, tokenizer, events
+        self.recorder = recorder
         self.judge = Judge(state.validator, recipe.guard, recipe.schedule.warmup)
         self._stop, self._profiler = stop, profiler
 
@@ -66,6 +68,17 @@ class Trainer:
     # -- the loop ----------------------------------------------------------------------------------------------------------
     def train(self) -> None:
         """Run from the present state to the last iteration or an early stop."""
+        try:
+            self._train()
+        finally:
+            self.recorder.finish()
+        self.store.finish()
+        if self._profiler is not None:
+            self._profiler.finish()
+        if blind := blindness(self.validator.history):
+            self.events.note(blind)
+
+    def _train(self) -> None:
         iterations = self.recipe.training.iterations
         with self._stop.listening(self.events.notice):
             if self.progress.step == 0 and self.store.newest() is None:
@@ -89,27 +102,28 @@ class Trainer:
                     self.save()
                 if interrupted:
                     self.store.finish()
+                    self.recorder.finish()
                     self.events.emit(Interruption(step))
                     raise Interrupted(f"interrupted at iteration {step}; a checkpoint was written")
             if self.validator.best is None:  # resumed with fewer iterations than it has behind it
                 self._validate()
-        self.store.finish()
-        if self._profiler is not None:
-            self._profiler.finish()
-        if blind := blindness(self.validator.history):
-            self.events.note(blind)
 
     def _step(self) -> StepResult:
         """One optimiser step; a loss or gradient that is not finite changes no weight."""
         started, progress = time.monotonic(), self.progress
         with nvtx.span("data"):
             batches = next(self.state.batches)
-        result = self.step(batches, self._factor(progress.step + 1))
+        waited = time.monotonic() - started
+        factor = self._factor(progress.step + 1)
+        result = self.step(batches, factor)
         if self._profiler is not None:
-            self._profiler.took(list(batches) * result.passes, result.tokens)
+            self._profiler.took(list(batches) * result.passes, result.tokens, progress.step + 1)
+        seconds = time.monotonic() - started
         progress.step += 1
         progress.tokens += result.tokens
-        progress.seconds += time.monotonic() - started
+        progress.seconds += seconds
+        rate = self.recipe.optimizer.learning_rate * factor
+        self.recorder.iteration(Iteration(progress.step, *self.state.batches.place, result.loss, rate, result.norm, result.tokens, seconds, waited))
         return result
 
     def _factor(self, step: int) -> float:
@@ -129,6 +143,7 @@ class Trainer:
             progress.losses = result.values()
         if logs:
             rate = self.recipe.optimizer.learning_rate * self._factor(progress.step)
+            self.recorder.flush()
             self.events.emit(Step(progress.step, rate, result.norm, round(progress.tokens_per_second, 1), **progress.losses))
         else:
             self.events.tick(progress.step, result.loss, progress.tokens_per_second)
@@ -141,6 +156,7 @@ class Trainer:
 
     def _validate(self) -> None:
         progress, before = self.progress, self.validator.best
+        self.recorder.flush()
         with nvtx.span("validation"):
             result = self.validator.run(self.translator(), progress.step, on_long="truncate", scores=False)
         loss = self.state.guard.average_loss
@@ -183,6 +199,7 @@ class Trainer:
         False where the run has used up its rollbacks: the state is then that of the checkpoint, and says so to whoever resumes it.
         """
         guard, progress = self.recipe.guard, self.progress
+        self.recorder.finish()
         left = progress.rollbacks - progress.forgiven < guard.max_rollbacks
         target = self.store.target("best")
         if target is None:

@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from cvmk import nvtx, ops
 from cvmk.config import ModelConfig
 from cvmk.nn import CVMTransformer
+from cvmk.telemetry.schema import Profiled
 from cvmk.text.batching import Batch
-from cvmk.training import profile
 from cvmk.training.profile import PHASES, StepProfiler
 from cvmk.training.work import output_products, phase_products, products
 
@@ -42,28 +42,27 @@ def test_operations_are_those_that_pytorch_counts(options: dict[str, Any]) -> No
     assert found["loss"] == 2 * 4 * output
 
 
-def profiler(folder: Path, said: list[str]) -> StepProfiler:
-    return StepProfiler(folder, SMALL, None, VOCABULARY, 1000, torch.float32, torch.device("cpu"), said.append)
+def profiler(folder: Path, said: list[str], **options: Any) -> StepProfiler:
+    return StepProfiler(folder, SMALL, None, VOCABULARY, 1000, torch.float32, torch.device("cpu"), said.append, **options)
 
 
 def run(watched: StepProfiler, iterations: int) -> None:
-    for _ in range(iterations):
+    for step in range(1, iterations + 1):
         with watched.iteration():
             with nvtx.span("forward"):
                 torch.randn(40, 40) @ torch.randn(40, 40)
             with nvtx.span("optimiser"):
                 torch.zeros(10).add_(1)
-            watched.took([full_batch()], 21)
+            watched.took([full_batch()], 21, step)
     watched.finish()
 
 
 @pytest.mark.parametrize("iterations", [0, 3, 12, 40])
-def test_a_table_and_a_trace(tmp_path: Path, iterations: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_table_and_a_trace(tmp_path: Path, iterations: int) -> None:
     """Whether the training ends before, while or after it is watched."""
-    monkeypatch.setattr(profile, "SKIPPED", 3)
-    monkeypatch.setattr(profile, "WATCHED", 10)
     said: list[str] = []
-    run(profiler(tmp_path, said), iterations)
+    told: list[Profiled] = []
+    run(profiler(tmp_path, said, told=told.append, skipped=3, watched=10), iterations)
     assert nvtx.span("x") is nvtx.span("y")
     if iterations <= 3:
         assert not said and not (tmp_path / "profile").exists()
@@ -76,6 +75,19 @@ def test_a_table_and_a_trace(tmp_path: Path, iterations: int, monkeypatch: pytes
     assert float(rows["forward"][0]) > 0 and rows["forward"][2].endswith("%") and rows["aten::mm"][2] == "1.0"
     trace = json.loads((tmp_path / "profile" / "trace.json").read_text())
     assert sum(event.get("name") == "forward" for event in trace["traceEvents"]) == min(10, iterations - 3)
+    assert told == [Profiled(4, min(10, iterations - 3), ["profile/profile.txt", "profile/trace.json"])]
+
+
+def test_a_trace_is_not_larger_than_it_may_be(tmp_path: Path) -> None:
+    said: list[str] = []
+    run(profiler(tmp_path / "whole", said, skipped=0, watched=20), 20)
+    whole = (tmp_path / "whole" / "profile" / "trace.json").stat().st_size
+    run(profiler(tmp_path / "part", said, skipped=0, watched=20, trace_bytes=whole // 2), 20)
+    path = tmp_path / "part" / "profile" / "trace.json"
+    assert whole // 4 < path.stat().st_size <= whole // 2 and sorted(entry.name for entry in path.parent.iterdir()) == ["profile.txt", "trace.json"]
+    names = [event.get("name") for event in json.loads(path.read_text())["traceEvents"]]
+    assert 2 < names.count("forward") < 20 and "process_name" in names
+    assert "has every call" in said[0] and "% of the calls (telemetry.profile_bytes)" in said[1]
 
 
 def test_phases_are_those_of_a_step() -> None:
