@@ -137,7 +137,7 @@ def _draw_panel(axes: Axes, panel: _Panel, curves: dict[str, Curve]) -> None:
             axes.plot(steps, values, color=color, linewidth=1.3, label=label, marker="o" if len(steps) < 30 else None, markersize=3)
     every = [value / panel.unit for curve in curves.values() for value in curve.values if math.isfinite(value)]
     if max(every) - min(every) < _FLAT * abs(max(every)):  # else rounding errors are drawn as mountains
-        axes.set_ylim(sorted((0.9 * every[0], 1.1 * every[0])))
+        axes.set_ylim(every[0] - 0.1 * abs(every[0]), every[0] + 0.1 * abs(every[0]))
     if len(curves) > 1:
         axes.legend(fontsize=8)
 
