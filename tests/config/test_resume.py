@@ -30,7 +30,7 @@ def marked(mark: OnResume) -> set[str]:
 
 def test_the_keys_that_may_change() -> None:
     assert marked(MAY_CHANGE) == {
-        *("run.folder", "run.device", "run.threads", "data.cache", "guard", "telemetry"),
+        *("run.folder", "run.device", "run.threads", "run.report", "data.cache", "guard", "telemetry"),
         *(f"training.{key}" for key in ("iterations", "log_every", "save_every", "keep")),
         *(f"validation.{key}" for key in ("validate_every", "metrics", "bleu_tokenize", "patience", "min_delta", "bootstrap", "confidence")),
     }
