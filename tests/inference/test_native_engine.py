@@ -88,8 +88,9 @@ def agree(found: list[list[Hypothesis]], expected: list[list[Hypothesis]], error
 
 
 def error(kind: dict[str, Any]) -> float:
-    """Of scores. With caches of bytes the native engine rounds queries and weights too, to 2^-15 of their largest."""
-    return 2e-3 if kind.get("kv_cache") == "int8" else 1e-4
+    """Of scores. With caches of bytes the native engine rounds queries and weights too, to 2^-15 of their largest, and that makes a later key's byte another
+    now and then."""
+    return 1e-2 if kind.get("kv_cache") == "int8" else 1e-4
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
