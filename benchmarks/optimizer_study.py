@@ -159,17 +159,17 @@ def train(folder: Path) -> None:
     said = [one.text for one in Translator(folder / RUN / "model").translate(corpus.sources, on_long="truncate")]
     write_json(folder / RESULT, {
         "diverged": diverged, "validation": report["validation"]["value"], "metric": report["validation"]["metric"], "set": corpus.name,
-        "loss": report["losses"]["last"]["loss"], "throughput": report["throughput"], "state_bytes_per_parameter": _bytes(state) / report["parameters"],
+        "loss": report["losses"]["last"]["loss"], "throughput": report["throughput"], "state_bytes_per_parameter": state_bytes(state) / report["parameters"],
         "peak_bytes": peak, "hypotheses": said, "references": corpus.targets, "environment": report["environment"],
     })  # fmt: skip
 
 
-def _bytes(state: Any) -> int:
+def state_bytes(state: Any) -> int:
     """Of an optimiser's tensors. Of schedule-free's two sets of weights one is the model's."""
     if isinstance(state, dict):
-        return sum(_bytes(value) for name, value in state.items() if name != "training_weights")
+        return sum(state_bytes(value) for name, value in state.items() if name != "training_weights")
     if isinstance(state, (list, tuple)):
-        return sum(map(_bytes, state))
+        return sum(map(state_bytes, state))
     return state.numel() * state.element_size() if hasattr(state, "element_size") else 0
 
 

@@ -88,3 +88,16 @@ def test_any_schema() -> None:
 
     assert changed_keys(Outer, {"inner": {"a": 1, "b": 1}}, {"inner": {"a": 1, "b": 2}}, by_content=False) == []
     assert changed_keys(Outer, {"inner": None}, {"inner": {"a": 1, "b": 2}}, by_content=False) == ["inner"]
+
+
+def test_a_run_from_before_optimisers_had_keys_of_their_own_goes_on() -> None:
+    """Commit 0e9eea3 wrote these, whatever the schedule; the name may not change, nor what one takes."""
+    for kind in ("inverse_sqrt", "cosine", "constant"):
+        now = config(schedule={"kind": kind})
+        before = {
+            **now,
+            "optimizer": {"name": "adamw", "learning_rate": 0.001, "betas": [0.9, 0.98], "eps": 1e-9, "weight_decay": 0.01},
+            "schedule": {"kind": kind, "warmup": 1000, "final_factor": 0.05},
+        }
+        assert changed(before, now) == []
+    assert changed(before, config(optimizer={"name": "sam"}, schedule={"kind": "constant"})) == ["optimizer.name", "optimizer.base", "optimizer.rho"]

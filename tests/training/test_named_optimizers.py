@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from runs import events, train
 from step_setting import Setting, batches
 from torch import Tensor
 
+from cvmk import nvtx
 from cvmk.cli import main
 from cvmk.config import ModelConfig, OptimizerConfig
 from cvmk.config import optimizer as optimizer_config
@@ -315,6 +318,24 @@ def test_sharpness_takes_all_accumulated_batches_again() -> None:
     for a, b in zip(whole.weights(), parts.weights(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
     assert not all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(whole.weights(), half.weights(), strict=True))
+
+
+def test_a_second_pass_is_no_part_of_the_optimisers_time() -> None:
+    """Whoever profiles sees each phase by itself."""
+    made, inside, seen = setting("sam"), [], []
+
+    @contextlib.contextmanager
+    def span(name: str) -> Iterator[None]:
+        seen.append((*inside, name))
+        inside.append(name)
+        yield
+        assert inside.pop() == name
+
+    with nvtx.told(span):
+        assert made.step(batches([[0, 1]]), 1.0).passes == 2
+    assert not inside and {len(names) for names in seen} == {1}
+    names = [name for (name,) in seen]
+    assert [names.count(name) for name in ("forward", "backward", "optimiser")] == [2, 2, 2] and names[-1] == "optimiser"
 
 
 # -- whole runs ----------------------------------------------------------------------------------------------------------------------
