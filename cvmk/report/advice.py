@@ -274,14 +274,14 @@ def _no_better_than_baseline(view: View) -> str | None:
 WIDE = 0.05
 
 
-@_rule("the interval of the deciding metric is wider than 10 % of the score (half of it more than 5 %), on less than 2,000 sentences")
+@_rule("half of the interval of the deciding metric is more than 5 % of the score and more than 1 point, on less than 2,000 sentences")
 def _few_sentences(view: View) -> str | None:
     final = view.final()
     score = None if final is None else final.score(view.metric)
     if final is None or score is None or score.value is None or score.low is None or score.high is None or not final.sentences or final.sentences >= 2000:
         return None
     half = (score.high - score.low) / 2
-    if half <= WIDE * abs(score.value):
+    if half <= max(1.0, WIDE * abs(score.value)):
         return None
     where = "data.test" if final.set == "test" else "data.valid, validation.max_sentences"
     return (

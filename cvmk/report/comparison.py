@@ -81,7 +81,7 @@ def compare(runs: Sequence[Run], baseline: Run | None, samples: int, confidence:
     scorer = _Scorer(samples, confidence)
     found: list[SetScores] = []
     for name in SETS:
-        taught: dict[tuple[str, ...], str] = {}
+        taught = {run.evaluations[name].hypotheses: run.name for run in runs if name in run.evaluations}  # a teacher may be one of the runs
         teachers: list[SetScores] = []
         for run in runs:
             scores = scorer.run(run, name, baseline)
@@ -144,7 +144,8 @@ class _Scorer:
                 return Comparison(baseline.name, reason=one.missing.get(name) or f"{one.name} was not scored on a {name} set")
         assert ours is not None and theirs is not None
         if not ours.same_set(theirs):
-            reason = f"{run.name} and {baseline.name} were scored on different {name} sets ({ours.sentences} and {theirs.sentences} sentences)"
+            counts = f" ({ours.sentences} and {theirs.sentences} sentences)" if ours.sentences != theirs.sentences else ""
+            reason = f"{run.name} and {baseline.name} were scored on different {name} sets{counts}"
             return Comparison(baseline.name, reason=f"{reason}: no significance, and their scores are not comparable")
         return self.compared(run, ours.hypotheses, theirs.hypotheses, ours, baseline.name)
 
@@ -164,7 +165,8 @@ class _Scorer:
 
     def _measured(self, run: Run, texts: tuple[str, ...], evaluation: Evaluation, notes: list[str]) -> list[Measurement]:
         """By the metrics of the run's validation. What keeps them from being computed becomes a note."""
-        metrics = dict.fromkeys([run.setting("validation.metric", "bleu"), *run.setting("validation.metrics", [])])
+        wanted = [run.setting("validation.metric", "bleu"), *run.setting("validation.metrics", [])]
+        metrics = dict.fromkeys(metric for metric in wanted if isinstance(metric, str))
         try:
             words = self._words(run, evaluation)
             return [self._measure(metric, texts, evaluation.references, words) for metric in metrics if metric in METRICS and metric not in _RECORDED_ONLY]
@@ -174,7 +176,7 @@ class _Scorer:
 
     @staticmethod
     def _words(run: Run, evaluation: Evaluation) -> Tokenization:
-        language = run.setting("data.target_language") or ("de" if run.setting("data.embedded") else None)
+        language = run.setting("data.target_language", "") or ("de" if run.setting("data.embedded") else None)
         return tokenization(language, evaluation.references, run.setting("validation.bleu_tokenize", "auto"))
 
     def _figure(self, measurement: Measurement) -> ScoreFigure:

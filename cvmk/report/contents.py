@@ -228,7 +228,7 @@ def _quantized(model: QuantizedModel) -> Section:
         section.blocks.append(Bullets([("", fact) for fact in facts(model.report)]))
         header, *rows = layer_rows(model.report)
         section.blocks.append(Folded(f"Every matrix ({len(rows)})", [Table(list(header), [list(row) for row in rows[:_LAYERS]], texts=2)]))
-        changes = [[str(one["line"]), one["source"], one["before"], one["after"]] for one in model.report["changed"][:_CHANGED]]
+        changes = [[str(one[key]) for key in ("line", "source", "before", "after")] for one in model.report["changed"][:_CHANGED]]
         if changes:
             section.blocks.append(Folded("The sentences that changed most", [Table(["line", "source", "before", "after"], changes, texts=4)]))
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
@@ -267,7 +267,7 @@ def _benchmark(name: str, figures: dict[str, Any]) -> list[Block]:
             rest = ", ".join(f"{key} {_figure(value)}" for key, value in row.items() if key not in ("op", "case") and not isinstance(value, (dict, list)))
             rows.append([case, rest, "", ""])
     machine = pick(figures, "machine", default={})
-    where = f" ({pick(machine, 'processor', default='unknown processor')}, {pick(machine, 'cpus', default='?')} CPUs)" if machine else ""
+    where = f" ({pick(machine, 'processor', default='unknown processor')}, {pick(machine, 'cpus') or 'unknown'} CPUs)" if machine else ""
     return [Text(f"{name}{where}", heading=True), Table(["case", "by", "ms", "ratio to the best other"], rows, texts=2)] if rows else []
 
 

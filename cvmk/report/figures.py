@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cvmk import __version__
-from cvmk.errors import DataError
+from cvmk.errors import ConfigError, DataError
 from cvmk.files import read_json
 from cvmk.report.advice import Advice, View, advise
 from cvmk.report.comparison import SetScores, compare, verdict
@@ -75,12 +75,12 @@ def figures_of(
     bootstrap, confidence   of intervals and paired tests.
     benchmarks              JSON files of `cvmk bench --json` or of benchmarks/.
 
-    Raises DataError for a folder that is no run and for a file of benchmarks that cannot be read, ConfigError for too many runs.
+    Raises DataError for a folder that is no run and for a file of benchmarks that cannot be read, ConfigError for too many runs and a baseline that is none.
     """
+    if baseline is not None and not is_run(Path(baseline)):
+        raise ConfigError(f"--baseline {os.fspath(baseline)} is no run of cvmk train: name the folder of one")
     chosen_first = [] if baseline is None else [baseline]
     runs, models, problems = read_folders([*chosen_first, *folders])
-    if baseline is not None and not is_run(Path(baseline)):
-        raise DataError(f"--baseline {os.fspath(baseline)} is no run of cvmk train: name a folder of one")
     against = runs[0] if len(runs) > 1 else None
     scores = compare(runs, against, bootstrap, confidence)
     figures = Figures(runs, against, scores, _samples(runs, scores), models, [_benchmark(path) for path in benchmarks], [], problems, bootstrap, confidence)

@@ -11,15 +11,15 @@ from cvmk.report.differences import Part, Sample
 from cvmk.report.document import Block, Bullets, Cell, Charts, Document, Folded, Samples, Section, Table, Text
 from cvmk.report.history import Bin
 
-_SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|~!&$])")
+_SPECIAL = re.compile(r"([\\`*{}\[\]#|~!$]|(?<![^\W_])_|_(?![^\W_]))")  # of _ those that are not within a word
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-_BEGINNING = re.compile(r"^(\d+)([.)])|^([-+=:])")
+_BEGINNING = re.compile(r"^(\d+)([.)])(?=\s|$)|^([-+=:])(?=[-+=:\s]|$)")
 _ROWS = 10
 
 
 def escape(text: str) -> str:
     """Text that is not ours, on one line, with nothing in it that Markdown or HTML would read."""
-    text = _SPECIAL.sub(r"\\\1", _UNPRINTABLE.sub(" ", text))
+    text = _SPECIAL.sub(r"\\\1", _UNPRINTABLE.sub(" ", text)).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return _BEGINNING.sub(lambda found: f"{found[1]}\\{found[2]}" if found[1] else f"\\{found[3]}", text)
 
 

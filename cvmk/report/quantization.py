@@ -14,7 +14,7 @@ def score_rows(report: dict[str, Any]) -> Rows:
     for before, after, pair in zip(report["before"]["scores"], report["after"]["scores"], report["paired"], strict=True):
         spans = [f"[{score['low']:.2f}, {score['high']:.2f}]" for score in (before, after)]
         difference = (f"{pair['difference']:+.2f}", f"[{pair['low']:+.2f}, {pair['high']:+.2f}]", f"{pair['p_value']:.4f}")
-        rows.append((before["metric"], f"{before['value']:.2f}", spans[0], f"{after['value']:.2f}", spans[1], *difference))
+        rows.append((str(before["metric"]), f"{before['value']:.2f}", spans[0], f"{after['value']:.2f}", spans[1], *difference))
     return rows
 
 
@@ -23,7 +23,7 @@ def layer_rows(report: dict[str, Any]) -> Rows:
     rows: Rows = [("matrix", "stored", "bytes", "signal to noise, dB", "rounded to nearest")]
     for layer in report["layers"]:
         ratios = ("" if value is None else f"{value:.1f}" for value in (layer["snr"], layer["nearest_snr"]))
-        rows.append((layer["name"], layer["stored"], str(layer["bytes"]), *ratios))
+        rows.append((*(str(layer[key]) for key in ("name", "stored", "bytes")), *ratios))
     return rows
 
 
@@ -39,6 +39,6 @@ def facts(report: dict[str, Any]) -> list[str]:
         lines.append(f"recovery: BLEU {recovery['unrecovered']:.2f} without it; divergence on held-out text {spans[0]:.4f} -> {spans[1]:.4f} nats a piece, "
                      f"best of {recovery['steps']} steps: {recovery['best']}")  # fmt: skip
     if report["raised"]:
-        lines.append(f"in a higher precision: {', '.join(report['raised'])}")
+        lines.append(f"in a higher precision: {', '.join(map(str, report['raised']))}")
     lines += [f"trial with {trial['raised']} raised: BLEU {trial['value']:.2f} ({-trial['drop']:+.2f})" for trial in report["trials"][:-1]]
     return lines

@@ -62,12 +62,13 @@ class QuantizedModel:
 
 
 def pick(value: Any, *keys: str, default: Any = None) -> Any:
-    """value[key][key]...; `default` where something of it is missing or no table."""
+    """value[key][key]...; `default` where something of it is missing, or no table, or the value found is of another kind than `default`."""
     for key in keys:
         if not isinstance(value, dict) or value.get(key) is None:
             return default
         value = value[key]
-    return value
+    kind = (int, float) if isinstance(default, (int, float)) else object if default is None else type(default)
+    return value if isinstance(value, kind) else default
 
 
 def read_folders(folders: Sequence[str | os.PathLike[str]]) -> tuple[list[Run], list[QuantizedModel], list[str]]:

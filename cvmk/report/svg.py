@@ -88,7 +88,7 @@ def _dash(color: int) -> str:
 
 
 def _grid(x: _Axis, y: _Axis) -> Iterator[str]:
-    for value in y.ticks(5):
+    for value in y.ticks(7):
         yield f'<path class="grid" d="M{_LEFT} {y(value):.1f}H{WIDTH - _RIGHT}"/>'
         yield f'<text class="tick" x="{_LEFT - 6}" y="{y(value) + 4:.1f}" text-anchor="end">{_short(value)}</text>'
     for value in x.ticks(6):

@@ -54,7 +54,7 @@ def _iterations(event: Iterations) -> Iterator[Point]:
 def _scores(event: Scored) -> Iterator[Point]:
     for kind, scores in (("validation", event.scores), ("agreement", event.agreement)):
         for score in scores:
-            if isinstance(value := score.get("value"), (int, float)):
+            if isinstance(score, dict) and isinstance(value := score.get("value"), (int, float)):
                 yield Point(f"{kind}/{score.get('metric')}", event.step, value)
 
 

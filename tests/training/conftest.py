@@ -16,6 +16,7 @@ TINY = """
 folder = "{folder}/run"
 device = "cpu"
 threads = 1
+report = false
 
 [data]
 folder = "{folder}"

@@ -6,16 +6,22 @@ import json
 from pathlib import Path
 
 import pytest
-from runs import train
+from runs import events, train
 
 from cvmk.config.loading import load_train_config
+from cvmk.report.evaluations import read_evaluation
 from cvmk.training.report import model_card, score_lines
-from cvmk.validation import Score
+from cvmk.validation import Score, score
 
 
 def test_a_report_says_what_was_done(config: Path, tmp_path: Path) -> None:
-    report = train(config, "data.source_language=en", "data.target_language=de")
+    report = train(config, "data.source_language=en", "data.target_language=de", "run.report=true")
     run = tmp_path / "run"
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert f"{report['validation']['value']:.2f} [" in page and (run / "report.md").exists() and (run / "report.json").exists()
+    kept = {name: read_evaluation(run / "evaluations" / f"{name}.jsonl") for name in ("validation", "test")}
+    assert (kept["validation"].sentences, kept["test"].sentences) == (20, 30) and kept["test"].teacher is None
+    assert score("bleu", kept["test"].hypotheses, kept["test"].references).value == report["test"]["value"]
     assert json.loads((run / "training_report.json").read_text()) == report
     history = json.loads((run / "validation_history.json").read_text())
     assert report["title"] == "model" and report["languages"] == ["en", "de"] and report["teacher"] is None and report["distillation"] is None
@@ -29,6 +35,19 @@ def test_a_report_says_what_was_done(config: Path, tmp_path: Path) -> None:
     assert report["environment"]["device"] == "cpu" and report["environment"]["packages"]["torch"]
     assert set(report["losses"]["last"]) == {"loss", "cross_entropy", "logits", "hidden", "attention"}
     assert (run / "model" / "card.md").read_text() == model_card(report)
+
+
+def test_a_run_does_not_fail_for_its_report(with_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object) -> None:
+        raise RuntimeError("no ink")
+
+    monkeypatch.setattr("cvmk.report.write_report", fail)
+    report = train(with_teacher, "run.report=true", "training.iterations=4")
+    for folder in (tmp_path / "run", tmp_path / "run" / "teacher"):
+        (note,) = (event["message"] for event in events(folder, "note") if "report" in event["message"])
+        assert "RuntimeError: no ink" in note and f"cvmk report {folder}" in note and not (folder / "report.html").exists()
+    kept = read_evaluation(tmp_path / "run" / "evaluations" / "test.jsonl")
+    assert kept.teacher is not None and score("bleu", kept.teacher, kept.references).value == report["teacher"]["test"][0]["value"]
 
 
 def report_of(**changes: object) -> dict[str, object]:
