@@ -9,6 +9,7 @@ namespace cvmk::engine {
 namespace {
 
 using recurrent::Pass;
+using recurrent::kBlock;
 using recurrent::kStates;
 using recurrent::kTaps;
 
@@ -17,7 +18,7 @@ class Ssru : public RecurrentMixer {
  public:
   explicit Ssru(const MixerWeights& w) : width_(w.d_model), causal_(w.causal), gate_(w.linear("gate", width_, width_, true)), value_(w.linear("value", width_, width_, false)) {}
 
-  std::int64_t state_size() const override { return width_; }
+  std::int64_t state_size() const override { return up(width_, kBlock); }
   std::int64_t memory(std::int64_t rows) const override {
     Arena count;
     Buffers(count, rows * width_);
@@ -31,7 +32,7 @@ class Ssru : public RecurrentMixer {
     value_(r.x, r.rows, b.values, team);
     const std::int64_t half = causal_ ? width_ : width_ / 2;
     for (std::int64_t c = 0; c < width_; c += half) {
-      const Pass pass{r.runs.data(), static_cast<std::int64_t>(r.runs.size()), r.rows, half, c, c > 0};
+      const Pass pass{r.runs.data(), static_cast<std::int64_t>(r.runs.size()), r.rows, half, 0, 1, c > 0};
       cvmk::run(recurrent::kernels().ssru, recurrent::Ssru{pass, {b.gates + c, width_}, {b.values + c, width_}, r.out + c, width_}, team);
     }
   }
@@ -47,11 +48,12 @@ class Ssru : public RecurrentMixer {
   Linear gate_, value_;
 };
 
-// [rows, columns] -> [columns, rows]
-std::vector<float> turned(const std::vector<float>& matrix, std::int64_t columns) {
-  const std::size_t n = static_cast<std::size_t>(columns), rows = matrix.size() / n;
-  std::vector<float> found(matrix.size());
-  for (std::size_t i = 0; i < matrix.size(); ++i) found[i % n * rows + i / n] = matrix[i];
+// [channels, numbers] in blocks of channels (recurrent/params.h).
+std::vector<float> blocks(const std::vector<float>& matrix, std::int64_t numbers) {
+  const std::int64_t channels = static_cast<std::int64_t>(matrix.size()) / numbers;
+  std::vector<float> found(static_cast<std::size_t>(up(channels, kBlock) * numbers));
+  for (std::int64_t c = 0; c < channels; ++c)
+    for (std::int64_t n = 0; n < numbers; ++n) found[static_cast<std::size_t>((c / kBlock * numbers + n) * kBlock + c % kBlock)] = matrix[static_cast<std::size_t>(c * numbers + n)];
   return found;
 }
 
@@ -61,13 +63,14 @@ class SelectiveSpace {
   SelectiveSpace(const MixerWeights& w, const std::string& name, std::int64_t width)
       : channels_(2 * width), rank_(pieces(w.d_model, 16)), in_(w.linear(name + ".in_proj", 2 * channels_, w.d_model, w.bias)),
         scan_(w.linear(name + ".scan_proj", rank_ + 2 * kStates, channels_, false)), step_(w.linear(name + ".step_proj", channels_, rank_, true)),
-        taps_(turned(w.floats(name + ".conv.weight", {channels_, kTaps}), kTaps)), bias_(w.floats(name + ".conv.bias", {channels_})),
-        A_(turned(w.floats(name + ".A_log", {channels_, kStates}), kStates)), D_(w.floats(name + ".D", {channels_})) {
+        taps_(blocks(w.floats(name + ".conv.weight", {channels_, kTaps}), kTaps)), bias_(w.floats(name + ".conv.bias", {channels_})),
+        A_(w.floats(name + ".A_log", {channels_, kStates})), D_(w.floats(name + ".D", {channels_})) {
     for (float& a : A_) a = -std::exp(a);
+    A_ = blocks(A_, kStates);
   }
 
   std::int64_t channels() const { return channels_; }
-  std::int64_t state_size() const { return (kTaps - 1 + kStates) * channels_; }
+  std::int64_t state_size() const { return kPitch * up(channels_, kBlock); }
 
   struct Buffers {
     float *uz, *u, *selected, *delta;
@@ -78,12 +81,12 @@ class SelectiveSpace {
 
   // out: rows `stride` numbers apart.
   void run(const MixerRows& r, bool reverse, const Buffers& b, float* out, std::int64_t stride, const Team& team) const {
-    Pass pass{r.runs.data(), static_cast<std::int64_t>(r.runs.size()), r.rows, channels_, 0, reverse};
+    Pass pass{r.runs.data(), static_cast<std::int64_t>(r.runs.size()), r.rows, channels_, 0, kPitch, reverse};
     in_(r.x, r.rows, b.uz, team);
     cvmk::run(recurrent::kernels().conv, recurrent::Conv{pass, {b.uz, 2 * channels_}, taps_.data(), bias_.data(), b.u, channels_}, team);
     scan_(b.u, r.rows, b.selected, team);
     step_(b.selected, r.rows, b.delta, team, scan_.outputs());
-    pass.state = (kTaps - 1) * channels_;
+    pass.state = kTaps - 1;
     const float* B = b.selected + rank_;
     const recurrent::Scan scan{pass, {b.u, channels_}, {b.delta, channels_}, {b.uz + channels_, 2 * channels_}, {B, scan_.outputs()}, {B + kStates, scan_.outputs()},
                                A_.data(), D_.data(), out, stride};
@@ -91,6 +94,7 @@ class SelectiveSpace {
   }
 
  private:
+  static constexpr std::int64_t kPitch = kTaps - 1 + kStates;
   std::int64_t channels_, rank_;
   Linear in_, scan_, step_;
   std::vector<float> taps_, bias_, A_, D_;

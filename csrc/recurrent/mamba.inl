@@ -7,12 +7,12 @@ namespace {
 template <typename Lanes>
 CVMK_INLINE void conv_block(const Conv& p, int64_t c, Lanes lanes) {
   F weight[kTaps];
-  for (int k = 0; k < kTaps; ++k) weight[k] = load(p.weight + k * p.pass.channels + c, lanes);
+  read<kTaps>(p.weight, c, weight);
   const F bias = load(p.bias + c, lanes);
   for (int64_t i = 0; i < p.pass.count; ++i) {
     const Run& run = p.pass.runs[i];
     F before[kTaps - 1];
-    begin<kTaps - 1>(p.pass, run, c, before, lanes);
+    begin<kTaps - 1>(p.pass, run, c, before);
     each_row(p.pass, run, [&](int64_t row) {
       const F x = load(p.x.data + row * p.x.stride + c, lanes);
       F y = bias;
@@ -21,7 +21,7 @@ CVMK_INLINE void conv_block(const Conv& p, int64_t c, Lanes lanes) {
       before[kTaps - 2] = x;
       store(p.out + row * p.out_stride + c, activations::silu(y), lanes);
     });
-    end<kTaps - 1>(p.pass, run, c, before, lanes);
+    end<kTaps - 1>(p.pass, run, c, before);
   }
 }
 
@@ -32,12 +32,12 @@ void run_conv(const Conv& p, char*, const Team& team) {
 template <typename Lanes>
 CVMK_INLINE void scan_block(const Scan& p, int64_t c, Lanes lanes) {
   F A[kStates];
-  for (int n = 0; n < kStates; ++n) A[n] = load(p.A + n * p.pass.channels + c, lanes);
+  read<kStates>(p.A, c, A);
   const F D = load(p.D + c, lanes);
   for (int64_t i = 0; i < p.pass.count; ++i) {
     const Run& run = p.pass.runs[i];
     F state[kStates];
-    begin<kStates>(p.pass, run, c, state, lanes);
+    begin<kStates>(p.pass, run, c, state);
     each_row(p.pass, run, [&](int64_t row) {
       const F u = load(p.u.data + row * p.u.stride + c, lanes), z = load(p.z.data + row * p.z.stride + c, lanes);
       const F step = scan::softplus(load(p.delta.data + row * p.delta.stride + c, lanes)), rate = scan::times_log2e(step), drive = step * u;
@@ -50,7 +50,7 @@ CVMK_INLINE void scan_block(const Scan& p, int64_t c, Lanes lanes) {
       }
       store(p.out + row * p.out_stride + c, (sums[0] + sums[1]) * (z * scan::sigmoid(z)), lanes);
     });
-    end<kStates>(p.pass, run, c, state, lanes);
+    end<kStates>(p.pass, run, c, state);
   }
 }
 

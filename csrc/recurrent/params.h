@@ -15,10 +15,14 @@ struct Run {
   float* to;          // null: nobody asks; may be `from`, and the `from` of a later run
 };
 
-// Runs are worked off in their order. `state` is where the state of this recurrence begins in those of the runs; reversed, each run begins with its last row.
+// What there is of each channel stands in blocks of kBlock channels, [pieces(channels, kBlock)][numbers][kBlock], so that a block is in one place.
+constexpr int64_t kBlock = 16;
+
+// Runs are worked off in their order. A block of their states has `pitch` numbers, of which those of this recurrence begin with number `state`; where
+// channels end within a block, the others are anybody's. Reversed, each run begins with its last row.
 struct Pass {
   const Run* runs;
-  int64_t count, rows, channels, state;  // rows: of all runs
+  int64_t count, rows, channels, state, pitch;  // rows: of all runs
   bool reverse;
 };
 
@@ -28,7 +32,7 @@ struct Rows {
   int64_t stride;
 };
 
-// f = sigmoid(gate), c = f c + (1 - f) value, out = relu(c) (Kim et al. 2019). State: c [channels].
+// f = sigmoid(gate), c = f c + (1 - f) value, out = relu(c) (Kim et al. 2019). State: c, one number a channel.
 struct Ssru {
   Pass pass;
   Rows gates, values;
@@ -39,21 +43,21 @@ struct Ssru {
 constexpr int64_t kTaps = 4;     // of the filters of `Conv`
 constexpr int64_t kStates = 16;  // of a channel of `Scan`
 
-// out_t = silu(bias + sum_k weight_k x_{t + k - 3}). State: the last three x [kTaps - 1, channels], the oldest first.
+// out_t = silu(bias + sum_k weight_k x_{t + k - 3}). State: the last kTaps - 1 of x, the oldest first.
 struct Conv {
   Pass pass;
   Rows x;
-  const float *weight, *bias;  // [kTaps, channels], [channels]
+  const float *weight, *bias;  // kTaps numbers a channel, in blocks; [channels]
   float* out;
   int64_t out_stride;
 };
 
-// step = softplus(delta), s_n = exp(step A_n) s_n + step u B_n, out = (sum_n C_n s_n + D u) silu(z) (Gu and Dao 2023). State: s [kStates, channels].
+// step = softplus(delta), s_n = exp(step A_n) s_n + step u B_n, out = (sum_n C_n s_n + D u) silu(z) (Gu and Dao 2023). State: s, kStates numbers a channel.
 struct Scan {
   Pass pass;
   Rows u, delta, z;
   Rows B, C;           // [rows, kStates]
-  const float *A, *D;  // [kStates, channels], [channels]
+  const float *A, *D;  // kStates numbers a channel, in blocks; [channels]
   float* out;          // may be u
   int64_t out_stride;
 };

@@ -15,14 +15,23 @@ CVMK_INLINE F load(const float* p, First lanes) { return simd::load_n(p, lanes.c
 CVMK_INLINE void store(float* p, F v, All) { simd::store(p, v); }
 CVMK_INLINE void store(float* p, F v, First lanes) { simd::store_n(p, v, lanes.count); }
 
-// The state of the channels from c on, `count` numbers each: before a run, and behind it.
-template <int count, typename Lanes>
-CVMK_INLINE void begin(const Pass& p, const Run& run, int64_t c, F* state, Lanes lanes) {
-  for (int n = 0; n < count; ++n) state[n] = run.from == nullptr ? F{} : load(run.from + p.state + n * p.channels + c, lanes);
+static_assert(kBlock % kLanes == 0, "a vector of channels stands in one block");
+
+// Where number 0 of the channels from c on stands, in blocks of `pitch` numbers; the next one is kBlock further on.
+CVMK_INLINE int64_t place(int64_t c, int64_t pitch) { return c / kBlock * pitch * kBlock + c % kBlock; }
+template <int count>
+CVMK_INLINE void read(const float* blocks, int64_t c, F* to) {
+  for (int n = 0; n < count; ++n) to[n] = simd::load(blocks + place(c, count) + n * kBlock);
 }
-template <int count, typename Lanes>
-CVMK_INLINE void end(const Pass& p, const Run& run, int64_t c, const F* state, Lanes lanes) {
-  for (int n = 0; run.to != nullptr && n < count; ++n) store(run.to + p.state + n * p.channels + c, state[n], lanes);
+
+// The state of the channels from c on, `count` numbers each: before a run, and behind it.
+template <int count>
+CVMK_INLINE void begin(const Pass& p, const Run& run, int64_t c, F* state) {
+  for (int n = 0; n < count; ++n) state[n] = run.from == nullptr ? F{} : simd::load(run.from + place(c, p.pitch) + (p.state + n) * kBlock);
+}
+template <int count>
+CVMK_INLINE void end(const Pass& p, const Run& run, int64_t c, const F* state) {
+  for (int n = 0; run.to != nullptr && n < count; ++n) simd::store(run.to + place(c, p.pitch) + (p.state + n) * kBlock, state[n]);
 }
 
 // body(c, lanes) for the vectors of channels, as work of `cost` numbers a row and channel.

@@ -9,7 +9,7 @@ CVMK_INLINE void ssru_block(const Ssru& p, int64_t c, Lanes lanes) {
   for (int64_t i = 0; i < p.pass.count; ++i) {
     const Run& run = p.pass.runs[i];
     F cell;
-    begin<1>(p.pass, run, c, &cell, lanes);
+    begin<1>(p.pass, run, c, &cell);
     each_row(p.pass, run, [&](int64_t row) {
       const F gate = load(p.gates.data + row * p.gates.stride + c, lanes), value = load(p.values.data + row * p.values.stride + c, lanes);
       // Of sigmoid(g) and sigmoid(-g) each is exact, however small the other is: what remains of a state is the product of many.
@@ -18,7 +18,7 @@ CVMK_INLINE void ssru_block(const Ssru& p, int64_t c, Lanes lanes) {
       cell = kept * cell + added;
       store(p.out + row * p.out_stride + c, activations::relu(cell), lanes);
     });
-    end<1>(p.pass, run, c, &cell, lanes);
+    end<1>(p.pass, run, c, &cell);
   }
 }
 

@@ -26,6 +26,10 @@ constexpr double kNear = 5e-6;
 std::size_t size(std::int64_t n) { return static_cast<std::size_t>(n); }
 double sigmoid(double x) { return 1.0 / (1.0 + std::exp(-x)); }
 
+// Number n of channel c, in blocks of `pitch` numbers.
+std::size_t place(std::int64_t n, std::int64_t c, std::int64_t pitch) { return size((c / kBlock * pitch + n) * kBlock + c % kBlock); }
+std::int64_t blocks_size(std::int64_t channels, std::int64_t pitch) { return cvmk::up(channels, kBlock) * pitch; }
+
 // A sequence of some rows of a matrix, in the order of the recurrence.
 std::vector<std::int64_t> order(std::int64_t first, std::int64_t rows, bool reverse) {
   std::vector<std::int64_t> found;
@@ -56,14 +60,14 @@ struct ConvCase {
   static constexpr std::int64_t kNumbers = kTaps - 1;
   std::int64_t channels, stride;
   Floats inputs, weight, bias;
-  ConvCase(std::int64_t rows, std::int64_t c) : channels(c), stride(c + 2), inputs(normal(rows * stride)), weight(normal(kTaps * c)), bias(normal(c)) {}
+  ConvCase(std::int64_t rows, std::int64_t c) : channels(c), stride(c + 2), inputs(normal(rows * stride)), weight(normal(blocks_size(c, kTaps))), bias(normal(c)) {}
   void run(const Pass& pass, float* out, const Team& team) {
     cvmk::run(kernels().conv, Conv{pass, {inputs.data(), stride}, weight.data(), bias.data(), out, channels + 1}, team);
   }
   void step(std::int64_t row, std::int64_t c, double* state, double& out) const {
     const double x = inputs[size(row * stride + c)];
     double y = bias[size(c)];
-    for (std::int64_t k = 0; k < kTaps; ++k) y += static_cast<double>(weight[size(k * channels + c)]) * (k < kTaps - 1 ? state[k] : x);
+    for (std::int64_t k = 0; k < kTaps; ++k) y += static_cast<double>(weight[place(k, c, kTaps)]) * (k < kTaps - 1 ? state[k] : x);
     state[0] = state[1], state[1] = state[2], state[2] = x;
     out = y * sigmoid(y);
   }
@@ -73,7 +77,7 @@ struct ScanCase {
   static constexpr std::int64_t kNumbers = kStates;
   std::int64_t channels, stride;
   Floats inputs, A, D;
-  ScanCase(std::int64_t rows, std::int64_t c) : channels(c), stride(3 * c + 2 * kStates), inputs(normal(rows * stride)), A(normal(kStates * c)), D(normal(c)) {
+  ScanCase(std::int64_t rows, std::int64_t c) : channels(c), stride(3 * c + 2 * kStates), inputs(normal(rows * stride)), A(normal(blocks_size(c, kStates))), D(normal(c)) {
     for (float& a : A) a = -std::exp(a);
   }
   void run(const Pass& pass, float* out, const Team& team) {
@@ -86,7 +90,7 @@ struct ScanCase {
     const double u = x[c], z = x[2 * channels + c], delta = std::log1p(std::exp(static_cast<double>(x[channels + c])));
     double y = static_cast<double>(D[size(c)]) * u;
     for (std::int64_t n = 0; n < kStates; ++n) {
-      state[n] = std::exp(delta * static_cast<double>(A[size(n * channels + c)])) * state[n] + delta * u * static_cast<double>(x[3 * channels + n]);
+      state[n] = std::exp(delta * static_cast<double>(A[place(n, c, kStates)])) * state[n] + delta * u * static_cast<double>(x[3 * channels + n]);
       y += state[n] * static_cast<double>(x[3 * channels + kStates + n]);
     }
     out = y * z * sigmoid(z);
@@ -98,14 +102,14 @@ void check_case(std::int64_t channels, const std::vector<std::int64_t>& lengths,
   std::int64_t rows = 0;
   for (const std::int64_t length : lengths) rows += length;
   Case recurrence(rows, channels);
-  const std::int64_t numbers = Case::kNumbers * channels, offset = 5, count = static_cast<std::int64_t>(lengths.size());
-  // Every second sequence begins with a state; states stand behind other numbers, which are nobody's to touch.
-  const Floats before = normal(count * (offset + numbers));
-  Floats after = poisoned(count * (offset + numbers)), pieces_after = before, out = poisoned(rows * (channels + 1)), pieces_out = out;
+  // Every second sequence begins with a state; states stand behind and before other numbers, which are nobody's to touch.
+  const std::int64_t offset = 2, pitch = offset + Case::kNumbers + 1, numbers = blocks_size(channels, pitch), count = static_cast<std::int64_t>(lengths.size());
+  const Floats before = normal(count * numbers);
+  Floats after = poisoned(count * numbers), pieces_after = before, out = poisoned(rows * (channels + 1)), pieces_out = out;
   std::vector<Run> runs, pieces;
   std::int64_t first = 0;
   for (std::int64_t i = 0; i < count; ++i) {
-    const std::int64_t length = lengths[size(i)], at = i * (offset + numbers);
+    const std::int64_t length = lengths[size(i)], at = i * numbers;
     const float* from = i % 2 == 0 ? nullptr : before.data() + at;
     runs.push_back({first, length, from, after.data() + at});
     const std::int64_t half = length / 2, start = reverse ? first + length - half : first;
@@ -113,18 +117,18 @@ void check_case(std::int64_t channels, const std::vector<std::int64_t>& lengths,
     pieces.push_back({reverse ? first : first + half, length - half, pieces_after.data() + at, pieces_after.data() + at});
     first += length;
   }
-  const Pass whole{runs.data(), count, rows, channels, offset, reverse};
+  const Pass whole{runs.data(), count, rows, channels, offset, pitch, reverse};
   recurrence.run(whole, out.data(), team);
-  recurrence.run({pieces.data(), 2 * count, rows, channels, offset, reverse}, pieces_out.data(), Team{});
+  recurrence.run({pieces.data(), 2 * count, rows, channels, offset, pitch, reverse}, pieces_out.data(), Team{});
 
   bool same = true, untouched = true;
   Doubles wanted, wanted_after;
   Floats found, found_after;
   for (std::int64_t i = 0; i < count; ++i) {
-    const std::int64_t at = i * (offset + numbers);
+    const std::int64_t at = i * numbers;
     for (std::int64_t c = 0; c < channels; ++c) {
       double state[kStates] = {};
-      for (std::int64_t n = 0; n < Case::kNumbers && i % 2 != 0; ++n) state[n] = before[size(at + offset + n * channels + c)];
+      for (std::int64_t n = 0; n < Case::kNumbers && i % 2 != 0; ++n) state[n] = before[size(at) + place(offset + n, c, pitch)];
       for (const std::int64_t row : order(runs[size(i)].first, lengths[size(i)], reverse)) {
         double y = 0.0;
         recurrence.step(row, c, state, y);
@@ -134,11 +138,12 @@ void check_case(std::int64_t channels, const std::vector<std::int64_t>& lengths,
       }
       for (std::int64_t n = 0; n < Case::kNumbers; ++n) {
         wanted_after.push_back(state[n]);
-        found_after.push_back(after[size(at + offset + n * channels + c)]);
-        same = same && found_after.back() == pieces_after[size(at + offset + n * channels + c)];
+        found_after.push_back(after[size(at) + place(offset + n, c, pitch)]);
+        same = same && found_after.back() == pieces_after[size(at) + place(offset + n, c, pitch)];
       }
     }
-    for (std::int64_t n = 0; n < offset; ++n) untouched = untouched && std::isnan(after[size(at + n)]);
+    for (const std::int64_t n : {std::int64_t{0}, offset - 1, pitch - 1})
+      for (std::int64_t c = 0; c < channels; ++c) untouched = untouched && std::isnan(after[size(at) + place(n, c, pitch)]);
   }
   for (std::int64_t row = 0; row < rows; ++row) untouched = untouched && std::isnan(out[size(row * (channels + 1) + channels)]);
   CHECK(same);
