@@ -25,12 +25,10 @@ inline void pause() {
 
 }  // namespace
 
-Pool::Pool(int threads) : process_(getpid()), bed_(new Bed) {
-  for (int i = 1; i < threads; ++i) workers_.emplace_back([this, i] { work(i); });
-}
+Pool::Pool(int threads) : threads_(threads), bed_(new Bed) {}
 
 Pool::~Pool() {
-  if (getpid() != process_) {  // a copy by fork, which has no threads but its caller's
+  if (!workers_.empty() && getpid() != process_) {  // a copy by fork, which has no threads but its caller's
     for (std::thread& worker : workers_) worker.detach();
     return;
   }
@@ -44,9 +42,13 @@ Pool::~Pool() {
 }
 
 void Pool::run(int parts, Team::Body body, void* context) {
-  if (parts <= 1 || workers_.empty()) {
+  if (parts <= 1 || threads_ <= 1) {
     for (int part = 0; part < parts; ++part) body(context, part, parts);
     return;
+  }
+  if (workers_.empty()) {
+    process_ = getpid();
+    for (int i = 1; i < threads_; ++i) workers_.emplace_back([this, i] { work(i); });
   }
   const unsigned long long number = ((claims_.load(std::memory_order_relaxed) >> 32) + 1) & 0xFFFFFFFFull;
   body_.store(body, std::memory_order_relaxed);

@@ -14,13 +14,13 @@ namespace cvmk::engine {
 
 class Pool {
  public:
-  // `threads` with the caller's.
+  // `threads` with the caller's. The others begin with the first call, so that they have the priority of whoever computes, not of whoever loads.
   explicit Pool(int threads);
   ~Pool();
   Pool(const Pool&) = delete;
   Pool& operator=(const Pool&) = delete;
 
-  int size() const { return static_cast<int>(workers_.size()) + 1; }
+  int size() const { return threads_; }
   // body(context, part, parts) once for each of `parts`, in any of the threads, several in one where others are late. Returns when all are done.
   void run(int parts, Team::Body body, void* context);
   template <typename F>
@@ -41,7 +41,8 @@ class Pool {
   std::atomic<Team::Body> body_{nullptr};
   std::atomic<void*> context_{nullptr};
   std::atomic<bool> stopping_{false};
-  const int process_;  // that has the threads
+  const int threads_;
+  int process_ = 0;  // that has the threads
   // On the heap, for a copy by fork must leave it: who sleeps there never wakes.
   struct Bed {
     std::mutex mutex;

@@ -5,8 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import os
+import sys
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from cvmk.config.serve import ServeConfig, ServedModelConfig
@@ -19,6 +23,8 @@ from cvmk.serving.errors import ServiceError, Status
 from cvmk.serving.scheduler import Scheduler
 
 _log = logging.getLogger(__name__)
+_BEHIND = 10
+"""Steps of priority (nice) of whoever loads a model while others translate."""
 _TRIED = "1 2 3 a b c"
 
 
@@ -67,8 +73,11 @@ class Served:
 
     async def _close(self) -> None:
         await self._asynchronous.__aexit__()
+        await asyncio.to_thread(self._let_go)
+
+    def _let_go(self) -> None:
         del self._asynchronous, self.translator, self.scheduler  # the weights go with them, and not when somebody forgets the rest
-        await asyncio.to_thread(release_freed_memory)
+        release_freed_memory()
 
 
 _CLOSING: set[asyncio.Task[None]] = set()  # the loop itself holds tasks only weakly
@@ -81,6 +90,7 @@ class Models:
         self._config, self._given_up = config, given_up
         self._served: dict[str, Served] = {}
         self._lock = asyncio.Lock()  # one is loaded at a time
+        self._loader = ThreadPoolExecutor(1, "cvmk-loader", _yield_to_others)  # of what replaces a model; at the start there is nobody to yield to
 
     async def start(self) -> None:
         """Load all. Raises what a Translator raises, and ConfigError for a model of unknown languages."""
@@ -92,6 +102,7 @@ class Models:
             served.retire()
         self._served.clear()
         await asyncio.gather(*_CLOSING)
+        self._loader.shutdown(wait=False)
 
     def __iter__(self) -> Iterator[Served]:
         return iter(self._served.values())
@@ -133,7 +144,7 @@ class Models:
         async with self._lock:
             old = self._served.get(name)
             try:
-                new = await self._loaded(name, path, old.info if old is not None else None)
+                new = await self._loaded(name, path, old.info if old is not None else None, self._loader)
             except (CvmkError, ValueError, OSError) as error:
                 _log.warning("the model %s was not replaced: %s", name, error)
                 raise ServiceError(Status.FAILED_PRECONDITION, f"the model was not replaced: {error}", field="path" if path else "model") from error
@@ -164,11 +175,12 @@ class Models:
                 raise ServiceError(Status.FAILED_PRECONDITION, f"{name!r} is the only model that is served: drain the server instead", field="model")
             self._served.pop(name).retire()
 
-    async def _loaded(self, name: str, path: str, old: ModelInfo | None = None) -> Served:
+    async def _loaded(self, name: str, path: str, old: ModelInfo | None = None, loader: Executor | None = None) -> Served:
         section = self._config.models[name]
         if path:
             section = section.model_copy(update={"path": path})
-        info, translator = await asyncio.to_thread(_load, name, section, self._config.server.threads, old)
+        arguments = name, section, self._config.server.threads, old
+        info, translator = await asyncio.get_running_loop().run_in_executor(loader, _load, *arguments)
         asynchronous = await AsyncTranslator(translator).__aenter__()
         try:
             if not math.isfinite((await asynchronous.translate(_TRIED)).score):
@@ -179,6 +191,13 @@ class Models:
         limits = self._config.limits
         scheduler = Scheduler(asynchronous, section.running_tokens, limits.waiting_tokens, limits.waiting_tokens_per_client, given_up=self._given_up)
         return Served(info, translator, asynchronous, scheduler, section.beam_size)
+
+
+def _yield_to_others() -> None:
+    """The present thread goes behind those that translate, where threads have priorities of their own."""
+    if sys.platform == "linux":
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), min(os.getpriority(os.PRIO_PROCESS, 0) + _BEHIND, 19))
 
 
 def answers(asked: str, served: str) -> bool:

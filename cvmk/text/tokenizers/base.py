@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 from abc import ABC, abstractmethod
@@ -41,7 +42,7 @@ class Tokenizer(ABC):
     def vocab_size(self) -> int:
         return len(self.pieces)
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
         """Hexadecimal sha256 of everything that decides the ids; equal for tokenizers that are interchangeable."""
         digest = hashlib.sha256(self.kind.encode())

@@ -7,6 +7,7 @@ space as U+2581 inside pieces, so a real U+2581 would be decoded to a space; suc
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import os
@@ -96,9 +97,15 @@ class SentencePieceTokenizer(Tokenizer):
         if hashlib.sha256(model).hexdigest() != description.get("sha256"):
             raise corrupt(path, "its checksum is not the one in tokenizer.json")
         try:
-            return cls(model, str(description["kind"]), read_normalization(folder, description))
+            return _of(model, str(description["kind"]), read_normalization(folder, description))
         except (RuntimeError, ValueError) as error:
             raise corrupt(path, str(error)) from error
+
+
+@functools.lru_cache(maxsize=4)
+def _of(model: bytes, kind: str, normalization: str) -> SentencePieceTokenizer:
+    """One for all models that have it: the next version of a model has the tokenizer of the last as a rule, and to make one takes as long as all else."""
+    return SentencePieceTokenizer(model, kind, normalization)
 
 
 def _noncharacters() -> Iterator[str]:
