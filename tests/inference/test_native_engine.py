@@ -53,7 +53,6 @@ MODELS: dict[str, dict[str, Any]] = {
     "modern": {"norm": "rmsnorm", "positions": "rotary", "activation": "swiglu", "bias": False, "kv_heads": 1, "ffn": 40},
     "causal, untied positions": {"positions": "none", "activation": "gelu", "encoder_direction": "causal", "tie_embeddings": True},
     "wide heads": {"d_model": 60, "heads": 2, "ffn": 100, "vocabulary": 1030},
-    "byte caches": {"kv_cache": "int8", "positions": "rotary", "kv_heads": 1, "encoder_direction": "causal"},
     "deep encoder": {"encoder_layers": 3, "decoder_layers": 1, "activation": "swiglu", "ffn": 64, "positions": "rotary"},
     "ssru": {"decoder_mixers": ["ssru"]},
     "mamba": {"encoder_mixers": ["mamba"], "decoder_mixers": ["mamba"], "encoder_direction": "causal", "positions": "none", "norm": "rmsnorm", "bias": False},
@@ -64,6 +63,7 @@ ALL = {
     "ssru both ways": {"encoder_mixers": ["ssru", "attention"], "decoder_mixers": ["attention", "ssru"], "positions": "rotary", "d_model": 28},
     "mamba both ways": {"encoder_mixers": ["mamba"], "decoder_mixers": ["mamba", "ssru"], "d_model": 24, "decoder_layers": 3},
 }
+BYTES: dict[str, Any] = {"kv_cache": "int8", "positions": "rotary", "kv_heads": 1, "encoder_direction": "causal"}
 
 
 def native(model: CVMTransformer, compute_type: str = "float32", threads: int = 2, **options: Any) -> NativeEngine:
@@ -87,18 +87,12 @@ def agree(found: list[list[Hypothesis]], expected: list[list[Hypothesis]], error
             assert a.score == pytest.approx(b.score, rel=2e-5, abs=error) and list(a.scores) == pytest.approx(list(b.scores), rel=2e-5, abs=2 * error)
 
 
-def error(kind: dict[str, Any]) -> float:
-    """Of scores. With caches of bytes the native engine rounds queries and weights too, to 2^-15 of their largest, and that makes a later key's byte another
-    now and then."""
-    return 1e-2 if kind.get("kv_cache") == "int8" else 1e-4
-
-
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("kind", MODELS.values(), ids=MODELS)
 def test_the_pieces_of_the_torch_engine(make_model, kind: dict[str, Any], options: SearchOptions) -> None:
     model = make_model(**{"vocabulary": 90, "seed": 3, "sharpness": 2.0, **kind})
     sources, prefixes = inputs(model, 8)
-    agree(native(model).search(sources, options, prefixes), TorchEngine(model).search(sources, options, prefixes), error(kind))
+    agree(native(model).search(sources, options, prefixes), TorchEngine(model).search(sources, options, prefixes))
 
 
 LEVELS = ["base", "avx2", "avx512", "amx"]
@@ -112,13 +106,28 @@ def test_every_level(make_model, monkeypatch: pytest.MonkeyPatch, level: str) ->
         model = make_model(**{"vocabulary": 90, "seed": 3, "sharpness": 2.0, **kind})
         sources, _ = inputs(model, 4)
         for options in (OPTIONS["greedy"], OPTIONS["beam"]):
-            agree(native(model).search(sources, options), TorchEngine(model).search(sources, options), error(kind))
+            agree(native(model).search(sources, options), TorchEngine(model).search(sources, options))
 
 
-@pytest.mark.parametrize(("kind", "compute_type"), [*(("deep encoder", name) for name in ("float32", "bfloat16", "int8", "int4")), ("mamba both ways", "int8")])
+@pytest.mark.parametrize("level", LEVELS)
+def test_caches_of_bytes(make_model, monkeypatch: pytest.MonkeyPatch, level: str) -> None:
+    """The native engine rounds queries and weights too, to 2^-15 of their largest, which makes a later key's byte another now and then: what hangs on the last
+    bits of a probability, as draws and long lists do, is not compared."""
+    monkeypatch.setenv("CVMK_CPU_ISA", level)
+    model = make_model(vocabulary=90, seed=3, sharpness=2.0, **BYTES)
+    sources, _ = inputs(model, 8)
+    for beam in (1, 5):
+        options = SearchOptions(beam, max_length_a=0.0, max_length_b=12)
+        agree(native(model).search(sources, options), TorchEngine(model).search(sources, options), 5e-3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "compute_type"),
+    [*(("deep encoder", name) for name in ("float32", "bfloat16", "int8", "int4")), ("mamba both ways", "int8"), ("byte caches", "int8")],
+)
 def test_company_and_threads_change_no_bit(make_model, kind: str, compute_type: str) -> None:
     """Alone, in a batch, among requests of other options, on one thread or three."""
-    model = make_model(90, seed=3, sharpness=2.0, **ALL[kind])
+    model = make_model(90, seed=3, sharpness=2.0, **{**ALL, "byte caches": BYTES}[kind])
     sources, prefixes = inputs(model, 12)
     kinds = list(OPTIONS.values())
     alone = native(model, compute_type, 1)
