@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +35,12 @@ class Budget:
             self._kept = time.monotonic()
             write_json(self._path, {"seconds": round(self.seconds, 2)})
 
-    def used_up(self, trials: Iterable[TrialRecord]) -> str | None:
-        """Which budget is used up by what trials do now, in words; that of trials is not, for it only limits new ones."""
+    def used_up(self, trials: Callable[[], Iterable[TrialRecord]]) -> str | None:
+        """Which budget is used up by what `trials` do now, in words; that of trials is not, for it only limits new ones."""
         config = self._config
         if config.minutes and self.seconds >= 60 * config.minutes:
             return f"the budget of {config.minutes:g} minutes is used up"
-        if config.iterations and sum(trial.iterations for trial in trials) >= config.iterations:
+        if config.iterations and sum(trial.iterations for trial in trials()) >= config.iterations:
             return f"the budget of {config.iterations} iterations is used up"
         return None
 

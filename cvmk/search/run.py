@@ -81,7 +81,6 @@ class Search:
             stack.enter_context(self._listening())
             self._start()
             self._prepare()
-            self._waiting = self._study.adopt()
             reason = self._trials()
             self._budget.tick(last=True)
             return self._end(reason)
@@ -138,7 +137,7 @@ class Search:
             for worker, message in self._messages():
                 if worker.busy in self._running:
                     self._hear(self._running[worker.busy], message)
-            if not self._interrupted and (reason := self._budget.used_up(self._progress())):
+            if not self._interrupted and (reason := self._budget.used_up(self._progress)):
                 for running in self._running.values():
                     self._stop(running, reason)
 
@@ -155,11 +154,12 @@ class Search:
     def _fill(self) -> str | None:
         """Give each worker that waits a trial; why there is none, where there is none."""
         while not self._interrupted and (worker := self._workers.free()) is not None:
-            if reason := self._budget.used_up(self._progress()):
+            if reason := self._budget.used_up(self._progress):
                 self._cut_waiting(reason)
                 return reason
             if self._failures >= _FAILURES and self._best is None:
                 return f"the last {self._failures} trials failed"
+            self._waiting = self._waiting or self._study.adopt()
             record = self._waiting.pop(0) if self._waiting else self._study.ask(self._search.trials)
             if record is None:
                 return "the budget of trials is used up"
@@ -247,7 +247,7 @@ class Search:
 
     def _cut_waiting(self, reason: str) -> None:
         """Trials that were left unfinished, and for which no budget is left."""
-        for record in self._waiting:
+        for record in self._waiting or self._study.adopt():
             self._study.finish(record.number, PRUNED, reason=reason, iterations=record.iterations, seconds=record.seconds)
         self._waiting = []
 

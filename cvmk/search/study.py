@@ -143,8 +143,10 @@ class SearchStudy:
     def report(self, number: int, step: int, value: float) -> bool:
         """Note a trial's score at an iteration; whether the trial should end early."""
         with self._reached():
-            trial = self._trials[number]
-            if step not in self._frozen(number).intermediate_values:  # as where a resumed run validates once more
+            trial, known = self._trials[number], self._frozen(number)
+            if known.state.is_finished():  # we were taken for lost
+                return True
+            if step not in known.intermediate_values:  # as where a resumed run validates once more
                 trial.report(value, step)
             return bool(trial.should_prune())
 
@@ -152,7 +154,10 @@ class SearchStudy:
         """End a trial."""
         states = self._optuna.trial.TrialState
         with self._reached():
+            lost = self._frozen(number).state.is_finished()  # we were taken for lost, and another machine does it again
             trial = self._trials.pop(number)
+            if lost:
+                return
             for name, attribute in ((_REASON, reason), (_STEP, iterations), (_SECONDS, round(seconds, 3))):
                 trial.set_user_attr(name, attribute)
             found = {COMPLETE: states.COMPLETE, PRUNED: states.PRUNED, FAILED: states.FAIL}[state]
@@ -162,7 +167,8 @@ class SearchStudy:
         """Say that our trials are still running."""
         with self._reached():
             for trial in self._trials.values():
-                trial.set_user_attr(_SEEN, time.time())
+                with contextlib.suppress(self._optuna.exceptions.UpdateFinishedTrialError):
+                    trial.set_user_attr(_SEEN, time.time())
 
     def records(self) -> list[TrialRecord]:
         """All trials that count, by number."""

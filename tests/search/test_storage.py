@@ -100,6 +100,33 @@ def test_a_machine_that_has_gone_away(run: Run, tmp_path: Path, monkeypatch: pyt
     assert result.counts() == {"complete": 3} and result.trials[1].parameters == gone["parameters"] and len(result.trials) == 3
 
 
+def test_a_machine_that_was_taken_for_lost(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """It comes back, finds that its trial is done by another, and goes on with other trials."""
+    storage = [f'search.storage="{tmp_path}/shared.log"', "search.name=both", "search.trials=4"]
+
+    def script(values: dict[str, Any]) -> Iterator[Any]:
+        messages = by_rate(values)
+        if "search" in values["run"]["folder"] and values["run"]["folder"].endswith("0"):
+            yield from itertools.islice(messages, 2)
+            slow.set()
+            done.wait(30)
+            yield Ticked(11, 1.0)
+        yield from messages
+
+    slow, done = threading.Event(), threading.Event()
+    monkeypatch.setattr(studies, "LOST_SECONDS", -1.0)
+    found: list[Any] = []
+    other = threading.Thread(target=lambda: found.append(run(*storage, script=script)))
+    other.start()
+    assert slow.wait(30)
+    quick = run(*storage, f'search.folder="{tmp_path}/other"', script=script)
+    done.set()
+    other.join(60)
+    assert quick.counts() == {"complete": 4} == found[0].counts()
+    parameters = [tuple(one.parameters.values()) for one in found[0].trials]
+    assert len({*parameters}) == 4
+
+
 def test_parallel_searches_in_a_database(run: Run, tmp_path: Path, server: PostgreSQL):
     storage = [f'search.storage="{server.url}"', "search.name=parallel", "search.trials=8", "search.sampler=tpe"]
     both = threading.Barrier(2)  # they make the tables at once
