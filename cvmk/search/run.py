@@ -275,6 +275,12 @@ class Search:
         self._events.emit(SearchEnded(best.number if best else None, best.value if best else None, best.parameters if best else {}, counts, reason))
         if best is None:
             raise self._nothing(records)
+        values = {record.value for record in records if record.state == COMPLETE}
+        if len(values) == 1 and counts[COMPLETE] > 1:
+            self._events.note(
+                f"all {counts[COMPLETE]} complete trials have the same {self._config.validation.metric}, {best.value:g}, so the search chose nothing: "
+                "give trials more iterations, or another validation.metric"
+            )
         result = SearchResult(
             self._study.name, self._config.validation.metric, self._study.lower_is_better, reason, tuple(records), best, self._study.importances(),
             self._folder, round(self._budget.seconds, 2),

@@ -16,6 +16,7 @@ from runs import command
 from scripted_workers import events
 
 from cvmk.cli import main
+from cvmk.config.loading import load_train_config
 from cvmk.files import read_json
 
 TOML = """
@@ -149,6 +150,26 @@ def test_a_worker_that_is_killed_costs_its_trial(tmp_path: Path):
     assert search.returncode == 0, told
     report = read_json(tmp_path / "search/search_report.json")
     assert report["counts"] == {"failed": 1, "complete": 2} and "SIGKILL, as where the machine runs out of memory" in report["trials"][0]["reason"]
+
+
+@pytest.mark.exhaustive
+def test_a_search_with_a_teacher(tmp_path: Path):
+    """It is trained once; what it says is made once, though two workers need it at the same time; and the best configuration takes it."""
+    path = Path(write(tmp_path, 10, 4))
+    space = "[search.space]\ndistillation.alpha = { low = 0.1, high = 0.9 }\ndistillation.temperature = { low = 1, high = 4 }\n"
+    teacher = "[teacher.model]\nd_model = 48\nffn = 64\nheads = 2\nencoder_layers = 1\ndecoder_layers = 1\n"
+    teacher += "[teacher.training]\niterations = 5\nmax_tokens = 500\n"
+    rest = "[teacher.validation]\nmax_sentences = 10\nbootstrap = 50\n[distillation]\nsequence_level = { enabled = true }\n"
+    path.write_text(path.read_text().split("[search.space]")[0] + space + teacher + rest)
+    assert main(["search", str(path), "--workers", "2"]) == 0
+    taught = [events(folder, "teacher")[0] for folder in (tmp_path / "search/trials").iterdir()]
+    assert len(taught) == 4 and len({one["fingerprint"] for one in taught}) == 1
+    assert len(events(tmp_path / "search/teacher", "start")) == 1
+    for name, sentences in (("train", 1000), ("valid", 10)):
+        (said,) = (tmp_path / "search/cache").glob(f"teacher-{name}-*.jsonl")
+        assert len(said.read_text().splitlines()) == sentences
+    best = load_train_config(tmp_path / "search/best.toml")
+    assert best.teacher is not None and best.teacher.path == str(tmp_path / "search/teacher")
 
 
 def test_the_table_in_a_terminal(tmp_path: Path):

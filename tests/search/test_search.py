@@ -125,6 +125,12 @@ def test_a_score_that_is_no_number_fails(run: Run):
     assert [one.state for one in result.trials] == ["failed", "complete"] and "no number" in result.trials[0].reason
 
 
+def test_scores_that_tell_nothing(run: Run, tmp_path: Path):
+    run("search.trials=2", script=lambda values: trial([0.0, 0.0]))
+    (note,) = events(tmp_path / "search", "note")
+    assert note["message"].startswith("all 2 complete trials have the same bleu, 0, so the search chose nothing")
+
+
 def test_an_error_of_configuration_ends_the_search_at_once_and_it_goes_on(run: Run):
     def script(values: dict[str, Any]) -> Iterator[Any]:
         if values["run"]["folder"].endswith("2"):
