@@ -116,10 +116,11 @@ class Search:
         worker.give(self._shared.preparation())
         while worker.busy is not None:
             for _, message in self._messages():
+                if isinstance(message, (Done, Failed, Stopped)):
+                    worker.busy = None
                 if isinstance(message, Said):
                     self._events.notice(message.text)
                 elif isinstance(message, Done):
-                    worker.busy = None
                     self._study.check_corpora(message.found)
                 elif isinstance(message, Stopped):
                     raise SearchInterrupted
@@ -192,6 +193,7 @@ class Search:
             self._complete(running, message.found)
         elif isinstance(message, Failed):
             if message.final:
+                self._let_go(running)
                 raise _error(message)
             self._finish(running, FAILED, reason=message.reason)
             self._last_failure = message
@@ -331,7 +333,8 @@ class Search:
 
 
 def _error(message: Failed) -> CvmkError:
-    return (ConfigError if message.exit_code == ConfigError.exit_code else DataError)(message.reason)
+    kind = {ConfigError.exit_code: ConfigError, DivergedError.exit_code: DivergedError}.get(message.exit_code, DataError)
+    return kind(message.reason if message.final else f"what all trials share could not be made: {message.reason}")
 
 
 def _remove(values: dict[str, Any], path: list[str]) -> None:

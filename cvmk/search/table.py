@@ -45,16 +45,17 @@ class _State:
 
     title: str = ""
     metric: str = ""
-    lower: bool = False
     limits: dict[str, Any] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
     trials: dict[int, _Trial] = field(default_factory=dict)
     best: int | None = None
+    before: int = 0
+    """Trials that were done before this start."""
 
     def take(self, record: Record) -> None:
         event = record.event
         if isinstance(event, SearchStarted):
-            self.title, self.metric, self.lower, self.limits = event.study, event.metric, event.direction == "minimize", event.budget
+            self.title, self.metric, self.limits, self.before = event.study, event.metric, event.budget, event.trials
         elif isinstance(event, TrialStarted):
             self.trials[event.trial] = _Trial(event.trial, event.parameters, record.time)
         elif isinstance(event, (TrialTick, TrialScored)) and event.trial in self.trials:
@@ -99,7 +100,8 @@ class _Table:
         state = self._state
         trials = state.shown()
         keys = list(trials[0].parameters) if trials else []
-        counts = ", ".join(f"{count} {name}" for name, count in state.counts.items())
+        before = [f"{state.before} before"] if state.before else []
+        counts = ", ".join([*before, *(f"{count} {name}" for name, count in state.counts.items())])
         limits = ", ".join(f"{value:g} {name}" for name, value in state.limits.items())
         table = Table(title=state.title or None, caption=f"{counts or 'no trial has ended'}; budget {limits}" if limits else None, title_justify="left",
                       caption_justify="left", box=None, pad_edge=False)  # fmt: skip

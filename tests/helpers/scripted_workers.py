@@ -28,6 +28,7 @@ class ScriptedWorker:
 
     script: Script
     prepared: list[Prepare] = []
+    preparation: Any = Done({"data.train.source": "as it is"})
 
     def __init__(self, folder: Path) -> None:
         self.connection, self._child = Pipe()
@@ -40,7 +41,7 @@ class ScriptedWorker:
             self._stop.set()
         elif isinstance(job, Prepare):
             self.prepared.append(job)
-            self._child.send(Done({"data.train.source": "as it is"}))
+            self._child.send(self.preparation)
         else:
             self._stop.clear()
             threading.Thread(target=self._play, args=(type(self).script(tomllib.loads(job.text)),), daemon=True).start()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import signal
 import threading
+import time
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ from cvmk.config.loading import load_train_config
 from cvmk.errors import ConfigError, DataError, DivergedError
 from cvmk.files import read_json
 from cvmk.search.run import SearchInterrupted
-from cvmk.search.worker import Failed, Scored, Ticked
+from cvmk.search.worker import Done, Failed, Scored, Ticked
 from cvmk.telemetry import read_events
 
 
@@ -125,6 +126,28 @@ def test_a_score_that_is_no_number_fails(run: Run):
     assert [one.state for one in result.trials] == ["failed", "complete"] and "no number" in result.trials[0].reason
 
 
+@pytest.mark.parametrize(
+    ("failure", "kind", "words"),
+    [
+        (Failed("cannot read train.tsv: No such file or directory", 5, True), DataError, "^cannot read train.tsv"),
+        (Failed("training diverged at iteration 7", 4, False), DivergedError, "what all trials share could not be made: training diverged"),
+    ],
+)
+def test_where_nothing_can_be_prepared(run: Run, monkeypatch: pytest.MonkeyPatch, failure: Failed, kind: type[Exception], words: str):
+    monkeypatch.setattr(ScriptedWorker, "preparation", failure)
+    began = time.monotonic()
+    with pytest.raises(kind, match=words):
+        run()
+    assert time.monotonic() - began < 60
+
+
+def test_other_text_is_refused(run: Run, monkeypatch: pytest.MonkeyPatch):
+    run("search.trials=1")
+    monkeypatch.setattr(ScriptedWorker, "preparation", Done({"data.train.source": "another text"}))
+    with pytest.raises(ConfigError, match=r"was made on other text \(the content of data.train.source has changed\)"):
+        run("search.trials=2")
+
+
 def test_scores_that_tell_nothing(run: Run, tmp_path: Path):
     run("search.trials=2", script=lambda values: trial([0.0, 0.0]))
     (note,) = events(tmp_path / "search", "note")
@@ -135,10 +158,13 @@ def test_an_error_of_configuration_ends_the_search_at_once_and_it_goes_on(run: R
     def script(values: dict[str, Any]) -> Iterator[Any]:
         if values["run"]["folder"].endswith("2"):
             yield Failed("distillation.layers names a layer that is not there", 2, True)
-        yield from by_rate(values)
+        else:
+            yield from by_rate(values)
 
+    began = time.monotonic()
     with pytest.raises(ConfigError, match=r"distillation\.layers"):
         run(script=script)
+    assert time.monotonic() - began < 60  # it does not wait for a worker that has nothing more to say
     result = run()
     assert result.counts() == {"complete": 6} and [one.number for one in result.trials] == [*range(6)]
 
