@@ -7,9 +7,9 @@
 namespace cvmk::conv {
 namespace {
 
-int64_t either_forward_scratch(const Forward& p, const Team& team) { return p.shape.channels_last ? 0 : forward_scratch(p, team); }
+int64_t either_forward_scratch(const Forward& p, const Team& team) { return p.shape.channels_last ? forward_steps_scratch(p) : forward_scratch(p, team); }
 void run_either_forward(const Forward& p, char* scratch, const Team& team) {
-  if (p.shape.channels_last) run_forward_steps(p, team);
+  if (p.shape.channels_last) run_forward_steps(p, scratch, team);
   else run_forward(p, scratch, team);
 }
 

@@ -13,17 +13,25 @@ constexpr int64_t kSumsAtOnce = 64;  // steps whose products are added up before
 // Where step i of a row's `real` ones stands.
 CVMK_INLINE int64_t time_of(const Shape& s, int64_t real, int64_t i) { return s.reverse ? real - 1 - i : i; }
 
-// Weights of channels [c, c + kLanes) as vectors, their bias behind them; 0 for lanes without a channel.
+// The weights and, behind them, the biases of all channels as vectors: [vectors of channels][width + 1][kLanes], 0 for lanes without a channel.
+CVMK_INLINE int64_t table_size(const Shape& s) { return pieces(s.dim, kLanes) * (s.width + 1) * kLanes; }
+CVMK_INLINE void fill_table(const Shape& s, float* table) {
+  clear(table, table_size(s));
+  for (int64_t c = 0; c < s.dim; ++c) {
+    float* const to = table + c / kLanes * (s.width + 1) * kLanes + c % kLanes;
+    for (int64_t k = 0; k < s.width; ++k) to[k * kLanes] = s.weight[c * s.width + k];
+    to[s.width * kLanes] = bias_of(s.bias, c);
+  }
+}
+
+// Those of vector `at` of the channels.
 struct Taps {
   F weight[kMaxWidth];
   F bias;
-  CVMK_INLINE Taps(const Shape& s, int64_t c, int count) {
-    float numbers[kLanes] = {};
-    for (int64_t k = 0; k < s.width; ++k) {
-      for (int i = 0; i < count; ++i) numbers[i] = s.weight[(c + i) * s.width + k];
-      weight[k] = simd::load(numbers);
-    }
-    bias = s.bias == nullptr ? F{} : simd::load_n(s.bias + c, count);
+  CVMK_INLINE Taps(const Shape& s, const float* table, int64_t at) {
+    const float* const from = table + at * (s.width + 1) * kLanes;
+    for (int64_t k = 0; k < s.width; ++k) weight[k] = simd::load(from + k * kLanes);
+    bias = simd::load(from + s.width * kLanes);
   }
   // As `filtered` of rows.inl, of the inputs from p on.
   template <int kWidth>
@@ -37,15 +45,17 @@ struct Taps {
 
 // Input k of `count` rows' states [.., width - 1] from `row` on, 0 where there are none.
 CVMK_INLINE F state_of(const void* states, Dtype type, int64_t row, int64_t front, int64_t k, int count) {
+  if (states == nullptr) return F{};
   float numbers[kLanes] = {};
-  for (int i = 0; i < count && states != nullptr; ++i) numbers[i] = elements::load_one(states, type, (row + i) * front + k);
+  for (int i = 0; i < count; ++i) numbers[i] = elements::load_one(states, type, (row + i) * front + k);
   return simd::load(numbers);
 }
-CVMK_INLINE void put_state(const Elements& states, int64_t row, int64_t front, int64_t k, int count, F v) {
-  const size_t size = static_cast<size_t>(size_of(states.dtype));
-  char taken[kLanes * 4];
-  elements::store(taken, states.dtype, 0, v);
-  for (int i = 0; i < count; ++i) memcpy(elements::at(states.data, states.dtype, (row + i) * front + k), taken + static_cast<size_t>(i) * size, size);
+template <Dtype kType>
+CVMK_INLINE void put_state(void* states, int64_t row, int64_t front, int64_t k, int count, F v) {
+  constexpr size_t size = static_cast<size_t>(size_of(kType));
+  char taken[kLanes * size];
+  elements::store<kType>(taken, v);
+  for (int i = 0; i < count; ++i) memcpy(elements::at(states, kType, (row + i) * front + k), taken + static_cast<size_t>(i) * size, size);
 }
 
 CVMK_INLINE int lanes_of(All) { return kLanes; }
@@ -67,11 +77,11 @@ CVMK_INLINE void put_padding(const Shape& s, const Elements& to, int64_t b, int6
 
 // -- forward -----------------------------------------------------------------------------------------------------------------------
 template <Dtype kX, int kWidth, typename Lanes>
-CVMK_INLINE void forward_channels(const Forward& p, int64_t b, int64_t c, Lanes lanes) {
+CVMK_INLINE void forward_channels(const Forward& p, const float* table, int64_t b, int64_t c, Lanes lanes) {
   const Shape& s = p.shape;
   const int64_t real = real_inputs(s, b), width = kWidth > 0 ? kWidth : s.width, front = width - 1, row = b * s.dim + c;
   const int count = lanes_of(lanes);
-  const Taps taps(s, c, count);
+  const Taps taps(s, table, c / kLanes);
   F window[kMaxWidth];
   for (int64_t k = 0; k < front; ++k) window[k] = state_of(s.before, kFloat32, row, front, k, count);
   for (int64_t i = 0; i < real; ++i) {
@@ -83,23 +93,35 @@ CVMK_INLINE void forward_channels(const Forward& p, int64_t b, int64_t c, Lanes 
     for (int64_t k = 0; k < front; ++k) window[k] = window[k + 1];
   }
   put_padding(s, p.out, b, real, c, lanes);
-  for (int64_t k = 0; k < front; ++k) put_state(p.last, row, front, k, count, window[k]);
+  for (int64_t k = 0; k < front; ++k) {
+    if constexpr (kX == kNoDtype) put_state<kFloat16>(p.last.data, row, front, k, count, window[k]);
+    else put_state<kX>(p.last.data, row, front, k, count, window[k]);
+  }
 }
 
 template <Dtype kX, int kWidth>
-inline __attribute__((noinline)) void forward_vector(const Forward& p, int64_t b, int64_t at) {
-  with_channels(p.shape, at, [&](int64_t c, auto lanes) { forward_channels<kX, kWidth>(p, b, c, lanes); });
+inline __attribute__((noinline)) void forward_vector(const Forward& p, const float* table, int64_t b, int64_t at) {
+  with_channels(p.shape, at, [&](int64_t c, auto lanes) { forward_channels<kX, kWidth>(p, table, b, c, lanes); });
 }
 
-inline void run_forward_steps(const Forward& p, const Team& team) {
+inline int64_t forward_steps_scratch(const Forward& p) {
+  Arena count;
+  count.take<float>(table_size(p.shape));
+  return count.used;
+}
+
+inline void run_forward_steps(const Forward& p, char* scratch, const Team& team) {
   const Shape& s = p.shape;
+  Arena arena{scratch};
+  float* const table = arena.take<float>(table_size(s));
+  fill_table(s, table);
   const int64_t vectors = pieces(s.dim, kLanes), items = s.batch * vectors;
   const bool usual = s.width == 4;
   const auto each = p.x.dtype == kFloat32    ? (usual ? forward_vector<kFloat32, 4> : forward_vector<kFloat32, 0>)
                     : p.x.dtype == kBFloat16 ? (usual ? forward_vector<kBFloat16, 4> : forward_vector<kBFloat16, 0>)
-                                             : forward_vector<kNoDtype, 0>;
+                                             : forward_vector<kNoDtype, 0>;  // float16
   team.share(threads_for(items, s.batch * s.dim * s.length, team), items, [&](int64_t first, int64_t last, int) {
-    for (int64_t i = first; i < last; ++i) each(p, i / vectors, i % vectors);
+    for (int64_t i = first; i < last; ++i) each(p, table, i / vectors, i % vectors);
   });
 }
 
@@ -117,6 +139,7 @@ struct Totals {
 struct BackwardSteps {
   int64_t vectors, rows_of_part, parts, items, threads, buffer;
   float* sums;     // [parts][vectors][width + 1][kLanes]: of the weights and of the bias
+  float* table;
   float* buffers;  // of a thread: p and d, vectors with width - 1 of them before the first step and behind the last
   CVMK_INLINE BackwardSteps(const Backward& p, const Team& team, Arena* a) {
     const Shape& s = p.shape;
@@ -127,6 +150,7 @@ struct BackwardSteps {
     threads = threads_for(items, s.batch * s.dim * s.length, team);
     buffer = (s.length + 2 * s.width) * kLanes;
     sums = a->take<float>(items * (s.width + 1) * kLanes);
+    table = a->take<float>(table_size(s));
     buffers = a->take<float>(threads * 2 * buffer);
   }
 };
@@ -169,7 +193,7 @@ CVMK_INLINE void steps_of_inputs(const Backward& p, const Taps& taps, int64_t b,
       for (int64_t k = most(0, j - real + 1); k <= least(front, j); ++k) v += taps.weight[k] * d[front + j - k];
     }
     if (j >= real && p.grad_last.data != nullptr) v += state_of(p.grad_last.data, p.grad_last.dtype, row, front, j - real, count);
-    if (j < front) put_state({p.dbefore, kFloat32}, row, front, j, count, v);
+    if (j < front) put_state<kFloat32>(p.dbefore, row, front, j, count, v);
     else if (p.dx.data != nullptr) put<kX>(p.dx, (b * s.length + time_of(s, real, j - front)) * s.dim + c, v, lanes);
   }
   if (p.dx.data != nullptr) put_padding(s, p.dx, b, real, c, lanes);
@@ -181,7 +205,7 @@ inline __attribute__((noinline)) void backward_vector(const Backward& p, const B
   Totals sums[kMaxWidth + 1];
   F *const inputs = reinterpret_cast<F*>(buffers), *const d = reinterpret_cast<F*>(buffers + plan.buffer);
   with_channels(s, at, [&](int64_t c, auto lanes) {
-    const Taps taps(s, c, lanes_of(lanes));
+    const Taps taps(s, plan.table, at);
     for (int64_t b = part * plan.rows_of_part; b < least(s.batch, (part + 1) * plan.rows_of_part); ++b) {
       const int64_t real = real_inputs(s, b);
       steps_before_activation<kX, kWidth>(p, taps, b, real, c, lanes, inputs, d, sums);
@@ -213,6 +237,7 @@ inline void add_up(const Backward& p, const BackwardSteps& plan) {
 inline void run_backward_steps(const Backward& p, char* scratch, const Team& team) {
   Arena arena{scratch};
   const BackwardSteps plan(p, team, &arena);
+  fill_table(p.shape, plan.table);
   const bool usual = p.shape.width == 4;
   const auto each = p.x.dtype == kFloat32    ? (usual ? backward_vector<kFloat32, 4> : backward_vector<kFloat32, 0>)
                     : p.x.dtype == kBFloat16 ? (usual ? backward_vector<kBFloat16, 4> : backward_vector<kBFloat16, 0>)

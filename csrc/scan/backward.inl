@@ -49,7 +49,7 @@ struct Cut {
 };
 
 struct BackwardScratch {
-  float *u, *step, *rate, *drive, *g, *dy, *slope, *y, *z;  // [kChunk][W]; rate and drive as forward, slope is the derivative of softplus
+  float *u, *step, *rate, *drive, *g, *dy, *slope, *y, *z, *gate;  // [kChunk][W]; rate and drive as forward, slope is the derivative of softplus
   float *du, *dstep;                                 // [kChunk][W]: sum_n h B, sum_n w A
   float *decays, *before;                            // [kChunk][kStates][W], the second with one step more
   float *entry, *A;                                  // [states][W]
@@ -71,6 +71,7 @@ struct BackwardScratch {
     slope = a->take<float>(tile);
     y = a->take<float>(tile);
     z = a->take<float>(tile);
+    gate = a->take<float>(tile);
     du = a->take<float>(tile);
     dstep = a->take<float>(tile);
     decays = a->take<float>(tile * kStates);
@@ -188,8 +189,9 @@ CVMK_INLINE void enter_chunk(const ScanBackward& p, const Block& b, const Extent
     simd::store(k.dstep + t * W, F{});
     simd::store(k.y + t * W, D * u);
     if (s.z.data != nullptr) {
-      const F z = simd::load(k.z + t * W);
-      simd::store(k.dy + t * W, g * (z * sigmoid(z)));
+      const F z = simd::load(k.z + t * W), gate = sigmoid(z);
+      simd::store(k.gate + t * W, gate);
+      simd::store(k.dy + t * W, g * (z * gate));
     } else {
       simd::store(k.dy + t * W, g);
     }
@@ -217,7 +219,7 @@ CVMK_INLINE void leave_chunk(const ScanBackward& p, const Block& b, const Extent
   if (p.ddelta != nullptr) store_steps(s, p.ddelta, s.delta.dtype, b, e, k.dstep);
   if (p.dz != nullptr) {
     for (int t = 0; t < e.steps; ++t) {
-      const F z = simd::load(k.z + t * W), gate = sigmoid(z);
+      const F z = simd::load(k.z + t * W), gate = simd::load(k.gate + t * W);
       simd::store(k.y + t * W, simd::load(k.g + t * W) * simd::load(k.y + t * W) * gate * (1.0f + z * (1.0f - gate)));
     }
     store_steps(s, p.dz, s.z.dtype, b, e, k.y);
