@@ -1,4 +1,4 @@
-"""`cvmk bench`: the ops on this machine, backend beside backend; `--tune` finds block sizes for this GPU."""
+"""`cvmk bench`: the ops on this machine, backend beside backend; `--tune` finds block sizes for this GPU; `mixers` trains models that differ in them."""
 
 from __future__ import annotations
 
@@ -6,17 +6,33 @@ import argparse
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
+from cvmk.cli._arguments import positive
 from cvmk.cli._streams import need_open
-from cvmk.cli._terminal import show_json
+from cvmk.cli._terminal import show, show_json
 from cvmk.errors import ConfigError
 
 MAX_SECONDS = 3600
-HELP = "time every backend of every op on this machine, or tune the GPU kernels for it"
+HELP = "time every backend of every op on this machine, tune the GPU kernels for it, or compare mixers by training with each"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "study",
+        nargs="*",
+        metavar="mixers CONFIG.toml WORK",
+        help="train a configuration of cvmk train with each pattern of mixers, in the folder WORK, and compare the models; after Ctrl-C it goes on there",
+    )
+    study = parser.add_argument_group("mixers")
+    study.add_argument("--patterns", nargs="+", help="letters, or ENCODER:DECODER; others are compared with the first (default: each mixer, and three hybrids)")
+    study.add_argument("--iterations", type=positive, default=2000, help="of each training (default 2000)")
+    study.add_argument("--seeds", type=positive, nargs="+", default=[1], help="one training of each pattern with each (default 1)")
+    study.add_argument("--streams", type=positive, default=100, help="sentences that are translated word by word (default 100)")
+    study.add_argument("--lengths", type=positive, nargs="+", default=[16, 64, 256, 1024, 4096], help="source tokens at which steps are timed")
+    study.add_argument("--steps", type=positive, default=20, help="steps that are timed at each length (default 20)")
+    study.add_argument("--set", dest="overrides", action="append", default=[], metavar="SECTION.KEY=VALUE", help="another value for the configuration")
     parser.add_argument("--op", action="append", metavar="NAME", help="only this op; may be given several times")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--seconds", type=float, default=0.5, help="measuring time a row (default 0.5)")
@@ -27,6 +43,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if arguments.study:
+        return _study(arguments)
+    if arguments.patterns or arguments.overrides:
+        raise ConfigError(f"{'--patterns' if arguments.patterns else '--set'} is of cvmk bench mixers CONFIG.toml WORK: name these, or leave it out")
     import torch
 
     from cvmk import hardware
@@ -52,6 +72,21 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError("--device cuda: there is no CUDA device that PyTorch can use; cvmk doctor tells more")
     rows = bench.rows(arguments.op or list(bench.CASES), device, arguments.seconds)
     _print(rows, as_json=arguments.json)
+    return 0
+
+
+def _study(arguments: argparse.Namespace) -> int:
+    if len(arguments.study) != 3 or arguments.study[0] != "mixers":
+        raise ConfigError(f"cvmk bench {' '.join(arguments.study)} is no study: say cvmk bench mixers CONFIG.toml WORK")
+    from cvmk.cli import _mixer_study
+    from cvmk.hardware import keep_freed_memory
+
+    need_open(sys.stdout, "output")
+    keep_freed_memory()
+    _, config, work = arguments.study
+    options = {"streams": arguments.streams, "lengths": arguments.lengths, "steps": arguments.steps}
+    patterns = arguments.patterns or _mixer_study.PATTERNS
+    show(_mixer_study.run(config, Path(work), arguments.overrides, patterns, arguments.iterations, arguments.seeds, options).rstrip())
     return 0
 
 
