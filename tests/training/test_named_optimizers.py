@@ -342,7 +342,7 @@ def test_a_second_pass_is_no_part_of_the_optimisers_time() -> None:
 SHORT = ["validation.max_sentences=3", "validation.validate_every=100", "training.max_tokens=200", "training.accumulate=2", "model.attention_dropout=0.1"]
 
 
-@pytest.mark.parametrize("name", ["muon", "schedule_free_adamw", "asam"])
+@pytest.mark.parametrize("name", NAMES)
 def test_six_iterations_are_three_and_three(name: str, config: Path, tmp_path: Path) -> None:
     """The second run validates and saves in the middle, which the first does not; what was validated and saved are the weights to be used."""
     options = [*SHORT, f"optimizer.name={name}"]

@@ -17,11 +17,21 @@ from step_setting import Setting, corpus  # noqa: E402
 from cvmk.text.batching import TokenBatchSampler  # noqa: E402
 from cvmk.training.batches import Batches  # noqa: E402
 from cvmk.training.checkpoint import Checkpoint, CheckpointStore  # noqa: E402
+from cvmk.training.optimizers.sharpness import SharpnessAware  # noqa: E402
 from cvmk.training.world import ProcessGroup, World, current_world  # noqa: E402
 
 
 def steps(world: World, accumulate: int) -> dict[str, Any]:
+    """Of an optimiser that looks at the gradients once, and of one that looks twice."""
+    return {"once": three(Setting(teacher=True, clip_norm=0.5, world=world), world, accumulate), "twice": three(twice(world), world, accumulate)}
+
+
+def twice(world: World) -> Setting:
     setting = Setting(teacher=True, clip_norm=0.5, world=world)
+    return setting.driven_by(SharpnessAware(setting.optimizer, 0.05, 0.01))
+
+
+def three(setting: Setting, world: World, accumulate: int) -> dict[str, Any]:
     found = corpus()
     batches = Batches(found, TokenBatchSampler(found.lengths, 30, seed=3), accumulate, torch.device("cpu"), world)
     results = [setting.step(next(batches), 1.0) for _ in range(3)]
