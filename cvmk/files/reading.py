@@ -33,11 +33,12 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
         return Path(path).read_bytes()
 
 
-def read_json(path: str | os.PathLike[str]) -> Any:
+def read_json(path: str | os.PathLike[str], remedy: str = "restore it or write it again") -> Any:
+    """The values in a file of JSON. Raises DataError, with the remedy, for what is none."""
     try:
         return json.loads(read_bytes(path).decode("utf-8").removeprefix(BOM))
     except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, and nesting without end
-        raise DataError(f"{os.fspath(path)} is not valid JSON ({error}): restore it or write it again") from error
+        raise DataError(f"{os.fspath(path)} is not valid JSON ({error}): {remedy}") from error
 
 
 def read_text(path: str | os.PathLike[str], stream: BinaryIO | None = None) -> str:

@@ -9,6 +9,7 @@ import functools
 import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,7 @@ from cvmk.serving.traces import Traces
 
 _Said = tuple[tuple[str, ...], float, int, int]
 """Of a sentence: its candidates, the score of the first, and microseconds in the queue and in the engine."""
+_ADMITTED: ContextVar[bool] = ContextVar("cvmk_admitted", default=False)
 _LONGEST_NAME = 64
 _PIECE = 8
 """Texts that are made ready before the event loop turns to others."""
@@ -245,10 +247,26 @@ class Application:
         waiting, running = ({one.info.name: getattr(one.scheduler, name) for one in served} for name in ("waiting", "running"))
         return Load(len(self._sessions), waiting, running)
 
+    @contextlib.contextmanager
+    def admitted(self) -> Iterator[None]:
+        """A request of several translations, one after the other: those that begin within the context are its own, and a server that drains waits for all of
+        them. Raises ServiceError where it drains already."""
+        if self.draining:
+            raise _draining()
+        self._requests += 1
+        self._idle.clear()
+        token = _ADMITTED.set(True)
+        try:
+            yield
+        finally:
+            _ADMITTED.reset(token)
+            self._requests -= 1
+            self._check_idle()
+
     # -- inside --------------------------------------------------------------------------------------------------------------------------
     @contextlib.contextmanager
     def _counted(self, request: bool = True) -> Any:
-        if request and self.draining:
+        if request and self.draining and not _ADMITTED.get():
             raise _draining()
         self._requests += request
         self._idle.clear()

@@ -40,7 +40,13 @@ async def translate_whole(
 ) -> list[WholeText]:
     """Translations of texts in a source language, or each in its own ("auto"), all at once. A text that is in the target language already stays as it is.
     Raises ServiceError."""
-    target = tag_of("target", target)
+    with application.admitted():  # a document may need another round, for what its elements say
+        return await _translated(application, caller, texts, source, tag_of("target", target), is_html, alternatives)
+
+
+async def _translated(
+    application: Application, caller: Caller, texts: Sequence[str], source: str, target: str, is_html: bool, alternatives: int
+) -> list[WholeText]:
     plain = await asyncio.to_thread(lambda: [Document(text).text for text in texts]) if is_html and source == AUTO else texts
     sources = _sources(application, plain, target) if source == AUTO else [Source(_served(application, source), 1.0)] * len(texts)
     places: dict[str, list[int]] = {}

@@ -217,7 +217,7 @@ class CheckpointStore:
             raise
         except Exception as error:  # torch.load raises many kinds for a corrupt file
             raise DataError(f"{path} is corrupt or truncated ({type(error).__name__}): {_REMEDY}") from error
-        return Checkpoint(weights, tensors, read_json(folder / STATE))
+        return Checkpoint(weights, tensors, read_json(folder / STATE, _REMEDY))
 
 
 def _step_in(folder: Path) -> int | None:

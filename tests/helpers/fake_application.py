@@ -53,6 +53,10 @@ class FakeApplication:
         self.config = ServeConfig(models=models, limits=self.limits_config, security=self.security)
         self.limits = Limits(self.limits_config)
 
+    @contextlib.contextmanager
+    def admitted(self) -> Iterator[None]:
+        yield
+
     async def translate(
         self, caller: Caller, texts: Sequence[str], *, source: str = "auto", target: str = "", alternatives: int = 0, **options: object
     ) -> list[Translated]:

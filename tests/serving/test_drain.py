@@ -18,6 +18,10 @@ from server_process import ServerProcess
 
 from cvmk.inference import Translator
 from cvmk.serving import messages
+from cvmk.serving.application import Application
+from cvmk.serving.auth import Caller
+from cvmk.serving.errors import ServiceError
+from cvmk.serving.whole_texts import translate_whole
 
 CODES = grpc.StatusCode
 LONG = "ride a horse and two men ride a horse " * 6
@@ -129,6 +133,35 @@ def test_what_takes_too_long_is_ended(serve_config: Any) -> None:
     with ServerProcess(tables(serve_config(model={"max_length": 300}), server={"drain_seconds": 0.5}), SLOW.replace("0.02", "0.2")) as server:
         run(go(server))
         check_log(server)
+
+
+def test_a_document_that_has_begun_gets_all_its_rounds(serve_config: Any) -> None:
+    async def go() -> None:
+        application, rounds = Application(serve_config()), 0
+        await application.start()
+        translate = application.translate
+
+        async def counted(*arguments: Any, **options: Any) -> Any:
+            nonlocal rounds, drained
+            rounds += 1
+            found = await translate(*arguments, **options)
+            if drained is None:
+                drained = asyncio.create_task(application.drain(20))
+                await asyncio.sleep(0)
+            assert application.draining and not drained.done()
+            return found
+
+        drained: asyncio.Task[None] | None = None
+        application.translate = counted  # type: ignore[method-assign]
+        caller, wanted = Caller("peer:test"), {"source": "en", "target": "de", "is_html": True}
+        (found,) = await translate_whole(application, caller, ["<p>A man <code>x</code> rides a horse</p>"], **wanted)  # type: ignore[arg-type]
+        assert rounds > 1 and "<code>x</code>" in found.text and drained is not None
+        await drained
+        with pytest.raises(ServiceError, match="draining"):
+            await translate_whole(application, caller, ["<p>A man</p>"], **wanted)  # type: ignore[arg-type]
+        await application.stop()
+
+    run(go())
 
 
 def test_a_server_on_the_native_engine_has_no_torch(serve_config: Any) -> None:

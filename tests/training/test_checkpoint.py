@@ -136,6 +136,7 @@ def test_damage_is_named(tmp_path: Path, name: str, damage: str) -> None:
     with pytest.raises(DataError) as caught:
         store.load(1)
     assert name in str(caught.value) and "\n" not in str(caught.value)
+    assert damage == "missing" or "remove this checkpoint" in str(caught.value)
 
 
 def test_crash_while_removing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
