@@ -14,6 +14,9 @@ import contextlib
 import json
 import os
 import random
+import socket
+import ssl
+import subprocess
 import sys
 import tempfile
 import time
@@ -70,7 +73,8 @@ class Bench:
         self._capacity = 0.0
 
     @contextlib.contextmanager
-    def server(self, limits: dict[str, int] | None = None, **server: Any) -> Iterator[ServerProcess]:
+    def server(self, limits: dict[str, int] | None = None, tls: tuple[str, str] | None = None, before: str = "", **server: Any) -> Iterator[ServerProcess]:
+        """`tls` are the files of a certificate that signs itself, and of its key; `before` as ServerProcess has it."""
         with tempfile.TemporaryDirectory() as folder:
             for index, name in enumerate(("clients", "admin")):
                 path = Path(folder, name)
@@ -78,8 +82,10 @@ class Bench:
                 path.chmod(0o600)
             model = {"path": self.model, "threads": 1, "source": "en", "target": "de", **self._options}
             security = {"keys": f"{folder}/clients", "admin_keys": f"{folder}/admin"}
+            security |= {"certificate": tls[0], "private_key": tls[1]} if tls else {}
             tables = {"models": {"en-de": model}, "limits": {**_MANY, **(limits or {})}, "security": security, "server": {**server, "port": free_port()}}
-            one = ServerProcess(tables, "from soak import without_huge_pages\nwithout_huge_pages()")
+            before = f"from soak import without_huge_pages\nwithout_huge_pages()\n{before}"
+            one = ServerProcess(tables, before, Path(tls[0]).read_bytes() if tls else None)
             try:
                 _STARTER.submit(one.start).result()
                 yield one
@@ -234,6 +240,46 @@ async def scraping(bench: Bench) -> list[Row]:
         ]  # fmt: skip
 
 
+async def handshakes(bench: Bench) -> list[Row]:
+    """TLS connections that do nothing but begin, and how late the event loop comes to what is due meanwhile: looked at 100 times a second."""
+    often = "from cvmk.serving.metrics import Metrics\nMetrics.watch_loop.__defaults__ = (0.01,)"
+    port, limit = free_port(), "0.05"
+    with tempfile.TemporaryDirectory() as folder:
+        certificate, key = f"{folder}/certificate", f"{folder}/key"
+        made = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-subj", "/CN=localhost", "-days", "1"]
+        names = ["-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1", "-keyout", key, "-out", certificate]
+        subprocess.run([*made, *names], check=True, capture_output=True)
+        trusting = ssl.create_default_context(cafile=certificate)
+        trusting.set_alpn_protocols(["h2"])
+
+        def late() -> tuple[float, float, float]:
+            """Looks so far, those that were later than the limit, and seconds late altogether."""
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
+                told = dict(line.rsplit(" ", 1) for line in answer.read().decode().splitlines() if line.startswith("cvmk_event_loop_lag"))
+            looks, in_time, total = (float(told[f"cvmk_event_loop_lag_seconds{name}"]) for name in ("_count", f'_bucket{{le="{limit}"}}', "_sum"))
+            return looks, looks - in_time, total
+
+        def shake(address: tuple[str, int], rate: float, until: float) -> int:
+            count, due = 0, time.monotonic()
+            while due < until:
+                time.sleep(max(0.0, due - time.monotonic()))
+                with socket.create_connection(address) as plain, trusting.wrap_socket(plain, server_hostname="localhost"):
+                    count += 1
+                due = max(due + 1 / rate, time.monotonic() - 0.1)
+            return count
+
+        with bench.server(tls=(certificate, key), before=often, metrics_port=port) as server:
+            await asyncio.sleep(0.5)
+            found, begun, address = late(), time.monotonic(), ("127.0.0.1", server.tables["server"]["port"])
+            counts = await asyncio.gather(*(asyncio.to_thread(shake, address, 250.0, begun + bench.seconds) for _ in range(4)))
+            passed = time.monotonic() - begun
+            looks, over, seconds = (after - before for before, after in zip(found, late(), strict=True))
+            return [
+                Row("TLS handshakes", sum(counts) / passed, "a second"), Row("TLS handshakes: the event loop is late by, mean", 1000 * seconds / looks, "ms"),
+                at_most(f"TLS handshakes: looks at the event loop that were later than {1000 * float(limit):.0f} ms", over / looks, 0.01, "of all"),
+            ]  # fmt: skip
+
+
 async def swaps(bench: Bench) -> list[Row]:
     with bench.server(admin_port=free_port()) as server:
         rate = 0.5 * await bench.capacity(server.address)
@@ -355,7 +401,7 @@ async def _burst(address: str, bench: Bench, capacity: float) -> Flood:
 PARTS: dict[str, Callable[[Bench], Awaitable[list[Row]]]] = {
     "latency": latency, "solo": solo, "overload": overload, "calls": calls, "slow_readers": slow_readers, "fairness": fairness, "memory": memory,
     "scraping": scraping,
-    "swaps": swaps, "crash": crash, "sessions": sessions,
+    "handshakes": handshakes, "swaps": swaps, "crash": crash, "sessions": sessions,
 }  # fmt: skip
 
 

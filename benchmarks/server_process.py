@@ -41,9 +41,11 @@ class ServerProcess:
 
     tables  those of serve.toml; a port is chosen where `server` has none.
     before  Python code that runs before the server in its process: faults, for tests.
+    authority  of its certificate (PEM), where it has one.
     """
 
-    def __init__(self, tables: dict[str, Any], before: str = "", **environment: str) -> None:
+    def __init__(self, tables: dict[str, Any], before: str = "", authority: bytes | None = None, **environment: str) -> None:
+        self._credentials = None if authority is None else grpc.ssl_channel_credentials(authority)
         self.port = free_port()
         self.tables: dict[str, Any] = {**tables, "server": {"port": self.port, **tables.get("server", {})}}
         self.address = f"127.0.0.1:{self.tables['server']['port']}"
@@ -78,7 +80,9 @@ class ServerProcess:
 
     def healthy(self, name: str = "", wait: float = 1.0) -> bool:
         """Whether it says that it serves."""
-        with grpc.insecure_channel(self.address, [("grpc.use_local_subchannel_pool", 1)]) as channel:
+        options = [("grpc.use_local_subchannel_pool", 1)]
+        safe = self._credentials
+        with grpc.insecure_channel(self.address, options) if safe is None else grpc.secure_channel(self.address, safe, options) as channel:
             try:
                 return bool(health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service=name), timeout=wait).status == SERVING)
             except grpc.RpcError:
