@@ -41,4 +41,5 @@ def dashboard(*folders: Path, port: int = 0) -> Iterator[str]:
 @pytest.fixture
 def served(monkeypatch: pytest.MonkeyPatch) -> Callable[..., contextlib.AbstractContextManager[str]]:
     monkeypatch.setattr(board, "_LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(board, "_FIND_SECONDS", 0.5)
     return dashboard

@@ -95,6 +95,9 @@ def test_it_follows_a_training(browser: Chromium, tmp_path: Path, served: Served
         page = fresh(browser, url)
         page.wait("document.getElementById('nothing')?.innerText.startsWith('No numbers yet')")
         page.wait("document.querySelector('#runs tr').cells[1].innerText === 'no events yet'")
+        write(run / "teacher", start(), *steps(range(1, 8)))
+        page.wait(f"document.querySelectorAll('#runs input:checked').length === 2 && {LOSS}", 20)  # there is nothing else to see yet
+        page.run("document.querySelectorAll('#runs input')[1].click()")
         write(run, start(), *steps(range(1, 21)))
         page.wait(f"{LOSS} && document.querySelector('#runs tr').cells[2].innerText === '20 of 1,000'")
         assert rows(page)[-1] == ["20", "5"] and pixels(page, 0) > 100

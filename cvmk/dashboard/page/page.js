@@ -97,10 +97,11 @@ function runs() {
   const main = all.filter((run) => !run.nested);
   for (const run of all) {
     if (chosenAtFirst.has(run.folder)) continue;
-    const isOnlyOne = run.nested && !main.some((other) => other.extent.step);
-    chosenAtFirst.set(run.folder, (!run.nested && main.indexOf(run) < CHOSEN_AT_FIRST) || (isOnlyOne && run.extent.step !== null));
+    const hasMain = main.some((other) => other.extent.step);
+    if (!run.nested) chosenAtFirst.set(run.folder, main.indexOf(run) < CHOSEN_AT_FIRST);
+    else if (hasMain || run.extent.step) chosenAtFirst.set(run.folder, !hasMain); // a teacher, while there is nothing else to see
   }
-  return all.map((run) => ({ ...run, chosen: view.choices.get(run.folder) ?? chosenAtFirst.get(run.folder) }));
+  return all.map((run) => ({ ...run, chosen: view.choices.get(run.folder) ?? chosenAtFirst.get(run.folder) ?? false }));
 }
 
 function choose(chosen, on) {
