@@ -42,6 +42,7 @@ class Board:
         self._left_out = 0
         self._instance = secrets.token_hex(4)
         self._revision = 0
+        self._failure: BaseException | None = None
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="cvmk dashboard", daemon=True)
         self._find()
@@ -65,12 +66,20 @@ class Board:
         self._left_out = len(new) - room if len(new) > room else 0
         if new and room:
             runs = self._runs | {os.path.realpath(folder): Run(folder, folder.name) for folder in new[:room]}
-            for run, name in zip(runs.values(), find.names([run.folder for run in runs.values()]), strict=True):
+            for (real, run), name in zip(runs.items(), find.names([run.folder for run in runs.values()]), strict=True):
                 run.name = name
+                run.is_nested = any(str(parent) in runs for parent in Path(real).parents)
             self._runs = runs
             self._revision += 1
 
     def _follow(self) -> None:
+        try:
+            self._follow_on()
+        except BaseException as error:  # who asks is told
+            self._failure = error
+            raise
+
+    def _follow_on(self) -> None:
         looked = time.monotonic()
         while not self._ending.is_set():
             more = [run.advance() for run in self.runs]
@@ -84,12 +93,14 @@ class Board:
                 looked = time.monotonic()
 
     def answer(self, query: Query) -> dict[str, Any]:
-        """What a page shows, as JSON values; only its version where that is the one that the page has."""
+        """What a page shows, as JSON values; only its version where that is the one that the page has. Raises RuntimeError where the thread has failed."""
+        if self._failure is not None:
+            raise RuntimeError("the runs are no longer followed") from self._failure
         version = f"{self._instance}.{self._revision}"
         if query.since == version:
             return {"version": version, "now": time.time()}
         runs = {str(place): run for place, run in enumerate(self.runs)}
-        told = {key: run.summary() | {"nested": self._is_nested(run)} for key, run in runs.items()}
+        told = {key: run.summary() for key, run in runs.items()}
         chosen = query.chosen if query.chosen is not None else frozenset(key for key, one in told.items() if not one["nested"])
         charts: dict[str, Chart] = {}
         shown, marks, samples = {}, {}, {}
@@ -114,13 +125,6 @@ class Board:
             "marks": marks,
             "samples": {key: found for key, found in samples.items() if found},
         }
-
-    def _is_nested(self, run: Run) -> bool:
-        """Whether it is in the folder of another run, as a teacher is."""
-        return any(str(parent) in self._folders() for parent in Path(os.path.realpath(run.folder)).parents)
-
-    def _folders(self) -> set[str]:
-        return set(self._runs)
 
 
 def _columns(window: Window) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 CAPACITY = 1 << 15
 """Rows that are kept; more are merged two by two."""
 _WAITING = 1 << 13
+_LARGEST = 1e300
+"""What is larger, whose sums may not be finite, counts as missing."""
 Floats = NDArray[np.float64]
 
 _FIXED = 6
@@ -48,7 +50,7 @@ class Table:
         self._widen({name for *_, values in waiting for name in values} - set(self.fields))
         steps, times, segments = (np.array([row[place] for row in waiting], dtype=np.float64) for place in range(3))
         found = np.array([[values.get(name, np.nan) for name in self.fields] for *_, values in waiting], dtype=np.float64).reshape(len(waiting), -1)
-        found[~np.isfinite(found)] = np.nan
+        found[~(np.abs(found) < _LARGEST)] = np.nan
         missing = np.isnan(found)
         new = np.column_stack((steps, steps, times, times, segments, np.ones(len(waiting)), found, found, np.where(missing, 0, found), ~missing))
         if self._width > 1 and self._length:

@@ -47,6 +47,7 @@ _TEXT_CHARACTERS = 500
 _STATES: dict[type[Event], str] = {
     Interruption: "interrupted", EarlyStop: "stopped early", End: "finished", SearchEnded: "finished", QuantizationEnded: "finished", ServingEnded: "finished",
 }  # fmt: skip
+_LATEST, _FURTHEST = 1e12, 1 << 50
 _MOST_CHARTS = 100
 _MOST_NAMES = 1000
 
@@ -70,6 +71,8 @@ class Run:
 
     def __init__(self, folder: Path, name: str) -> None:
         self.folder, self.name = folder, name
+        self.is_nested = False
+        """Whether it is in the folder of another run, as a teacher is."""
         self.progress = 0.0
         self._lock = threading.Lock()
         self._begin_anew()
@@ -121,12 +124,14 @@ class Run:
         found = [trouble] if trouble else []
         found += [problem.removeprefix(f"{self.folder}/") for problem in self._reader.problems()]
         if self._unread:
-            found.append(f"{self._unread} events hold what is no number or text where one should be, and are left out")
+            found.append(f"{self._unread} events hold what makes no sense there, and are left out")
         return found if len(found) <= PROBLEMS else [*found[:PROBLEMS], f"and {len(found) - PROBLEMS} more"]
 
     def _event(self, record: Record) -> None:
         event = record.event
-        time = record.time if math.isfinite(record.time) else self._time
+        time = record.time if abs(record.time) < _LATEST else self._time
+        if abs(getattr(event, "step", None) or 0) > _FURTHEST:
+            raise ValueError("no run is that long")
         if isinstance(event, Start):
             self._starts(time, event)
         self._at(time, event)
@@ -223,6 +228,7 @@ class Run:
             ends = {axis: self._extent(axis) for axis in ("step", "time")}
             return {
                 "name": self.name,
+                "nested": self.is_nested,
                 "folder": str(self.folder),
                 "state": self._state,
                 "progress": round(self.progress, 3),

@@ -151,7 +151,7 @@ class EventReader:
             return Record.from_json(json.loads(line))
         except Unknown as unknown:
             self._unknown[unknown.kind, str(unknown.version)] += 1
-        except (ValueError, TypeError, RecursionError) as error:
+        except (ValueError, TypeError, OverflowError, RecursionError) as error:
             no_json = isinstance(error, (json.JSONDecodeError, UnicodeDecodeError))
             self._problem("it is no JSON, as where a run was killed" if no_json else str(error), self._line)
         return None

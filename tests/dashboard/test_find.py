@@ -24,7 +24,7 @@ def test_a_run_its_teacher_and_a_folder_of_runs(tmp_path: Path) -> None:
     assert found == ["runs/a", "runs/b", "runs/b/teacher"]
     assert find.names([tmp_path / name for name in ("runs/a", "other/a", "runs/b/teacher", "c")]) == ["runs/a", "other/a", "b/teacher", "c"]
     board = Board([str(tmp_path / "runs"), f"{tmp_path}/runs/../runs/b"])  # once, though named twice
-    assert [(run.name, board._is_nested(run)) for run in board.runs] == [("a", False), ("b", False), ("b/teacher", True)]
+    assert [(run.name, run.is_nested) for run in board.runs] == [("a", False), ("b", False), ("b/teacher", True)]
 
 
 def test_what_is_no_run(tmp_path: Path) -> None:

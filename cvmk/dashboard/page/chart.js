@@ -70,7 +70,7 @@ export class Chart {
     this.drawAxes(brush);
     brush.save();
     brush.beginPath();
-    brush.rect(this.box.left, this.box.top - 4, this.box.right - this.box.left, this.box.bottom - this.box.top + 8);
+    brush.rect(this.box.left - 3, this.box.top - 4, this.box.right - this.box.left + 6, this.box.bottom - this.box.top + 8);
     brush.clip();
     for (const one of this.series) this.drawSeries(brush, one);
     this.drawMarks(brush);

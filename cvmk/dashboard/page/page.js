@@ -99,7 +99,9 @@ function runs() {
     if (chosenAtFirst.has(run.folder)) continue;
     const hasMain = main.some((other) => other.extent.step);
     if (!run.nested) chosenAtFirst.set(run.folder, main.indexOf(run) < CHOSEN_AT_FIRST);
-    else if (hasMain || run.extent.step) chosenAtFirst.set(run.folder, !hasMain); // a teacher, while there is nothing else to see
+    else if (hasMain || run.extent.step) { // a teacher, while there is nothing else to see; trials of a search, which has no numbers of its own
+      chosenAtFirst.set(run.folder, !hasMain && [...chosenAtFirst.values()].filter(Boolean).length < CHOSEN_AT_FIRST);
+    }
   }
   return all.map((run) => ({ ...run, chosen: view.choices.get(run.folder) ?? chosenAtFirst.get(run.folder) ?? false }));
 }
