@@ -38,9 +38,9 @@ class Choices(NamedTuple):
                 owners = [name for name, found in self.options.items() if key in found]
                 raise ValueError(
                     f"{key} is a key of the {self.kind}{'s' * (len(owners) > 1)} {listed(owners)}, not of {self._named(values)}: "
-                    f"leave it out, or change {self.key}"
+                    f"leave it out, or change {' or '.join(one for one in (self.key, self.inherits) if one == self.key or one in options)}"
                 )
-        return dict.fromkeys(every - self.shared) | options | dict(values)
+        return dict.fromkeys(every - self.shared) | options | {key: value for key, value in values.items() if value is not None}
 
     def _named(self, values: Mapping[str, Any]) -> str:
         name = values.get(self.key, self.default)

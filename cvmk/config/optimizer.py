@@ -90,6 +90,12 @@ class OptimizerConfig(Section):
     def _keys_of_the_name(cls, values: Any) -> Any:
         return OPTIMIZERS.complete(values)
 
+    @model_validator(mode="after")
+    def _averages(self) -> OptimizerConfig:
+        if self.stepper == SCHEDULE_FREE and self.betas is not None and not self.betas[0]:
+            raise ValueError(f"betas = [0, ...]: {SCHEDULE_FREE} divides by the first one, so it must be above 0, such as 0.9")
+        return self
+
     @property
     def stepper(self) -> str:
         """The optimiser that takes the step."""

@@ -375,7 +375,8 @@ def test_a_rollback_takes_both_sets_of_weights_back(config: Path, tmp_path: Path
     def roll_back(trainer: Trainer, problem: str, kind: str) -> bool:
         found = original(trainer, problem, kind)
         optimizer = trainer.state.optimizer
-        (trained, used) = seen[0]
+        trained, used = seen[0]
+        assert not all(torch.equal(one, other) for one, other in zip(trained, used, strict=True))
         assert all(torch.equal(now, then) for now, then in zip(optimizer.parameters, used, strict=True))
         optimizer.train()
         assert all(torch.equal(now, then) for now, then in zip(optimizer.parameters, trained, strict=True))
