@@ -94,6 +94,8 @@ struct Model::Buffers {
   std::int64_t rows;
   float *x, *normed, *branch, *wide;
   char* own;
+  std::vector<cached::Item> items;  // of an attention, and
+  std::vector<recurrent::Run> runs;  // of a recurrence: one layer's after the other's
 
   Buffers(Arena& arena, const Config& c, const Stack& stack, std::int64_t count) : rows(count) {
     const std::int64_t qkv = c.d_model + 2 * c.kv_heads * (c.d_model / c.heads);
@@ -134,20 +136,19 @@ void Model::feed_forward(const Block& block, Buffers& b, const Norm& following, 
 
 // A recurrent mixer: rows from state to state, those of a sequence in rising positions.
 void Model::mix(const Block& block, std::size_t layer, const std::vector<Piece>& pieces, const std::vector<const Caches*>& kept, Buffers& b, const Team& team) const {
-  std::vector<recurrent::Run> runs;
-  runs.reserve(pieces.size());
+  b.runs.clear();
   for (const Piece& piece : pieces) {
     const auto state = [&](std::int64_t number) { return number < 0 ? nullptr : kept[piece.sequence]->states[layer] + number * (state_bytes(block) / 4); };
-    runs.push_back({piece.first, piece.rows, state(piece.from), state(piece.to)});
+    b.runs.push_back({piece.first, piece.rows, state(piece.from), state(piece.to)});
   }
-  block.recurrent->run({b.normed, b.branch, b.rows, runs}, b.own, team);
+  block.recurrent->run({b.normed, b.branch, b.rows, b.runs}, b.own, team);
 }
 
 // -- encoder ------------------------------------------------------------------------------------------------------------------------
-void Model::attend_sources(const Block& block, std::size_t layer, const std::vector<Source>& sources, const std::vector<cached::Cache>& own, std::int64_t longest, Buffers& b, const Team& team) const {
+void Model::attend_sources(const Block& block, std::size_t layer, const std::vector<Source>& sources, const std::vector<cached::Cache>& own, std::int64_t longest, const Append& append, Buffers& b, const Team& team) const {
   const std::int64_t d = config_.d_model, kv = config_.kv_heads * head_size(), width = d + 2 * kv;
-  const Append append(*this, encoder_dtype_);
-  std::vector<cached::Item> items;
+  std::vector<cached::Item>& items = b.items;
+  items.clear();
   block.qkv(b.normed, b.rows, b.wide, team);
   std::int64_t first = 0;
   for (std::size_t i = 0; i < sources.size(); ++i) {
@@ -218,31 +219,30 @@ void Model::encode(const std::vector<Source>& sources, Workspace& workspace, con
   for (const Source& s : sources)
     for (std::int64_t i = s.first; i < s.length; ++i, x += d) embed(source_table_, s.ids[i], i, x);
   residual(b.x, nullptr, encoder_.empty() ? encoder_norm_ : encoder_[0].mixer_norm, rows, b.normed, team);
+  const Append append(*this, encoder_dtype_), append_cross(*this, cache_dtype());
   for (std::size_t layer = 0; layer < encoder_.size(); ++layer) {
     const Block& block = encoder_[layer];
     if (block.recurrent != nullptr) mix(block, layer, pieces, kept, b, team);
-    else attend_sources(block, layer, sources, own, longest, b, team);
+    else attend_sources(block, layer, sources, own, longest, append, b, team);
     residual(b.x, b.branch, block.ffn_norm, rows, b.normed, team);
     feed_forward(block, b, layer + 1 < encoder_.size() ? encoder_[layer + 1].mixer_norm : encoder_norm_, team);
   }
-  const Append append(*this, cache_dtype());
   for (std::size_t layer = 0; layer < decoder_.size(); ++layer) {
     decoder_[layer].cross_key_value(b.normed, rows, b.wide, team);
     std::int64_t first = 0;
     for (const Source& s : sources) {
       const float* from = b.wide + first * 2 * kv;
-      append(from, from + kv, 2 * kv, s.length - s.first, s.first, s.caches->layers[layer]);
+      append_cross(from, from + kv, 2 * kv, s.length - s.first, s.first, s.caches->layers[layer]);
       first += s.length - s.first;
     }
   }
 }
 
 // -- decoder ------------------------------------------------------------------------------------------------------------------------
-void Model::attend_own(const Block& block, std::size_t layer, const std::vector<StepRow>& rows, std::int64_t longest, Buffers& b, const Team& team) const {
+void Model::attend_own(const Block& block, std::size_t layer, const std::vector<StepRow>& rows, std::int64_t longest, const Append& append, Buffers& b, const Team& team) const {
   const std::int64_t d = config_.d_model, kv = config_.kv_heads * head_size(), width = d + 2 * kv;
-  const Append append(*this, cache_dtype());
-  std::vector<cached::Item> items;
-  items.reserve(rows.size());
+  std::vector<cached::Item>& items = b.items;
+  items.clear();
   block.qkv(b.normed, b.rows, b.wide, team);
   for (std::int64_t r = 0; r < b.rows; ++r) {
     const StepRow& row = rows[static_cast<std::size_t>(r)];
@@ -259,8 +259,8 @@ void Model::attend_own(const Block& block, std::size_t layer, const std::vector<
 void Model::attend_cross(const Block& block, std::size_t layer, const std::vector<StepRow>& rows, std::int64_t longest, Buffers& b, const Team& team) const {
   const std::int64_t d = config_.d_model;
   const bool last = layer + 1 == decoder_.size();
-  std::vector<cached::Item> items;
-  items.reserve(rows.size());
+  std::vector<cached::Item>& items = b.items;
+  items.clear();
   block.cross_query(b.normed, b.rows, b.wide, team);
   for (std::int64_t r = 0; r < b.rows; ++r) {
     const StepRow& row = rows[static_cast<std::size_t>(r)];
@@ -299,10 +299,12 @@ void Model::step(const std::vector<StepRow>& rows, std::vector<StepResult>& resu
     kept.push_back(row.own);
   }
   residual(b.x, nullptr, decoder_.empty() ? decoder_norm_ : decoder_[0].mixer_norm, count, b.normed, team);
+  const Append append(*this, cache_dtype());
+  b.items.reserve(rows.size());
   for (std::size_t layer = 0; layer < decoder_.size(); ++layer) {
     const Block& block = decoder_[layer];
     if (block.recurrent != nullptr) mix(block, layer, pieces, kept, b, team);
-    else attend_own(block, layer, rows, longest, b, team);
+    else attend_own(block, layer, rows, longest, append, b, team);
     residual(b.x, b.branch, block.cross_norm, count, b.normed, team);
     attend_cross(block, layer, rows, longest_source, b, team);
     residual(b.x, b.branch, block.ffn_norm, count, b.normed, team);

@@ -179,8 +179,9 @@ class Model {
   void feed_forward(const Block& block, Buffers& b, const Norm& following, const Team& team) const;
   static std::vector<Piece> pieces_of(const std::vector<Source>& sources);
   void mix(const Block& block, std::size_t layer, const std::vector<Piece>& pieces, const std::vector<const Caches*>& kept, Buffers& b, const Team& team) const;
-  void attend_sources(const Block& block, std::size_t layer, const std::vector<Source>& sources, const std::vector<cached::Cache>& own, std::int64_t longest, Buffers& b, const Team& team) const;
-  void attend_own(const Block& block, std::size_t layer, const std::vector<StepRow>& rows, std::int64_t longest, Buffers& b, const Team& team) const;
+  void attend_sources(const Block& block, std::size_t layer, const std::vector<Source>& sources, const std::vector<cached::Cache>& own, std::int64_t longest, const Append& append,
+                      Buffers& b, const Team& team) const;
+  void attend_own(const Block& block, std::size_t layer, const std::vector<StepRow>& rows, std::int64_t longest, const Append& append, Buffers& b, const Team& team) const;
   void attend_cross(const Block& block, std::size_t layer, const std::vector<StepRow>& rows, std::int64_t longest, Buffers& b, const Team& team) const;
   void attend(const std::vector<cached::Item>& items, std::int64_t longest, Dtype dtype, const Team& team) const;
   void project(const std::vector<StepRow>& rows, const float* features, std::vector<StepResult>& results, const Team& team) const;

@@ -87,10 +87,11 @@ class NativeEngine:
     """An `engine.Engine` over weights by the names of `formats.folder`; they stay mapped while it lives.
 
     compute_type says how matrices that come as floats are stored and multiplied: "float32", "bfloat16" (float32 sums), "int8" (weights by rows) or "int4"
-    (weights in groups of at most 128), both times activations that are quantised by tokens, and keys and values in bfloat16. Weights that come quantised
-    (`formats.stored`) stay as they are, bit for bit, and are multiplied as their schemes say. threads None: as many as the process may use. max_batch_tokens
-    bounds what submitted requests run at once: source positions times hypotheses; max_sessions how many growing sources are open at once; shortlist is what
-    `SearchOptions.shortlist` asks for. Raises ConfigError for numbers below 1, ValueError where a weight is missing or of another shape.
+    (weights in groups of at most 128), both times activations that are quantised by tokens, and keys and values in bfloat16 (states of recurrent mixers are
+    always float32). Weights that come quantised (`formats.stored`) stay as they are, bit for bit, and are multiplied as their schemes say. threads None: as
+    many as the process may use. max_batch_tokens bounds what submitted requests run at once: source positions times hypotheses; max_sessions how many
+    growing sources are open at once; shortlist is what `SearchOptions.shortlist` asks for. Raises ConfigError for numbers below 1, ValueError where a
+    weight is missing or of another shape.
     """
 
     def __init__(
