@@ -5,6 +5,8 @@ compiled, with `F.cross_entropy` and `torch.optim.AdamW(fused=True)`, and drops 
 (weight 0.7), whose forward pass is part of the step and made by the same library; "all of the teacher" its hidden states and attention maps too, which
 `nn.Transformer` does not hand out. Loss and gradients in float32 without dropout are compared first. The peak memory is that of a process of its own: what
 three steps add to a loaded model, gradients and the optimiser's moments included.
+
+Other mixers stand beside attention, in models of the same widths: "MA" is Mamba and attention by turns, on both sides (`LETTERS` of cvmk/config/model.py).
 """
 
 from __future__ import annotations
@@ -51,13 +53,15 @@ class Case:
     lowered: bool = True
     teacher: str = ""
     """What is learnt from a teacher: nothing, "teacher" (logits) or "all of the teacher"."""
+    mixers: str = "A"
 
     def __str__(self) -> str:
-        return " ".join(filter(None, [f"training step {self.size} dropout {self.dropout:g} {'bf16' if self.lowered else 'fp32'}", self.teacher]))
+        named = self.mixers if self.mixers != "A" else ""
+        return " ".join(filter(None, [f"training step {self.size} dropout {self.dropout:g} {'bf16' if self.lowered else 'fp32'}", self.teacher, named]))
 
     @property
     def config(self) -> ModelConfig:
-        return ModelConfig(**SIZES[self.size], dropout=self.dropout)
+        return ModelConfig(**SIZES[self.size], dropout=self.dropout, encoder_mixers=self.mixers, decoder_mixers=self.mixers)
 
 
 def models(case: Case) -> tuple[CVMTransformer, CVMTransformer | None]:
@@ -198,6 +202,12 @@ def test_cpu_training_step(compare: Callable[..., Any], size: str, dropout: floa
     operations = sum(phase_products(case.config, TEACHER if case.teacher else None, V, [batch]).values())
     limit = cpu_limit(operations=operations, dtype=torch.bfloat16 if lowered else torch.float32)
     compare(own_step(case, batch), peers, case=str(case), limit=limit)
+
+
+@pytest.mark.parametrize("mixers", ["M", "MMMA", "MA", "S", "2", "R", "W", "H"])
+def test_cpu_training_of_mixers(compare: Callable[..., Any], mixers: str) -> None:
+    batch = drawn_batch(SENTENCES, LENGTH, V)
+    compare(own_step(Case("d128 4+4", mixers=mixers), batch), {"attention": own_step(Case("d128 4+4"), batch)}, case=str(Case("d128 4+4", mixers=mixers)))
 
 
 @pytest.mark.parametrize("lowered", [True, False], ids=["bf16", "fp32"])
