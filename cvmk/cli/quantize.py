@@ -8,6 +8,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from cvmk.cli._arguments import number, points, positive, samples
+from cvmk.cli._log import add_log, events_into
 from cvmk.cli._streams import read_lines
 from cvmk.cli._terminal import complain, show, show_json, table
 from cvmk.errors import ConfigError, DataError
@@ -64,6 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=_count, default=0, metavar="N", help="--recover: the order of the text (default 0)")
     parser.add_argument("--bootstrap", type=samples, default=1000, metavar="N", help="resamples of the bootstrap (default 1000)")
     parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: all that the process may use)")
+    add_log(parser)
     parser.add_argument("--json", action="store_true", help="print the report as one JSON object on stdout, and nothing else")
 
 
@@ -82,12 +84,13 @@ def run(arguments: argparse.Namespace) -> int:
     sources, references = _aligned(*arguments.evaluate)
     recover = _recovery(arguments)
     failure = None
-    with contextlib.redirect_stdout(sys.stderr) if arguments.json else contextlib.nullcontext():
+    with events_into(arguments.log) as tell, contextlib.redirect_stdout(sys.stderr) if arguments.json else contextlib.nullcontext():
         try:
             report = quantize(
                 arguments.model, arguments.output, recipe, calibration=calibration, sources=sources, references=references,
                 calibration_sentences=arguments.calibration_sentences, max_drop=arguments.max_drop, max_raised=arguments.max_raised,
                 beam_size=arguments.beam_size, bootstrap=arguments.bootstrap, calibration_name=arguments.calibrate, recover=recover, say=complain,
+                tell=tell,
             )  # fmt: skip
         except GateFailure as error:
             failure, report = error, error.report

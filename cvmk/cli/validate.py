@@ -9,12 +9,14 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from cvmk.cli._arguments import number, points, positive, samples, share
+from cvmk.cli._log import add_log, events_into
 from cvmk.cli._streams import is_standard, need_open, read_lines
 from cvmk.cli._terminal import show, show_json, table
 from cvmk.errors import ConfigError, DataError, QualityGateError
 from cvmk.hardware import keep_freed_memory
 
 if TYPE_CHECKING:
+    from cvmk.telemetry import Event
     from cvmk.validation.bootstrap import PairedResult
     from cvmk.validation.metrics import Measurement
     from cvmk.validation.tokenization import Tokenization
@@ -41,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--min-score", action="append", default=[], metavar="METRIC=VALUE", help="exit 3 if the score is worse (for ter: larger) than VALUE; may be repeated"
     )
     parser.add_argument("--max-drop", type=points, metavar="X", help="exit 3 if the first metric is more than X points worse than the baseline's")
+    add_log(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout, and nothing else")
 
 
@@ -64,8 +67,10 @@ def run(arguments: argparse.Namespace) -> int:
             "the two files must be aligned line by line"
         )
     # Whatever a library prints must not mix with the JSON.
-    with contextlib.redirect_stdout(sys.stderr) if arguments.json else contextlib.nullcontext():
+    with events_into(arguments.log) as tell, contextlib.redirect_stdout(sys.stderr) if arguments.json else contextlib.nullcontext():
         report = _report(arguments, metrics, limits, sources, references)
+        for system in filter(None, (report, report["baseline"])):
+            tell(_event(system, arguments.confidence))
     if arguments.json:
         show_json(report)
     else:
@@ -112,6 +117,13 @@ def _report(arguments: argparse.Namespace, metrics: list[str], limits: list[tupl
     report["gates"] = gates
     report["passed"] = all(gate["passed"] for gate in gates)
     return report
+
+
+def _event(system: dict[str, Any], confidence: float) -> Event:
+    from cvmk.telemetry.schema import Evaluation
+
+    main = {"step": 0, "agreement": [], "confidence": confidence} | {name: system["scores"][0][name] for name in ("metric", "value", "low", "high")}
+    return Evaluation.of(system | main)
 
 
 def _target_language(translator: Any) -> str | None:

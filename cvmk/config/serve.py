@@ -23,6 +23,11 @@ class ServerConfig(Section):
     origins: list[str] = Field([], description="Other pages that may open streams by WebSocket, such as https://example.org; the page that is served may.")
     drain_seconds: float = Field(30.0, ge=0, le=3600, description="How long what runs may take to end when the server is told to (SIGTERM).")
     traces: bool = Field(False, description="Whether spans go to an OpenTelemetry collector, which OTEL_EXPORTER_OTLP_ENDPOINT names (extra `traces`).")
+    log: str | None = Field(
+        None,
+        description="Folder for the service's events (events.jsonl, log.txt), which hold no text of clients; without it none are written.",
+    )
+    log_every: float = Field(60.0, ge=1, description="Seconds between two of these events.")
     threads: int = Field(0, ge=0, le=MAX_THREADS, description="CPU threads of every model that says nothing else; 0: all that the process may use.")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,16 +17,21 @@ from cvmk.formats.manifest import QUANTIZED
 from cvmk.inference import Translator
 from cvmk.nn import CVMTransformer
 from cvmk.quantization.calibration import Pair, check_language, read_pairs
-from cvmk.quantization.gate import Evaluation, Gate
+from cvmk.quantization.gate import METRICS, Evaluation, Gate
 from cvmk.quantization.model import LayerReport, Quantized, Say, quantize_model, sensitivities
 from cvmk.quantization.recipe import Recipe
 from cvmk.report.names import QUANTIZATION
+from cvmk.telemetry import Event
+from cvmk.telemetry.schema import QuantizationEnded, QuantizationStarted, QuantizationTrial, Recovering
 from cvmk.text.tokenizers import Tokenizer
 from cvmk.validation.tokenization import tokenization
 
 REPORT = QUANTIZATION
 _MORE = ("languages",)
 """Keys of config.json that the quantised model takes over."""
+
+
+Tell = Callable[[Event], None]
 
 
 class Recover(Protocol):
@@ -66,6 +71,7 @@ def quantize(
     calibration_name: str = "the calibration text",
     recover: Recover | None = None,
     say: Say = lambda text: None,
+    tell: Tell = lambda event: None,
 ) -> dict[str, Any]:
     """Quantise the model in a folder by a recipe and write the folder `out`, which loads without the original; the original stays as it is.
 
@@ -74,6 +80,7 @@ def quantize(
     max_drop               points of BLEU that may be lost. Where more are, the matrices that cost most by themselves are raised one by one (4 bits to 8, 8 bits
                            to floats), at most `max_raised` of them (None: a quarter), until the gate passes. None: no gate.
     recover                trains the quantised model before it comes to the gate.
+    say, tell              get how it goes, as sentences and as events.
 
     Returns the report that stands in the folder as quantization.json: recipe, calibration, evaluation; recovery (None, or what was done, and `unrecovered`,
     the score without it); before, after (scores with intervals, seconds, tokens a second, bytes of the weights); paired differences; layers (how stored,
@@ -92,6 +99,7 @@ def quantize(
     translator = Translator.of_weights(whole, tokenizer)
     pairs = read_pairs(calibration, translator, calibration_sentences)
     quantized = quantize_model(whole, recipe, pairs, say)
+    tell(QuantizationStarted(str(folder), recipe.scheme, recipe.method, len(quantized.names), len(sources)))
     say(f"evaluating on {len(sources)} sentences")
     before = gate.evaluate(translator)
     recovery: dict[str, Any] | None = None
@@ -99,8 +107,10 @@ def quantize(
         unrecovered = gate.evaluate(Translator.of_weights(quantized.build(), tokenizer)).value
         quantized, facts = recover(quantized, translator, calibration, pairs, say)
         recovery = {**facts, "unrecovered": unrecovered}
+        for one in facts["history"]:
+            tell(Recovering(one["step"], one["divergence"]))
     most = math.ceil(len(quantized.names) / 4) if max_raised is None else max_raised
-    raised, built, after, trials, costs = _pass(quantized, pairs, gate, before, tokenizer, most, say)
+    raised, built, after, trials, costs = _pass(quantized, pairs, gate, before, tokenizer, most, say, tell)
     report = {
         "cvmk": __version__,
         "model": str(folder),
@@ -116,10 +126,12 @@ def quantize(
     }
     if not report["gate"]["passed"]:
         names = f" with {len(raised)} of {len(quantized.names)} matrices in a higher precision" if raised else ""
+        tell(QuantizationEnded(None, False, report))
         message = f"BLEU falls by {report['gate']['drop']:.2f}{names}, more than {max_drop:g} allowed, and {out} is not written: "
         raise GateFailure(message + "choose another method or scheme, allow more matrices in a higher precision, or a larger drop", report)
     extra = {key: info[key] for key in _MORE if key in info}
     save_model_folder(out, built, tokenizer, _card(report), extra, {REPORT: json.dumps(report, indent=2, ensure_ascii=False) + "\n"})
+    tell(QuantizationEnded(str(out), True, report))
     return report
 
 
@@ -138,7 +150,7 @@ def _check(folder: Path, out: Path, manifest: Manifest, sources: Sequence[str], 
 
 
 def _pass(
-    quantized: Quantized, pairs: Sequence[Pair], gate: Gate, before: Evaluation, tokenizer: Tokenizer, most: int, say: Say
+    quantized: Quantized, pairs: Sequence[Pair], gate: Gate, before: Evaluation, tokenizer: Tokenizer, most: int, say: Say, tell: Tell
 ) -> tuple[list[str], CVMTransformer, Evaluation, list[dict[str, Any]], dict[str, float]]:
     """Raise matrices until the gate passes, or as many as may be: their names, the model, its evaluation, what each trial gave, and what each matrix costs."""
     raised: list[str] = []
@@ -148,6 +160,7 @@ def _pass(
         built = quantized.build(raised)
         after = gate.evaluate(Translator.of_weights(built, tokenizer))
         trials.append({"raised": len(raised), "value": after.value, "drop": before.value - after.value})
+        tell(QuantizationTrial(list(raised), METRICS[0], after.value, before.value - after.value, gate.passes(before, after)))
         if gate.passes(before, after) or len(raised) >= min(most, len(quantized.names)):
             return raised, built, after, trials, costs
         if not costs:

@@ -23,6 +23,7 @@ import logging
 import os
 import re
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -129,7 +130,8 @@ def replicas() -> list[Replica]:
 def at_rank(config: ServeConfig, rank: int) -> ServeConfig:
     """The configuration of a node's replica of that number: each port is that of the file plus the number, 0 stays 0."""
     ports = {name: number + rank for name in _PORTS if (number := getattr(config.server, name))}
-    return config.model_copy(update={"server": config.server.model_copy(update=ports)})
+    log = {} if config.server.log is None else {"log": os.path.join(config.server.log, f"{socket.gethostname()}-{rank}")}  # one process writes a log
+    return config.model_copy(update={"server": config.server.model_copy(update=ports | log)})
 
 
 def run(config: ServeConfig, count: int, tell: Callable[[list[str]], None], web: bool = False) -> None:

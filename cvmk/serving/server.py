@@ -10,7 +10,8 @@ import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import grpc.aio
@@ -23,6 +24,7 @@ from cvmk.serving import logs
 from cvmk.serving.application import Application
 from cvmk.serving.auth import Keys, server_credentials, ssl_context
 from cvmk.serving.exporter import Exporter
+from cvmk.serving.recording import ServiceLog
 from cvmk.serving.service import AdminService, TranslationService
 
 if TYPE_CHECKING:
@@ -82,6 +84,9 @@ class Server:
         """Load the models and listen. Raises what is wrong with a model, and DataError for a port that is taken."""
         server = self.config.server
         await self.application.start()
+        log = None
+        if server.log is not None:
+            log = await self._others.enter_async_context(ServiceLog(Path(server.log), server.log_every, self.application.metrics))
         main = TranslationService(self.application, self._keys)
         port = await self._listen(server.host, server.port, main.handler(), (main.NAME, health.SERVICE_NAME), self._credentials)
         admin_port = None
@@ -101,7 +106,15 @@ class Server:
         await self.publish_health()
         self._watch = asyncio.create_task(self._watch_health(), name="cvmk health")
         self.ports = Ports(port, admin_port, http_port, metrics_port)
+        if log is not None:
+            await log.started(*self._described())
         return self.ports
+
+    def _described(self) -> tuple[dict[str, Any], dict[str, str]]:
+        """The models and the ports, for the log."""
+        models = {name: {"path": model.path, "compute_type": model.compute_type, "engine": model.engine} for name, model in self.config.models.items()}
+        ports = {"gRPC": self.ports.grpc, "HTTP": self.ports.http, "metrics": self.ports.metrics}
+        return models, {name: f"{self.config.server.host}:{port}" for name, port in ports.items() if port is not None}
 
     async def _listen(
         self, host: str, port: int, handler: grpc.GenericRpcHandler, names: tuple[str, ...], credentials: grpc.ServerCredentials | None

@@ -39,6 +39,7 @@ class RunLog:
 
     def __init__(self, folder: Path, max_bytes: int = LOG_BYTES, files: int = LOG_FILES) -> None:
         self._path, self._max_bytes, self._files = folder / EVENTS, max_bytes, files
+        self._torn = False
         with explained(folder, "write the logs in"):
             folder.mkdir(parents=True, exist_ok=True)
             self._lock = _locked(folder)
@@ -72,7 +73,7 @@ class RunLog:
         self._lock.close()
 
     def _open(self) -> None:
-        self._events = open(self._path, "ab")
+        self._events = open(self._path, "ab", buffering=0)  # what a full disk did not take must not be tried again when the file is closed
         self._size = os.fstat(self._events.fileno()).st_size
 
     def _append(self, values: dict[str, Any]) -> None:
@@ -80,9 +81,16 @@ class RunLog:
         with explained(self._path, "write"):
             if self._size and self._size + len(line) > self._max_bytes:
                 self._rotate()
-            self._events.write(line)
-            self._events.flush()
+            self._write(line)
         self._size += len(line)
+
+    def _write(self, line: bytes) -> None:
+        """Write all of it, on a line of its own: what stands before may be half a line that the disk had no room for."""
+        left = memoryview(b"\n" + line if self._torn else line)
+        self._torn = True
+        while left:
+            left = left[self._events.write(left) :]
+        self._torn = False
 
     def _rotate(self) -> None:
         """Number the full file, drop those that are too many, and begin a new one."""

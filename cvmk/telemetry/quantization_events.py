@@ -10,6 +10,8 @@ from cvmk.telemetry.event import Event
 
 @dataclass(frozen=True)
 class QuantizationStarted(Event):
+    """The matrices of a model are rounded; the comparison with it begins."""
+
     KIND = "quantization_start"
     model: str
     scheme: str

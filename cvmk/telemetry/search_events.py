@@ -34,6 +34,8 @@ class SearchStarted(Event):
 
 @dataclass(frozen=True)
 class TrialStarted(Event):
+    """A trial's training begins."""
+
     KIND = "trial_start"
     trial: int
     """Its number in the study, from 0."""
@@ -74,7 +76,7 @@ class TrialTick(Event):
 
 @dataclass(frozen=True)
 class TrialEnded(Event):
-    """`value` is the score that counts: None where there is none. A trial that crashed has failed; the search goes on."""
+    """A trial has ended; one that crashed has failed, and the search goes on. `value` is the score that counts: None where there is none."""
 
     KIND = "trial_end"
     trial: int

@@ -10,6 +10,8 @@ from cvmk.telemetry.event import Event
 
 @dataclass(frozen=True)
 class ServingStarted(Event):
+    """The service takes requests from now on."""
+
     KIND = "serving_start"
     models: dict[str, Any]
     """By name: whatever is known, such as engine and compute_type."""
@@ -42,6 +44,8 @@ class Serving(Event):
 
 @dataclass(frozen=True)
 class ServingEnded(Event):
+    """The service has ended."""
+
     KIND = "serving_end"
     reason: str = ""
 

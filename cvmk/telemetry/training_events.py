@@ -266,6 +266,8 @@ class Rollback(Event):
 
 @dataclass(frozen=True)
 class EarlyStop(Event):
+    """Training ends before its last iteration."""
+
     KIND = "early_stop"
     step: int
     reason: str = ""

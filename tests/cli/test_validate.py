@@ -14,6 +14,8 @@ import pytest
 import cvmk.inference
 from cvmk.cli import main
 from cvmk.errors import DataError
+from cvmk.telemetry import RunLog, read_events
+from cvmk.telemetry.schema import Evaluation
 from cvmk.validation import paired, score
 
 REFERENCES = [
@@ -93,6 +95,23 @@ def test_table(place, calls, capsys):
         line = next(line for line in out.splitlines() if line.startswith(entry.label))
         assert f"{entry.value:.2f}" in line and line.endswith(entry.signature)
     assert "8 sentences" in out and "tokens/s" in out and "95% interval" in out
+
+
+def test_events_go_into_a_folder(place, capsys):
+    assert validate("good", "--baseline", "bad", "--log", "log") == 0
+    assert validate("bad", "--log", "log", "--min-score", "bleu=99") == 3
+    records, problems = read_events("log/events.jsonl")
+    assert problems == [] and [record.event.model for record in records] == ["good", "bad", "bad"]
+    event = records[0].event
+    assert isinstance(event, Evaluation) and event.metric == "bleu" and event.low <= event.value <= event.high and len(event.scores) == 3
+    assert event.value == score("bleu", GOOD, REFERENCES).value
+    assert "good: bleu" in (place / "log" / "log.txt").read_text()
+    log = RunLog(place / "log")
+    try:
+        assert validate("good", "--log", "log") == 2
+    finally:
+        log.close()
+    assert "another process writes the logs in log" in capsys.readouterr().err
 
 
 def test_json_is_alone_on_stdout(place, capsys):

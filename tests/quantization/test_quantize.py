@@ -21,6 +21,8 @@ from cvmk.nn import CVMTransformer
 from cvmk.quantization import Recipe
 from cvmk.quantization.gate import Gate
 from cvmk.quantization.quantize import GateFailure, quantize
+from cvmk.telemetry import read_events
+from cvmk.telemetry.schema import QuantizationEnded, QuantizationStarted, QuantizationTrial
 from cvmk.text.tokenizers import Tokenizer
 from cvmk.validation.tokenization import Tokenization
 
@@ -178,15 +180,24 @@ def test_command(tmp_path: Path, command: Callable[..., list[str]], capsys: pyte
     assert "bleu" in out and "encoder.blocks.0.ffn.inner.weight" in out and "w4a16 by gptq" in out and "calibrating" in err
     written = json.loads((tmp_path / "out" / "quantization.json").read_text())
     assert written["recipe"]["keep"] == ["cross"] and not any("cross" in layer["name"] for layer in written["layers"])
-    assert main(command("--max-drop", "100", "--json", "--method", "gptq", "--in-order", "--kv-cache", "int8", out="other")) == 0
+    more = "--in-order", "--kv-cache", "int8", "--log", str(tmp_path / "log")
+    assert main(command("--max-drop", "100", "--json", "--method", "gptq", *more, out="other")) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["recipe"]["scheme"] == "w8a8" and report["recipe"]["act_order"] is False and report["recipe"]["kv_cache"] == "int8"
+    ended = read_events(tmp_path / "log" / "events.jsonl")[0][-1].event
+    assert isinstance(ended, QuantizationEnded) and ended.passed and ended.out == str(tmp_path / "other") and ended.report == report
     info = json.loads((tmp_path / "other" / "config.json").read_text())
     assert info["model"]["kv_cache"] == "int8" and "kv_cache:int8" in info["requires"]
 
 
 def test_command_exit_codes(tmp_path: Path, command: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(command("--scheme", "w4a8", "--method", "rtn", "--max-drop", "0.1", "--max-raised", "0", "--json")) == 3
+    assert main(command("--scheme", "w4a8", "--method", "rtn", "--max-drop", "0.1", "--max-raised", "1", "--json", "--log", str(tmp_path / "log"))) == 3
+    events = [record.event for record in read_events(tmp_path / "log" / "events.jsonl")[0]]
+    begun, first, second, ended = events
+    assert isinstance(begun, QuantizationStarted) and begun.scheme == "w4a8" and begun.sentences == 40
+    assert isinstance(first, QuantizationTrial) and first.raised == [] and not first.passed and first.drop > 0.1
+    assert isinstance(second, QuantizationTrial) and len(second.raised) == 1
+    assert isinstance(ended, QuantizationEnded) and ended.out is None and not ended.passed and ended.report["raised"] == second.raised
     out, err = capsys.readouterr()
     assert json.loads(out)["gate"]["passed"] is False and "more than 0.1 allowed" in err and not (tmp_path / "out").exists()
     assert main(command("--scheme", "w8a8", "--method", "awq")) == 2

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cvmk.errors import DataError
-from cvmk.telemetry import Record, Reporter, RunLog, environment
+from cvmk.telemetry import Record, Reporter, RunLog, environment, read_events
 from cvmk.telemetry.console import duration
 from cvmk.telemetry.schema import Note, Resumed, Step
 
@@ -39,6 +39,22 @@ def test_a_full_disk_is_not_ignored(tmp_path: Path) -> None:
             log.write(Record.now(Note("x" * 1000)))
         with pytest.raises(DataError, match=r"log\.txt"):
             log.line("x" * 1000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    log.write(Record.now(Note("there is room again")))
+    log.close()
+    records, problems = read_events(tmp_path / "events.jsonl")
+    assert [record.event for record in records] == [Note("there is room again")] and len(problems) == 1
+
+
+def test_a_log_is_closed_on_a_full_disk(tmp_path: Path) -> None:
+    log = RunLog(tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
+    try:
+        with pytest.raises(DataError, match=r"events\.jsonl"):
+            log.write(Record.now(Note("x" * 1000)))
+        log.close()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
