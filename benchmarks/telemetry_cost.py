@@ -4,8 +4,8 @@ The student of examples/multi30k/student.toml, without its teacher, whose forwar
 iterations with everything that `[telemetry]` offers (every iteration written down, anomalies, gauges, TensorBoard) alternate with blocks with nothing of it but
 the log line every 50 iterations. Ratios of neighbouring blocks, by the clock and by the processor time of the process with all its threads, which other
 load on the machine lengthens less; the median over all pairs and its interval (bootstrap, 95%). "alone" is what the recorder and its subscribers take
-of an iteration without a model. Plots are drawn by a process of their own, which gets the processor when nobody else wants it: its processor time, against
-the 60 seconds from one drawing to the next, is the most that they can cost.
+of an iteration without a model. Plots are drawn by a process of their own, which gets the processor when nobody else wants it: what the
+iterations beside a drawing take longer than those around it is set against the 60 seconds from one drawing to the next.
 """
 
 from __future__ import annotations
@@ -130,15 +130,22 @@ def show(name: str, ratios: Sequence[Seconds]) -> None:
     print(f"{name:<12} clock {interval(clock)}  processor {interval(processor)}  ({len(ratios)} pairs)", flush=True)
 
 
-def drawing(run: Path) -> float:
-    """Seconds of processor time."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    plots = PlotProcess(run, ["png", "svg"])
-    plots.start(idle=False)
-    if not plots.wait(300):
-        raise SystemExit("the drawing does not end")
+def drawings(seconds: float, run: Path, off: Callable[[], Seconds]) -> tuple[float, float, list[float]]:
+    """How long a drawing lasts beside the training, its processor time, and by how many seconds each delays the training."""
+    plots, lasted, delays = PlotProcess(run, ["png", "svg"]), [], []
+    end, before = time.monotonic() + seconds, resource.getrusage(resource.RUSAGE_CHILDREN)
+    while time.monotonic() < end or not delays:
+        usual = [off().clock for _ in range(4)]
+        start, beside = time.perf_counter(), []
+        plots.start()
+        while plots.busy:
+            beside.append(off().clock)
+        lasted.append(time.perf_counter() - start)
+        usual += [off().clock for _ in range(4)]
+        delays.append(sum(beside) - len(beside) * statistics.median(usual))
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    processor = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return statistics.median(lasted), processor / len(delays), delays
 
 
 def main() -> None:
@@ -163,8 +170,12 @@ def main() -> None:
         show("off / off", alternate(arguments.seconds, lambda: block(trainer, arguments.block, *quiet), lambda: block(trainer, arguments.block, *quiet)))
         cost = alone(folder / "alone")
         print(f"alone        {cost * 1e6:.0f} us of processor time an iteration: {cost / iteration:.2%}", flush=True)
-        seconds = drawing(folder / "alone")
-        print(f"a drawing    {seconds:.1f} s of processor time: {seconds / PLOTS_EVERY:.1%} of one core at one a minute, while nobody else wants it")
+        lasted, processor, delays = drawings(arguments.seconds, folder / "alone", lambda: block(trainer, arguments.block, *quiet))
+        delay = statistics.median(delays)
+        print(
+            f"a drawing    lasts {lasted:.1f} s, takes {processor:.1f} s of processor time and delays the training by {delay:.2f} s "
+            f"({min(delays):.2f} to {max(delays):.2f}, {len(delays)} drawings): {delay / PLOTS_EVERY:.2%} at one a minute"
+        )
         trainer.events.close()
 
 
