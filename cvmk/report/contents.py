@@ -43,8 +43,9 @@ def _summary(figures: Figures) -> Section:
     section = Section("Summary")
     if figures.runs:
         rows = [[run.name, *_state(run)] for run in figures.runs]
-        section.blocks.append(Table(["run", "state", "weights", "parameters", "iterations", *_deciding(figures.runs)],
-                                    [[*row, *_deciding_scores(figures, run)] for row, run in zip(rows, figures.runs, strict=True)], texts=3))  # fmt: skip
+        sets = list(dict.fromkeys(scores.set for scores in figures.scores))
+        header = ["run", "state", "weights", "parameters", "iterations", *_deciding(figures.runs, sets)]
+        section.blocks.append(Table(header, [[*row, *_deciding_scores(figures, run, sets)] for row, run in zip(rows, figures.runs, strict=True)], texts=3))
     points = [(f"{advice.about}: {advice.rule}" if len(figures.runs) + len(figures.models) > 1 else advice.rule, advice.text) for advice in figures.advice]
     section.blocks.append(Text("Recommendations" if points else "No rule has anything to recommend.", heading=bool(points)))
     if points:
@@ -67,16 +68,16 @@ def _state(run: Run) -> list[str]:
     return [state, str(pick(report, "weights", default=NOTHING)), size, f"{iterations} of {planned}" if planned and planned != iterations else str(iterations)]
 
 
-def _deciding(runs: Sequence[Run]) -> list[str]:
+def _deciding(runs: Sequence[Run], sets: Sequence[str]) -> list[str]:
     """A column a set: its name and the metric that decides."""
     metrics = list(dict.fromkeys(str(run.setting("validation.metric", "bleu")) for run in runs))
     name = label(metrics[0]) if len(metrics) == 1 else "score"
-    return [f"{name}, {set_}" for set_ in ("validation", "test")]
+    return [f"{name}, {set_}" for set_ in sets]
 
 
-def _deciding_scores(figures: Figures, run: Run) -> list[str | Cell]:
+def _deciding_scores(figures: Figures, run: Run, sets: Sequence[str]) -> list[str | Cell]:
     cells: list[str | Cell] = []
-    for name in ("validation", "test"):
+    for name in sets:
         scores = next((scores for scores in figures.of(run) if scores.set == name), None)
         cells.append(NOTHING if scores is None or not scores.scores else _score(scores.score(scores.metric)))
     return cells
@@ -183,6 +184,8 @@ def _happened(run: Run) -> list[str]:
         found.append(f"{history.counts['rollback'] - len(found)} more rollbacks")
     found += [f"resumed {resumed} times"] if resumed > 1 else ["resumed once"] if resumed else []
     found += [history.early_stop] if history.early_stop else []
+    if anomalies := [f"{count} of {quantity.replace('_', ' ')}" for quantity, count in history.anomalies.items() if count]:
+        found.append(f"anomalous iterations: {', '.join(anomalies)}, of {history.iterations}")
     return list(dict.fromkeys([*found, *history.notes, *notes]))
 
 

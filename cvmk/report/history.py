@@ -11,6 +11,7 @@ from typing import Self
 
 from cvmk.telemetry import schema
 from cvmk.telemetry.curves import points
+from cvmk.telemetry.recorder import ANOMALIES
 from cvmk.telemetry.schema import Record
 
 BINS = 200
@@ -173,10 +174,10 @@ class History:
             self.parameters = event.parameters
 
     def _epoch(self, event: schema.Epoch) -> None:
-        """An epoch counts all of its anomalies, of which only the first hundred are events."""
+        """An epoch counts all of its anomalies, of which only the first are events."""
         for quantity, count in event.anomalies.items():
             if isinstance(count, int):
-                self.anomalies[quantity] += max(0, count - _ANOMALIES)
+                self.anomalies[quantity] += max(0, count - ANOMALIES)
 
     def _draw(self, event: schema.Event, warmup: int, clip_norm: float) -> None:
         passes = self.counts["rollback"]
@@ -195,5 +196,3 @@ class History:
                     self.logged += 1
                     self.clipped += 0 < clip_norm < value
 
-
-_ANOMALIES = 100

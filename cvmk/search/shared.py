@@ -42,6 +42,7 @@ class Shared:
         """The whole configuration of a trial, as TOML. The test set has no part in a search."""
         values = self._values(parameters)
         self._place(values, folder)
+        values["run"].setdefault("report", False)  # `cvmk report` writes one of the trials that somebody wants to look at
         if self.tokenizer is not None:
             values["tokenizer"] = {"path": str(self.tokenizer)}
         if self.teacher is not None:

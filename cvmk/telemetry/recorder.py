@@ -14,7 +14,7 @@ from cvmk.telemetry.stream import EventStream
 _SECONDS = 1.0
 """After so long at most what was recorded is written, for those who look on."""
 _ROWS = 200
-_ANOMALIES = 100
+ANOMALIES = 100
 """Of each epoch and quantity that are written; the others are counted."""
 _DIGITS = 6
 
@@ -59,7 +59,7 @@ class Recorder:
         if self._watch is not None:
             for anomaly in self._watch.look(row.step, row.loss, row.gradient_norm, row.tokens, row.seconds, row.data_wait):
                 self._epoch.anomalies[anomaly.quantity] += 1
-                if self._epoch.anomalies[anomaly.quantity] <= _ANOMALIES:
+                if self._epoch.anomalies[anomaly.quantity] <= ANOMALIES:
                     self._events.emit(anomaly)
         if self._iterations:
             self._rows.append(row)

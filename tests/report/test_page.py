@@ -20,7 +20,7 @@ from cvmk.report.contents import document
 from cvmk.report.html import escape, html
 from cvmk.report.markdown import escape as markdown_escape
 from cvmk.report.markdown import markdown
-from cvmk.telemetry.schema import Event, Note, Rollback
+from cvmk.telemetry.schema import Anomaly, EarlyStop, Event, Note, Resumed, Rollback
 
 EVIL = "<script>alert(1)</script> <img src=x onerror=alert(2)> & \"quotes\" 'single' </style></dd> \u202eright to left \x00\x1b \ud800"
 MARKUP = "a | b **bold** [link](http://x) <b>tag</b> ~~gone~~ `code` $x$ # head ![i](j) \\"
@@ -196,6 +196,14 @@ def test_a_cut_event_file_and_events_of_the_future(tmp_path: Path) -> None:
             assert told in text
 
 
+def test_what_happened_on_the_way_is_told(tmp_path: Path) -> None:
+    events: list[Event] = [step(1), Resumed(1), Anomaly(2, "gradient_norm", 9.0, 1.0), Rollback(9, 1, "the loss is nan", 1), Note("a word")]
+    write_run(tmp_path / "run", [*events, EarlyStop(9, "no better")])
+    text = pages(figures_of([tmp_path / "run"], bootstrap=50))[1]
+    for told in ("resumed once", "1 of gradient norm, of 1", "iteration 9: the loss is nan; back to iteration 1", "- a word", "- no better", "not finished"):
+        assert told in text
+
+
 def test_a_run_that_went_on_after_its_report(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", hypotheses=REFERENCES)
     lines = (run / "events.jsonl").read_text().splitlines()
@@ -217,7 +225,7 @@ def large(folder: Path, count: int) -> Path:
     return run
 
 
-@pytest.mark.parametrize("count", [20_000, pytest.param(1_000_000, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("count", [20_000, pytest.param(1_000_000, marks=[pytest.mark.exhaustive, pytest.mark.timeout(600)])])
 def test_a_huge_run_has_a_small_page(tmp_path: Path, count: int) -> None:
     figures = figures_of([large(tmp_path / "run", count)], bootstrap=50)
     for text in (*pages(figures), json.dumps(figures.to_json())):
