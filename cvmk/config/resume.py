@@ -23,6 +23,11 @@ def changed_keys(schema: type[BaseModel], before: Mapping[str, Any], now: Mappin
     return [key for key, mark in _differences(schema, before, now) if mark not in free]
 
 
+def differing_keys(schema: type[BaseModel], before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, OnResume | None]:
+    """All keys that differ, with their marks; defaults and keys that `before` lacks count as `changed_keys` counts them."""
+    return dict(_differences(schema, before, now))
+
+
 def _differences(
     schema: type[BaseModel], before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "", above: OnResume | None = None, strict: bool = False
 ) -> Iterator[tuple[str, OnResume | None]]:

@@ -82,20 +82,31 @@ def _parameters(figure: Any, result: SearchResult) -> Any:
     for place, (axes, key) in enumerate(zip(grid.flat, keys, strict=False)):
         _axes(axes)
         trials = [trial for trial in result.trials if key in trial.parameters and trial.value is not None]
-        numbers = all(isinstance(trial.parameters[key], (int, float)) and not isinstance(trial.parameters[key], bool) for trial in trials)
-        shown: list[Any] = [trial.parameters[key] if numbers else str(trial.parameters[key]) for trial in trials]
+        choices = result.ranges[key].choices
+        shown: list[Any] = [trial.parameters[key] if choices is None else str(trial.parameters[key]) for trial in trials]
+        if choices is not None:
+            axes.plot([str(choice) for choice in choices], [result.best.value] * len(choices), alpha=0)  # their order
         for state, colour in _COLOURS.items():
             of_state = [(value, trial.value) for value, trial in zip(shown, trials, strict=True) if trial.state == state]
             if of_state:
                 axes.scatter(*zip(*of_state, strict=True), s=18, color=colour, marker=_MARKS[state])
         best = result.best.parameters[key]
-        axes.scatter([best if numbers else str(best)], [result.best.value], s=90, facecolors="none", edgecolors="black", zorder=3)
-        if numbers and min(shown) > 0 and max(shown) / min(shown) >= 10:
-            axes.set_xscale("log")
+        axes.scatter([best if choices is None else str(best)], [result.best.value], s=90, facecolors="none", edgecolors="black", zorder=3)
+        if result.ranges[key].log:
+            _by_logarithm(axes)
         axes.set_xlabel(key)
         if place % columns == 0:
             axes.set_ylabel(f"validation {result.metric}")
     return drawn
+
+
+def _by_logarithm(axes: Any) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _importances(figure: Any, importances: dict[str, float]) -> None:

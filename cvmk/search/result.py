@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cvmk.config.overrides import toml_value, with_overrides, without_table
+from cvmk.config.search import RangeConfig
 from cvmk.files import write_json, write_text
 from cvmk.search.study import TrialRecord
 
@@ -26,6 +27,8 @@ class SearchResult:
     trials: tuple[TrialRecord, ...]
     best: TrialRecord
     importances: dict[str, float]
+    ranges: Mapping[str, RangeConfig]
+    """What was searched."""
     folder: Path
     seconds: float
 
@@ -48,6 +51,7 @@ class SearchResult:
             "metric": self.metric,
             "direction": "minimize" if self.lower_is_better else "maximize",
             "reason": self.reason,
+            "space": {key: one.shown() for key, one in self.ranges.items()},
             "seconds": self.seconds,
             "counts": self.counts(),
             "best": asdict(self.best),

@@ -87,7 +87,7 @@ class Search:
 
     def _opened(self) -> SearchStudy:
         base = json.loads(self._config.model_dump_json())
-        for key in ("run.folder", "run.device", "run.threads", "data.cache", *self._space.keys):
+        for key in self._space.keys:
             _remove(base, key.split("."))
         return SearchStudy(
             self._search, self._space, base, self._folder,
@@ -285,7 +285,7 @@ class Search:
             )
         result = SearchResult(
             self._study.name, self._config.validation.metric, self._study.lower_is_better, reason, tuple(records), best, self._study.importances(),
-            self._folder, round(self._budget.seconds, 2),
+            self._search.space, self._folder, round(self._budget.seconds, 2),
         )  # fmt: skip
         note = write_result(result, self._text, self._shared.overrides(best.parameters))
         if note:

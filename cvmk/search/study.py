@@ -14,18 +14,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cvmk.config.resume import differing_keys
+from cvmk.config.schema import TrainConfig
 from cvmk.config.search import SearchConfig
+from cvmk.config.section import BY_CONTENT, OnResume
 from cvmk.errors import ConfigError, DataError
 from cvmk.search.sampler import pruner, sampler, suggest
 from cvmk.search.space import Space
 
 JOURNAL = "study.log"
+_FREE = (
+    "run.folder", "run.device", "run.threads", "data.cache", "data.test", "telemetry",
+    "training.save_every", "training.keep", "training.log_every", "validation.metrics", "validation.bootstrap",
+)  # fmt: skip
 SEEN_SECONDS = 60.0
 """How often a search says that it is alive."""
 LOST_SECONDS = 900.0
 """A trial of another machine whose search has said nothing for so long is lost, and done again."""
 _UNOWNED_SECONDS = 60.0
 _STARTS = 5
+_GOOD = 0.25
+"""The share of trials that count as good for importances: Optuna's tenth is two or three of the few that a search has."""
 _URL = re.compile(r"[a-z][a-z0-9+]*://")
 _BASE, _SPACE, _CORPORA = "cvmk.configuration", "cvmk.space", "cvmk.corpora"
 _OWNER, _SEEN, _REASON, _STEP, _SECONDS, _AGAIN = ("cvmk." + name for name in ("owner", "seen", "reason", "iterations", "seconds", "again"))
@@ -91,7 +100,7 @@ class SearchStudy:
             return
         before, space = known[_BASE], known[_SPACE]
         differ = [f"search.space.{key}" for key in {**space, **self._space.shown()} if space.get(key) != self._space.shown().get(key)]
-        differ += sorted(key for key in {**_leaves(before), **_leaves(base)} if _leaves(before).get(key) != _leaves(base).get(key))
+        differ += [key for key, mark in differing_keys(TrainConfig, before, base).items() if not _free(key, mark)]
         if differ:
             raise ConfigError(
                 f"the study {self.name} in {self._place} was made with another configuration ({', '.join(differ[:5])} differ): "
@@ -182,13 +191,22 @@ class SearchStudy:
         return min(complete, key=lambda pair: (sign * pair[0], pair[1].number), default=(None, None))[1]
 
     def importances(self) -> dict[str, float]:
-        """By key, its share of what the trials' scores differ by (PED-ANOVA, Watanabe et al. 2023), largest first; empty with too few trials."""
+        """By key, its share of what sets the best quarter of the trials apart (PED-ANOVA, Watanabe et al. 2023), largest first; empty with too few trials.
+
+        A pruned trial counts with its best score until then: it fell behind for some reason, and without it only good trials were compared.
+        """
+        states = self._optuna.trial.TrialState
         with self._reached(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            values = {trial.value for trial in self._study.get_trials(deepcopy=False, states=(self._optuna.trial.TrialState.COMPLETE,))}
-            if len(values) < 2:
+            known = {trial.number: trial for trial in self._study.get_trials(deepcopy=False)}
+            counted = [(one.value, known[one.number]) for one in self.records() if one.state in (COMPLETE, PRUNED) and one.value is not None]
+            if len({value for value, _ in counted}) < 2:
                 return {}
-            return dict(self._optuna.importance.get_param_importances(self._study))
+            study = self._optuna.create_study(direction="minimize" if self.lower_is_better else "maximize")
+            for value, trial in counted:
+                study.add_trial(self._optuna.trial.create_trial(state=states.COMPLETE, value=value, params=trial.params, distributions=trial.distributions))
+            evaluator = self._optuna.importance.PedAnovaImportanceEvaluator(target_quantile=_GOOD)
+            return dict(self._optuna.importance.get_param_importances(study, evaluator=evaluator))
 
     # -- within --------------------------------------------------------------------------------------------------------------
     def _own(self, trial: Any) -> TrialRecord:
@@ -314,11 +332,9 @@ def _without_password(place: str) -> str:
     return re.sub(r"(://[^/@:]*):[^@]*@", r"\1:***@", place)
 
 
-def _leaves(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        found |= _leaves(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
-    return found
+def _free(key: str, mark: OnResume | None) -> bool:
+    """Whether trials can be compared though the key differs: it changes neither training nor the score, or says where the text is."""
+    return key.startswith(_FREE) or mark is BY_CONTENT and key.startswith("data.")
 
 
 def _reason(error: BaseException) -> str:

@@ -264,7 +264,20 @@ def test_a_study_of_another_configuration_is_refused(run: Run, override: str, na
     run("search.trials=1")
     with pytest.raises(ConfigError, match=rf"was made with another configuration \({named}.*choose another search.folder"):
         run(override)
-    assert len(run("search.trials=2", "run.threads=3", "search.sampler=tpe", "run.folder=elsewhere").trials) == 2  # what makes no other trials
+    assert len(run("search.trials=2", "run.threads=3", "search.sampler=tpe", "run.folder=elsewhere", "training.log_every=7").trials) == 2  # no other trials
+
+
+def test_a_study_of_an_older_cvmk(run: Run, tmp_path: Path):
+    """It knew fewer keys: one that was not there was left at its default."""
+    run("search.trials=1")
+    journal = tmp_path / "search/study.log"
+    text = journal.read_text()
+    older = text.replace('"label_smoothing":0.1,', "").replace('"norm":"layernorm",', "")
+    assert older != text
+    journal.write_text(older)
+    assert len(run("search.trials=2").trials) == 2
+    with pytest.raises(ConfigError, match=r"model.norm differ"):
+        run("model.norm=rmsnorm")
 
 
 def test_one_search_in_a_folder(run: Run):
