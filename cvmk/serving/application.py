@@ -221,6 +221,15 @@ class Application:
             async with asyncio.timeout(self.config.server.drain_seconds if seconds is None else seconds):
                 await self._idle.wait()
 
+    async def end(self, seconds: float) -> None:
+        """Tell streams that still run that the server ends, and return when all that runs has ended, or after so many seconds."""
+        for session in list(self._sessions):
+            session.fail(_draining())
+        self._check_idle()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._idle.wait()
+
     # -- at the edges of transports ------------------------------------------------------------------------------------------------------
     @contextlib.contextmanager
     def observed(self, method: str, headers: Mapping[str, str] | None = None) -> Iterator[None]:

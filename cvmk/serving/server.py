@@ -35,6 +35,8 @@ SWITCH_INTERVAL = 0.0005
 STUCK = 10.0
 """Seconds in one step after which an engine is taken for stuck: steps last milliseconds."""
 _HEALTH_SECONDS = 0.5
+_LAST_WORDS, _LAST_SECONDS = 0.5, 2.0
+"""Seconds in which streams are told that the server ends, and in which what was cancelled then has to be gone."""
 _OPTIONS = [
     ("grpc.so_reuseport", 0),  # a second server on the port is an error
     ("grpc.http2.bdp_probe", 0),  # else some megabytes are taken in before a sender is slowed down
@@ -185,8 +187,10 @@ class Server:
         """Close the ports and the models."""
         if self._watch is not None:
             self._watch.cancel()
+        await self.application.end(_LAST_WORDS)
         await asyncio.gather(*(server.stop(0.2) for server in self._servers), *([self._http.stop(0.2)] if self._http is not None else []))
         await self._others.aclose()
+        await self.application.end(_LAST_SECONDS)  # those that gRPC has cancelled: it logs an error of each that the event loop does not live to see end
         await self.application.stop()
 
 

@@ -35,7 +35,8 @@ def watched(translator: Translator, words: list[str]) -> tuple[list[Shown], str]
 
 @pytest.mark.parametrize("count", [60, pytest.param(1000, marks=pytest.mark.exhaustive)])
 def test_a_reader_sees_what_an_offline_scorer_makes_of_the_prefixes(make_model: Any, tokenizer: Any, count: int) -> None:
-    translator, generator = Translator.of_weights(make_model(tokenizer.vocab_size, sharpness=3.0, seed=2), tokenizer), random.Random(count)
+    generator = random.Random(count)
+    translator = Translator.of_weights(make_model(tokenizer.vocab_size, sharpness=3.0, seed=2, max_length=80), tokenizer)
     sentences = [[generator.choice(WORDS) for _ in range(generator.randint(1, 9))] for _ in range(count)]
     prefixes = [" ".join(words[: length + 1]) for words in sentences for length in range(len(words))]
     offline = iter([found.text for found in translator.translate(prefixes)])
