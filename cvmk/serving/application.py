@@ -21,12 +21,13 @@ from cvmk.serving.answers import Language, ModelInfo, ServedLanguage, Stats, Tra
 from cvmk.serving.auth import Caller
 from cvmk.serving.detection import AUTO, Detector, Sticky, found_for_each, tag_of
 from cvmk.serving.errors import ServiceError, Status, internal, invalid
+from cvmk.serving.events import MOST_CREDIT, Opening
 from cvmk.serving.limits import Limits
 from cvmk.serving.metrics import TEXT, Load, Metrics
 from cvmk.serving.models import Models, Served, answers
 from cvmk.serving.passages import Cut, cut
 from cvmk.serving.scheduler import Searched
-from cvmk.serving.sessions import MOST_CREDIT, LiveSession, Opening, Rules
+from cvmk.serving.sessions import LiveSession, Rules
 from cvmk.serving.tasks import in_pieces, together
 from cvmk.serving.traces import Traces
 

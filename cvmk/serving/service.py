@@ -18,8 +18,9 @@ from cvmk.serving.answers import Language, ModelInfo, Translated
 from cvmk.serving.application import Application
 from cvmk.serving.auth import Caller, Keys, bearer_token
 from cvmk.serving.errors import ServiceError, Status, internal, invalid
+from cvmk.serving.events import Opening
 from cvmk.serving.outbox import SessionUpdate
-from cvmk.serving.sessions import LiveSession, Opening
+from cvmk.serving.sessions import LiveSession
 from cvmk.serving.tasks import in_pieces
 from cvmk.streaming import LocalAgreement, Policy, Retranslation, WaitK
 

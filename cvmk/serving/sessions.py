@@ -6,10 +6,9 @@ import asyncio
 import contextlib
 import secrets
 import time
-from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Self
 
 from cvmk.errors import ConfigError
@@ -18,41 +17,19 @@ from cvmk.inference.translator import Translation, Translator
 from cvmk.serving import logs
 from cvmk.serving.detection import AUTO, Sticky
 from cvmk.serving.errors import ServiceError, Status, internal, invalid
+from cvmk.serving.events import CREDIT, Event, Events, Opening
 from cvmk.serving.metrics import LIVE, Metrics
 from cvmk.serving.models import Models, Served
 from cvmk.serving.outbox import Outbox, Refused, SessionUpdate
 from cvmk.serving.scheduler import Turn, cost
-from cvmk.streaming import Policy, Retranslation, Sentences, StreamCore, Update, Wanted
+from cvmk.streaming import Sentences, StreamCore, Update, Wanted
 
-CREDIT, MOST_CREDIT = 2, 64
 _CHECKS = 0.5
 """Seconds between two looks at a stream's reader."""
 _LATER = 1.0
 """Seconds after which a stream may come again whose translations were too slow."""
-_EVENT = 16
-"""Characters that an event counts for, beside its text."""
 _UNDECIDED = 2048
 """Characters of a sentence after which its language is guessed, whatever they are."""
-_ARRIVED = 256
-"""Events that are timed until an update answers them."""
-
-
-@dataclass(frozen=True)
-class Opening:
-    """What a stream is opened with; see Open in realtime_translation.proto. `policy` says what is shown when."""
-
-    source: str = "auto"
-    target: str = ""
-    model: str = ""
-    policy: Policy = field(default_factory=Retranslation)
-    priority: str = "normal"
-    credit: int = 0
-    session: str = ""
-    first_segment: int = 0
-    committed: str = ""
-    pieces: tuple[int, ...] = ()
-    beam_size: int = 0
-    partial_words: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,16 +41,6 @@ class Rules:
     stuck: float
     idle: float
     request: float
-
-
-@dataclass(frozen=True)
-class _Event:
-    seq: int
-    text: str = ""
-    begin: int | None = None  # of a Replace
-    segment: int | None = None
-    ends: bool = False
-    closes: bool = False
 
 
 class LiveSession:
@@ -97,17 +64,13 @@ class LiveSession:
         self._sticky, self._ended, self._clock = language, ended, clock
         self._language = language.language
         self._metrics = metrics
-        self._arrived: deque[tuple[int, float]] = deque(maxlen=_ARRIVED)  # of events that no update has answered
         self._served: Served | None = None
         self._state: Any = None
         self._state_of = 0
-        self._heard = clock()
-        self._pending: deque[_Event] = deque()
-        self._characters = 0  # of pending events
-        self._seq = self._seq_read = 0
-        self._closed = self._handing_over = self._busy = False
-        self._wake, self._room, self._ready = asyncio.Event(), asyncio.Event(), asyncio.Event()
-        self._room.set()
+        self._events = Events(rules.text, clock)
+        self._seq_read = 0
+        self._handing_over = self._busy = False
+        self._ready = asyncio.Event()
         self.outbox = Outbox(opening.credit or CREDIT, clock)
         self.error: ServiceError | None = None
         self.on_failure: Callable[[], object] = lambda: None
@@ -160,32 +123,32 @@ class LiveSession:
 
     def append(self, seq: int, text: str) -> None:
         """More of the text."""
-        self._event("append", _Event(seq, text))
+        self._events.put("append", Event(seq, text))
 
     def replace(self, seq: int, from_char: int, text: str, segment: int | None = None) -> None:
         """`text` instead of everything from a character of the sentence that has not ended. Where that is not `segment` any more, or has fewer characters, an
         update says that it was refused."""
-        self._event("replace", _Event(seq, text, begin=from_char, segment=segment))
+        self._events.put("replace", Event(seq, text, begin=from_char, segment=segment))
 
     def end_segment(self) -> None:
         """The sentence ends here."""
-        self._event("end_segment", _Event(self._seq, ends=True))
+        self._events.put("end_segment", Event(self._events.seq, ends=True))
 
     def close(self) -> None:
         """The text ends here. Nothing may come after it, and `next` ends with what was still to be said."""
-        self._event("close", _Event(self._seq, ends=True, closes=True))
-        self._closed = True
+        self._events.put("close", Event(self._events.seq, ends=True, closes=True))
+        self._events.closed = True
 
     def acknowledge(self, revision: int) -> None:
         """The reader has read this revision; 0 says nothing."""
-        self._heard = self._clock()
+        self._events.heard = self._clock()
         if revision:
             self.outbox.acknowledge(revision)
             self._ready.set()
 
     async def room(self) -> None:
         """Waits while too much text waits to be translated. A transport reads on after it."""
-        await self._room.wait()
+        await self._events.room.wait()
 
     async def next(self) -> SessionUpdate | None:
         """The next thing to send; None when all has been said. Raises ServiceError where the session has failed: what was committed before is said first."""
@@ -202,11 +165,9 @@ class LiveSession:
 
     def _count(self, update: SessionUpdate) -> None:
         self._metrics.said(self.model, len(update.committed), update.deleted)
-        arrived = None
-        while self._arrived and self._arrived[0][0] <= update.seq_read:
-            arrived = self._arrived.popleft()
+        arrived = self._events.answered(update.seq_read)
         if arrived is not None and not update.refused:
-            self._metrics.first_text(self.model, self._clock() - arrived[1])
+            self._metrics.first_text(self.model, self._clock() - arrived)
         if self.outbox.conflated:
             self._metrics.conflated(self.outbox.conflated)
             self.outbox.conflated = 0
@@ -214,47 +175,27 @@ class LiveSession:
     def hand_over(self) -> None:
         """End with UNAVAILABLE as soon as all that has come was translated and said: the client goes on elsewhere."""
         self._handing_over = True
-        self._wake.set()
+        self._events.wake.set()
 
     def fail(self, error: ServiceError) -> None:
         """End with an error; the first one counts."""
         if self.error is None:
             self.error = error
             self._ready.set()
-            self._room.set()
+            self._events.room.set()
             self.on_failure()
 
     # -- events ------------------------------------------------------------------------------------------------------------------------
-    def _event(self, name: str, event: _Event) -> None:
-        self._heard = self._clock()
-        if self._closed:
-            raise ServiceError(Status.FAILED_PRECONDITION, f"{name} came after close: open another stream", field=name)
-        if not event.ends:
-            if event.seq != self._seq + 1:
-                raise invalid(f"{name}.seq", f"is {event.seq}, and {self._seq + 1} comes next: Append and Replace are counted from 1 without gaps")
-            self._seq = event.seq
-            self._arrived.append((event.seq, self._heard))
-        if len(event.text) > self._rules.text:
-            raise invalid(f"{name}.text", f"has {len(event.text)} characters, and {self._rules.text} are allowed: send it in parts")
-        self._pending.append(event)
-        self._characters += len(event.text) + _EVENT
-        if self._characters > self._rules.text:
-            self._room.clear()
-        self._wake.set()
-
     def _apply(self) -> tuple[bool, bool]:
         """Bring the pending events into the text, up to the first that ends a sentence; whether one did, and whether the text ends."""
-        while self._pending:
+        while self._events:
             event = self._apply_one()
             if event.ends:
                 return True, event.closes
         return False, False
 
-    def _apply_one(self) -> _Event:
-        event = self._pending.popleft()
-        self._characters -= len(event.text) + _EVENT
-        if self._characters <= self._rules.text:
-            self._room.set()
+    def _apply_one(self) -> Event:
+        event = self._events.take()
         if event.ends:
             return event
         self._seq_read = event.seq
@@ -277,10 +218,10 @@ class LiveSession:
     async def _work(self) -> None:
         try:
             while True:
-                await self._wake.wait()
-                self._wake.clear()
+                await self._events.wake.wait()
+                self._events.wake.clear()
                 closes = False
-                while self._pending and not closes:
+                while self._events and not closes:
                     ends, closes = self._apply()
                     self._busy = True
                     if self._known(ends):
@@ -289,7 +230,7 @@ class LiveSession:
                     await asyncio.sleep(0)  # whatever comes of the text, others have their turn
                 if closes:
                     return
-                if self._handing_over and not self._pending:
+                if self._handing_over and not self._events:
                     raise ServiceError(Status.UNAVAILABLE, "the server is draining: connect again, and resend what was not committed", reason="draining")
         except ServiceError as error:
             self.fail(error)
@@ -341,7 +282,7 @@ class LiveSession:
         options = self._options(served)
         try:
             async with self._turn(served, cost(served.translator.encode(wanted.source), options)) as turn:
-                while self._pending and not self._pending[0].ends:
+                while self._events.goes_on:
                     self._apply_one()
                 if not self._known(False) or self._served is not served:
                     return self._wake_up()
@@ -383,10 +324,7 @@ class LiveSession:
         return served.translator.decode(found.found.hypotheses)
 
     def _wake_up(self) -> None:
-        if not self._pending:
-            self._pending.append(_Event(self._seq_read))  # nothing more, but to be looked at again
-            self._characters += _EVENT
-        self._wake.set()
+        self._events.look_again(self._seq_read)
 
     def _say(self, update: Update) -> None:
         self._put(
@@ -463,7 +401,7 @@ class LiveSession:
         if self.outbox.held() > self._rules.stuck:
             message = f"nothing was acknowledged for {self._rules.stuck:g} seconds: acknowledge what was read"
             self.fail(ServiceError(Status.RESOURCE_EXHAUSTED, message, reason="stuck"))
-        elif now - self._heard > self._rules.idle and not (self._closed or self._busy or self._pending):
+        elif now - self._events.heard > self._rules.idle and not (self._events.closed or self._busy or self._events):
             self.fail(ServiceError(Status.DEADLINE_EXCEEDED, f"nothing came for {self._rules.idle:g} seconds: open another stream"))
         self._renew()
         if self.error is None:

@@ -16,7 +16,7 @@ from cvmk.inference import Translator
 from cvmk.serving import messages
 from cvmk.serving.auth import Caller
 from cvmk.serving.errors import ServiceError
-from cvmk.serving.sessions import Opening
+from cvmk.serving.events import Opening
 
 CODES = grpc.StatusCode
 
