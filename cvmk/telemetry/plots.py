@@ -46,12 +46,13 @@ class _Panel(NamedTuple):
     unit: float = 1.0
     """What is drawn is the value divided by this."""
     logarithmic: bool = False
+    smoothed: bool = True
 
 
 _PANELS = (
     _Panel("loss", ("loss",)),
     _Panel("scores, validation", ("validation/",)),
-    _Panel("learning rate", ("learning_rate",)),
+    _Panel("learning rate", ("learning_rate",), smoothed=False),
     _Panel("gradient norm", ("gradient_norm",), logarithmic=True),
     _Panel("target tokens/s", ("tokens_per_second",)),
     _Panel("ms an iteration", ("seconds", "data_wait"), 1e-3),
@@ -130,11 +131,11 @@ def _draw_panel(axes: Axes, panel: _Panel, curves: dict[str, Curve]) -> None:
     for number, (name, curve) in enumerate(curves.items()):
         steps, values = curve.steps, [value / panel.unit for value in curve.values]
         color, label = f"C{number}", name.rpartition("/")[2] if name.startswith("validation/") else name
-        if len(steps) > 2 * _SMOOTHED:
+        if not panel.smoothed or len(steps) <= 2 * _SMOOTHED:
+            axes.plot(*_thinned(steps, values), color=color, linewidth=1.3, label=label, marker="o" if len(steps) < 30 else None, markersize=3)
+        else:
             axes.plot(*_thinned(steps, values), color=color, alpha=0.25, linewidth=0.6)
             axes.plot(*_thinned(steps, _smoothed(values)), color=color, linewidth=1.3, label=label)
-        else:
-            axes.plot(steps, values, color=color, linewidth=1.3, label=label, marker="o" if len(steps) < 30 else None, markersize=3)
     every = [value / panel.unit for curve in curves.values() for value in curve.values if math.isfinite(value)]
     if max(every) - min(every) < _FLAT * abs(max(every)):  # else rounding errors are drawn as mountains
         axes.set_ylim(every[0] - 0.1 * abs(every[0]), every[0] + 0.1 * abs(every[0]))
