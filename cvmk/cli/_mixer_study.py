@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cvmk.cli._mixer_plots import write_plots
 from cvmk.config.loading import check_values, load_train_config
 from cvmk.config.model import LETTERS, ModelConfig
 from cvmk.config.overrides import apply_overrides, dumps
@@ -138,10 +139,15 @@ def _row(cells: Sequence[Any]) -> str:
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
+def _whole(found: Mapping[str, Sequence[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
+    """The results of trainings that did not diverge, of patterns that have any."""
+    whole = {pattern: [one for one in results if one["diverged"] is None] for pattern, results in found.items()}
+    return {pattern: results for pattern, results in whole.items() if results}
+
+
 def tables(found: Mapping[str, Sequence[dict[str, Any]]]) -> str:
     """Markdown of what patterns came to, by pattern one result a seed; differences are to the first of them, intervals bootstraps over sentences."""
-    whole = {pattern: [one for one in results if one["diverged"] is None] for pattern, results in found.items()}
-    done = {pattern: results for pattern, results in whole.items() if results}
+    done = _whole(found)
     lines = [*_quality(done), "", *_robustness(done), "", *_costs(done)]
     failed = [f"{pattern}: {one['diverged']}" for pattern, results in found.items() for one in results if one["diverged"] is not None]
     return "\n".join([*lines, "", *failed]).strip() + "\n"
@@ -199,7 +205,7 @@ def _costs(done: Mapping[str, Sequence[dict[str, Any]]]) -> list[str]:
 
 
 def run(path: str, work: Path, overrides: Sequence[str], patterns: Sequence[str], iterations: int, seeds: Sequence[int], options: Mapping[str, Any]) -> str:
-    """Train and measure what is not there yet; the tables, which are written to WORK/study.md too, after every model."""
+    """Train and measure what is not there yet; the tables, which are written to WORK/study.md too, after every model. Plots are drawn at the end."""
     study = Study(path, overrides, work, iterations)
     for pattern in patterns:
         study.check(pattern)
@@ -210,4 +216,6 @@ def run(path: str, work: Path, overrides: Sequence[str], patterns: Sequence[str]
             found.setdefault(pattern, []).append(study.result(pattern, seed, options))
             text = tables(found)
             write_text(work / TABLE, text)
+    if (why := write_plots(_whole(found), work)) is not None:
+        print(why, file=sys.stderr)
     return text

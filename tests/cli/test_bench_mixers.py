@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -101,6 +102,8 @@ def test_a_study_goes_on_where_it_stopped(config: Path, tmp_path: Path, capsys: 
     assert [folder.name for folder in measured] == ["A-S-seed1"] and (work / "A-seed1" / study.RESULT).read_text() == first
     out = capsys.readouterr().out
     rows = [line for line in out.splitlines() if line.startswith("| A:S ")]
+    if importlib.util.find_spec("matplotlib") is not None:
+        assert {path.name for path in (work / "plots").iterdir()} == {f"{name}.{kind}" for name in ("quality", "step", "state") for kind in ("png", "svg")}
     assert len(rows) == 3 and out.endswith((work / study.TABLE).read_text()) and " to " in rows[0]
     assert main([*arguments, "--patterns", "A", "--set", "model.d_model=32"]) == 2
     assert "another configuration" in capsys.readouterr().err
