@@ -75,6 +75,7 @@ def test_imports_go_one_way() -> None:
         f"from cvmk.cli import main; main(['train', {str(ROOT / 'examples/quickstart.toml')!r}, '--check'])",
         f"from cvmk.cli import main; main(['search', {str(ROOT / 'examples/search.toml')!r}, '--check'])",
         "from cvmk.cli import main; main(['validate', 'model', '--source', 'nowhere', '--reference', 'nowhere'])",
+        "import cvmk.report.contents, cvmk.report.html; from cvmk.cli import main; main(['report', 'nowhere'])",
     ],
 )
 def test_torch_is_imported_only_where_it_is_needed(code: str, tmp_path: Path) -> None:

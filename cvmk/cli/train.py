@@ -68,6 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _summary(report: dict[str, Any], folder: str) -> str:
+    from cvmk.report.names import REPORT
     from cvmk.telemetry.commands import command
     from cvmk.training.report import score_lines
 
@@ -83,10 +84,11 @@ def _summary(report: dict[str, Any], folder: str) -> str:
     lines += [f"\nScores on the {'held-out test' if report['test'] else name} set ({result['sentences']} sentences):", *score_lines(result)]
     lines.append("\nSample translations:")
     lines += [f"  {sample['source']}\n    -> {sample['hypothesis']}\n    == {sample['reference']}" for sample in result["samples"]]
-    model = Path(folder) / "model"
+    model, page = Path(folder) / "model", Path(folder) / f"{REPORT}.html"
     return "\n".join([
         *lines,
         "\nNext:",
+        *([f"  {page}: what it reached, and what to do next"] if page.exists() else []),
         f'  echo "Good morning." | {command("translate", model)}',
         f"  {command('validate', model)} --source FILE --reference FILE",
         "  cvmk doctor                    which kernels run on this machine",

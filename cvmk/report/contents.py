@@ -110,14 +110,18 @@ def _scores(figures: Figures) -> Section:
 
 
 def _comparisons(found: Sequence[tuple[str, Comparison]], with_: str) -> list[Block]:
+    others = {comparison.other for _, comparison in found}
+    common = others if len(others) == 1 else set()
     rows: list[list[str | Cell]] = []
     for system, comparison in found:
         for pair in comparison.pairs:
             said = verdict(pair)
             tone = {"better": "good", "worse": "bad"}.get(said, "")
-            rows.append([system, comparison.other, Cell(said, tone), label(pair.metric), f"{pair.difference:+.2f}", _span(pair), _p(pair), str(pair.differing)])
-    header = ["system", "against", "verdict", "metric", "difference", "interval", "p", "sentences that differ"]
-    blocks: list[Block] = [Text(f"Compared with {with_}:"), Table(header, rows, texts=4)] if rows else []
+            figures = [f"{pair.difference:+.2f}", _span(pair), _p(pair), str(pair.differing)]
+            rows.append([system, label(pair.metric), Cell(said, tone), *figures, *([] if common else [comparison.other])])
+    header = ["system", "metric", "verdict", "difference", "interval", "p", "sentences that differ", *([] if common else ["against"])]
+    title = f"Compared with {with_}, {common.pop()}:" if common else f"Compared with {with_}:"
+    blocks: list[Block] = [Text(title), Table(header, rows, texts=3)] if rows else []
     return blocks + [Text(f"No comparison with {with_}: {reason}.", warning=True) for reason in dict.fromkeys(one.reason for _, one in found if one.reason)]
 
 
