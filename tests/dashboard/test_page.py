@@ -131,6 +131,10 @@ def test_zoom_and_reset(browser: Chromium, runs: Path, served: Served) -> None:
         write(runs / "one", *steps(range(101, 111)), begin=EPOCH + 200)
         page.wait("document.querySelector('#runs tr').cells[2].innerText.startsWith('110')")
         assert page.run("shown.innerText") == f"{low} to {high}"
+        left, top, width, height = page.run(BOX)
+        page.call("Input.dispatchMouseEvent", type="mouseMoved", x=left + 0.5 * width, y=top + 0.4 * height)
+        page.wait(f"!{LOSS}.querySelector('.tip').hidden && {LOSS}.querySelector('.tip').innerText.includes('two')")
+        assert page.run("[...document.querySelectorAll('figure:not([hidden])')].every((one) => !one.querySelector('.cursor').hidden)")  # in all charts
         page.run("reset.click()")
         page.wait(f"reset.disabled && shown.innerText === '' && [...{LOSS}.querySelectorAll('tbody tr')].at(-1).innerText.startsWith('110')")
         page.run(f"{LOSS}.querySelector('.plot').focus()")
