@@ -20,9 +20,10 @@ class Session:
             session.append(" for two people")
             print(session.translate().text)
 
-    Where the model's encoder is causal (`model.encoder_direction`) and the native engine runs it, only new pieces of the source are encoded, and
-    the result is that of encoding it anew; else the whole source is. The committed pieces are read at once, in one step. `options` are those of
-    `SearchOptions`. One thread at a time may use a session (RuntimeError).
+    Where the model's encoder is causal (`model.encoder_direction`) and the native engine runs it, only new pieces of the source are encoded, and the
+    result is that of encoding it anew; else the whole source is. (Where the source's end is revised, a recurrent encoder begins up to 31 pieces
+    before it.) The committed pieces are read at once, in one step. `options` are those of `SearchOptions`. One thread at a time may use a session
+    (RuntimeError).
     """
 
     def __init__(self, translator: Translator, **options: Any) -> None:
