@@ -172,11 +172,10 @@ def _train_one(job: Job, recipe: Recipe, folder: Path, title: str, tokenizer: To
 def _events(job: Job, folder: Path, title: str) -> tuple[EventStream, Recorder]:
     """What a run writes down, by `[telemetry]`, and whoever looks on."""
     config = job.config.telemetry
-    log = RunLog(folder, config.log_bytes, config.log_files)
     lookers = [Terminal(job.reporter, title), *job.subscribers(title, folder)]
     if config.tensorboard or config.plots:
         lookers.append(TelemetryDashboard(folder, tensorboard=config.tensorboard, plots=config.plots, plots_every=config.plots_every))
-    events = EventStream(log, lookers)
+    events = EventStream(RunLog(folder, config.log_bytes, config.log_files), lookers)  # last: nothing may fail while it is locked
     return events, Recorder(events, iterations=config.iterations, watch=AnomalyWatch(config.deviations) if config.anomalies else None)
 
 

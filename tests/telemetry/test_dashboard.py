@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import struct
 import subprocess
 import sys
@@ -227,6 +228,12 @@ def test_the_end_is_drawn_by_a_process_of_its_own(tmp_path: Path, monkeypatch: p
     listened(tmp_path, RUN, tensorboard=False)
     one.close()
     assert (tmp_path / "plots" / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_whoever_draws_lets_others_go_first() -> None:
+    code = "import os; from cvmk.telemetry.__main__ import _yield_processor as f; f(); print(os.getpriority(os.PRIO_PROCESS, 0), os.sched_getscheduler(0))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["19", str(os.SCHED_IDLE)]
 
 
 def test_plots_that_fail_end_the_subscription_alone(tmp_path: Path) -> None:
