@@ -13,7 +13,7 @@ from cvmk.report.history import Bin
 COLORS = 8
 DASHES = ("", "7 3", "2 3", "9 3 2 3", "4 4", "12 3", "1 4", "6 2 1 2 1 2")
 WIDTH, HEIGHT = 520, 250
-_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 14, 12, 34
+_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 14, 12, 34
 
 
 def swatch(color: int) -> str:
@@ -103,7 +103,7 @@ def _short(value: float) -> str:
     for factor, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if size >= factor:
             return f"{value / factor:.4g}{suffix}"
-    return f"{value:.4g}" if size >= 1e-3 or not size else f"{value:.1e}".replace("e-0", "e-")
+    return f"{value:.4g}" if size >= 1e-4 or not size else f"{value:.1e}".replace("e-0", "e-")
 
 
 class _Axis:
