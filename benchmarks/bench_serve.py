@@ -147,7 +147,7 @@ async def calls(bench: Bench) -> list[Row]:
     with bench.server({"sessions": 64, "sessions_per_client": 16}) as server:  # as they are by default
         capacity = await bench.capacity(server.address)
         rows.append(Row(f"C: a closed loop of {CLIENTS} clients", capacity, "sentences/s"))
-        for factor in (1, 2, 4, 10):
+        for factor in (2, 4, 10):
             of_server, of_client = server.cpu_seconds(), time.process_time()
             found = await asyncio.to_thread(flood, server.address, method, requests, factor * capacity, bench.seconds, bench.generator, KEYS[0], CLIENTS)
             of_server, of_client = server.cpu_seconds() - of_server, time.process_time() - of_client
@@ -215,25 +215,26 @@ async def memory(bench: Bench) -> list[Row]:
 
 async def scraping(bench: Bench) -> list[Row]:
     port = free_port()
-    ended = asyncio.Event()
 
     def scrape() -> int:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
             return sum(not line.startswith(b"#") for line in answer.read().splitlines())
 
     async def ten_a_second() -> None:
-        while not ended.is_set():
+        while True:
             await asyncio.to_thread(scrape)
             await asyncio.sleep(0.1)
 
+    without, during = list[float](), list[float]()  # in turn, at ten words a second of each stream: of fewer words p99 is the second or third worst of all
     with bench.server(metrics_port=port) as server:
-        await live(server.address, bench.sentences, LIVE, 1.0, key=KEYS[0])
-        before, _ = await live(server.address, bench.sentences, LIVE, bench.seconds + 1, key=KEYS[0])
-        task = asyncio.create_task(ten_a_second())
-        during, _ = await live(server.address, bench.sentences, LIVE, bench.seconds + 1, key=KEYS[0])
-        ended.set()
-        await task
-        ratios = [percentile(during.seconds, share) / percentile(before.seconds, share) for share in (0.5, 0.99)]
+        await live(server.address, bench.sentences, LIVE, 1.0, 600, key=KEYS[0])
+        for _ in range(4):
+            without += (await live(server.address, bench.sentences, LIVE, bench.seconds / 2 + 0.5, 600, key=KEYS[0]))[0].seconds
+            task = asyncio.create_task(ten_a_second())
+            during += (await live(server.address, bench.sentences, LIVE, bench.seconds / 2 + 0.5, 600, key=KEYS[0]))[0].seconds
+            task.cancel()
+            await asyncio.wait({task})
+        ratios = [percentile(during, share) / percentile(without, share) for share in (0.5, 0.99)]
         return [
             Row("metrics read at 10 Hz: p50 over without", ratios[0], ""), at_most("metrics read at 10 Hz: p99 over without", ratios[1], 1.02, ""),
             at_most("series of metrics", float(scrape()), 200, ""),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
+import time
 
 from cvmk.errors import DataError
 from cvmk.serving.metrics import Metrics
@@ -20,10 +22,12 @@ class Exporter:
     """Answers Prometheus in the running event loop; used inside `async with`.
 
     host, port   where it listens; port 0 takes a free one, and `port` is that then. Entering raises DataError where that cannot be had.
+    fresh        seconds for which an answer is given again: whoever asks often costs no more than who asks so often.
     """
 
-    def __init__(self, metrics: Metrics, host: str, port: int) -> None:
-        self._metrics, self._host, self.port = metrics, host, port
+    def __init__(self, metrics: Metrics, host: str, port: int, *, fresh: float = 0.5) -> None:
+        self._metrics, self._host, self.port, self._fresh = metrics, host, port, fresh
+        self._told: dict[str, tuple[float, bytes, str]] = {}
         self._open: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
         self._server: asyncio.Server | None = None
         self._lag: asyncio.Task[None] | None = None
@@ -83,8 +87,16 @@ class Exporter:
         if target.partition("?")[0] not in _PATHS:
             return _response("404 Not Found", b"the metrics are at /metrics\n", head_only=method == "HEAD")
         accept = ",".join(value for name, _, value in (field.partition(":") for field in fields) if name.strip().lower() == "accept")
-        body, media_type = self._metrics.exposition(accept.strip())
+        body, media_type = self._exposition(accept.strip())
         return _response("200 OK", body, media_type, head_only=method == "HEAD")
+
+    def _exposition(self, accept: str) -> tuple[bytes, str]:
+        now = time.monotonic()
+        begun, body, media_type = self._told.get(accept, (-math.inf, b"", ""))
+        if now - begun >= self._fresh:
+            body, media_type = self._metrics.exposition(accept)
+            self._told = {accept: (now, body, media_type)}  # of the last one alone: clients choose what they say
+        return body, media_type
 
 
 def _response(status: str, body: bytes, media_type: str = "text/plain; charset=utf-8", *, allow: str = "", head_only: bool = False) -> bytes:

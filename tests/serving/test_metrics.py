@@ -162,6 +162,20 @@ def test_prometheus_asks() -> None:
     asyncio.run(check())
 
 
+def test_whoever_asks_often_is_given_the_same_again() -> None:
+    async def check() -> None:
+        sessions = [1]
+        metrics = Metrics(["en-de"], lambda: Load(sessions[0]))
+        for fresh, expected in ((100.0, "1.0"), (0.0, "2.0")):
+            async with Exporter(metrics, "127.0.0.1", 0, fresh=fresh) as exporter:
+                sessions[0] = 1
+                assert b"cvmk_sessions_active 1.0" in (await ask(exporter.port, b"GET /metrics HTTP/1.1\r\n\r\n"))[2]
+                sessions[0] = 2
+                assert f"cvmk_sessions_active {expected}".encode() in (await ask(exporter.port, b"GET /metrics HTTP/1.1\r\n\r\n"))[2]
+
+    asyncio.run(check())
+
+
 def test_others_ask(caplog: pytest.LogCaptureFixture) -> None:
     async def check() -> None:
         async with Exporter(Metrics(["en-de"]), "127.0.0.1", 0) as exporter:
