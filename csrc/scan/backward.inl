@@ -14,8 +14,9 @@
 namespace cvmk::scan {
 namespace {
 
-constexpr int64_t kMostBlocks = 4;      // blocks of an item: B, C and the sums across lanes are shared by so many
-constexpr int64_t kManyRows = 32;       // from so many rows on there are enough items whatever their size
+constexpr int64_t kMostBlocks = 4;      // blocks of an item: the sums across lanes are shared by so many
+constexpr int64_t kFewSums = 1 << 15;    // numbers to be added up that are not worth another thread
+constexpr int64_t kSumsOfItem = 1024;    // sums that a thread makes at a time
 constexpr int64_t kMostBatchParts = 64;  // parts of the batch whose sums over time are kept apart
 
 // Offsets of the sums over batch and time within one part: dA, dD, d bias, constant dB, constant dC; each of [channels, ...].
@@ -41,7 +42,7 @@ struct Cut {
   int64_t rows_of_part;
   explicit CVMK_INLINE Cut(const Scan& s) {
     blocks = blocks_of_group(s);
-    per_item = s.batch >= kManyRows ? most(1, least(blocks, kMostBlocks)) : most(1, least(blocks / 8, kMostBlocks));
+    per_item = most(1, least(blocks / 8, kMostBlocks));  // whatever the batch: a row's dB and dC must not hang on it
     items = (blocks + per_item - 1) / per_item;
     rows_of_part = (s.batch + kMostBatchParts - 1) / kMostBatchParts;
     batch_parts = rows_of_part == 0 ? 0 : (s.batch + rows_of_part - 1) / rows_of_part;
@@ -327,8 +328,7 @@ CVMK_INLINE void backward_item(const ScanBackward& p, const Spans& spans, const 
 }
 
 // The parts of the batch added up, one after the other, in double precision.
-CVMK_INLINE void add_parts(const float* parts, int64_t count, int64_t pitch, int64_t size, float* out) {
-  if (out == nullptr) return;
+inline void add_parts(const float* parts, int64_t count, int64_t pitch, int64_t size, float* out) {
   constexpr int64_t kAtOnce = 64;
   for (int64_t first = 0; first < size; first += kAtOnce) {
     const int64_t some = least(kAtOnce, size - first);
@@ -404,11 +404,19 @@ CVMK_INLINE void finish_backward(const ScanBackward& p, const BackwardPlan& plan
   }
   const int64_t square = s.channels * s.states, count = plan.cut.batch_parts, pitch = plan.sums.size;
   const float* sums = plan.parts.sums;
-  add_parts(sums + plan.sums.A, count, pitch, square, p.dA);
-  add_parts(sums + plan.sums.D, count, pitch, s.channels, p.dD);
-  add_parts(sums + plan.sums.bias, count, pitch, s.channels, p.dbias);
-  if (s.B.constant != nullptr) add_parts(sums + plan.sums.B, count, pitch, square, static_cast<float*>(p.dB));
-  if (s.C.constant != nullptr) add_parts(sums + plan.sums.C, count, pitch, square, static_cast<float*>(p.dC));
+  const auto add = [&](int64_t offset, int64_t size, float* out) {
+    if (out == nullptr) return;
+    const int64_t each = count * size < kFewSums ? most(1, size) : kSumsOfItem;
+    team.each(pieces(size, each), [&](int64_t item, int) {
+      const int64_t first = item * each;
+      add_parts(sums + offset + first, count, pitch, least(each, size - first), out + first);
+    });
+  };
+  add(plan.sums.A, square, p.dA);
+  add(plan.sums.D, s.channels, p.dD);
+  add(plan.sums.bias, s.channels, p.dbias);
+  if (s.B.constant != nullptr) add(plan.sums.B, square, static_cast<float*>(p.dB));
+  if (s.C.constant != nullptr) add(plan.sums.C, square, static_cast<float*>(p.dC));
 }
 
 inline __attribute__((unused)) void run_backward(const ScanBackward& p, char* scratch, const Team& team) {
