@@ -12,7 +12,6 @@ from cvmk.cli._log import add_log, events_into
 from cvmk.cli._streams import read_lines
 from cvmk.cli._terminal import complain, show, show_json, table
 from cvmk.errors import ConfigError, DataError
-from cvmk.report.quantization import facts, layer_rows, score_rows
 
 if TYPE_CHECKING:
     from cvmk.quantization import Recover
@@ -125,6 +124,8 @@ def _aligned(source: str, reference: str) -> tuple[list[str], list[str]]:
 
 def text_of(report: dict[str, Any], out: str | None) -> str:
     """The report for people; `out` is where the model is, None where it was not written."""
+    from cvmk.report.quantization import facts, layer_rows, score_rows
+
     parts = [table(score_rows(report)), "\n".join(facts(report)), table(layer_rows(report))]
     if report["changed"]:
         shown = [f"{one['line']}: {one['source']}\n   before  {one['before']}\n   after   {one['after']}" for one in report["changed"]]
