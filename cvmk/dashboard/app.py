@@ -89,9 +89,12 @@ class _OwnNames:
     def _is_own(self, host: str) -> bool:
         try:
             name = urlsplit(f"//{host}").hostname or ""
+        except ValueError:  # brackets that are no address
+            return False
+        try:
             ipaddress.ip_address(name)
         except ValueError:
-            return name in ("localhost", self._host) if host else False
+            return bool(name) and name in ("localhost", self._host)
         return True
 
 

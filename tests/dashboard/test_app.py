@@ -76,6 +76,9 @@ def test_strangers_are_kept_out(tmp_path: Path, served: Served) -> None:
             (f"[::1]:{port}", 200),
             ("rebound.example", 421),
             (f"a.localhost.example:{port}", 421),
+            ("[", 421),
+            ("[localhost]", 421),
+            (f":{port}", 421),
         ):
             assert httpx.get(f"{url}/data", headers={"Host": host}).status_code == status, host
         for path in ("/", "/data", "/page.js", "/base.css", "/icon.svg"):
