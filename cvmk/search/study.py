@@ -86,26 +86,35 @@ class SearchStudy:
                 direction="minimize" if lower_is_better else "maximize",
                 load_if_exists=True,
             )
-            self._claim(dict(base))
+            self._claim(dict(base), made=any((folder / name).exists() for name in ("tokenizer", "teacher")))
 
     # -- whose study it is ---------------------------------------------------------------------------------------------------
-    def _claim(self, base: dict[str, Any]) -> None:
-        """Write what the study is of, or compare."""
+    def _claim(self, base: dict[str, Any], *, made: bool) -> None:
+        """Write what the study is of, or compare. `made`: something that its trials share is there.
+
+        Where a search failed before it made anything, as for a key that only the text shows to be wrong, what it was of is written anew.
+        """
         known = self._study.user_attrs
         if _BASE not in known:
             if self._study.get_trials(deepcopy=False):
                 raise ConfigError(f"the study {self.name} in {self._place} is not of `cvmk search`: choose another search.name or search.storage")
-            self._study.set_user_attr(_SPACE, self._space.shown())
-            self._study.set_user_attr(_BASE, base)
+            self._write_claim(base)
             return
         before, space = known[_BASE], known[_SPACE]
         differ = [f"search.space.{key}" for key in {**space, **self._space.shown()} if space.get(key) != self._space.shown().get(key)]
         differ += [key for key, mark in differing_keys(TrainConfig, before, base).items() if not _free(key, mark)]
-        if differ:
+        is_alike = self.lower_is_better == (self._study.direction == self._optuna.study.StudyDirection.MINIMIZE)
+        if differ and self._alone and is_alike and not made and not self._study.get_trials(deepcopy=False):
+            self._write_claim(base)
+        elif differ:
             raise ConfigError(
                 f"the study {self.name} in {self._place} was made with another configuration ({', '.join(differ[:5])} differ): "
                 "its trials cannot be compared with new ones, so go back to that configuration, or choose another search.folder (or search.name)"
             )
+
+    def _write_claim(self, base: dict[str, Any]) -> None:
+        self._study.set_user_attr(_SPACE, self._space.shown())
+        self._study.set_user_attr(_BASE, base)
 
     def check_corpora(self, fingerprints: Mapping[str, str]) -> None:
         """Raises ConfigError where the study's trials were trained or scored on other text."""

@@ -267,6 +267,23 @@ def test_a_study_of_another_configuration_is_refused(run: Run, override: str, na
     assert len(run("search.trials=2", "run.threads=3", "search.sampler=tpe", "run.folder=elsewhere", "training.log_every=7").trials) == 2  # no other trials
 
 
+@pytest.mark.parametrize(("made", "metric"), [("", "bleu"), ("tokenizer", "bleu"), ("teacher", "bleu"), ("", "ter")])
+def test_a_search_that_failed_before_it_made_anything_takes_another_configuration(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: str, metric: str
+):
+    """As where tokenizer.vocabulary is too small for the text. What trials share may be of the configuration before."""
+    with monkeypatch.context() as broken, pytest.raises(ConfigError, match="too small"):
+        broken.setattr(ScriptedWorker, "preparation", Failed("tokenizer.vocabulary = 300 is too small", ConfigError.exit_code, final=False))
+        run()
+    (tmp_path / "search" / made).mkdir(exist_ok=True)
+    changed = ["tokenizer.vocabulary=3000", f'validation.metric="{metric}"']
+    if made or metric == "ter":
+        with pytest.raises(ConfigError, match="was made with another configuration"):
+            run(*changed)
+    else:
+        assert run(*changed).counts() == {"complete": 6}
+
+
 def test_a_study_of_an_older_cvmk(run: Run, tmp_path: Path):
     """It knew fewer keys: one that was not there was left at its default."""
     run("search.trials=1")
