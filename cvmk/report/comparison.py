@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -76,9 +76,9 @@ def verdict(pair: PairedResult) -> str:
     return "better" if (pair.low > 0 if good_direction(pair.metric) > 0 else pair.high < 0) else "no significant difference"
 
 
-def compare(runs: Sequence[Run], baseline: Run | None, samples: int, confidence: float) -> list[SetScores]:
-    """The scores of every run on every set, then those of its teacher where they are known by sentence."""
-    scorer = _Scorer(samples, confidence)
+def compare(runs: Sequence[Run], baseline: Run | None, samples: int, confidence: float, as_recorded: Collection[str] = ()) -> list[SetScores]:
+    """The scores of every run on every set, then those of its teacher where they are known by sentence; metrics of `as_recorded` are not computed anew."""
+    scorer = _Scorer(samples, confidence, as_recorded)
     found: list[SetScores] = []
     for name in SETS:
         taught = {run.evaluations[name].hypotheses: run.name for run in runs if name in run.evaluations}  # a teacher may be one of the runs
@@ -99,8 +99,8 @@ def compare(runs: Sequence[Run], baseline: Run | None, samples: int, confidence:
 
 
 class _Scorer:
-    def __init__(self, samples: int, confidence: float) -> None:
-        self._samples, self._confidence = samples, confidence
+    def __init__(self, samples: int, confidence: float, as_recorded: Collection[str]) -> None:
+        self._samples, self._confidence, self._as_recorded = samples, confidence, as_recorded
         self._measure = cache(measure)
 
     def run(self, run: Run, name: str, baseline: Run | None) -> SetScores | None:
@@ -118,6 +118,8 @@ class _Scorer:
             if kept < evaluation.sentences:
                 scores.notes.append(f"{run.name}: intervals and comparisons are of the first {kept} of {evaluation.sentences} {name} sentences")
             self._rescore(run, scores, evaluation, whole=kept == evaluation.sentences)
+            if left := [score.label for score in scores.scores if score.metric in self._as_recorded]:
+                scores.notes.append(f"{run.name}: {', '.join(left)} as recorded, for an interval takes long to compute: cvmk report {run.path} does")
         if baseline is not None and baseline is not run and (baseline.recorded(name) or name in baseline.evaluations):
             scores.baseline = self._against(run, name, baseline)
         return scores
@@ -166,7 +168,7 @@ class _Scorer:
     def _measured(self, run: Run, texts: tuple[str, ...], evaluation: Evaluation, notes: list[str]) -> list[Measurement]:
         """By the metrics of the run's validation. What keeps them from being computed becomes a note."""
         wanted = [run.setting("validation.metric", "bleu"), *run.setting("validation.metrics", [])]
-        metrics = dict.fromkeys(metric for metric in wanted if isinstance(metric, str))
+        metrics = dict.fromkeys(metric for metric in wanted if isinstance(metric, str) and metric not in self._as_recorded)
         try:
             words = self._words(run, evaluation)
             return [self._measure(metric, texts, evaluation.references, words) for metric in metrics if metric in METRICS and metric not in _RECORDED_ONLY]

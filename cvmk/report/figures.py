@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,11 +69,13 @@ def figures_of(
     bootstrap: int = 1000,
     confidence: float = 0.95,
     benchmarks: Sequence[str | os.PathLike[str]] = (),
+    as_recorded: Collection[str] = (),
 ) -> Figures:
     """Read runs and quantised models, and compare each run with the baseline (default: the first run, where there are several) and with its teacher.
 
     bootstrap, confidence   of intervals and paired tests.
     benchmarks              JSON files of `cvmk bench --json` or of benchmarks/.
+    as_recorded             metrics that are not computed anew, and so have no interval where the run recorded none.
 
     Raises DataError for a folder that is no run and for a file of benchmarks that cannot be read, ConfigError for too many runs and a baseline that is none.
     """
@@ -82,7 +84,7 @@ def figures_of(
     chosen_first = [] if baseline is None else [baseline]
     runs, models, problems = read_folders([*chosen_first, *folders])
     against = runs[0] if len(runs) > 1 else None
-    scores = compare(runs, against, bootstrap, confidence)
+    scores = compare(runs, against, bootstrap, confidence, as_recorded)
     figures = Figures(runs, against, scores, _samples(runs, scores), models, [_benchmark(path) for path in benchmarks], [], problems, bootstrap, confidence)
     figures.advice += advise([View(run, figures.of(run)) for run in runs], models)
     return figures

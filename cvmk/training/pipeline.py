@@ -235,12 +235,17 @@ def _diverged(trainer: Trainer) -> str | None:
     return None
 
 
+_SLOW = frozenset({"ter"})
+"""Metrics that take minutes on large sets."""
+
+
 def _write_page(folder: Path, recipe: Recipe, events: EventStream) -> None:
     """The report of the model in `folder`. It costs little, and a run does not fail for it: what goes wrong is noted."""
     from cvmk.report import figures_of, write_report
 
     try:
-        figures = figures_of([folder], bootstrap=recipe.validation.bootstrap, confidence=recipe.validation.confidence)
+        options: dict[str, Any] = {"bootstrap": recipe.validation.bootstrap, "confidence": recipe.validation.confidence}
+        figures = figures_of([folder], **options, as_recorded=_SLOW)
         write_report(figures, folder / PAGE)
     except Exception as error:
         with contextlib.suppress(CvmkError):

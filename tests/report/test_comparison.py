@@ -116,3 +116,15 @@ def test_the_sentences_of_an_unfinished_run_are_found_by_its_configuration(tmp_p
     (run / "contents.json").write_text(json.dumps(contents))
     other = scores(figures_of([run], bootstrap=50).scores, "run")
     assert other.scores[0].value == 50.0 and "no longer what" in other.notes[0]
+
+
+def test_metrics_that_are_left_as_recorded(tmp_path: Path) -> None:
+    """As at the end of `cvmk train`, where nobody waits minutes for TER."""
+    write_run(tmp_path / "run", hypotheses=worse(REFERENCES, 3), teacher=worse(REFERENCES, 9), config=CONFIG)
+    whole = figures_of([tmp_path / "run"], bootstrap=50)
+    quick = figures_of([tmp_path / "run"], bootstrap=50, as_recorded={"bleu"})
+    ours = scores(quick.scores, "run")
+    assert {one.metric for one in ours.scores} == {"bleu", "chrf"} and f"cvmk report {tmp_path / 'run'} does" in ours.notes[-1]
+    assert next(one for one in ours.scores if one.metric == "bleu").value == 50.0  # what the run wrote down
+    assert ours.teacher is not None and [pair.metric for pair in ours.teacher.pairs] == ["chrf"]
+    assert not any("does" in note for note in scores(whole.scores, "run").notes)
