@@ -29,10 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from cvmk.config.loading import explain_config
+    from cvmk.config.schema import check_packages
     from cvmk.config.search import SearchDocument
     from cvmk.errors import ConfigError
     from cvmk.search.run import Search, SearchInterrupted
     from cvmk.search.setup import parse_search
+    from cvmk.search.study import library
     from cvmk.search.table import view
     from cvmk.telemetry import EventStream, RunLog
     from cvmk.telemetry.commands import command
@@ -49,6 +51,8 @@ def run(arguments: argparse.Namespace) -> int:
     overrides = [as_text(override) for override in arguments.overrides]
     found = parse_search(text, name, overrides)
     check_tokenizer(found.config.validation.bleu_tokenize, "validation.bleu_tokenize")
+    check_packages(found.config)
+    library()
     if arguments.check:
         show(f"{name} is a valid configuration of a search over {', '.join(found.space.keys)}")
         return 0

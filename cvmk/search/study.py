@@ -70,7 +70,7 @@ class SearchStudy:
         self, config: SearchConfig, space: Space, base: Mapping[str, Any], folder: Path, *, lower_is_better: bool, iterations: int, every: int
     ) -> None:
         """`base` is the configuration as JSON holds it; a trial has `iterations` at most and a score after `every`."""
-        self._optuna = _library()
+        self._optuna = library()
         self.name = config.name or folder.resolve().name
         self.lower_is_better, self._space = lower_is_better, space
         self._owner = f"{socket.gethostname()}:{folder.resolve()}"
@@ -274,7 +274,8 @@ class SearchStudy:
             raise DataError(f"the study {self.name} in {self._place} is damaged or of another Optuna ({_reason(error)})") from error
 
 
-def _library() -> Any:
+def library() -> Any:
+    """Optuna. Raises ConfigError, with the remedy, where it is not installed."""
     try:
         import optuna
     except ImportError as error:

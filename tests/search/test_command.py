@@ -197,3 +197,11 @@ def test_the_table_in_a_terminal(tmp_path: Path):
     assert ["0", "complete", "40", "12.50*", "1:01", "64", "0.001235"] in lines
     assert any(line[:3] == ["1", "running", "17"] for line in lines) and any(line[:3] == ["2", "failed", "3"] and "memory" in line for line in lines)
     assert "1 complete, 1 failed; budget 9 trials" in captured.get()
+
+
+def test_a_missing_package_is_told_before_anything_is_made(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(__import__("sys").modules, "optuna", None)
+    path = write(tmp_path, 10, 3)
+    for options in ([], ["--check"]):
+        assert main(["search", path, *options]) == 2
+        assert "pip install 'cvmk[search]'" in capsys.readouterr().err and not (tmp_path / "search").exists()
