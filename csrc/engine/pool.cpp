@@ -2,6 +2,8 @@
 
 #include <unistd.h>
 
+#include <system_error>
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -48,7 +50,11 @@ void Pool::run(int parts, Team::Body body, void* context) {
   }
   if (workers_.empty()) {
     process_ = getpid();
-    for (int i = 1; i < threads_; ++i) workers_.emplace_back([this, i] { work(i); });
+    try {
+      for (int i = 1; i < threads_; ++i) workers_.emplace_back([this, i] { work(i); });
+    } catch (const std::system_error&) {
+      threads_ = static_cast<int>(workers_.size()) + 1;
+    }
   }
   const unsigned long long number = ((claims_.load(std::memory_order_relaxed) >> 32) + 1) & 0xFFFFFFFFull;
   body_.store(body, std::memory_order_relaxed);

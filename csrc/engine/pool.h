@@ -14,7 +14,8 @@ namespace cvmk::engine {
 
 class Pool {
  public:
-  // `threads` with the caller's. The others begin with the first call, so that they have the priority of whoever computes, not of whoever loads.
+  // `threads` with the caller's. The others begin with the first call, so that they have the priority of whoever computes, not of whoever loads; where the
+  // system has no more of them then, `size` says how many there are, and these do the work.
   explicit Pool(int threads);
   ~Pool();
   Pool(const Pool&) = delete;
@@ -41,7 +42,7 @@ class Pool {
   std::atomic<Team::Body> body_{nullptr};
   std::atomic<void*> context_{nullptr};
   std::atomic<bool> stopping_{false};
-  const int threads_;
+  std::atomic<int> threads_;
   int process_ = 0;  // that has the threads
   // On the heap, for a copy by fork must leave it: who sleeps there never wakes.
   struct Bed {

@@ -33,7 +33,7 @@ def refusals(manifest: Manifest) -> list[str]:
     if model.positions == "none":
         found.append("it has no positions, and CTranslate2 adds some")
     if model.kv_cache != "float":
-        found.append("it keeps keys and values in bytes, and CTranslate2 keeps floats: quantise without --kv-cache")
+        found.append('it keeps keys and values in bytes, and CTranslate2 keeps floats: set model.kv_cache in its config.json to "float"')
     stored = (schemes.default, *schemes.weights.values()) if schemes is not None else ()
     if any(scheme.type == "int4" for scheme in stored):
         found.append("it has 4-bit weights, which CTranslate2 does not have on a CPU: quantise with the scheme w8a8")

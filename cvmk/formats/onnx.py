@@ -48,7 +48,7 @@ def refusals(manifest: Manifest) -> list[str]:
     others = sorted({*model.encoder_mixers, *model.decoder_mixers} - {"attention"})
     found = [f"it has the mixers {', '.join(others)}, and the export has graphs for attention only"] if others else []
     if model.kv_cache != "float":
-        found.append("it keeps keys and values in bytes, and the graphs keep floats: quantise without --kv-cache")
+        found.append('it keeps keys and values in bytes, and the graphs keep floats: set model.kv_cache in its config.json to "float"')
     return found
 
 

@@ -134,7 +134,7 @@ class NativeEngine:
 
     @property
     def threads(self) -> int:
-        """Of its own, the caller's among them."""
+        """Of its own, the caller's among them; fewer than were asked for where the system had no more when they were first needed."""
         count: int = self._engine.threads
         return count
 

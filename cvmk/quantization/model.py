@@ -165,7 +165,8 @@ def quantize_model(model: CVMTransformer, recipe: Recipe, pairs: Sequence[Pair],
         say(f"searching scales ({recipe.method})")
         smooth = _fold_scales(work, recipe, chosen, statistics)
     choices = [_choose(work, recipe, site, statistics.get(site.name), smooth.get(site.name), nearest[site.name]) for site in chosen]
-    work.keep_caches(recipe.kv_cache)
+    if recipe.kv_cache != "float":  # else as the model has been trained
+        work.keep_caches(recipe.kv_cache)
     return Quantized(work, choices)
 
 

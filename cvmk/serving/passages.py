@@ -60,8 +60,14 @@ def cut(text: str, translator: Translator, language: str) -> Cut:
     places = [
         (line.start() + begin, line.start() + end) for line in _LINE.finditer(text) for begin, end in _sentences(line.group(), rules, window_of(room), fits)
     ]
-    sentences = [text[begin:end] for begin, end in places]
-    sources = (encoded[one] if one in encoded and trimmed(one) == one else translator.encode(one) for one in sentences)
+    sources = []
+    for begin, end in [*places]:
+        one = text[begin:end]
+        source = encoded[one] if one in encoded and trimmed(one) == one else translator.encode(one)
+        if source:
+            sources.append(source)
+        else:  # as a byte order mark, which is nothing to a model: it stays as it is
+            places.remove((begin, end))
     ends = [0, *(end for _, end in places)]
     begins = [*(begin for begin, _ in places), len(text)]
     return Cut(tuple(map(tuple, sources)), tuple(text[end:begin] for end, begin in zip(ends, begins, strict=True)))

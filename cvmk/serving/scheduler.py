@@ -111,7 +111,8 @@ class Scheduler:
         """`search` of each source, and in their order what `told` makes of what was found. They are taken or refused together. No more of them are in the queue
         than can run: of ten thousand, the others cost nothing until then."""
         begun, held = self._clock(), (sum(map(len, sources)) + len(sources)) * options.beam_size
-        self._check(client, held)
+        at_once = 0 if self.waiting else max(self._limit - self.running, 0)  # what runs at once does not wait
+        self._check(client, max(held - at_once, 0))
         found: list[Any] = [None] * len(sources)
         rest = enumerate(sources)
 
@@ -121,8 +122,7 @@ class Scheduler:
                 tokens = cost(source, options)
                 held -= tokens
                 self._hold(client, -tokens)
-                left = None if timeout is None else max(timeout - (self._clock() - begun), 1e-6)
-                async with self.turn(client, priority, tokens, timeout=left, taken=True) as turn:
+                async with self.turn(client, priority, tokens, timeout=timeout, begun=begun) as turn:
                     found[index] = told(await turn.search(source, options))
 
         self._hold(client, held)
@@ -144,16 +144,17 @@ class Scheduler:
 
     @contextlib.asynccontextmanager
     async def turn(
-        self, client: str, priority: str, tokens: int, *, timeout: float | None = None, taken: bool = False
+        self, client: str, priority: str, tokens: int, *, timeout: float | None = None, begun: float | None = None
     ) -> AsyncIterator[Turn]:
         """Waits until it is the turn of a search of about so many tokens, which may then be decided on. Raises ServiceError where too much waits already (but
-        for what has been `taken` before), and, by the search too, where it is not done within `timeout` seconds or where there is no memory for it. When the
-        task that waits is cancelled, the search ends within a step."""
-        begun = self._clock()
+        for what has been taken before, when it had `begun` to wait), and, by the search too, where it is not done within `timeout` seconds or where there is no
+        memory for it. When the task that waits is cancelled, the search ends within a step."""
         try:
-            if not taken:
+            if begun is None:
+                begun = self._clock()
                 self._check(client, tokens)
-            await self._come(client, priority, tokens, timeout)
+            left = None if timeout is None else max(timeout - (self._clock() - begun), 1e-6)
+            await self._come(client, priority, tokens, left)
             turn = Turn(self, client, self._translator, self._clock, tokens, begun, timeout)
             try:
                 yield turn

@@ -240,7 +240,7 @@ def test_refusals(tmp_path: Path, make_model: Make, tokenizer: Tokenizer, monkey
     assert refusals(manifest) == []
     other = dataclasses.replace(manifest, model=manifest.model.model_copy(update={"decoder_mixers": ["scan"]}))
     bytes_kept = dataclasses.replace(manifest, model=manifest.model.model_copy(update={"kv_cache": "int8"}))
-    assert refusals(bytes_kept) == ["it keeps keys and values in bytes, and the graphs keep floats: quantise without --kv-cache"]
+    assert refusals(bytes_kept) == ['it keeps keys and values in bytes, and the graphs keep floats: set model.kv_cache in its config.json to "float"']
     assert refusals(other) == ["it has the mixers scan, and the export has graphs for attention only"]
     with monkeypatch.context() as patch:
         patch.setattr(export, "refusals", lambda manifest: ["it is strange"])

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import random
+import resource
 import subprocess
 import sys
 import threading
@@ -485,6 +486,25 @@ assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
 assert translator.translate(texts) == expected
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="where a thread's stack does not count as memory of the process, it can be made")
+def test_threads_that_the_system_does_not_have(folder: Path) -> None:
+    """Stacks of 16 GiB in a process that may have 6: the caller does all, and `threads` says so."""
+    code = f"""
+import resource
+from cvmk.inference import Translator
+texts = ["a man", "a dog runs", "two men"] * 8
+expected = Translator({str(folder)!r}, threads=1).translate(texts)
+translator = Translator({str(folder)!r}, threads=3)
+resource.setrlimit(resource.RLIMIT_AS, (6 << 30, resource.getrlimit(resource.RLIMIT_AS)[1]))
+assert translator.engine.threads == 3
+assert translator.translate(texts) == expected and translator.engine.threads == 1
+"""
+    stack = resource.getrlimit(resource.RLIMIT_STACK)[1]
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, timeout=60, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_STACK, (16 << 30, stack))
+    )
 
 
 @pytest.mark.parametrize("beam", [2, 32, 33, 50])

@@ -15,6 +15,8 @@ from cvmk.formats.torch_weights import manifest_of, raw_tensors
 from cvmk.inference import Request, SearchOptions
 from cvmk.inference.native_engine import NativeEngine
 from cvmk.nn import CVMTransformer
+from cvmk.quantization.model import quantize_model
+from cvmk.quantization.recipe import Recipe
 
 SOURCE = torch.tensor([[5, 9, 4, 17, 3], [6, 7, 3, 0, 0]])
 TARGET = torch.tensor([[2, 8, 11, 4, 20, 13, 6], [2, 5, 21, 9, 10, 4, 7]])
@@ -91,3 +93,12 @@ def test_a_folder_says_so(tmp_path: Path) -> None:
     save_model_folder(tmp_path / "model", model, WordTokenizer(model.vocab_size), "")
     _, manifest, info = read_model_manifest(tmp_path / "model")
     assert manifest.model.kv_cache == "int8" and "kv_cache:int8" in info["requires"]
+
+
+def test_quantising_leaves_a_model_that_was_trained_so() -> None:
+    pairs = [([5, 9, 4], [8, 11])] * 4
+    for trained, wanted, expected in (("int8", "float", "int8"), ("float", "int8", "int8"), ("float", "float", "float")):
+        model = make_model(dtype=torch.float32, d_model=32, ffn=32, kv_cache=trained)
+        built = quantize_model(model, Recipe("w8a8", "rtn", kv_cache=wanted), pairs).build()  # type: ignore[arg-type]
+        assert built.config.kv_cache == expected and built.decoder.blocks[0].cross.heads.byte_cache == (expected == "int8")
+        assert model.config.kv_cache == trained

@@ -20,6 +20,19 @@ def run(coroutine: Any) -> Any:
     return asyncio.run(asyncio.wait_for(coroutine, 60))
 
 
+def test_a_sentence_that_is_nothing_to_a_model_stays_as_it_is(serve_config: Any) -> None:
+    config = serve_config()
+    expected = Translator(config.models["en-de"].path).translate(["a man", "two dogs"])
+
+    async def go() -> None:
+        async with serving(config) as (_, channel):
+            texts = ["a man\n\ufeff\ntwo dogs", "\ufeff"]
+            found = await ask(channel, "Translate", messages.TranslateRequest(texts=[text.encode() for text in texts], source="en"))
+            assert [one.text.decode() for one in found.translations] == ["\n\ufeff\n".join(one.text for one in expected), "\ufeff"]
+
+    run(go())
+
+
 async def rest(call: Any) -> list[Any]:
     found = []
     while (response := await call.read()) is not grpc.aio.EOF:

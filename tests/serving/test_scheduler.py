@@ -148,6 +148,36 @@ def test_a_request_of_ten_thousand_holds_nobody_up() -> None:
     run(go())
 
 
+def test_what_runs_at_once_does_not_count_as_waiting() -> None:
+    """A request that an idle server can take is taken, and says of its last search how long that waited."""
+
+    async def go() -> None:
+        now = 0.0
+        engine = _Slow()
+        scheduler = Scheduler(engine, running=200, waiting=100, waiting_per_client=50, clock=lambda: now)  # type: ignore[arg-type]
+        waits: list[int] = []
+
+        def all_of(count: int) -> asyncio.Task[list[Any]]:
+            return asyncio.create_task(
+                scheduler.search_all("a", "normal", [[index] * 9 for index in range(count)], SearchOptions(), told=lambda one: waits.append(one.queue_us))
+            )
+
+        with pytest.raises(ServiceError, match="too much waits"):
+            await all_of(26)
+        tasks = all_of(25)  # 250 tokens: 200 run
+        while scheduler.running < 200:
+            await asyncio.sleep(0)
+        with pytest.raises(ServiceError, match="too much waits"):
+            await search(scheduler, 99)
+        now = 3.0
+        while not tasks.done():
+            await engine.end_one()
+        await tasks
+        assert sum(wait == 0 for wait in waits) == 20 and sum(wait == 3_000_000 for wait in waits) == 5
+
+    run(go())
+
+
 async def scheduler_takes_one(scheduler: Scheduler, engine: _Slow) -> None:
     task = search(scheduler, 99)
     await asyncio.sleep(0.001)
