@@ -7,11 +7,9 @@ import dataclasses
 import json
 import math
 import shutil
-import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from cvmk.errors import ConfigError, CvmkError, DataError, DivergedError
@@ -25,6 +23,7 @@ from cvmk.search.worker import WORKERS_LOCK, Done, Failed, Said, Scored, Stop, S
 from cvmk.search.workers import PREPARING, Worker, Workers
 from cvmk.telemetry import EventStream
 from cvmk.telemetry.schema import SearchEnded, SearchStarted, TrialEnded, TrialScored, TrialStarted, TrialTick
+from cvmk.training.signals import StopSignal
 from cvmk.validation.metrics import LOWER_IS_BETTER
 
 _WAIT_SECONDS = 0.5
@@ -61,7 +60,7 @@ class Search:
         self._folder = Path(setup.search.folder)
         self._open_events, self._count = events, workers
         self._running: dict[int, _Running] = {}
-        self._interrupted = self._told = False
+        self._asked, self._told = StopSignal(), False
         self._seen = 0.0
         self._failures = 0
         self._last_failure: Failed | None = None
@@ -78,7 +77,7 @@ class Search:
             stack.callback(self._events.close)
             self._workers = Workers(self._folder, self._count)
             stack.push(self._end_workers)
-            stack.enter_context(self._listening())
+            stack.enter_context(self._asked.listening(self._events.notice, "stopping, the trials that run write a checkpoint"))
             self._start()
             self._prepare()
             reason = self._trials()
@@ -132,19 +131,19 @@ class Search:
         while True:
             reason = self._fill()
             if not self._running:
-                if self._interrupted:
+                if self._asked.received:
                     raise SearchInterrupted
                 return reason or "the budget of trials is used up"
             for worker, message in self._messages():
                 if worker.busy in self._running:
                     self._hear(self._running[worker.busy], message)
-            if not self._interrupted and (reason := self._budget.used_up(self._progress)):
+            if not self._asked.received and (reason := self._budget.used_up(self._progress)):
                 for running in self._running.values():
                     self._stop(running, reason)
 
     def _messages(self) -> Iterator[tuple[Worker, Any]]:
         self._budget.tick()
-        if self._interrupted and not self._told:
+        if self._asked.received and not self._told:
             self._told = True
             self._workers.stop()
         if self._running and time.monotonic() - self._seen >= SEEN_SECONDS:
@@ -154,7 +153,7 @@ class Search:
 
     def _fill(self) -> str | None:
         """Give each worker that waits a trial; why there is none, where there is none."""
-        while not self._interrupted and (worker := self._workers.free()) is not None:
+        while not self._asked.received and (worker := self._workers.free()) is not None:
             if reason := self._budget.used_up(self._progress):
                 self._cut_waiting(reason)
                 return reason
@@ -200,7 +199,7 @@ class Search:
         elif isinstance(message, Stopped):
             if running.ending:
                 self._finish(running, PRUNED, reason=running.ending)
-            elif self._interrupted:
+            elif self._asked.received:
                 self._let_go(running)
             else:
                 self._finish(running, FAILED, reason="its process was told to end (SIGTERM)")
@@ -301,24 +300,6 @@ class Search:
         )
 
     # -- signals and ends ----------------------------------------------------------------------------------------------------
-    @contextlib.contextmanager
-    def _listening(self) -> Iterator[None]:
-        def note(number: int, frame: FrameType | None) -> None:
-            if self._interrupted:
-                raise KeyboardInterrupt
-            self._interrupted = True
-            self._events.notice("stopping; the trials that run write a checkpoint. Once more to stop at once")
-
-        try:
-            before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-        except ValueError:  # not the main thread: whoever owns it handles signals
-            before = {}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
     def _end_workers(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         """Let workers that are busy write their checkpoints, where the search ends early."""
         at_once = isinstance(error, KeyboardInterrupt) and not isinstance(error, SearchInterrupted)

@@ -13,7 +13,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 class StopSignal:
-    """Whether somebody has asked training to stop."""
+    """Whether somebody has asked a training, or a search over trainings, to stop."""
 
     def __init__(self) -> None:
         self.received = False
@@ -23,14 +23,15 @@ class StopSignal:
         self.received = True
 
     @contextmanager
-    def listening(self, notice: Callable[[str], None]) -> Iterator[None]:
-        """The first Ctrl-C or SIGTERM sets `received`, so that the iteration ends and a checkpoint is written; the second stops at once."""
+    def listening(self, notice: Callable[[str], None], what_happens: str = "stopping after this iteration") -> Iterator[None]:
+        """The first Ctrl-C or SIGTERM sets `received` and is answered by `what_happens`: the iteration ends and a checkpoint is written. The second stops at
+        once."""
 
         def note(number: int, frame: FrameType | None) -> None:
             if self.received:
                 raise KeyboardInterrupt
             self.received = True
-            notice("stopping after this iteration; once more to stop at once")
+            notice(f"{what_happens}; once more to stop at once")
 
         try:
             before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
