@@ -13,7 +13,7 @@ from cvmk.config import TrainConfig
 from cvmk.config.loading import load_train_config
 from cvmk.config.overrides import toml_value
 from cvmk.config.resume import changed_keys
-from cvmk.errors import ConfigError, DataError
+from cvmk.errors import ConfigError, CvmkError, DataError
 from cvmk.files import explained, lock, read_json, write_json, write_text
 from cvmk.report.names import CONTENTS, ENVIRONMENT, RESOLVED
 from cvmk.telemetry import environment
@@ -21,6 +21,7 @@ from cvmk.telemetry.commands import command
 from cvmk.training.contents import Content, check_contents, to_json
 
 CONFIG = "config.toml"
+_LOCK = ".lock"
 
 
 @contextlib.contextmanager
@@ -33,38 +34,50 @@ def open_run(config: TrainConfig, text: str, contents: Mapping[str, Content], *,
     """
     folder = Path(config.run.folder)
     resolved = json.loads(config.model_dump_json())
-    with explained(folder, "use the run folder"):
+    with explained(folder, "use the run folder"), contextlib.ExitStack() as claims:
+        is_new = claims.enter_context(_claimed(folder))
         if restart and (folder / RESOLVED).exists():
-            with _claimed(folder):
-                folder.rename(_unused(folder))
-        if (folder / RESOLVED).exists() and not _has_trained(folder):
-            with _claimed(folder):  # a start that failed early: its tokenizer may be of another configuration
-                shutil.rmtree(folder / "tokenizer", ignore_errors=True)
-        elif (folder / RESOLVED).exists():
-            if not resume:
-                raise ConfigError(
-                    f"{folder} already holds a run: add --resume to go on with it, --restart to set it aside and start anew, or --set run.folder=..."
-                )
-            _check_unchanged(folder, resolved, contents)
-        elif folder.exists() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
-            raise ConfigError(f"{folder} is not empty and holds no run: choose another run.folder")
-        folder.mkdir(parents=True, exist_ok=True)
-        with _claimed(folder):
-            write_json(folder / RESOLVED, resolved)  # first: it makes the folder a run's
-            write_text(folder / CONFIG, text)
-            write_json(folder / CONTENTS, to_json(contents))
-            write_json(folder / ENVIRONMENT, environment())
-            yield folder
+            folder.rename(_unused(folder))  # with its lock, which goes on being held
+            is_new = claims.enter_context(_claimed(folder))
+        try:
+            _check(folder, resolved, contents, resume=resume)
+        except CvmkError:
+            if is_new:
+                (folder / _LOCK).unlink(missing_ok=True)
+            raise
+        write_json(folder / RESOLVED, resolved)  # first: it makes the folder a run's
+        write_text(folder / CONFIG, text)
+        write_json(folder / CONTENTS, to_json(contents))
+        write_json(folder / ENVIRONMENT, environment())
+        yield folder
 
 
 @contextlib.contextmanager
-def _claimed(folder: Path) -> Iterator[None]:
+def _claimed(folder: Path) -> Iterator[bool]:
+    """Make the folder, if it is not there, and hold it. Says whether nobody held it before."""
+    folder.mkdir(parents=True, exist_ok=True)
+    is_new = not (folder / _LOCK).exists()
     try:
-        held = lock(folder / ".lock")
-    except BlockingIOError:
+        held = lock(folder / _LOCK)
+    except (BlockingIOError, FileNotFoundError):  # or was set aside this moment
         raise ConfigError(f"another process is training in {folder}: wait for it, stop it, or choose another run.folder") from None
     with held:
-        yield
+        yield is_new
+
+
+def _check(folder: Path, resolved: dict[str, Any], contents: Mapping[str, Content], *, resume: bool) -> None:
+    """Whether a folder that this process holds may be trained in. What a start that failed early has left is taken away."""
+    if not (folder / RESOLVED).exists():
+        if any(not entry.name.startswith(".") for entry in folder.iterdir()):
+            raise ConfigError(f"{folder} is not empty and holds no run: choose another run.folder")
+    elif not _has_trained(folder):
+        shutil.rmtree(folder / "tokenizer", ignore_errors=True)  # it may be of another configuration
+    elif resume:
+        _check_unchanged(folder, resolved, contents)
+    else:
+        raise ConfigError(
+            f"{folder} already holds a run: add --resume to go on with it, --restart to set it aside and start anew, or --set run.folder=..."
+        )
 
 
 def _has_trained(folder: Path) -> bool:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import re
 import shlex
 import subprocess
@@ -10,8 +11,10 @@ import pytest
 from runs import train
 
 from cvmk.cli import main
+from cvmk.config import TrainConfig
 from cvmk.config.loading import load_train_config
 from cvmk.errors import ConfigError, DataError
+from cvmk.files import locking
 from cvmk.training.run_folder import open_run
 
 
@@ -78,7 +81,7 @@ def test_a_folder_of_something_else_is_left_alone(config: Path, tmp_path: Path) 
         start(config)
     with pytest.raises(ConfigError, match="not empty and holds no run"):
         start(config, restart=True)
-    assert (tmp_path / "run" / "thesis.tex").exists()
+    assert [entry.name for entry in (tmp_path / "run").iterdir()] == ["thesis.tex"], "a refusal leaves nothing there"
 
 
 def test_one_process_at_a_time(config: Path) -> None:
@@ -89,6 +92,58 @@ def test_one_process_at_a_time(config: Path) -> None:
         with pytest.raises(ConfigError, match="another process"):
             start(config, restart=True)
     start(config, resume=True)
+
+
+Meanwhile = Callable[[Callable[[], object]], None]
+
+
+@pytest.fixture
+def meanwhile(monkeypatch: pytest.MonkeyPatch) -> Meanwhile:
+    """Has something done in the moment between a start's opening its lock and holding it, the next time."""
+
+    def meanwhile(act: Callable[[], object]) -> None:
+        def flock(file: object, how: int) -> None:
+            monkeypatch.setattr(locking.fcntl, "flock", real)
+            act()
+            real(file, how)
+
+        real = locking.fcntl.flock
+        monkeypatch.setattr(locking.fcntl, "flock", flock)
+
+    return meanwhile
+
+
+def test_a_run_that_came_and_went_meanwhile_is_not_overwritten(config: Path, meanwhile: Meanwhile) -> None:
+    meanwhile(lambda: start(config, ["model.ffn=32"]))
+    with pytest.raises(ConfigError, match="already holds a run"):
+        start(config)
+    assert load_train_config(config, ["model.ffn=32"]) == resolved(config)
+
+
+def test_a_run_that_was_restarted_meanwhile_is_not_resumed(config: Path, meanwhile: Meanwhile) -> None:
+    start(config)
+    meanwhile(lambda: start(config, ["model.ffn=32"], restart=True))
+    with pytest.raises(ConfigError, match=r"model\.ffn"):
+        start(config, resume=True)
+    assert load_train_config(config, ["model.ffn=32"]) == resolved(config)
+
+
+@pytest.mark.parametrize("options", [{"restart": True}, {"resume": True}, {}])
+def test_of_two_starts_one_has_the_folder(config: Path, tmp_path: Path, meanwhile: Meanwhile, options: dict[str, bool]) -> None:
+    """The lock of a run moves with its folder: who waited for it holds what was set aside, not what is trained in."""
+    (start(config) / "precious").write_text("x")
+    with contextlib.ExitStack() as other:
+        meanwhile(lambda: other.enter_context(open_run(load_train_config(config, ["model.ffn=32"]), "", {}, resume=False, restart=True)))
+        with pytest.raises(ConfigError, match="another process is training in"):
+            start(config, **options)
+    assert load_train_config(config, ["model.ffn=32"]) == resolved(config)
+    assert sorted(entry.name for entry in tmp_path.iterdir() if entry.name.startswith("run")) == ["run", "run.old-1"]
+    assert (tmp_path / "run.old-1" / "precious").exists()
+
+
+def resolved(config: Path) -> TrainConfig:
+    folder = Path(load_train_config(config).run.folder)
+    return TrainConfig.model_validate_json((folder / "config.resolved.json").read_text())
 
 
 def test_a_start_that_failed_early_needs_no_clean_up(config: Path, tmp_path: Path) -> None:
