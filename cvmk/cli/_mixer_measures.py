@@ -1,15 +1,13 @@
-"""What a study measures of one model: translations of a test set, of what noise makes of it and of sentences joined; of streams; and what a step costs."""
+"""What a study measures of one model's quality: translations of a test set, of what noise makes of it, of sentences joined and cut, and of streams."""
 
 from __future__ import annotations
 
 import random
 import statistics
-import time
 from collections.abc import Callable, Sequence
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any
-
-from cvmk.config.model import ModelConfig
 
 _WAIT = 3
 _SIGNS = ".,;:!?\"'()[]-–—"
@@ -38,6 +36,8 @@ def as_recognised(text: str, at: int) -> str:
 
 NOISES: dict[str, Callable[[str, int], str]] = {"words dropped": without_some_words, "neighbours swapped": swapped, "no case, no punctuation": as_recognised}
 JOINED = (2, 4, 8)
+CUTS = {"first half": (1, 2), "first three quarters": (3, 4)}
+"""The share of its words that is left of a source."""
 
 
 def joined(texts: Sequence[str], count: int) -> list[str]:
@@ -46,19 +46,44 @@ def joined(texts: Sequence[str], count: int) -> list[str]:
     return [" ".join(texts[i : i + count]) for i in range(0, whole, count)]
 
 
-# -- translations --------------------------------------------------------------------------------------------------------------
-def of_text(model: Path, sources: Sequence[str], references: Sequence[str], streams: int) -> dict[str, Any]:
-    """Greedy translations of the sources, BLEU of those that noise or length changes, and of `streams` of them word by word: LAAL and BLEU of wait-3, and
-    the normalised erasure of translating anew with each word."""
+def cut(text: str, share: tuple[int, int]) -> str:
+    """The first words of a text, rounded up."""
+    words = text.split()
+    return " ".join(words[: -(-len(words) * share[0] // share[1])])
+
+
+# -- scores --------------------------------------------------------------------------------------------------------------------
+def said_of(said: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    """How good what was said is, whatever is missing: BLEU without its brevity penalty; and how long it is as a share of the references."""
+    from cvmk.validation.metrics import measure
+
+    bleu = measure("bleu", said, references)
+    sums = bleu.statistics.sum(axis=0)
+    length, wanted = sums[:2].tolist()
+    sums[1] = 0  # nothing is too short for references of no length
+    return {"bleu": float(bleu.combine(sums)), "length": length / wanted if wanted else 0.0}
+
+
+def kept(earlier: Sequence[str], later: Sequence[str]) -> float:
+    """The share of the earlier translations' words with which the later ones begin, not counting punctuation at the ends of both; 1 where nothing was said."""
+    pairs = [[text.rstrip(_SIGNS + " ").split() for text in pair] for pair in zip(earlier, later, strict=True)]
+    said = sum(len(before) for before, _ in pairs)
+    return sum(len(commonprefix([before, after])) for before, after in pairs) / said if said else 1.0
+
+
+def of_text(model: Path, sources: Sequence[str], references: Sequence[str], streams: int, threads: int | None) -> dict[str, Any]:
+    """Of greedy translations: BLEU of the sources that noise or length changes; of those that are cut what `said_of` and `kept` say; of `streams` of them,
+    word by word, LAAL and BLEU of wait-3, the normalised erasure of translating anew with each word, and how stable translations of prefixes are."""
+    from cvmk.cli._mixer_streams import Batched, stability, watched
     from cvmk.inference import Translator
     from cvmk.streaming import Retranslation, WaitK
     from cvmk.validation.metrics import score
     from cvmk.validation.streaming import final_delays, latency, normalized_erasure
 
-    translator = Translator(model)
+    translator = Translator(model, threads=threads)
 
     def said(texts: Sequence[str]) -> list[str]:
-        return [one.text for one in translator.translate(texts, on_long="truncate")]
+        return [one.text for one in translator.translate(texts, on_long="truncate", scores=False)]
 
     hypotheses = said(sources)
     noisy = {"as they are": score("bleu", hypotheses, references).value}
@@ -66,58 +91,19 @@ def of_text(model: Path, sources: Sequence[str], references: Sequence[str], stre
         noisy[name] = score("bleu", said([noise(text, at) for at, text in enumerate(sources)]), references).value
     for count in JOINED:
         noisy[f"{count} joined"] = score("bleu", said(joined(sources, count)), joined(references, count)).value
-    few, wanted = sources[:streams], references[:streams]
-    waiting = [_watched(translator, WaitK(_WAIT), text) for text in few]
+    cuts = {"whole": {**said_of(hypotheses, references), "kept": 1.0}}
+    for name, share in CUTS.items():
+        begun = said([cut(text, share) for text in sources])
+        cuts[name] = {**said_of(begun, references), "kept": kept(begun, hypotheses)}
+    few, wanted, batched = sources[:streams], references[:streams], Batched(translator)
+    waiting = watched(batched, WaitK(_WAIT), few)
     lags = [latency(final_delays(shown), len(text.split()), len(ref.split())).laal for shown, text, ref in zip(waiting, few, wanted, strict=True)]
     return {
         "hypotheses": hypotheses,
         "noisy": noisy,
+        "cuts": cuts,
         "laal": statistics.fmean(lags),
         "wait_bleu": score("bleu", [" ".join(shown[-1].words) for shown in waiting], wanted).value,
-        "erasure": normalized_erasure([_watched(translator, Retranslation(), text) for text in few]),
+        "erasure": normalized_erasure(watched(batched, Retranslation(), few)),
+        "stability": stability(watched(batched, Retranslation(mask=0), few)),
     }
-
-
-def _watched(translator: Any, policy: Any, text: str) -> list[Any]:
-    """What a reader sees of one sentence that comes word by word, as one segment whatever is in it."""
-    from cvmk.streaming import Stream
-    from cvmk.validation.streaming import Shown
-
-    shown = [Shown(0, [])]
-    kept: dict[int, tuple[str, str]] = {}
-    words = text.split()
-
-    def see(updates: Sequence[Any], read: int) -> None:
-        for update in updates:
-            kept[update.segment] = kept.get(update.segment, ("", ""))[0] + update.committed, update.tentative
-        shown.append(Shown(read, "".join(" ".join(("", committed + tentative)) for _, (committed, tentative) in sorted(kept.items())).split()))
-
-    with Stream(translator, policy) as stream:
-        for at, word in enumerate(words, 1):
-            see(stream.append(word + " "), at)
-        see(stream.close(), len(words))
-    return shown
-
-
-# -- costs ---------------------------------------------------------------------------------------------------------------------
-def costs(config: ModelConfig, lengths: Sequence[int], steps: int) -> dict[str, dict[str, float]]:
-    """By length of a source of random tokens: the median milliseconds of a step of decoding, one sentence in float32 by PyTorch's engine, and the bytes of
-    its state when it has said as many tokens. The weights are random: a step costs what it costs."""
-    import torch
-
-    from cvmk.nn import CVMTransformer
-
-    longest = 2 * max(lengths) + steps
-    model = CVMTransformer(config.model_copy(update={"max_length": longest}), 1000).eval()
-    found = {}
-    for length in lengths:
-        with torch.inference_mode():
-            state = model.start(model.encode(torch.randint(4, 1000, (1, length))), length + steps)
-            model.extend(torch.randint(4, 1000, (1, length)), state)
-            times = []
-            for _ in range(steps):
-                start = time.perf_counter()
-                model.step(torch.full((1,), 5), state)
-                times.append(time.perf_counter() - start)
-        found[str(length)] = {"milliseconds": 1e3 * statistics.median(times), "bytes": model.decoder_state_bytes(length, length)}
-    return found

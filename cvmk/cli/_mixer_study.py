@@ -1,8 +1,9 @@
 """`cvmk bench mixers CONFIG.toml WORK`: models that differ in their mixers, trained alike, beside each other.
 
-Each pattern of mixers (`A`, `MMMA`, or `A:S` for an encoder and a decoder of their own) has a folder in WORK with a run of `cvmk train`, and `result.json`
-once it was measured (`_mixer_measures.py`). What is there is not done again: after Ctrl-C, or with more patterns, the same command goes on, a
-training from its last checkpoint. The feed-forward layers of each model are as wide as gives it the parameters of the configuration's own model.
+Each pattern of mixers (`A`, `MMMA`, `A:S` for an encoder and a decoder of their own, `causal-M` for an encoder that reads from left to right) has a folder in
+WORK with a run of `cvmk train`, and `result.json` once its quality was measured (`_mixer_measures.py`). Costs of all patterns stand in WORK/costs.json
+(`_mixer_costs.py`). What is there is not done again: after Ctrl-C, or with more patterns, the same command goes on, a training from its last checkpoint.
+The feed-forward layers of each model are as wide as gives it the parameters of the configuration's own model.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ from __future__ import annotations
 import json
 import sys
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from cvmk.cli._mixer_plots import write_plots
+from cvmk.cli._mixer_tables import tables, whole
 from cvmk.config.loading import check_values, load_train_config
 from cvmk.config.model import LETTERS, ModelConfig
 from cvmk.config.overrides import apply_overrides, dumps
@@ -24,19 +26,27 @@ from cvmk.files import read_json, read_text, write_json, write_text
 
 PATTERNS = ("A", "M", "2", "S", "R", "W", "H", "MMMA", "MA", "A:S")
 """Every mixer alone, two hybrids on both sides, and the production student's recurrent decoder behind an encoder of attention."""
-RESULT, RUN, SETTINGS, TABLE = "result.json", "run", "study.json", "study.md"
-_SAMPLES = 1000
+RESULT, COSTS, RUN, SETTINGS, TABLE = "result.json", "costs.json", "run", "study.json", "study.md"
+_CAUSAL = "causal-"
 
 
-def sides(pattern: str) -> tuple[str, str]:
-    """The letters of the encoder and of the decoder. Raises ConfigError for a pattern that has other letters, or none."""
-    encoder, _, decoder = pattern.partition(":")
-    decoder = decoder if ":" in pattern else encoder
-    for letters in (encoder, decoder):
+class Sides(NamedTuple):
+    """The letters of the encoder and of the decoder, and whether the encoder is causal."""
+
+    encoder: str
+    decoder: str
+    causal: bool
+
+
+def sides(pattern: str) -> Sides:
+    """What a pattern says. Raises ConfigError for one that has other letters, or none."""
+    encoder, colon, decoder = pattern.removeprefix(_CAUSAL).partition(":")
+    found = Sides(encoder, decoder if colon else encoder, pattern.startswith(_CAUSAL))
+    for letters in found[:2]:
         if not letters or {*letters} - {*LETTERS}:
             known = ", ".join(f"{letter} {name}" for letter, name in LETTERS.items())
-            raise ConfigError(f"--patterns {pattern} is no pattern of mixers: give letters, or ENCODER:DECODER; they are {known}")
-    return encoder, decoder
+            raise ConfigError(f"--patterns {pattern} is no pattern of mixers: give letters, or ENCODER:DECODER, or {_CAUSAL} and these; letters are {known}")
+    return found
 
 
 def parameters_of(model: ModelConfig, vocabulary: int) -> int:
@@ -66,7 +76,7 @@ class Study:
         values.setdefault("validation", {})["patience"] = 0
         values.setdefault("data", {}).setdefault("cache", str(work / "cache"))
         self.work, self._values, self._path = work, json.loads(json.dumps(values)), path
-        self._config = check_values(TrainConfig, self._values, path)
+        self.config = check_values(TrainConfig, self._values, path)
         work.mkdir(parents=True, exist_ok=True)
         if (work / SETTINGS).exists() and read_json(work / SETTINGS) != self._values:
             raise ConfigError(f"{work} holds trainings of another configuration: choose another folder, or remove it")
@@ -75,48 +85,65 @@ class Study:
     def configuration(self, pattern: str, seed: int) -> dict[str, Any]:
         """Of one training."""
         values = json.loads(json.dumps(self._values))
-        encoder, decoder = sides(pattern)
-        model = self._config.model
-        mixed = model.model_copy(update={"encoder_mixers": [LETTERS[x] for x in encoder], "decoder_mixers": [LETTERS[x] for x in decoder]})
-        vocabulary = self._config.tokenizer.vocabulary
-        ffn = of_equal_size(mixed, parameters_of(model, vocabulary), vocabulary).ffn
-        values.setdefault("model", {}).update({"encoder_mixers": encoder, "decoder_mixers": decoder, "ffn": ffn})
+        encoder, decoder, causal = sides(pattern)
+        given = {"encoder_mixers": encoder, "decoder_mixers": decoder} | ({"encoder_direction": "causal"} if causal else {})
+        model = self.config.model
+        spelled = given | {"encoder_mixers": [LETTERS[letter] for letter in encoder], "decoder_mixers": [LETTERS[letter] for letter in decoder]}
+        vocabulary = self.config.tokenizer.vocabulary
+        ffn = of_equal_size(model.model_copy(update=spelled), parameters_of(model, vocabulary), vocabulary).ffn
+        values.setdefault("model", {}).update(given | {"ffn": ffn})
         values.setdefault("run", {}).update({"folder": str(self.folder(pattern, seed) / RUN), "seed": seed})
         return dict(values)
 
     def folder(self, pattern: str, seed: int) -> Path:
         return self.work / f"{pattern.replace(':', '-')}-seed{seed}"
 
-    def check(self, pattern: str) -> None:
-        """Raise ConfigError where the training could not begin."""
-        check_values(TrainConfig, self.configuration(pattern, 1), f"{self._path} with the mixers {pattern}")
+    def checked(self, pattern: str, seed: int = 1) -> TrainConfig:
+        """The same. Raises ConfigError where the training could not begin."""
+        return check_values(TrainConfig, self.configuration(pattern, seed), f"{self._path} with the mixers {pattern}")
 
     def result(self, pattern: str, seed: int, options: Mapping[str, Any]) -> dict[str, Any]:
         """What a training came to, from its folder where it is done."""
         folder = self.folder(pattern, seed)
-        if not (folder / RESULT).exists():
-            print(f"{folder.name} ...", file=sys.stderr, flush=True)
-            folder.mkdir(exist_ok=True)
-            write_text(folder / "config.toml", dumps(self.configuration(pattern, seed)))
-            write_json(folder / RESULT, _measured(folder, options))
-        found: dict[str, Any] = read_json(folder / RESULT)
-        return found
+        if (folder / RESULT).exists() and _is_whole(found := read_json(folder / RESULT)):
+            return dict(found)
+        print(f"{folder.name} ...", file=sys.stderr, flush=True)
+        folder.mkdir(exist_ok=True)
+        write_text(folder / "config.toml", dumps(self.configuration(pattern, seed)))
+        result = _measured(folder, options)
+        write_json(folder / RESULT, result)
+        return result
+
+    def costs(self, trained: Mapping[str, int], options: Mapping[str, Any], *, again: bool) -> dict[str, Any]:
+        """What patterns cost, each named with the seed of a training that has come to its end: from WORK/costs.json, where all of them are there; else they are
+        measured anew beside each other, with those that are there."""
+        path = self.work / COSTS
+        before = read_json(path) if path.exists() else {"decoding": {}}
+        if again or {*trained} - {*before["decoding"]}:
+            print("costs ...", file=sys.stderr, flush=True)
+            before = _costs(self, dict.fromkeys([*before["decoding"], *trained]), *next(iter(trained.items())), options)
+            write_json(path, before)
+        return dict(before)
+
+
+def _is_whole(result: Mapping[str, Any]) -> bool:
+    """Whether a result is of what is measured now; an older cvmk measured less."""
+    return result["diverged"] is not None or "stability" in result
 
 
 def _measured(folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
     """Train `folder/config.toml`, from where it stopped, and measure the model. Raises DataError where there is nothing to measure it on."""
     from cvmk.cli import _mixer_measures as measures
     from cvmk.errors import DivergedError
-    from cvmk.telemetry import reporter
-    from cvmk.training import pipeline
     from cvmk.training.materials import load_corpora
 
-    path = folder / "config.toml"
-    config = load_train_config(path)
+    config = load_train_config(folder / "config.toml")
     try:
-        report = pipeline.train(config, read_text(path), reporter(), resume=True)
+        report = _trained(folder, config)
     except DivergedError as error:
         return {"diverged": str(error)}
+    if report["diverged"]:
+        return {"diverged": report["diverged"]}
     corpora = load_corpora(config.data)
     corpus = corpora.test or corpora.valid
     if not corpus.sources:
@@ -125,97 +152,72 @@ def _measured(folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
         "diverged": None,
         "ffn": config.model.ffn,
         "parameters": report["parameters"],
-        "tokens_per_second": report["throughput"]["target_tokens_per_second"],
         "environment": report["environment"],
         "set": corpus.name,
         "references": corpus.targets,
-        **measures.of_text(folder / RUN / "model", corpus.sources, corpus.targets, options["streams"]),
-        "costs": measures.costs(config.model, options["lengths"], options["steps"]),
+        **measures.of_text(folder / RUN / "model", corpus.sources, corpus.targets, options["streams"], config.run.threads or None),
     }
 
 
-# -- tables ------------------------------------------------------------------------------------------------------------------------
-def _row(cells: Sequence[Any]) -> str:
-    return "| " + " | ".join(map(str, cells)) + " |"
+def _trained(folder: Path, config: TrainConfig) -> dict[str, Any]:
+    """The report of the training in `folder`, which is read where the training is finished: a finished run that is resumed translates its sets once more."""
+    from cvmk.telemetry import reporter
+    from cvmk.training import pipeline
+    from cvmk.training.report import REPORT
+
+    text, run = read_text(folder / "config.toml"), folder / RUN
+    if (run / REPORT).exists() and tomllib.loads(read_text(run / "config.toml")) == tomllib.loads(text):
+        return dict(read_json(run / REPORT))
+    return pipeline.train(config, text, reporter(), resume=True)
 
 
-def _whole(found: Mapping[str, Sequence[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
-    """The results of trainings that did not diverge, of patterns that have any."""
-    whole = {pattern: [one for one in results if one["diverged"] is None] for pattern, results in found.items()}
-    return {pattern: results for pattern, results in whole.items() if results}
+def _costs(study: Study, patterns: Iterable[str], trained: str, seed: int, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Measure them, on the text and with the tokenizer of one that was trained."""
+    import torch
+
+    from cvmk.cli import _mixer_costs as measures
+    from cvmk.telemetry import environment
+    from cvmk.text.cache import tokenized
+    from cvmk.text.tokenizers import load_tokenizer
+    from cvmk.training.materials import load_corpora
+
+    if study.config.run.threads:
+        torch.set_num_threads(study.config.run.threads)
+    configs, data = {pattern: study.checked(pattern) for pattern in patterns}, study.config.data
+    tokenizer = load_tokenizer(study.folder(trained, seed) / RUN / "model")
+    corpus = tokenized(load_corpora(data).train, tokenizer, str(data.cache), data.max_tokens_per_sentence, data.max_length_ratio, data.on_bad_line)
+    return {
+        "environment": environment() | {"threads": torch.get_num_threads()},
+        "training": measures.training(configs, corpus, tokenizer, options["seconds"]),
+        "decoding": measures.decoding({pattern: one.model for pattern, one in configs.items()}, options["lengths"], options["steps"]),
+    }
 
 
-def tables(found: Mapping[str, Sequence[dict[str, Any]]]) -> str:
-    """Markdown of what patterns came to, by pattern one result a seed; differences are to the first of them, intervals bootstraps over sentences."""
-    done = _whole(found)
-    lines = [*_quality(done), "", *_robustness(done), "", *_costs(done)]
-    failed = [f"{pattern}: {one['diverged']}" for pattern, results in found.items() for one in results if one["diverged"] is not None]
-    return "\n".join([*lines, "", *failed]).strip() + "\n"
-
-
-def _mean(results: Sequence[dict[str, Any]], key: str) -> float:
-    return float(sum(one[key] for one in results)) / len(results)
-
-
-def _quality(done: Mapping[str, Sequence[dict[str, Any]]]) -> list[str]:
-    from cvmk.validation.bootstrap import interval_of, paired_of
-    from cvmk.validation.metrics import measure
-
-    heads = (
-        *("mixers", "ffn", "parameters", "BLEU (95 %)", "beside the first (95 %)", "chrF", "training, tokens/s"),
-        *("LAAL, words (wait-3)", "BLEU (wait-3)", "NE (retranslation)"),
-    )
-    lines, first = [_row(heads), _row(["---"] * len(heads))], None
-    for pattern, results in done.items():
-        # All seeds as one corpus: their translations one after the other, each beside the same references.
-        said = [text for one in results for text in one["hypotheses"]]
-        references = [text for one in results for text in one["references"]]
-        bleu, chrf = (measure(metric, said, references) for metric in ("bleu", "chrf"))
-        low, high = interval_of(bleu, _SAMPLES)
-        difference = ""
-        if first is None:
-            first = bleu
-        elif first.sentences == bleu.sentences:
-            pair = paired_of(bleu, first, _SAMPLES)
-            difference = f"{pair.difference:+.2f} ({pair.low:+.2f} to {pair.high:+.2f})"
-        lines.append(_row((
-            pattern, results[0]["ffn"], results[0]["parameters"], f"{bleu.score.value:.2f} ({low:.1f}–{high:.1f})", difference, f"{chrf.score.value:.2f}",
-            f"{_mean(results, 'tokens_per_second'):.0f}", f"{_mean(results, 'laal'):.2f}", f"{_mean(results, 'wait_bleu'):.2f}",
-            f"{_mean(results, 'erasure'):.3f}",
-        )))  # fmt: skip
-    return lines
-
-
-def _robustness(done: Mapping[str, Sequence[dict[str, Any]]]) -> list[str]:
-    names = list(next(iter(done.values()))[0]["noisy"]) if done else []
-    lines = [_row(("BLEU of sources", *names)), _row(["---"] * (len(names) + 1))]
-    for pattern, results in done.items():
-        lines.append(_row((pattern, *(f"{sum(one['noisy'][name] for one in results) / len(results):.2f}" for name in names))))
-    return lines
-
-
-def _costs(done: Mapping[str, Sequence[dict[str, Any]]]) -> list[str]:
-    lengths = list(next(iter(done.values()))[0]["costs"]) if done else []
-    heads = ("decoding, by tokens of the source", *(f"{length}: ms a token" for length in lengths), *(f"{length}: bytes of state" for length in lengths))
-    lines = [_row(heads), _row(["---"] * len(heads))]
-    for pattern, results in done.items():
-        costs = results[0]["costs"]
-        lines.append(_row((pattern, *(f"{costs[length]['milliseconds']:.2f}" for length in lengths), *(costs[length]["bytes"] for length in lengths))))
-    return lines
-
-
-def run(path: str, work: Path, overrides: Sequence[str], patterns: Sequence[str], iterations: int, seeds: Sequence[int], options: Mapping[str, Any]) -> str:
-    """Train and measure what is not there yet; the tables, which are written to WORK/study.md too, after every model. Plots are drawn at the end."""
+def run(
+    path: str,
+    work: Path,
+    overrides: Sequence[str],
+    patterns: Sequence[str],
+    iterations: int,
+    seeds: Sequence[int],
+    options: Mapping[str, Any],
+    *,
+    costs_again: bool = False,
+) -> str:
+    """Train and measure what is not there yet; the tables, which are written to WORK/study.md too, after every model. Costs are measured last, and again with
+    `costs_again`; then plots are drawn."""
     study = Study(path, overrides, work, iterations)
     for pattern in patterns:
-        study.check(pattern)
+        study.checked(pattern)
     found: dict[str, list[dict[str, Any]]] = {}
-    text = ""
     for seed in seeds:
         for pattern in patterns:
             found.setdefault(pattern, []).append(study.result(pattern, seed, options))
-            text = tables(found)
-            write_text(work / TABLE, text)
-    if (why := write_plots(_whole(found), work)) is not None:
+            write_text(work / TABLE, tables(found, None))
+    trained = {pattern: seeds[[one["diverged"] for one in found[pattern]].index(None)] for pattern in whole(found)}
+    costs = study.costs(trained, options, again=costs_again) if trained else None
+    text = tables(found, costs)
+    write_text(work / TABLE, text)
+    if costs is not None and (why := write_plots(whole(found), costs, work)) is not None:
         print(why, file=sys.stderr)
     return text

@@ -26,16 +26,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="train a configuration of cvmk train with each pattern of mixers, in the folder WORK, and compare the models; after Ctrl-C it goes on there",
     )
     study = parser.add_argument_group("mixers")
-    study.add_argument("--patterns", nargs="+", help="letters, or ENCODER:DECODER; others are compared with the first (default: each mixer, and three hybrids)")
+    study.add_argument(
+        "--patterns",
+        nargs="+",
+        help="letters, or ENCODER:DECODER, or causal- and these, for an encoder that reads from left to right; others are compared with the first "
+        "(default: each mixer, and three hybrids)",
+    )
     study.add_argument("--iterations", type=positive, default=2000, help="of each training (default 2000)")
     study.add_argument("--seeds", type=positive, nargs="+", default=[1], help="one training of each pattern with each (default 1)")
     study.add_argument("--streams", type=positive, default=100, help="sentences that are translated word by word (default 100)")
     study.add_argument("--lengths", type=positive, nargs="+", default=[16, 64, 256, 1024, 4096], help="source tokens at which steps are timed")
-    study.add_argument("--steps", type=positive, default=20, help="steps that are timed at each length (default 20)")
+    study.add_argument("--steps", type=positive, default=20, help="steps of decoding at each length in each of three turns (default 20)")
+    study.add_argument("--costs-again", action="store_true", help="measure training steps and steps of decoding anew, as on a machine that is quiet now")
     study.add_argument("--set", dest="overrides", action="append", default=[], metavar="SECTION.KEY=VALUE", help="another value for the configuration")
     parser.add_argument("--op", action="append", metavar="NAME", help="only this op; may be given several times")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
-    parser.add_argument("--seconds", type=float, default=0.5, help="measuring time a row (default 0.5)")
+    parser.add_argument("--seconds", type=float, help="measuring time a row (default 0.5), or of the training steps of each pattern (default 3)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument(
         "--tune", action="store_true", help="find the fastest block sizes of the Triton kernels on this GPU and keep them in your own table (minutes)"
@@ -45,8 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     if arguments.study:
         return _study(arguments)
-    if arguments.patterns or arguments.overrides:
-        raise ConfigError(f"{'--patterns' if arguments.patterns else '--set'} is of cvmk bench mixers CONFIG.toml WORK: name these, or leave it out")
+    flags = {"--patterns": arguments.patterns, "--set": arguments.overrides, "--costs-again": arguments.costs_again}
+    if given := [name for name, value in flags.items() if value]:
+        raise ConfigError(f"{given[0]} is of cvmk bench mixers CONFIG.toml WORK: name these, or leave it out")
     import torch
 
     from cvmk import hardware
@@ -55,8 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
     need_open(sys.stdout, "output")
     if hardware.cpu().emulated:
         raise ConfigError("the native library is a build for tests that emulates AMX (CVMK_EMULATE_AMX=ON), whose times mean nothing: install one without")
-    if not 0 < arguments.seconds <= MAX_SECONDS:
-        raise ConfigError(f"--seconds is {arguments.seconds}: give a positive number of seconds, at most {MAX_SECONDS}")
+    seconds = _seconds(arguments, 0.5)
     if arguments.tune:
         return _tune(arguments)
     unknown = set(arguments.op or ()) - set(bench.CASES)
@@ -70,9 +76,16 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--device {arguments.device} is not supported: use cpu or cuda")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: there is no CUDA device that PyTorch can use; cvmk doctor tells more")
-    rows = bench.rows(arguments.op or list(bench.CASES), device, arguments.seconds)
+    rows = bench.rows(arguments.op or list(bench.CASES), device, seconds)
     _print(rows, as_json=arguments.json)
     return 0
+
+
+def _seconds(arguments: argparse.Namespace, default: float) -> float:
+    seconds: float = default if arguments.seconds is None else arguments.seconds
+    if not 0 < seconds <= MAX_SECONDS:
+        raise ConfigError(f"--seconds is {seconds}: give a positive number of seconds, at most {MAX_SECONDS}")
+    return seconds
 
 
 def _study(arguments: argparse.Namespace) -> int:
@@ -84,9 +97,12 @@ def _study(arguments: argparse.Namespace) -> int:
     need_open(sys.stdout, "output")
     keep_freed_memory()
     _, config, work = arguments.study
-    options = {"streams": arguments.streams, "lengths": arguments.lengths, "steps": arguments.steps}
+    options = {"streams": arguments.streams, "lengths": arguments.lengths, "steps": arguments.steps, "seconds": _seconds(arguments, 3.0)}
     patterns = arguments.patterns or _mixer_study.PATTERNS
-    show(_mixer_study.run(config, Path(work), arguments.overrides, patterns, arguments.iterations, arguments.seeds, options).rstrip())
+    text = _mixer_study.run(
+        config, Path(work), arguments.overrides, patterns, arguments.iterations, arguments.seeds, options, costs_again=arguments.costs_again
+    )
+    show(text.rstrip())
     return 0
 
 

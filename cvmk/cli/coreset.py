@@ -38,4 +38,3 @@ def run(arguments: argparse.Namespace) -> int:
         said += f"; of some {found.distinct:.0f} distinct n-grams {100 * found.covered:.1f}% of a sample are in them"
     show(said)
     return 0
-

@@ -63,8 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
     sources, references = read_lines(arguments.source), read_lines(arguments.reference)
     if len(sources) != len(references):
         raise DataError(
-            f"{arguments.source} has {len(sources)} lines but {arguments.reference} has {len(references)}: "
-            "the two files must be aligned line by line"
+            f"{arguments.source} has {len(sources)} lines but {arguments.reference} has {len(references)}: the two files must be aligned line by line"
         )
     # Whatever a library prints must not mix with the JSON.
     with events_into(arguments.log) as tell, contextlib.redirect_stdout(sys.stderr) if arguments.json else contextlib.nullcontext():
