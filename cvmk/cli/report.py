@@ -12,7 +12,8 @@ HELP = "write a report of runs: one HTML page, Markdown and JSON, with significa
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, finished or not, of the teacher in one, or of a quantised model")
+    kinds = "folder of a run, finished or not, of the teacher in one, of a search (for its best trials), or of a quantised model"
+    parser.add_argument("runs", nargs="+", metavar="RUN", help=kinds)
     parser.add_argument("--baseline", metavar="RUN", help="the run that the others are compared with; default: the first one")
     parser.add_argument(
         "-o", "--output", metavar="OUT", help="name of the files, OUT.html, OUT.md and OUT.json; default: report in the run's folder, of several here"

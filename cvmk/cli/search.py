@@ -86,5 +86,6 @@ def summary(result: SearchResult) -> str:
         table(rows),
         "\nNext:",
         f"  {command('train', result.configuration)}    the best configuration, as it is",
+        f"  {command('report', result.folder)}    all trials, and how the best ones differ",
         f"  {result.folder}/plots: history, importances, parameters; {result.folder}/search_report.json: all trials",
     ])  # fmt: skip

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -12,6 +14,7 @@ from cvmk.report.comparison import Comparison, SetScores, label, verdict
 from cvmk.report.evaluations import Evaluation
 from cvmk.report.history import Bin
 from cvmk.report.run import QuantizedModel, Run, pick
+from cvmk.report.search import COMPLETE, Search
 from cvmk.validation.bootstrap import PairedResult
 from cvmk.validation.metrics import good_direction
 
@@ -33,6 +36,8 @@ class View:
     run: Run
     scores: Sequence[SetScores]
     """Its own, of every set; not those of its teacher."""
+    is_rival: bool = False
+    """Whether it is a trial of a search beside the best one: only how it compares is of interest."""
 
     @property
     def metric(self) -> str:
@@ -77,7 +82,8 @@ def _rule(when: str) -> Callable[[Callable[[View], str | None]], Callable[[View]
 
 def advise(views: Sequence[View], models: Sequence[QuantizedModel]) -> list[Advice]:
     """Every rule on every run, in the order of the runs; then what the quantised models say."""
-    found = [Advice(rule.name, view.run.name, text) for view in views for rule in RULES if (text := rule.speak(view)) is not None]
+    asked = [(view, rule) for view in views for rule in RULES if not view.is_rival or rule.speak is _no_better_than_baseline]
+    found = [Advice(rule.name, view.run.name, text) for view, rule in asked if (text := rule.speak(view)) is not None]
     return found + [advice for model in models for advice in _quantization(model)]
 
 
@@ -341,6 +347,44 @@ def _quantization(model: QuantizedModel) -> Iterator[Advice]:
     train = "" if recovery else "--recover 1000, "
     text = f"{label(str(pick(first, 'metric')))} falls by {-drop:.2f} points, which is no chance ({pick(first, 'low', default=0):+.2f} to {high:+.2f})"
     yield Advice(QUANTIZATION_RULE, model.path.name, f"{text}: try {other}{train}or a smaller --max-drop, which keeps more of it in a higher precision")
+
+
+# -- searches ------------------------------------------------------------------------------------------------------------------
+SEARCH_RULES = {
+    "at-the-edge": "the best trial of a search of five complete ones at least has a number in the outer 5 % of its range, and not at 0",
+    "trials-failed": "at least 10 % of the trials of a search (and 2) failed",
+}
+_EDGE, _FEW_TRIALS = 0.05, 5
+
+
+def advise_searches(searches: Sequence[Search]) -> list[Advice]:
+    return [Advice(rule, search.name, text) for search in searches for rule, text in (*_edges(search), *_failed(search))]
+
+
+def _edges(search: Search) -> Iterator[tuple[str, str]]:
+    best = search.best
+    if best is None or search.counts()[COMPLETE] < _FEW_TRIALS:
+        return
+    for key, searched in search.space.items():
+        value, ends = best.parameters.get(key), [pick(searched, end) for end in ("low", "high")]
+        if not all(isinstance(one, (int, float)) for one in (value, *ends)):
+            continue
+        is_log = bool(pick(searched, "log")) and min(value, *ends) > 0
+        at, low, high = (math.log(one) if is_log else one for one in (value, *ends))
+        for end, name, distance in ((ends[0], "low", at - low), (ends[1], "high", high - at)):
+            if end != 0 and distance <= _EDGE * (high - low):
+                text = f"the best trial, {best.name}, has {key} = {value:.4g} at the edge of what was searched ({ends[0]:g} to {ends[1]:g})"
+                more = "smaller" if name == "low" else "larger"
+                yield "at-the-edge", f"{text}: what is better may lie beyond, so search again with a {more} search.space.{key}.{name}"
+
+
+def _failed(search: Search) -> Iterator[tuple[str, str]]:
+    reasons = Counter(trial.reason for trial in search.trials.values() if trial.state == "failed")
+    count = reasons.total()
+    if count >= max(2, 0.1 * len(search.trials)):
+        reason, times = reasons.most_common(1)[0]
+        text = f"{count} of {len(search.trials)} trials failed, {times} of them because of this: {reason}"
+        yield "trials-failed", f"{text}; narrow search.space to what can be trained"
 
 
 def _rounded(value: float) -> int:

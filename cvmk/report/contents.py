@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from typing import Any
 
+from cvmk.report import trials
 from cvmk.report.charts import charts_of, validation_rows
 from cvmk.report.comparison import Comparison, ScoreFigure, SetScores, label, verdict
 from cvmk.report.document import Block, Bullets, Cell, Document, Folded, Samples, Section, Table, Text
@@ -19,14 +21,18 @@ NOTHING = "–"
 _PROBLEMS = 30
 _LAYERS = 400
 _CHANGED = 5
+_ADVICE = 20
+"""Recommendations that are not folded."""
 
 
 def document(figures: Figures) -> Document:
     sections = [
-        _summary(figures), _scores(figures), _curves(figures), _configuration(figures), _samples(figures),
+        _summary(figures), *map(trials.section, figures.searches), _scores(figures), _curves(figures), _configuration(figures), _samples(figures),
         *(_quantized(model) for model in figures.models), _speed(figures), _environment(figures), _problems(figures),
     ]  # fmt: skip
-    names = [run.name for run in figures.runs] or [model.path.name for model in figures.models]
+    searched = {os.path.realpath(path) for search in figures.searches for path in search.rivals()}
+    names = [search.name for search in figures.searches] + [run.name for run in figures.runs if os.path.realpath(run.path) not in searched]
+    names = names or [model.path.name for model in figures.models]
     title = f"{names[0]} and {len(names) - 1} more" if len(names) > 3 else ", ".join(names)
     return Document(title, _subtitle(figures), [section for section in sections if section.blocks])
 
@@ -49,7 +55,9 @@ def _summary(figures: Figures) -> Section:
     points = [(f"{advice.about}: {advice.rule}" if len(figures.runs) + len(figures.models) > 1 else advice.rule, advice.text) for advice in figures.advice]
     section.blocks.append(Text("Recommendations" if points else "No rule has anything to recommend.", heading=bool(points)))
     if points:
-        section.blocks.append(Bullets(points))
+        section.blocks.append(Bullets(points[:_ADVICE]))
+    if more := points[_ADVICE:]:
+        section.blocks.append(Folded(f"{len(more)} more recommendations", [Bullets(more)]))
     return section
 
 

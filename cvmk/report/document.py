@@ -50,11 +50,13 @@ class Line:
     bins: Sequence[Bin]
     color: int
     """Its place among the lines of all charts."""
+    joined: bool = True
+    """Whether its points follow each other; else each is a dot of its own."""
 
 
 @dataclass(frozen=True)
 class Chart:
-    """Lines over iterations."""
+    """Lines over iterations, or whatever `axis` says."""
 
     title: str
     unit: str
@@ -66,6 +68,7 @@ class Chart:
     logarithmic: bool = False
     dots: bool = False
     """Whether the bins are few and shown one by one."""
+    axis: str = "iteration"
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,13 @@ from typing import Any
 from cvmk import __version__
 from cvmk.errors import ConfigError, DataError
 from cvmk.files import read_json
-from cvmk.report.advice import Advice, View, advise
+from cvmk.report.advice import Advice, View, advise, advise_searches
 from cvmk.report.comparison import SetScores, compare, verdict
 from cvmk.report.differences import Sample, chosen, recorded_samples
 from cvmk.report.evaluations import SETS
 from cvmk.report.history import BoundedCurve
 from cvmk.report.run import QuantizedModel, Run, is_run, pick, read_folders
+from cvmk.report.search import Search, with_trials
 from cvmk.report.settings import flat
 
 SAMPLES = 8
@@ -37,6 +38,8 @@ class Figures:
     """Files of timings, by name."""
     advice: list[Advice]
     problems: list[str]
+    searches: list[Search] = field(default_factory=list)
+    """Whose best trials are among the runs."""
     bootstrap: int = 1000
     confidence: float = 0.95
     cvmk: str = field(default=__version__)
@@ -52,6 +55,7 @@ class Figures:
             "bootstrap": self.bootstrap,
             "confidence": self.confidence,
             "runs": [_run_json(run) for run in self.runs],
+            "searches": [search.to_json() for search in self.searches],
             "scores": [_scores_json(scores) for scores in self.scores],
             "samples": [dataclasses.asdict(sample) for sample in self.samples],
             "quantized": [{"path": str(model.path), "report": model.report} for model in self.models],
@@ -73,6 +77,8 @@ def figures_of(
 ) -> Figures:
     """Read runs and quantised models, and compare each run with the baseline (default: the first run, where there are several) and with its teacher.
 
+    The folder of a search stands for its best trials, the best first.
+
     bootstrap, confidence   of intervals and paired tests.
     benchmarks              JSON files of `cvmk bench --json` or of benchmarks/.
     as_recorded             metrics that are not computed anew, and so have no interval where the run recorded none.
@@ -81,12 +87,16 @@ def figures_of(
     """
     if baseline is not None and not is_run(Path(baseline)):
         raise ConfigError(f"--baseline {os.fspath(baseline)} is no run of cvmk train: name the folder of one")
-    chosen_first = [] if baseline is None else [baseline]
-    runs, models, problems = read_folders([*chosen_first, *folders])
+    paths, searches = with_trials([*([] if baseline is None else [baseline]), *folders])
+    runs, models, problems = read_folders(paths)
+    problems += [problem for search in searches for problem in search.problems]
     against = runs[0] if len(runs) > 1 else None
     scores = compare(runs, against, bootstrap, confidence, as_recorded)
-    figures = Figures(runs, against, scores, _samples(runs, scores), models, [_benchmark(path) for path in benchmarks], [], problems, bootstrap, confidence)
-    figures.advice += advise([View(run, figures.of(run)) for run in runs], models)
+    timings = [_benchmark(path) for path in benchmarks]
+    figures = Figures(runs, against, scores, _samples(runs, scores), models, timings, [], problems, searches, bootstrap, confidence)
+    rivals = {os.path.realpath(path) for search in searches for path in search.rivals()[1:]}
+    views = [View(run, figures.of(run), is_rival=os.path.realpath(run.path) in rivals) for run in runs]
+    figures.advice += advise_searches(searches) + advise(views, models)
     return figures
 
 

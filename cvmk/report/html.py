@@ -102,7 +102,7 @@ def _(block: Charts) -> str:
 def _figure(chart: Chart, *, own: bool) -> str:
     told = ", ".join(part for part in (chart.unit, f"shaded: {chart.band}" if chart.band else "", "logarithmic" if chart.logarithmic else "") if part)
     unit = f" <span>{escape(told)}</span>" if told else ""
-    names = "".join(f"<li>{swatch(line.color)}{escape(line.name)}</li>" for line in chart.lines) if own and len(chart.lines) > 1 else ""
+    names = "".join(f"<li>{swatch(line.color, joined=line.joined)}{escape(line.name)}</li>" for line in chart.lines) if own and len(chart.lines) > 1 else ""
     legend = f'<ul class="legend">{names}</ul>' if names else ""
     return f"<figure><figcaption>{escape(chart.title)}{unit}</figcaption>{legend}{svg(chart)}</figure>"
 

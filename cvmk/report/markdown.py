@@ -66,10 +66,12 @@ def _(block: Charts) -> str:
     """Of every curve its beginning, some places between, and its end."""
     parts = []
     for chart in block.charts:
+        if not all(line.joined for line in chart.lines):
+            continue  # dots have no value between them, and stand in a table of their own
         title = f"**{escape(chart.title)}**" + (f" ({escape(chart.unit)})" if chart.unit else "")
         steps = spread(sorted({one.last for line in chart.lines for one in line.bins}), _ROWS)
         rows = [[str(step), *(_at(line.bins, step) for line in chart.lines)] for step in steps]
-        parts.append(f"{title}\n\n{_block(Table(['iteration', *(line.name for line in chart.lines)], rows, texts=0))}")
+        parts.append(f"{title}\n\n{_block(Table([chart.axis, *(line.name for line in chart.lines)], rows, texts=0))}")
     return "\n\n".join(parts)
 
 

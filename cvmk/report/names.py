@@ -1,4 +1,4 @@
-"""The files of a run's folder that a report is made from, by the names that training and quantisation write them under."""
+"""The files that a report is made from, by the names that training, quantisation and searches write them under."""
 
 from __future__ import annotations
 
@@ -16,5 +16,8 @@ TEACHER = "teacher"
 """Folder of the teacher that a run has trained."""
 QUANTIZATION = "quantization.json"
 """In the folder of a quantised model."""
+SEARCH_REPORT = "search_report.json"
+TRIALS = "trials"
+"""In the folder of a search: that of its trials' runs, by their numbers."""
 REPORT = "report"
 """The page, its Markdown and its figures, by their endings."""

@@ -16,6 +16,7 @@ from cvmk.files import read_bytes, read_json
 from cvmk.report.evaluations import SETS, Evaluation, read_evaluation
 from cvmk.report.history import History
 from cvmk.report.names import CONTENTS, ENVIRONMENT, EVALUATIONS, HYPOTHESES, QUANTIZATION, RESOLVED, TEACHER, TRAINING_REPORT
+from cvmk.report.search import is_search
 from cvmk.telemetry import EventReader
 from cvmk.telemetry.events import EVENTS
 
@@ -71,12 +72,12 @@ def pick(value: Any, *keys: str, default: Any = None) -> Any:
     return value if isinstance(value, kind) else default
 
 
-def read_folders(folders: Sequence[str | os.PathLike[str]]) -> tuple[list[Run], list[QuantizedModel], list[str]]:
+def read_folders(folders: Sequence[Path]) -> tuple[list[Run], list[QuantizedModel], list[str]]:
     """The runs and the quantised models in these folders (and models quantised into a run's folder), and what could not be read of the latter.
 
     Raises DataError for a folder that is neither, ConfigError for too many.
     """
-    paths = list({os.path.realpath(folder): Path(folder) for folder in folders}.values())
+    paths = list({os.path.realpath(folder): folder for folder in folders}.values())
     if len(paths) > MOST_RUNS:
         raise ConfigError(f"{len(paths)} runs are too many for one report: name at most {MOST_RUNS}")
     runs, models, problems = [], [], []
@@ -99,7 +100,7 @@ def read_folders(folders: Sequence[str | os.PathLike[str]]) -> tuple[list[Run], 
 
 
 def is_run(path: Path) -> bool:
-    return any((path / name).is_file() for name in (RESOLVED, EVENTS, TRAINING_REPORT))
+    return not is_search(path) and any((path / name).is_file() for name in (RESOLVED, EVENTS, TRAINING_REPORT))
 
 
 def _no_run(path: Path) -> str:

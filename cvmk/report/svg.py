@@ -16,9 +16,10 @@ WIDTH, HEIGHT = 520, 250
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 14, 12, 34
 
 
-def swatch(color: int) -> str:
-    """A piece of a line, for a legend."""
-    line = f'<path class="line c{color % COLORS}"{_dash(color)} d="M1 4H27"/>'
+def swatch(color: int, *, joined: bool = True) -> str:
+    """A piece of a line, or a dot, for a legend."""
+    dot = f'<circle class="dot c{color % COLORS}" cx="14" cy="4" r="3"/>'
+    line = dot if not joined else f'<path class="line c{color % COLORS}"{_dash(color)} d="M1 4H27"/>'
     return f'<svg class="swatch" viewBox="0 0 28 8" width="28" height="8" aria-hidden="true">{line}</svg>'
 
 
@@ -29,22 +30,23 @@ def svg(chart: Chart) -> str:
     bounds = [bound for one in bins for bound in ((one.low, one.high) if chart.band else (one.mean,))]
     y = _Axis(bounds, HEIGHT - _BOTTOM, _TOP, logarithmic=chart.logarithmic and min(bounds) > 0)
     parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(_described(chart))}">']
-    parts += _grid(x, y)
+    parts += _grid(x, y, chart.axis)
     for step, what in chart.marks:
         if x.low <= step <= x.high:
             parts.append(f'<path class="mark" d="M{x(step):.1f} {_TOP}V{HEIGHT - _BOTTOM}"><title>iteration {step}: {escape(what)}</title></path>')
     if chart.band:
         parts += [_band(line, x, y) for line in chart.lines]
     for line in chart.lines:
-        parts += _line(line, x, y)
-        if chart.dots and len(line.bins) <= 60:
-            parts += [_dot(one, line, x, y) for one in line.bins]
+        if line.joined:
+            parts += _line(line, x, y)
+        if not line.joined or (chart.dots and len(line.bins) <= 60):
+            parts += [_dot(one, line, x, y, chart.axis) for one in line.bins]
     return "".join([*parts, "</svg>"])
 
 
 def _described(chart: Chart) -> str:
     lines = "; ".join(f"{line.name} from {_short(line.bins[0].mean)} to {_short(line.bins[-1].mean)}" for line in chart.lines[:10])
-    return f"{chart.title} over iterations {min(line.bins[0].first for line in chart.lines)} to {max(line.bins[-1].last for line in chart.lines)}: {lines}"
+    return f"{chart.title} over {chart.axis}s {min(line.bins[0].first for line in chart.lines)} to {max(line.bins[-1].last for line in chart.lines)}: {lines}"
 
 
 def _line(line: Line, x: _Axis, y: _Axis) -> Iterator[str]:
@@ -68,9 +70,9 @@ def _band(line: Line, x: _Axis, y: _Axis) -> str:
     return f'<path class="band c{line.color % COLORS}" d="{"".join(found)}"/>' if found else ""
 
 
-def _dot(one: Bin, line: Line, x: _Axis, y: _Axis) -> str:
+def _dot(one: Bin, line: Line, x: _Axis, y: _Axis, axis: str = "iteration") -> str:
     span = "" if one.low == one.high else f" [{_short(one.low)}, {_short(one.high)}]"
-    told = f"{line.name}, iteration {one.last}: {_short(one.mean)}{span}"
+    told = f"{line.name}, {axis} {one.last}: {_short(one.mean)}{span}"
     return f'<circle class="dot c{line.color % COLORS}" cx="{x(_middle(one)):.1f}" cy="{y(one.mean):.1f}" r="3"><title>{escape(told)}</title></circle>'
 
 
@@ -87,14 +89,14 @@ def _dash(color: int) -> str:
     return f' stroke-dasharray="{dash}"' if dash else ""
 
 
-def _grid(x: _Axis, y: _Axis) -> Iterator[str]:
+def _grid(x: _Axis, y: _Axis, axis: str) -> Iterator[str]:
     for value in y.ticks(7):
         yield f'<path class="grid" d="M{_LEFT} {y(value):.1f}H{WIDTH - _RIGHT}"/>'
         yield f'<text class="tick" x="{_LEFT - 6}" y="{y(value) + 4:.1f}" text-anchor="end">{_short(value)}</text>'
     for value in x.ticks(6):
         yield f'<text class="tick" x="{x(value):.1f}" y="{HEIGHT - _BOTTOM + 16}" text-anchor="middle">{_short(value)}</text>'
     yield f'<path class="axis" d="M{_LEFT} {HEIGHT - _BOTTOM}H{WIDTH - _RIGHT}"/>'
-    yield f'<text class="tick" x="{(WIDTH + _LEFT - _RIGHT) / 2:.0f}" y="{HEIGHT - 3}" text-anchor="middle">iteration</text>'
+    yield f'<text class="tick" x="{(WIDTH + _LEFT - _RIGHT) / 2:.0f}" y="{HEIGHT - 3}" text-anchor="middle">{axis}</text>'
 
 
 def _short(value: float) -> str:

@@ -10,9 +10,10 @@ from typing import Any
 from cvmk.config.overrides import toml_value, with_overrides, without_table
 from cvmk.config.search import RangeConfig
 from cvmk.files import write_json, write_text
+from cvmk.report.names import SEARCH_REPORT
 from cvmk.search.study import TrialRecord
 
-BEST, REPORT = "best.toml", "search_report.json"
+BEST = "best.toml"
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def write_result(result: SearchResult, text: str, overrides: Mapping[str, Any]) 
     `text` is the searched configuration, `overrides` what the best says otherwise.
     """
     write_text(result.configuration, best_text(result, text, overrides))
-    write_json(result.folder / REPORT, result.to_dict())
+    write_json(result.folder / SEARCH_REPORT, result.to_dict())
     from cvmk.search.plots import write_plots
 
     return write_plots(result)

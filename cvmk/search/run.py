@@ -14,6 +14,7 @@ from typing import Any
 
 from cvmk.errors import ConfigError, CvmkError, DataError, DivergedError
 from cvmk.files import explained, lock
+from cvmk.report.names import TRIALS
 from cvmk.search.budget import Budget
 from cvmk.search.result import SearchResult, write_result
 from cvmk.search.setup import SearchSetup
@@ -254,7 +255,7 @@ class Search:
 
     # -- files ---------------------------------------------------------------------------------------------------------------
     def _of_trial(self, number: int) -> Path:
-        return self._folder / "trials" / f"{number:04d}"
+        return self._folder / TRIALS / f"{number:04d}"
 
     def _tidy(self) -> None:
         """Take away the weights of trials that are not the best."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from cvmk.config.schema import DataConfig, TrainConfig
 from cvmk.report.evaluations import write_evaluation
-from cvmk.telemetry.schema import End, Event, Record, Start, Step, Validation
+from cvmk.telemetry.schema import End, Event, Record, SearchEnded, SearchStarted, Start, Step, TrialEnded, TrialScored, TrialStarted, Validation
 
 REFERENCES = (
     "the red house stands by the sea", "two dogs run over the wide meadow", "we would like a table for four people",
@@ -74,4 +74,26 @@ def write_run(
         (folder / "training_report.json").write_text(json.dumps(report))
     lines = [json.dumps(Record(1.8e9 + at, event).to_json()) + "\n" for at, event in enumerate(told)]
     (folder / "events.jsonl").write_text("".join(lines))
+    return folder
+
+
+SPACE: dict[str, Any] = {
+    "optimizer.learning_rate": {"low": 1e-4, "high": 1e-2, "log": True}, "model.dropout": {"low": 0.0, "high": 0.3, "step": 0.1},
+    "model.norm": {"choices": ["layernorm", "rmsnorm"]},
+}  # fmt: skip
+
+
+def write_search(folder: Path, trials: Sequence[tuple[str, float | None]], *, ended: bool = True, rate: float = 1e-3) -> Path:
+    """A search's folder, whose trials have these states and scores; all are runs of 40 sentences, the complete ones finished. `rate`: of the last one."""
+    events: list[Event] = [SearchStarted("study", "bleu", "maximize", "tpe", "median", SPACE, {"trials": len(trials)})]
+    for number, (state, value) in enumerate(trials):
+        own = folder / "trials" / f"{number:04d}"
+        parameters = {"optimizer.learning_rate": rate if number == len(trials) - 1 else 1e-3 + 1e-4 * number, "model.dropout": 0.0, "model.norm": "rmsnorm"}
+        hypotheses = worse(sentences(40)[1], 2 + number) if state == "complete" else None
+        write_run(own, [step(1), validation(10, value or 0.0)], hypotheses=hypotheses, config=parameters)
+        events.append(TrialStarted(number, parameters, str(own)))
+        events += [TrialScored(number, 10, "bleu", value, True)] if value is not None else []
+        events += [TrialEnded(number, state, value, 10, 1.5, "it diverged" if state == "failed" else "")] if state != "running" else []
+    events += [SearchEnded(None, None, reason="the budget of trials is used up")] if ended else []
+    (folder / "events.jsonl").write_text("".join(json.dumps(Record(1.8e9 + at, event).to_json()) + "\n" for at, event in enumerate(events)))
     return folder
