@@ -29,9 +29,13 @@ from cvmk.telemetry.schema import (
     QuantizationEnded,
     Rollback,
     SearchEnded,
+    SearchStarted,
+    Serving,
     ServingEnded,
+    ServingStarted,
     Start,
     Step,
+    TrialEnded,
     Validation,
 )
 
@@ -47,6 +51,7 @@ _TEXT_CHARACTERS = 500
 _STATES: dict[type[Event], str] = {
     Interruption: "interrupted", EarlyStop: "stopped early", End: "finished", SearchEnded: "finished", QuantizationEnded: "finished", ServingEnded: "finished",
 }  # fmt: skip
+_RUNNING = (Iterations, Step, SearchStarted, ServingStarted, Serving)
 _LATEST, _FURTHEST = 1e12, 1 << 50
 _MOST_CHARTS = 100
 _MOST_NAMES = 1000
@@ -85,12 +90,14 @@ class Run:
         self._marks: dict[str, deque[Mark]] = {}
         self._segments: list[tuple[float, float]] = [(0.0, 0.0)]  # the offset of its times, the iteration it went on from
         self._step = self._trained = self._time = 0.0
+        self._periods = 0  # of a service, which has no iterations
         self._is_dated = False  # whether an event told its time
         self._facts: dict[str, Any] = {}
         self._latest: dict[str, float] = {}
         self._state = "waiting"
         self._samples: dict[str, Any] | None = None
         self._best: dict[str, Any] | None = None
+        self._metric = ""  # of a search
         self._unread = 0
         self._problems: list[str] = []
 
@@ -133,26 +140,32 @@ class Run:
         if abs(getattr(event, "step", None) or 0) > _FURTHEST:
             raise ValueError("no run is that long")
         if isinstance(event, Start):
-            self._starts(time, event)
+            self._starts(time, event.step)
+            self._state = "running"
+            self._facts = {"title": event.title, "parameters": event.parameters, "iterations": event.iterations, "device": event.device}
+        elif isinstance(event, ServingStarted):
+            self._starts(time, self._periods)
         self._at(time, event)
         self._numbers(event)
         if isinstance(event, (Validation, Average)):
             self._validated(event)
-        self._state = _STATES.get(type(event), "running" if isinstance(event, (Iterations, Step)) or self._state == "waiting" else self._state)
+        elif isinstance(event, SearchStarted):
+            self._metric = METRICS.get(event.metric, event.metric)
+        elif isinstance(event, TrialEnded) and event.best and event.value is not None and math.isfinite(event.value):
+            self._best = {"metric": self._metric, "value": event.value, "step": event.step or 0}
+        self._state = _STATES.get(type(event), "running" if isinstance(event, _RUNNING) or self._state == "waiting" else self._state)
         if (mark := self._mark(event)) is not None:
             self._marks.setdefault(mark.kind, deque(maxlen=MARKS)).append(mark)
         if isinstance(event, Rollback) and not event.final:
             self._goes_on(self._segments[-1][0], event.to)
 
-    def _starts(self, time: float, event: Start) -> None:
-        """A stretch of training begins: the time since the last one does not count."""
+    def _starts(self, time: float, step: int) -> None:
+        """A stretch of training begins, or of service: the time since the last one does not count."""
         if self._is_dated:
-            self._goes_on(self._segments[-1][0] + max(0.0, time - self._time), event.step)
+            self._goes_on(self._segments[-1][0] + max(0.0, time - self._time), step)
         else:
             self._segments.clear()
-            self._goes_on(time, event.step)
-        self._state = "running"
-        self._facts = {"title": event.title, "parameters": event.parameters, "iterations": event.iterations, "device": event.device}
+            self._goes_on(time, step)
 
     def _goes_on(self, offset: float, step: int) -> None:
         self._segments.append((offset, float(step)))
@@ -172,7 +185,8 @@ class Run:
         """Its points, those of an iteration together. `Step` says again what `Iterations` said."""
         seconds = event.seconds if isinstance(event, Iterations) else []
         left = math.fsum(one for one in seconds if math.isfinite(one))
-        for place, (step, found) in enumerate(itertools.groupby(points(event), lambda point: point.step)):
+        self._periods += isinstance(event, Serving)
+        for place, (step, found) in enumerate(itertools.groupby(points(event, self._periods), lambda point: point.step)):
             left -= seconds[place] if seconds and math.isfinite(seconds[place]) else 0.0
             rows: dict[str, dict[str, float]] = {}
             for name, _, value in found:
@@ -245,7 +259,7 @@ class Run:
         """Every table's numbers in a window of an axis ("step", "time"), about `width` rows of each at most, and the marks in it."""
         with self._lock:
             segments = self._as_arrays()
-            shown = {name: window(table, axis, segments, low, high, width) for name, table in self.tables.items()}
+            shown = {name: window(table, axis, segments, low, high, width) for name, table in self._tables(axis).items()}
             marks = [
                 {"kind": mark.kind, "x": x, "step": mark.step, "time": mark.time, "text": mark.text, "trouble": mark.is_trouble}
                 | ({"chart": mark.chart, "value": mark.value} if mark.chart else {})
@@ -263,6 +277,10 @@ class Run:
         later = np.minimum.accumulate(np.append(begins[1:], np.inf)[::-1])[::-1]
         return Segments(offsets, later)
 
+    def _tables(self, axis: str) -> dict[str, Table]:
+        """What stands on an axis: nothing of a service does on that of the iterations."""
+        return {} if axis == "step" and self._periods else self.tables
+
     def _extent(self, axis: str) -> list[float] | None:
-        found = [ends for table in self.tables.values() if (ends := extent(table, axis, self._as_arrays())) is not None]
+        found = [ends for table in self._tables(axis).values() if (ends := extent(table, axis, self._as_arrays())) is not None]
         return [min(low for low, _ in found), max(high for _, high in found)] if found else None

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from cvmk.telemetry.schema import Epoch, Event, Iterations, Record, Resources, Resumed, Rollback, Scored, Start, Step, Validation
+from cvmk.telemetry.schema import Epoch, Event, Iterations, Record, Resources, Resumed, Rollback, Scored, Serving, Start, Step, Validation
 
 PARTS = ("cross_entropy", "logits", "hidden", "attention")
 
@@ -18,12 +18,18 @@ class Point(NamedTuple):
     value: float
 
 
-def points(event: Event) -> Iterator[Point]:
+def points(event: Event, period: int = 0) -> Iterator[Point]:
     """The numbers of an event that belong on a curve over the iterations; those that are not finite too.
+
+    A service has no iterations: its events stand at `period`, the number of its `Serving` events so far.
 
     loss, learning_rate, gradient_norm, tokens_per_second, seconds (of an iteration), data_wait (seconds of these); loss/PART of what is logged;
     validation/METRIC and agreement/METRIC; epoch/loss and epoch/anomalies; process/cpu (cores), machine/cpu (share), process/memory and machine/memory
     (bytes), gpuN/use (share) and gpuN/memory (bytes).
+
+    Of a service: service/requests, service/failures and service/rejections (a second), service/sessions (open), service/loop_lag (seconds); of each of its
+    models service/translations/MODEL and service/characters/MODEL (a second), the means service/queue_seconds/MODEL, service/decode_seconds/MODEL and
+    service/first_text_seconds/MODEL, and service/waiting_tokens/MODEL and service/running_tokens/MODEL.
     """
     if isinstance(event, Iterations):
         yield from _iterations(event)
@@ -36,8 +42,10 @@ def points(event: Event) -> Iterator[Point]:
     elif isinstance(event, Epoch):
         yield Point("epoch/loss", event.step, event.loss)
         yield Point("epoch/anomalies", event.step, sum(event.anomalies.values()))
-    elif isinstance(event, Resources) and event.step is not None:
-        yield from _resources(event, event.step)
+    elif isinstance(event, Resources) and (event.step is not None or period):
+        yield from _resources(event, period if event.step is None else event.step)
+    elif isinstance(event, Serving):
+        yield from (Point(f"service/{name}", period, value) for name, value in _service(event))
 
 
 def _iterations(event: Iterations) -> Iterator[Point]:
@@ -67,6 +75,33 @@ def _resources(event: Resources, step: int) -> Iterator[Point]:
     yield from (Point(name, step, value) for name, value in found.items() if isinstance(value, (int, float)))
 
 
+def _service(event: Serving) -> Iterator[tuple[str, float]]:
+    failures = {status: count for status, count in event.requests.items() if status not in _NO_FAILURES}
+    for name, counts in (("requests", event.requests), ("failures", failures), ("rejections", event.rejections)):
+        yield name, _rate(sum(filter(_is_number, counts.values())), event.seconds)
+    yield "sessions", event.sessions
+    if event.loop_lag is not None:
+        yield "loop_lag", event.loop_lag
+    for model, told in event.models.items():
+        found = {name: value for name, value in told.items() if _is_number(value)} if isinstance(told, dict) else {}
+        for name, of in (("translations", "translations"), ("characters", "committed_characters")):
+            if of in found:
+                yield f"{name}/{model}", _rate(found[of], event.seconds)
+        yield from ((f"{name}/{model}", found[name]) for name in _OF_A_MODEL if name in found)
+
+
+_NO_FAILURES = ("OK", "CANCELLED")
+_OF_A_MODEL = ("queue_seconds", "decode_seconds", "first_text_seconds", "waiting_tokens", "running_tokens")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _rate(count: float, seconds: float) -> float:
+    return count / seconds if seconds > 0 else math.nan
+
+
 @dataclass
 class Curve:
     steps: list[int] = field(default_factory=list)
@@ -86,6 +121,7 @@ class Curves:
 
     def __init__(self, records: Iterable[Record] = ()) -> None:
         self.series: dict[str, Curve] = {}
+        self._periods = 0
         for record in records:
             self.add(record)
 
@@ -97,7 +133,8 @@ class Curves:
         elif isinstance(event, (Resumed, Start)):
             self._cut(event.step)
         added = []
-        for point in points(event):
+        self._periods += isinstance(event, Serving)
+        for point in points(event, self._periods):
             curve = self.series.setdefault(point.name, Curve())
             if curve.steps and point.step <= curve.steps[-1]:
                 continue  # `Step` says again what `Iterations` said

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from cvmk.telemetry.curves import points
 from cvmk.telemetry.plots import PlotProcess
-from cvmk.telemetry.schema import Event, Iterations, Record, Resumed, Rollback, Start
+from cvmk.telemetry.schema import Event, Iterations, Record, Resumed, Rollback, Serving, Start
 from cvmk.telemetry.tensorboard import ScalarWriter
 
 TENSORBOARD = "tensorboard"
@@ -22,7 +22,7 @@ _LAST_SECONDS = 4.0
 
 class TelemetryDashboard:
     """Subscribes to an `EventStream`: loss, learning rate, gradient norm, throughput, latency of an iteration, scores, and the use of processor, memory
-    and GPU, under the names of `cvmk.telemetry.curves.points` (those without a / under train/).
+    and GPU; of a service latency, throughput, sessions and rejections; under the names of `cvmk.telemetry.curves.points` (those without a / under train/).
 
     folder        of the run, where its events are written.
     tensorboard   write scalars to tensorboard/ in it.
@@ -36,6 +36,7 @@ class TelemetryDashboard:
         self._plots = PlotProcess(Path(folder), plots) if plots else None
         self._every, self._drawn = plots_every, time.monotonic()
         self._last: defaultdict[str, int] = defaultdict(lambda: -1)
+        self._periods = 0
 
     def receive(self, record: Record) -> None:
         if self._writer is not None and record.event.RECORDED:
@@ -61,7 +62,8 @@ class TelemetryDashboard:
             self._last = defaultdict(lambda: -1, {name: min(last, step) for name, last in self._last.items()})
             writer.restart(step + 1, record.time)
         found: dict[int, dict[str, float]] = {}
-        for name, step, value in points(event):
+        self._periods += isinstance(event, Serving)
+        for name, step, value in points(event, self._periods):
             if step > self._last[name] and _chosen(event, step):
                 self._last[name] = step
                 found.setdefault(step, {})[name if "/" in name else f"train/{name}"] = value

@@ -10,7 +10,7 @@ import pytest
 from chromium import Chromium, Page
 from event_logs import EPOCH, start, steps, validation, write
 
-from cvmk.telemetry.schema import Anomaly, End, Interruption, Iterations, Rollback
+from cvmk.telemetry.schema import Anomaly, End, Interruption, Iterations, Rollback, Serving, ServingStarted
 
 Served = Callable[..., AbstractContextManager[str]]
 CONTRAST = Path(__file__).parents[1] / "helpers/contrast.js"
@@ -114,6 +114,22 @@ def test_it_follows_a_training(browser: Chromium, tmp_path: Path, served: Served
         ]
         write(run, End({}))
         page.wait("document.querySelector('#runs tr').cells[1].innerText === 'finished'")
+        assert page.errors == []
+
+
+def test_a_service_is_shown_over_time(browser: Chromium, tmp_path: Path, served: Served) -> None:
+    reports = [Serving(1.0, 3, {"OK": 10}, models={"m": {"translations": 9, "decode_seconds": 0.02}}) for _ in range(5)]
+    write(tmp_path / "service", ServingStarted({"m": {}}), *reports)
+    with served(tmp_path) as url:
+        page = fresh(browser, url)
+        page.wait("document.querySelectorAll('#charts figure:not([hidden])').length === 4")  # those that are 0 throughout are left out
+        titles = page.run("[...document.querySelectorAll('#charts figure:not([hidden]) figcaption')].map((one) => one.innerText.split('\\n')[0])")
+        assert [title.split("  ")[0] for title in titles] == ["Requests", "Open sessions", "Translations: m", "Time of a translation: m"], titles
+        assert page.run("[...document.querySelectorAll('[name=axis]')].map((radio) => [radio.value, radio.checked, radio.disabled])") == [
+            ["step", False, True], ["time", True, False],
+        ]  # fmt: skip
+        write(tmp_path / "run", start(), *steps(range(1, 11)))
+        page.wait(f"{LOSS} && !document.querySelector('[name=axis]').disabled && document.querySelector('[name=axis]').checked")
         assert page.errors == []
 
 

@@ -5,12 +5,29 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import event_logs
 from event_logs import EPOCH, start, steps, validation, write
 
 from cvmk.dashboard.run import Run
-from cvmk.telemetry.schema import Anomaly, End, Interruption, Iterations, Note, Resources, Resumed, Rollback, Step
+from cvmk.telemetry.schema import (
+    Anomaly,
+    End,
+    Interruption,
+    Iterations,
+    Note,
+    Resources,
+    Resumed,
+    Rollback,
+    SearchEnded,
+    SearchStarted,
+    Serving,
+    ServingEnded,
+    ServingStarted,
+    Step,
+    TrialEnded,
+)
 
 
 def read(folder: Path, run: Run | None = None) -> Run:
@@ -130,3 +147,36 @@ def test_iterations_and_what_the_machine_does(tmp_path: Path) -> None:
     assert shown["loss"].mean[0].tolist() == [8.0]
     assert mark["chart"] == "tokens_per_second" and mark["value"] == 90.0 and mark["trouble"]
     assert [one.title for one in run.charts.values() if one.table == "machine"][-1] == "Memory of GPU 0"
+
+
+def serving(translations: int, seconds: float | None, **changes: Any) -> Serving:
+    models = {"a/b": {"translations": translations, "queue_seconds": seconds}}
+    values: dict[str, Any] = {"requests": {"OK": 60, "CANCELLED": 3, "INTERNAL": 6}, "rejections": {"rate": 12}, "models": models}
+    return Serving(60.0, 5, **{**values, **changes})
+
+
+def test_a_service_has_charts_over_time(tmp_path: Path) -> None:
+    """It has no iterations; when it was down is no time."""
+    cores = Resources(None, 0.5, 0.1, 1, 1, 2)
+    write(tmp_path, ServingStarted({"a/b": {}}), serving(30, 0.25), cores, ServingEnded())
+    broken = serving(1, 1.0, models={"a/b": 7}, requests={"OK": "many"})
+    run = read(write(tmp_path, ServingStarted({}), serving(90, None), cores, broken, begin=EPOCH + 10_000))
+    assert run.summary()["extent"]["step"] is None and run.view("step", None, None, 100)[0] == {} and run.summary()["state"] == "running"
+    shown, marks = run.view("time", None, None, 100)
+    service, machine = shown["service"], shown["machine"]
+    assert service.x.tolist() == [1, 4, 6] and machine.x.tolist() == [2, 5] and len(set(service.segment.tolist())) == 2 and not service.faint.any()
+    found = {name: [None if value != value else value for value in service.mean[:, place].tolist()] for place, name in enumerate(service.fields)}
+    assert found == {
+        "service/requests": [1.15, 1.15, 0.0], "service/failures": [0.1, 0.1, 0.0], "service/rejections": [0.2] * 3, "service/sessions": [5.0] * 3,
+        "service/translations/a/b": [0.5, 1.5, None], "service/queue_seconds/a/b": [250.0, None, None],
+    }  # fmt: skip
+    assert [run.charts[name].title for name in found if name.endswith("a/b")] == ["Wait in the queue: a/b", "Translations: a/b"]
+    assert [mark["kind"] for mark in marks] == ["serving_start", "serving_end", "serving_start"]
+    assert read(write(tmp_path, ServingEnded(), begin=EPOCH + 20_000), run).summary()["state"] == "finished"
+
+
+def test_a_search_tells_its_best_score(tmp_path: Path) -> None:
+    begun = SearchStarted("s", "chrf", "maximize", "tpe", None, {})
+    run = read(write(tmp_path, begun, TrialEnded(0, "complete", 20.0, 9, best=True), TrialEnded(1, "pruned", 30.0, 3), SearchEnded(0, 20.0)))
+    assert (run.summary()["best"], run.summary()["state"]) == ({"metric": "chrF", "value": 20.0, "step": 9}, "finished")
+    assert read(write(tmp_path, begun), run).summary()["state"] == "running"

@@ -72,13 +72,30 @@ async function ask() {
 }
 
 function question() {
-  const query = new URLSearchParams({ axis: view.axis, points: String(Math.min(800, Math.max(200, Math.round(innerWidth / 3)))) });
+  const query = new URLSearchParams({ axis: axis(), points: String(Math.min(800, Math.max(200, Math.round(innerWidth / 3)))) });
   if (view.window) {
     query.set("from", view.window[0]);
     query.set("to", view.window[1]);
   }
   if (answer) query.set("runs", runs().filter((run) => run.chosen).map((run) => run.key).join());
   return query.toString();
+}
+
+// Services have no iterations: alone they are shown over time.
+function axis() {
+  const chosen = answer ? runs().filter((run) => run.chosen) : [];
+  return chosen.some((run) => run.extent.time) && !chosen.some((run) => run.extent.step) ? "time" : view.axis;
+}
+
+let lastAxis = view.axis;
+function showAxis() {
+  const now = axis();
+  if (now !== lastAxis) view.window = null;
+  lastAxis = now;
+  for (const radio of document.querySelectorAll("[name=axis]")) {
+    radio.checked = radio.value === now;
+    radio.disabled = now !== view.axis && radio.value !== now;
+  }
 }
 
 function state(name, words) {
@@ -199,6 +216,7 @@ function show() {
   if (!answer) return;
   const all = runs();
   const chosen = all.filter((run) => run.chosen);
+  showAxis();
   showRuns(all);
   showProblems(all);
   const window = view.window ?? whole(chosen);
@@ -292,7 +310,7 @@ function showSamples(chosen) {
 for (const radio of document.querySelectorAll("[name=axis]")) {
   radio.checked = radio.value === view.axis;
   radio.addEventListener("change", () => {
-    [view.axis, view.window] = [radio.value, null];
+    [view.axis, view.window, lastAxis] = [radio.value, null, radio.value];
     keep();
     page.point(null, null);
     ask();
