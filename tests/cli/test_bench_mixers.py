@@ -137,9 +137,12 @@ def _one_by_one(translator: Translator, policy: Policy, text: str) -> list[Shown
 def test_a_study_goes_on_where_it_stopped(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     work = tmp_path / "work"
     arguments = ["bench", "mixers", str(config), str(work), "--iterations", "3", "--streams", "2", "--lengths", "8", "40", "--steps", "2", "--seconds", "0.001"]
-    assert main([*arguments, "--patterns", "A"]) == 0
-    first, costs_first = (work / "A-seed1" / study.RESULT).read_text(), (work / study.COSTS).read_text()
-    result, cost = json.loads(first), json.loads(costs_first)
+    with monkeypatch.context() as patched:
+        patched.setattr(study, "write_plots", lambda *arguments: "no plots")
+        assert main([*arguments, "--patterns", "A"]) == 0
+    assert "no plots" in capsys.readouterr().err
+    first = (work / "A-seed1" / study.RESULT).read_text()
+    result, cost = json.loads(first), json.loads((work / study.COSTS).read_text())
     assert result["diverged"] is None and len(result["hypotheses"]) == 9
     assert [*result["noisy"]] == ["as they are", *measures.NOISES, "2 joined", "4 joined", "8 joined"]
     assert [*result["cuts"]] == ["whole", *measures.CUTS] and all(0 <= one["kept"] <= 1 for one in result["cuts"].values())
@@ -155,10 +158,10 @@ def test_a_study_goes_on_where_it_stopped(config: Path, tmp_path: Path, capsys: 
         return original(folder, options)
 
     monkeypatch.setattr(study, "_measured", watched)
-    assert main([*arguments, "--patterns", "A", "A:S"]) == 0
-    assert [folder.name for folder in measured] == ["A-S-seed1"] and (work / "A-seed1" / study.RESULT).read_text() == first
+    assert main([*arguments, "--patterns", "A", "causal-A:S"]) == 0
+    assert [folder.name for folder in measured] == ["causal-A-S-seed1"] and (work / "A-seed1" / study.RESULT).read_text() == first
     out = capsys.readouterr().out
-    rows = [line for line in out.splitlines() if line.startswith("| A:S ")]
+    rows = [line for line in out.splitlines() if line.startswith("| causal-A:S ")]
     assert len(rows) == 6 and out.endswith((work / study.TABLE).read_text()) and " to " in rows[0]
     if importlib.util.find_spec("matplotlib") is not None:
         assert {path.name for path in (work / "plots").iterdir()} == {f"{name}.{kind}" for name in plots.NAMES for kind in ("png", "svg")}
@@ -167,26 +170,26 @@ def test_a_study_goes_on_where_it_stopped(config: Path, tmp_path: Path, capsys: 
 
     # The costs were measured for both beside each other, and are measured again by themselves.
     both = json.loads((work / study.COSTS).read_text())
-    assert [*both["decoding"]] == [*both["training"]["seconds"]] == ["A", "A:S"]
+    assert [*both["decoding"]] == [*both["training"]["seconds"]] == ["A", "causal-A:S"]
     monkeypatch.setattr(pipeline, "train", _no_training)
     assert main([*arguments, "--patterns", "A"]) == 0 and json.loads((work / study.COSTS).read_text()) == both
     assert main([*arguments, "--patterns", "A", "--costs-again"]) == 0 and len(measured) == 1
     again = json.loads((work / study.COSTS).read_text())
-    assert [*again["decoding"]] == ["A", "A:S"] and again["training"]["seconds"] != both["training"]["seconds"]
+    assert [*again["decoding"]] == ["A", "causal-A:S"] and again["training"]["seconds"] != both["training"]["seconds"]
 
     # A training that is finished is only measured, as is one that an older cvmk measured less of.
     (work / "A-seed1" / study.RESULT).unlink()
-    shortened = json.loads((work / "A-S-seed1" / study.RESULT).read_text())
-    (work / "A-S-seed1" / study.RESULT).write_text(json.dumps({name: value for name, value in shortened.items() if name not in ("cuts", "stability")}))
-    assert main([*arguments, "--patterns", "A", "A:S"]) == 0 and len(measured) == 3
-    assert (work / "A-seed1" / study.RESULT).read_text() == first and json.loads((work / "A-S-seed1" / study.RESULT).read_text()) == shortened
+    shortened = json.loads((work / "causal-A-S-seed1" / study.RESULT).read_text())
+    (work / "causal-A-S-seed1" / study.RESULT).write_text(json.dumps({name: value for name, value in shortened.items() if name not in ("cuts", "stability")}))
+    assert main([*arguments, "--patterns", "A", "causal-A:S"]) == 0 and len(measured) == 3
+    assert (work / "A-seed1" / study.RESULT).read_text() == first and json.loads((work / "causal-A-S-seed1" / study.RESULT).read_text()) == shortened
     shutil.rmtree(work / "A-seed1" / study.RUN)
     (work / "A-seed1" / study.RESULT).unlink()
     with pytest.raises(AssertionError, match="trained"):
         main([*arguments, "--patterns", "A"])
 
-    # Streams in one batch see what each sees by itself.
-    translator, texts = Translator(work / "A-S-seed1" / "run" / "model"), [*result["references"][:3], "Where is it? I do not know. Here", "Yes", ""]
+    # Streams in one batch see what each sees by itself, with an encoder that keeps what it has read too.
+    translator, texts = Translator(work / "causal-A-S-seed1" / "run" / "model"), [*result["references"][:3], "Where is it? I do not know. Here", "Yes", ""]
     for policy in (WaitK(3), Retranslation(), LocalAgreement()):
         assert streams.watched(streams.Batched(translator), policy, texts) == [_one_by_one(translator, policy, text) for text in texts], policy
     few = list(phrasebook(1000).train.sources[100:102])
