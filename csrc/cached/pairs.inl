@@ -51,6 +51,7 @@ CVMK_INLINE void round_row(const float* from, int64_t n, uint16_t* to) {
 // What one row and head needs, and its memory.
 struct Chain {
   const uint32_t *keys, *values;
+  const uint32_t *next_keys, *next_values;  // of the chain that comes after it, asked for while this one is computed: caches come from far away
   float *scores, *out, *map;
   uint16_t *q, *weights;
 };
@@ -71,7 +72,10 @@ CVMK_INLINE void chain_scores(const Attention& p, const Chain* chains, int64_t l
       for (int c = 0; c < kChains; ++c) {
         const uint32_t word = word_at(chains[c].q, i);
 #pragma GCC unroll 2
-        for (int v = 0; v < kVectors; ++v) sum[c][v] = dot2<kPairs>(sum[c][v], load_words(chains[c].keys + at[v] + i * kColumns), word);
+        for (int v = 0; v < kVectors; ++v) {
+          sum[c][v] = dot2<kPairs>(sum[c][v], load_words(chains[c].keys + at[v] + i * kColumns), word);
+          __builtin_prefetch(chains[c].next_keys + at[v] + i * kColumns);
+        }
       }
     for (int c = 0; c < kChains; ++c)
       for (int v = 0; v < kVectors; ++v) simd::store(chains[c].scores + j + v * kLanes, sum[c][v]);
@@ -92,7 +96,10 @@ CVMK_INLINE void chain_values(const Attention& p, const Chain* chains, int64_t l
       for (int c = 0; c < kChains; ++c) {
         const uint32_t word = word_at(chains[c].weights, i);
 #pragma GCC unroll 2
-        for (int v = 0; v < kVectors; ++v) sum[c][v] = dot2<kPairs>(sum[c][v], load_words(chains[c].values + i * width + j + v * kLanes), word);
+        for (int v = 0; v < kVectors; ++v) {
+          sum[c][v] = dot2<kPairs>(sum[c][v], load_words(chains[c].values + i * width + j + v * kLanes), word);
+          __builtin_prefetch(chains[c].next_values + i * width + j + v * kLanes);
+        }
       }
     for (int c = 0; c < kChains; ++c)
       for (int v = 0; v < kVectors; ++v) simd::store_n(chains[c].out + j + v * kLanes, sum[c][v] * inverse[c], static_cast<int>(most(0, least(kLanes, p.d - j - v * kLanes))));
@@ -114,17 +121,29 @@ inline void attend_chains(const Attention& p, const Chain* chains, int64_t lengt
   chain_values<kPairs, kChains>(p, chains, length, inverse);
 }
 
+CVMK_INLINE const uint32_t* keys_of(const Attention& p, const Item& item, int64_t head) {
+  return static_cast<const uint32_t*>(item.cache.keys) + head / (p.heads / p.kv_heads) * pieces(p.d, 2) * item.cache.capacity;
+}
+CVMK_INLINE const uint32_t* values_of(const Attention& p, const Item& item, int64_t head) {
+  return static_cast<const uint32_t*>(item.cache.values) + head / (p.heads / p.kv_heads) * (item.cache.capacity / 2) * up(p.d, kColumns);
+}
+
+// `after`: the item that the thread will probably compute next; null where there is none.
 template <bool kPairs>
-inline void attend_pairs_as(const Attention& p, const Item& item, char* memory) {
-  const int64_t group = p.heads / p.kv_heads, each = chain_bytes(p.longest, p.d), count = item.rows * p.heads, capacity = item.cache.capacity;
+inline void attend_pairs_as(const Attention& p, const Item& item, const Item* after, char* memory) {
+  const int64_t each = chain_bytes(p.longest, p.d), count = item.rows * p.heads;
   for (int64_t first = 0; first < count; first += kBeside) {
     Chain chains[kBeside];
     const int64_t n = least(kBeside, count - first);
     for (int64_t c = 0; c < n; ++c) {
-      const int64_t head = (first + c) / item.rows, row = (first + c) % item.rows, kv = head / group;
+      const int64_t head = (first + c) / item.rows, row = (first + c) % item.rows, then = first + c + kBeside;
       Chain& chain = chains[c];
-      chain.keys = static_cast<const uint32_t*>(item.cache.keys) + kv * pieces(p.d, 2) * capacity;
-      chain.values = static_cast<const uint32_t*>(item.cache.values) + kv * (capacity / 2) * up(p.d, kColumns);
+      chain.keys = keys_of(p, item, head);
+      chain.values = values_of(p, item, head);
+      const Item& next = then < count || after == nullptr ? item : *after;
+      const int64_t next_head = then < count ? then / item.rows : after == nullptr ? head : least(c / after->rows, p.heads - 1);
+      chain.next_keys = keys_of(p, next, next_head);
+      chain.next_values = values_of(p, next, next_head);
       chain.out = item.out + row * item.out_stride + head * p.d;
       chain.map = item.map == nullptr ? nullptr : item.map + row * item.length;
       chain.scores = reinterpret_cast<float*>(memory + c * each);
@@ -138,16 +157,16 @@ inline void attend_pairs_as(const Attention& p, const Item& item, char* memory) 
   }
 }
 
-inline void attend_pairs(const Attention& p, const Item& item, char* memory) {
+inline void attend_pairs(const Attention& p, const Item& item, const Item* after, char* memory) {
   if (item.length == 0) {
     for (int64_t r = 0; r < item.rows; ++r) memset(item.out + r * item.out_stride, 0, static_cast<size_t>(p.heads * p.d) * sizeof(float));
     return;
   }
   if (item.map != nullptr) memset(item.map, 0, static_cast<size_t>(item.rows * item.length) * sizeof(float));
 #if defined(__AVX512F__)
-  if (p.pairs) return attend_pairs_as<true>(p, item, memory);
+  if (p.pairs) return attend_pairs_as<true>(p, item, after, memory);
 #endif
-  attend_pairs_as<false>(p, item, memory);
+  attend_pairs_as<false>(p, item, after, memory);
 }
 
 template <bool kPairs>

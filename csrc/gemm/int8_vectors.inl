@@ -14,11 +14,15 @@ constexpr int64_t kVectorRows = 24;  // rows of sums that stand at one time
 // `next`: bytes that a later call will read, a line of which is asked for at every step; beyond the end of a weight they are never read.
 template <bool kVnni, int kRows, int kPanels>
 inline void vector_block(const uint8_t* a, int64_t padded, const int8_t* const* b, const int32_t* const* start, const int8_t* next, int32_t* sums, int64_t stride) {
+  // All loops over sums are unrolled: where one is not, GCC keeps a copy of the sums in memory, too.
   I sum[kRows][kPanels * kVectors];
+#pragma GCC unroll 16
   for (int p = 0; p < kPanels; ++p)
+#pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
       I first{};
       if (kVnni) memcpy(&first, start[p] + v * kLanes, sizeof first);
+#pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) sum[r][p * kVectors + v] = first;
     }
   for (int64_t k = 0; k < padded; k += 4) {
@@ -37,8 +41,11 @@ inline void vector_block(const uint8_t* a, int64_t padded, const int8_t* const* 
       for (int p = 0; p < kPanels * kVectors; ++p) sum[r][p] = dot4<kVnni>(sum[r][p], x, w[p]);
     }
   }
+#pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 16
     for (int p = 0; p < kPanels; ++p)
+#pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) memcpy(sums + r * stride + p * kPanel + v * kLanes, &sum[r][p * kVectors + v], sizeof(I));
 }
 
