@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from cvmk.cli._arguments import samples, share
@@ -27,12 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from cvmk.report import figures_of, outputs, write_report
 
-    folders = dict.fromkeys(arguments.runs)
-    several = len(folders) > 1 or arguments.baseline not in (None, *folders)
+    baseline = [] if arguments.baseline is None else [arguments.baseline]
+    several = len({os.path.realpath(folder) for folder in [*baseline, *arguments.runs]}) > 1
     out = arguments.output or (Path("report") if several else Path(arguments.runs[0]) / "report")
     outputs(out)  # a wrong name is told before the work is done
     figures = figures_of(
-        list(folders), baseline=arguments.baseline, bootstrap=arguments.bootstrap, confidence=arguments.confidence, benchmarks=arguments.benchmarks
+        arguments.runs, baseline=arguments.baseline, bootstrap=arguments.bootstrap, confidence=arguments.confidence, benchmarks=arguments.benchmarks
     )
     paths = write_report(figures, out)
     for text in dict.fromkeys([*(text for run in figures.runs for text in run.problems), *figures.problems]):

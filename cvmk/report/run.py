@@ -19,6 +19,7 @@ from cvmk.report.names import CONTENTS, ENVIRONMENT, EVALUATIONS, HYPOTHESES, QU
 from cvmk.report.search import is_search
 from cvmk.telemetry import EventReader
 from cvmk.telemetry.events import EVENTS
+from cvmk.telemetry.schema import Iterations, Start, Step, Validation
 
 MOST_RUNS = 100
 
@@ -84,6 +85,7 @@ def read_folders(folders: Sequence[Path]) -> tuple[list[Run], list[QuantizedMode
     for path in paths:
         if is_run(path):
             runs.append(read_run(path))
+            _check_is_training(runs[-1])
         elif not (path / QUANTIZATION).is_file():
             raise DataError(_no_run(path))
         places = [path, *(sorted(entry for entry in path.iterdir() if entry.is_dir()))]
@@ -109,6 +111,14 @@ def _no_run(path: Path) -> str:
     if not path.is_dir():
         return f"{path} is a file: name the folder of a run"
     return f"{path} holds no run of cvmk train and no model of cvmk quantize: name a folder with {RESOLVED} or {QUANTIZATION}"
+
+
+def _check_is_training(run: Run) -> None:
+    """A service, a validation and a quantisation write logs, too. Raises DataError for one of those."""
+    told = run.history.counts
+    if told and not run.config and not run.report and not any(told[event.KIND] for event in (Start, Step, Iterations, Validation)):
+        first = next(iter(told))
+        raise DataError(f"{run.path} is the log of something else than a training (its first event is {first!r}): cvmk dashboard {run.path} shows it")
 
 
 def _names(paths: Sequence[Path]) -> list[str]:

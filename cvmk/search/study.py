@@ -107,8 +107,9 @@ class SearchStudy:
         if differ and self._alone and is_alike and not made and not self._study.get_trials(deepcopy=False):
             self._write_claim(base)
         elif differ:
+            what = f"{', '.join(differ[:5])} {'differs' if len(differ) == 1 else 'differ'}"
             raise ConfigError(
-                f"the study {self.name} in {self._place} was made with another configuration ({', '.join(differ[:5])} differ): "
+                f"the study {self.name} in {self._place} was made with another configuration ({what}): "
                 "its trials cannot be compared with new ones, so go back to that configuration, or choose another search.folder (or search.name)"
             )
 
@@ -271,7 +272,8 @@ class SearchStudy:
         try:
             yield
         except (ValueError, KeyError, RuntimeError, AssertionError) as error:
-            raise DataError(f"the study {self.name} in {self._place} is damaged or of another Optuna ({_reason(error)})") from error
+            what = f"the study {self.name} in {self._place} is damaged or of another Optuna ({_reason(error)})"
+            raise DataError(f"{what}: restore it, or choose another search.folder (or search.storage)") from error
 
 
 def library() -> Any:

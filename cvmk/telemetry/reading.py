@@ -78,8 +78,8 @@ class EventReader:
         """What could not be read so far, a sentence each."""
         found = [self._gone] if self._gone else []
         found += [
-            f"{self.path}: {count} events {kind!r} of version {version} are passed over, "
-            + (f"this cvmk reads them up to version {KINDS[kind].VERSION}" if kind in KINDS else "this cvmk does not know them")
+            f"{self.path}: {count} {'event' if count == 1 else 'events'} {kind!r} of version {version} {'is' if count == 1 else 'are'} passed over, "
+            + (f"this cvmk reads up to version {KINDS[kind].VERSION}" if kind in KINDS else "this cvmk does not know that kind")
             for (kind, version), count in self._unknown.items()
         ]
         found += self._broken

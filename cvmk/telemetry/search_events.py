@@ -29,7 +29,7 @@ class SearchStarted(Event):
 
     def text(self) -> str:
         before = f", {self.trials} trials are done" if self.trials else ""
-        return f"study {self.study}: {len(self.space)} keys, {self.sampler}, {self.metric} ({self.direction}){before}"
+        return f"study {self.study}: {len(self.space)} {'key' if len(self.space) == 1 else 'keys'}, {self.sampler}, {self.metric} ({self.direction}){before}"
 
 
 @dataclass(frozen=True)

@@ -122,7 +122,7 @@ def _check_unchanged(folder: Path, resolved: dict[str, Any], contents: Mapping[s
     known = (folder / CONTENTS).exists()  # an older cvmk kept no contents: where they are must then be the same
     changed = changed_keys(TrainConfig, before, resolved, by_content=known)
     if changed:
-        differ = f"{', '.join(changed[:5])} differ"
+        differ = f"{', '.join(changed[:5])} {'differs' if len(changed) == 1 else 'differ'}"
         raise ConfigError(f"the run in {folder} was started with another configuration ({differ}): go on with {_own_command(folder, before)}, or --restart")
     if known:
         check_contents(folder, read_json(folder / CONTENTS), contents)

@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
+from event_logs import write
 from run_folders import sentences, validation, worse, write_run
 
 from cvmk import cli
 from cvmk.report import write_report
+from cvmk.telemetry.schema import ServingEnded, ServingStarted
 
 _, REFERENCES = sentences(40)
 
@@ -53,6 +55,11 @@ def test_runs_of_the_same_name_are_told_apart(runs: Path, capsys: pytest.Capture
     assert [run["name"] for run in json.loads(capsys.readouterr().out)["runs"]] == ["runs/a", "other/a"]
 
 
+def test_a_run_that_is_named_twice_is_one(runs: Path) -> None:
+    assert cli.main(["report", "runs/a", "runs/a/", "./runs/a", "--bootstrap", "50"]) == 0
+    assert not names(runs) and (runs / "runs" / "a" / "report.md").read_text(encoding="utf-8").startswith("# a\n")
+
+
 def test_timings_are_shown(runs: Path) -> None:
     rows = [{"op": "quantize_int8", "case": "rows 64", "backend": "native", "seconds": 0.0012, "reasons": []}]
     rows.append({"case": "step", "seconds": {"cvmk": 0.5, "peer": None}})
@@ -75,11 +82,13 @@ def test_timings_are_shown(runs: Path) -> None:
         (["runs/a", "--benchmarks", "bench.json"], 5, "bench.json holds no benchmarks"),
         (["runs/a", "--benchmarks", "nowhere.json"], 5, "nowhere.json"),
         ([f"many/{at}" for at in range(101)], 2, "101 runs are too many"),
+        (["service"], 5, "service is the log of something else than a training (its first event is 'serving_start'): cvmk dashboard service shows it"),
     ],
 )
 def test_what_is_refused(runs: Path, words: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     Path("bench.json").write_text("{}")
     Path("empty").mkdir()
+    write(Path("service"), ServingStarted({}), ServingEnded())
     assert cli.main(["report", *words]) == code
     told = capsys.readouterr().err
     assert message in told and told.count("\n") == 1 and not names(runs) and not names(runs / "runs" / "a")

@@ -99,8 +99,8 @@ def test_lines_that_cannot_be_read_are_told_and_the_rest_counts(tmp_path: Path) 
     assert shown["iteration"].x.tolist() == [1, 2, 5, 6]
     problems = run.summary()["problems"]
     assert problems[:3] == [
-        "events.jsonl: 1 events 'step' of version 99 are passed over, this cvmk reads them up to version 1",
-        "events.jsonl: 2 events 'weather' of version 1 are passed over, this cvmk does not know them",
+        "events.jsonl: 1 event 'step' of version 99 is passed over, this cvmk reads up to version 1",
+        "events.jsonl: 2 events 'weather' of version 1 are passed over, this cvmk does not know that kind",
         "events.jsonl line 4 is left out: it is no JSON, as where a run was killed",
     ]
     assert len(problems) == 7 and problems[-1] == "and 2 more"  # nesting without end, and a loss that is no number

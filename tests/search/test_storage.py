@@ -41,7 +41,7 @@ def test_half_a_line_at_the_end_of_a_journal(run: Run, tmp_path: Path):
 
 def test_a_journal_that_is_none(run: Run, tmp_path: Path):
     (tmp_path / "file").write_text("some\ntext\n")
-    with pytest.raises(DataError, match=r"the study search in .*file is damaged or of another Optuna"):
+    with pytest.raises(DataError, match=r"the study search in .*file is damaged or of another Optuna .*: restore it"):
         run(f'search.storage="{tmp_path}/file"')
 
 

@@ -73,8 +73,8 @@ def test_events_of_later_are_told_and_passed_over(tmp_path: Path) -> None:
     records, problems = read_events(tmp_path / "events.jsonl")
     assert [record.event.KIND for record in records] == ["start", "step", "early_stop"]  # a field that is not known is no reason to lose the event
     assert len(problems) == 2
-    assert "1 events 'step' of version 2 are passed over, this cvmk reads them up to version 1" in problems[0]
-    assert "3 events 'comet' of version 1 are passed over, this cvmk does not know them" in problems[1]
+    assert "1 event 'step' of version 2 is passed over, this cvmk reads up to version 1" in problems[0]
+    assert "3 events 'comet' of version 1 are passed over, this cvmk does not know that kind" in problems[1]
 
 
 def test_a_value_of_another_type_costs_its_line_only(tmp_path: Path) -> None:
