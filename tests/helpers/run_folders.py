@@ -83,15 +83,20 @@ SPACE: dict[str, Any] = {
 }  # fmt: skip
 
 
-def write_search(folder: Path, trials: Sequence[tuple[str, float | None]], *, ended: bool = True, rate: float = 1e-3) -> Path:
-    """A search's folder, whose trials have these states and scores; all are runs of 40 sentences, the complete ones finished. `rate`: of the last one."""
-    events: list[Event] = [SearchStarted("study", "bleu", "maximize", "tpe", "median", SPACE, {"trials": len(trials)})]
+def write_search(folder: Path, trials: Sequence[tuple[str, float | None]], *, ended: bool = True, rate: float = 1e-3, more: int = 0) -> Path:
+    """A search's folder, whose trials have these states and scores; all are runs of 40 sentences, the complete ones finished.
+
+    rate   of the last one.
+    more   keys with long names that are searched, too.
+    """
+    others = {f"distillation.a_rather_long_name_of_a_key_{at}": {"low": 0.0, "high": 1.0} for at in range(more)}
+    events: list[Event] = [SearchStarted("study", "bleu", "maximize", "tpe", "median", {**SPACE, **others}, {"trials": len(trials)})]
     for number, (state, value) in enumerate(trials):
         own = folder / "trials" / f"{number:04d}"
         parameters = {"optimizer.learning_rate": rate if number == len(trials) - 1 else 1e-3 + 1e-4 * number, "model.dropout": 0.0, "model.norm": "rmsnorm"}
         hypotheses = worse(sentences(40)[1], 2 + number) if state == "complete" else None
         write_run(own, [step(1), validation(10, value or 0.0)], hypotheses=hypotheses, config=parameters)
-        events.append(TrialStarted(number, parameters, str(own)))
+        events.append(TrialStarted(number, parameters | dict.fromkeys(others, 0.123456), str(own)))
         events += [TrialScored(number, 10, "bleu", value, True)] if value is not None else []
         events += [TrialEnded(number, state, value, 10, 1.5, "it diverged" if state == "failed" else "")] if state != "running" else []
     events += [SearchEnded(None, None, reason="the budget of trials is used up")] if ended else []

@@ -91,7 +91,7 @@ def test_the_best_at_the_edge_of_a_range(tmp_path: Path, rate: float, trials: in
 
 
 def test_a_search_is_read_in_any_light_and_on_paper(tmp_path: Path) -> None:
-    folder = write_search(tmp_path / "search", [*SEVERAL, *[("complete", 20.0 + at) for at in range(9)]])
+    folder = write_search(tmp_path / "search", [*SEVERAL, *[("complete", 20.0 + at) for at in range(9)]], more=12)
     page_of = write_report(figures_of([folder], bootstrap=10), tmp_path / "out")[0]
     with Chromium() as browser:
         page = browser.open(page_of.as_uri(), prefers_color_scheme="light")
