@@ -17,7 +17,7 @@ import pytest
 from cvmk.errors import ConfigError, DataError
 from cvmk.telemetry import EventStream, Record, RunLog, TelemetryDashboard, dashboard, plots, read_events
 from cvmk.telemetry.plots import draw
-from cvmk.telemetry.schema import Anomaly, Event, Iterations, Note, Resources, Resumed, Rollback, Start, Step, Validation
+from cvmk.telemetry.schema import Anomaly, Event, Iterations, Note, Resources, Resumed, Rollback, Serving, Start, Step, Validation
 from cvmk.telemetry.tensorboard import ScalarWriter
 
 
@@ -117,6 +117,16 @@ def listened(folder: Path, events: list[Event], **options: Any) -> None:
     for event in events:
         stream.emit(event)
     stream.close()
+
+
+def test_scalars_of_a_service(tmp_path: Path) -> None:
+    """Its reports are numbered; what it uses stands at the last one."""
+    report = Serving(2.0, 3, {"OK": 10}, models={"m": {"translations": 9, "queue_seconds": None, "decode_seconds": 0.02}})
+    listened(tmp_path, [report, Resources(None, 0.5, None, 7, None, None), report])
+    found = {step: values for step, values in scalars(tmp_path / "tensorboard") if values is not None and "service/requests" in values}
+    rates = {"service/requests": 5.0, "service/failures": 0.0, "service/rejections": 0.0, "service/sessions": 3.0, "service/translations/m": 4.5}
+    assert found == {step: pytest.approx(rates | {"service/decode_seconds/m": 0.02}) for step in (1, 2)}
+    assert (1, {"process/cpu": 0.5, "process/memory": 7.0}) in scalars(tmp_path / "tensorboard")
 
 
 def test_scalars_of_a_run(tmp_path: Path) -> None:
