@@ -44,7 +44,7 @@ _KNOWN = {chart.name: chart for chart in (
     Chart("service/requests", _SERVICE, "Requests", "a second"),
     Chart("service/failures", _SERVICE, "Requests that failed", "a second", is_part=True),
     Chart("service/rejections", _SERVICE, "Rejected", "a second", is_part=True),
-    Chart("service/sessions", _SERVICE, "Open sessions"),
+    Chart("service/sessions", _SERVICE, "Open sessions", is_part=True),
     Chart("service/loop_lag", _SERVICE, "Lag of the event loop", "ms", 1000),
     Chart("tokens_per_second", _SPEED, "Throughput", "tokens/s"),
     Chart("seconds", _SPEED, "Time of an iteration", "s"),
