@@ -101,11 +101,12 @@ void Scheduler::expire() {
   for (const EntryPointer& entry : late) tell(entry, Event::kExpired, {});
 }
 
-// A fair part of those who wait, as far as the budgets go; at least one where nothing runs.
-std::vector<Scheduler::EntryPointer> Scheduler::newcomers(Shard& shard) {
-  std::vector<EntryPointer> found;
+// A fair part of those who wait, as far as the budgets go, is put behind those who run; at least one where nothing runs. Where memory fails, all wait on.
+void Scheduler::admit(Shard& shard) {
   const std::lock_guard<std::mutex> lock(mutex_);
-  if (waiting_.empty()) return found;
+  if (waiting_.empty()) return;
+  const std::size_t before = shard.running.size();
+  shard.running.reserve(before + waiting_.size());
   std::int64_t rows = running_, encoded = 0, own = 0;
   for (const EntryPointer& entry : waiting_) rows += entry->request.options.beam_size;
   for (const EntryPointer& entry : shard.running) own += entry->request.options.beam_size;
@@ -115,34 +116,36 @@ std::vector<Scheduler::EntryPointer> Scheduler::newcomers(Shard& shard) {
     const EntryPointer& next = waiting_.front();
     const std::int64_t length = static_cast<std::int64_t>(next->request.source.size()) + 1;
     if (running_ > 0 && cost_ + next->cost > budget_.running) break;
-    if (!(found.empty() && shard.running.empty()) && own + next->request.options.beam_size > fair) break;
-    if (!found.empty() && encoded + length > budget_.encoded) break;
+    if (!shard.running.empty() && own + next->request.options.beam_size > fair) break;
+    if (shard.running.size() > before && encoded + length > budget_.encoded) break;
     encoded += length;
     own += next->request.options.beam_size;
     cost_ += next->cost;
     running_ += next->request.options.beam_size;
-    found.push_back(next);
+    shard.running.push_back(next);
     waiting_.pop_front();
   }
-  return found;
 }
 
 void Scheduler::begin(Shard& shard, const Team& team) {
-  const std::vector<EntryPointer> newcomers = this->newcomers(shard);
-  if (newcomers.empty()) return;
+  std::size_t kept = shard.running.size();
+  admit(shard);
+  if (shard.running.size() == kept) return;
   std::vector<Model::Source> sources;
-  std::vector<EntryPointer> begun;
-  shard.running.reserve(shard.running.size() + newcomers.size());
-  for (const EntryPointer& entry : newcomers) {
+  sources.reserve(shard.running.size() - kept);
+  for (std::size_t i = kept; i < shard.running.size(); ++i) {
+    EntryPointer& entry = shard.running[i];
     try {
       entry->sequence = std::make_unique<Sequence>(model_, memory_, entry->request);
     } catch (const std::bad_alloc&) {
       drop(entry, Event::kFailed);
       continue;
     }
-    shard.running.push_back(entry);
     sources.push_back(entry->sequence->source());
+    if (i != kept) std::swap(shard.running[kept], entry);
+    ++kept;
   }
+  shard.running.resize(kept);
   model_.encode(sources, shard.workspace, team);
 }
 

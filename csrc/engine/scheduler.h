@@ -65,7 +65,7 @@ class Scheduler {
   };
 
   void expire();
-  std::vector<EntryPointer> newcomers(Shard& shard);
+  void admit(Shard& shard);
   void begin(Shard& shard, const Team& team);
   void leave(Shard& shard);
   void tell(const EntryPointer& entry, Event::Kind kind, std::vector<Hypothesis> hypotheses);

@@ -11,9 +11,9 @@ using quads::dot4;
 constexpr int kVectors = kPanel / kLanes;
 constexpr int64_t kVectorRows = 24;  // rows of sums that stand at one time
 
-// `next`: bytes that a later call will read, a line of which is asked for at every step; beyond the end of a weight they are never read.
+// `next`: bytes that later calls will read in two places, a line of each of which is asked for at every step; beyond the end of a weight they are never read.
 template <bool kVnni, int kRows, int kPanels>
-inline void vector_block(const uint8_t* a, int64_t padded, const int8_t* const* b, const int32_t* const* start, const int8_t* next, int32_t* sums, int64_t stride) {
+inline void vector_block(const uint8_t* a, int64_t padded, const int8_t* const* b, const int32_t* const* start, const int8_t* const* next, int32_t* sums, int64_t stride) {
   // All loops over sums are unrolled: where one is not, GCC keeps a copy of the sums in memory, too.
   I sum[kRows][kPanels * kVectors];
 #pragma GCC unroll 16
@@ -26,7 +26,8 @@ inline void vector_block(const uint8_t* a, int64_t padded, const int8_t* const* 
       for (int r = 0; r < kRows; ++r) sum[r][p * kVectors + v] = first;
     }
   for (int64_t k = 0; k < padded; k += 4) {
-    __builtin_prefetch(next + k * kPanel, 0, 2);
+    __builtin_prefetch(next[0] + k * kPanel, 0, 2);
+    __builtin_prefetch(next[1] + k * kPanel, 0, 2);
     I w[kPanels * kVectors];
 #pragma GCC unroll 16
     for (int p = 0; p < kPanels; ++p)
@@ -58,7 +59,7 @@ constexpr int kBlockRows = 1, kBlockPanels = 1;
 #endif
 
 template <bool kVnni, int kPanels>
-inline int vector_rows(int64_t rows, const uint8_t* a, int64_t padded, const int8_t* const* b, const int32_t* const* start, const int8_t* next, int32_t* sums, int64_t stride) {
+inline int vector_rows(int64_t rows, const uint8_t* a, int64_t padded, const int8_t* const* b, const int32_t* const* start, const int8_t* const* next, int32_t* sums, int64_t stride) {
   if constexpr (kBlockRows >= 6) {
     if (rows >= 6 && rows != 8) return vector_block<kVnni, 6, kPanels>(a, padded, b, start, next, sums, stride), 6;
     if (rows >= 4) return vector_block<kVnni, 4, kPanels>(a, padded, b, start, next, sums, stride), 4;
@@ -85,7 +86,10 @@ inline void vector_product(const Int8Linear& p, const Item& item, const uint8_t*
     }
     for (int64_t r = 0; r < rows;) {
       const uint8_t* from = a + r * padded;
-      const int8_t* next = b[width - 1] + (1 + r / kBlockRows % width) * kPanel * padded;  // the panel behind these that is the call's turn
+      // The panels behind these whose turn it is in this call: three calls of few rows ask for all four.
+      const int64_t turn = 2 * (r / kBlockRows);
+      const int8_t* behind = b[width - 1] + kPanel * padded;
+      const int8_t* next[2] = {behind + turn % width * kPanel * padded, behind + (turn + 1) % width * kPanel * padded};
       int32_t* to = sums + r * stride + done * kPanel;
       if constexpr (kBlockPanels >= 4)
         if (width == 4) {
