@@ -59,30 +59,60 @@ struct Chain {
 CVMK_INLINE int64_t chain_bytes(int64_t longest, int64_t d) { return up(score_width(longest) * 6 + up(d, kColumns) * 2, 64); }
 CVMK_INLINE int64_t pair_bytes(const Attention& p) { return kBeside * chain_bytes(p.longest, p.d); }
 
-template <bool kPairs, int kChains>
-CVMK_INLINE void chain_scores(const Attention& p, const Chain* chains, int64_t length) {
+// Scores of kVectors vectors of positions from j on.
+template <bool kPairs, int kChains, int kVectors>
+CVMK_INLINE void columns_of_scores(const Attention& p, const Chain* chains, int64_t j, F (&sum)[kChains][kVectors]) {
   const int64_t deep = pieces(p.d, 2);
+  int64_t at[kVectors];
+  for (int v = 0; v < kVectors; ++v) at[v] = (j + v * kLanes) / kColumns * deep * kColumns + (j + v * kLanes) % kColumns;
+#pragma GCC unroll 4
+  for (int c = 0; c < kChains; ++c)
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) sum[c][v] = F{};
+  for (int64_t i = 0; i < deep; ++i)
+#pragma GCC unroll 4
+    for (int c = 0; c < kChains; ++c) {
+      const uint32_t word = word_at(chains[c].q, i);
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) {
+        sum[c][v] = dot2<kPairs>(sum[c][v], load_words(chains[c].keys + at[v] + i * kColumns), word);
+        __builtin_prefetch(chains[c].next_keys + at[v] + i * kColumns);
+      }
+    }
+}
+
+// Chains of kVectors vectors of positions at most: the scores stay in registers.
+template <bool kPairs, int kChains, int kVectors>
+CVMK_INLINE void short_weights(const Attention& p, const Chain* chains, int64_t length, float* inverse) {
+  F s[kChains][kVectors];
+  columns_of_scores<kPairs>(p, chains, 0, s);
+#pragma GCC unroll 4
+  for (int c = 0; c < kChains; ++c) inverse[c] = weigh(s[c], length, p.scale);
+#pragma GCC unroll 4
+  for (int c = 0; c < kChains; ++c)
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) {
+      simd::store_h(chains[c].weights + v * kLanes, narrow<kPairs>(s[c][v]));
+      if (chains[c].map != nullptr) simd::store(chains[c].scores + v * kLanes, s[c][v]);
+    }
+}
+
+template <bool kPairs, int kChains>
+CVMK_INLINE void long_weights(const Attention& p, const Chain* chains, int64_t length, float* inverse) {
   const auto columns = [&](int64_t j, auto vectors) {
     constexpr int kVectors = decltype(vectors)::value;
-    int64_t at[kVectors];
-    for (int v = 0; v < kVectors; ++v) at[v] = (j + v * kLanes) / kColumns * deep * kColumns + (j + v * kLanes) % kColumns;
-    F sum[kChains][kVectors] = {};
-    for (int64_t i = 0; i < deep; ++i)
+    F sum[kChains][kVectors];
+    columns_of_scores<kPairs>(p, chains, j, sum);
 #pragma GCC unroll 4
-      for (int c = 0; c < kChains; ++c) {
-        const uint32_t word = word_at(chains[c].q, i);
-#pragma GCC unroll 2
-        for (int v = 0; v < kVectors; ++v) {
-          sum[c][v] = dot2<kPairs>(sum[c][v], load_words(chains[c].keys + at[v] + i * kColumns), word);
-          __builtin_prefetch(chains[c].next_keys + at[v] + i * kColumns);
-        }
-      }
     for (int c = 0; c < kChains; ++c)
+#pragma GCC unroll 2
       for (int v = 0; v < kVectors; ++v) simd::store(chains[c].scores + j + v * kLanes, sum[c][v]);
   };
   int64_t j = 0;
   for (; length - j > kLanes; j += 2 * kLanes) columns(j, Count<2>{});
   if (j < length) columns(j, Count<1>{});
+  for (int c = 0; c < kChains; ++c) inverse[c] = weigh_row(chains[c].scores, length, p.scale);
+  for (int c = 0; c < kChains; ++c) round_row<kPairs>(chains[c].scores, length, chains[c].weights);
 }
 
 template <bool kPairs, int kChains>
@@ -90,7 +120,11 @@ CVMK_INLINE void chain_values(const Attention& p, const Chain* chains, int64_t l
   const int64_t width = up(p.d, kColumns);
   const auto columns = [&](int64_t j, auto vectors) {
     constexpr int kVectors = decltype(vectors)::value;
-    F sum[kChains][kVectors] = {};
+    F sum[kChains][kVectors];
+#pragma GCC unroll 4
+    for (int c = 0; c < kChains; ++c)
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) sum[c][v] = F{};
     for (int64_t i = 0; i < pieces(length, 2); ++i)
 #pragma GCC unroll 4
       for (int c = 0; c < kChains; ++c) {
@@ -101,7 +135,9 @@ CVMK_INLINE void chain_values(const Attention& p, const Chain* chains, int64_t l
           __builtin_prefetch(chains[c].next_values + i * width + j + v * kLanes);
         }
       }
+#pragma GCC unroll 4
     for (int c = 0; c < kChains; ++c)
+#pragma GCC unroll 2
       for (int v = 0; v < kVectors; ++v) simd::store_n(chains[c].out + j + v * kLanes, sum[c][v] * inverse[c], static_cast<int>(most(0, least(kLanes, p.d - j - v * kLanes))));
   };
   int64_t j = 0;
@@ -112,10 +148,10 @@ CVMK_INLINE void chain_values(const Attention& p, const Chain* chains, int64_t l
 template <bool kPairs, int kChains>
 inline void attend_chains(const Attention& p, const Chain* chains, int64_t length) {
   float inverse[kChains];
-  chain_scores<kPairs, kChains>(p, chains, length);
-  for (int c = 0; c < kChains; ++c) inverse[c] = weigh_row(chains[c].scores, length, p.scale);
+  if (length <= kLanes) short_weights<kPairs, kChains, 1>(p, chains, length, inverse);
+  else if (length <= 2 * kLanes) short_weights<kPairs, kChains, 2>(p, chains, length, inverse);
+  else long_weights<kPairs, kChains>(p, chains, length, inverse);
   for (int c = 0; c < kChains; ++c) {
-    round_row<kPairs>(chains[c].scores, length, chains[c].weights);
     for (int64_t i = 0; chains[c].map != nullptr && i < length; ++i) chains[c].map[i] += chains[c].scores[i] * inverse[c] / static_cast<float>(p.heads);
   }
   chain_values<kPairs, kChains>(p, chains, length, inverse);

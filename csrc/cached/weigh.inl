@@ -47,5 +47,25 @@ inline float weigh_row(float* s, int64_t length, float scale) {
   return 1.0f / simd::sum_lanes(sum);
 }
 
+// The same of scores in registers, as many vectors as `length` has.
+template <int kVectors>
+CVMK_INLINE float weigh(F (&s)[kVectors], int64_t length, float scale) {
+  F high = simd::set(-__builtin_inff());
+#pragma GCC unroll 2
+  for (int v = 0; v < kVectors; ++v) {
+    const F x = v + 1 == kVectors ? simd::select(before(length - v * kLanes), s[v], high) : s[v];
+    high = x > high ? x : high;
+  }
+  const float maximum = simd::max_lanes(high);
+  F sum{};
+#pragma GCC unroll 2
+  for (int v = 0; v < kVectors; ++v) {
+    s[v] = simd::falling_exp((s[v] - maximum) * scale);
+    if (v + 1 == kVectors) s[v] = simd::first_lanes(s[v], static_cast<int>(length - v * kLanes));
+    sum += s[v];
+  }
+  return 1.0f / simd::sum_lanes(sum);
+}
+
 }  // namespace
 }  // namespace cvmk::cached

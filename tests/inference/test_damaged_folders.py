@@ -188,7 +188,7 @@ def test_damage_is_an_error_or_harmless(folder: Path, engine: str, data: st.Data
 @pytest.mark.timeout(3000)
 @pytest.mark.usefixtures("little_memory")
 @pytest.mark.parametrize("engine", ["native", "torch"])
-@settings(max_examples=5000, deadline=None, suppress_health_check=QUIET)
+@settings(max_examples=3000, deadline=None, suppress_health_check=QUIET)
 @given(data=st.data())
 def test_much_damage(folder: Path, engine: str, data: st.DataObject) -> None:
     run(folder, data, engine)
