@@ -34,12 +34,12 @@ std::int64_t Sequence::bytes(const Model& model, const Request& request) {
 }
 
 Sequence::Sequence(const Model& model, Memory& memory, Request request)
-    : model_(model), memory_(memory), request_(std::move(request)), source_(request_.source),
+    : model_(model), request_(std::move(request)), source_(request_.source),
       shortlist_(request_.shortlist.empty() ? nullptr : new Shortlist{request_.shortlist, model.output().rows(request_.shortlist)}),
-      block_(static_cast<char*>(memory.take(bytes(model, request_)))) {
+      block_(memory, bytes(model, request_)) {
   source_.push_back(kEnd);
   const std::int64_t source = Model::capacity_of(static_cast<std::int64_t>(source_.size())), own = Model::capacity_of(request_.limit + 1);
-  char* next = block_;
+  char* next = block_.data();
   if (request_.growing == nullptr) {
     encoded_ = model.cross_caches(next, source);
     next += model.cross_bytes(source);
@@ -52,10 +52,6 @@ Sequence::Sequence(const Model& model, Memory& memory, Request request)
   Live first{};
   first.agrees = biased();
   live_.push_back(first);
-}
-
-Sequence::~Sequence() {
-  memory_.give(block_, bytes(model_, request_));
 }
 
 Model::Source Sequence::source() {

@@ -41,7 +41,6 @@ struct Hypothesis {
 class Sequence {
  public:
   Sequence(const Model& model, Memory& memory, Request request);
-  ~Sequence();
   Sequence(const Sequence&) = delete;
   Sequence& operator=(const Sequence&) = delete;
 
@@ -110,11 +109,10 @@ class Sequence {
   void finish(double total, std::int32_t node, float end);
 
   const Model& model_;
-  Memory& memory_;
   Request request_;
   std::vector<std::int32_t> source_;
   std::unique_ptr<Shortlist> shortlist_;
-  char* block_;
+  Held block_;
   Caches encoded_;
   std::vector<Caches> slots_;
   std::vector<std::int32_t> fed_;  // the node that each slot's last position belongs to; -1: there is none

@@ -31,4 +31,19 @@ class Memory {
   std::int64_t kept_ = 0, used_ = 0, most_used_ = 0;
 };
 
+// A block of it, for as long as this lives. Throws std::bad_alloc; the memory outlives it.
+class Held {
+ public:
+  Held(Memory& memory, std::int64_t bytes) : memory_(memory), bytes_(bytes), data_(static_cast<char*>(memory.take(bytes))) {}
+  ~Held() { memory_.give(data_, bytes_); }
+  Held(const Held&) = delete;
+  Held& operator=(const Held&) = delete;
+  char* data() const { return data_; }
+
+ private:
+  Memory& memory_;
+  const std::int64_t bytes_;
+  char* const data_;
+};
+
 }  // namespace cvmk::engine

@@ -24,9 +24,15 @@ void Scheduler::submit(std::int64_t id, Request request, bool partial, double de
   entry->request = std::move(request);
   entry->partial = partial;
   entry->deadline = deadline;
+  entry->end.emplace_back();
   const std::lock_guard<std::mutex> lock(mutex_);
-  entries_[id] = entry;
-  waiting_.push_back(std::move(entry));
+  waiting_.push_back(entry);
+  try {
+    entries_[id] = std::move(entry);
+  } catch (const std::bad_alloc&) {
+    waiting_.pop_back();
+    throw;
+  }
 }
 
 bool Scheduler::cancel(std::int64_t id) {
@@ -34,16 +40,15 @@ bool Scheduler::cancel(std::int64_t id) {
   const auto found = entries_.find(id);
   if (found == entries_.end()) {
     // It may have ended in a step whose events nobody has taken: then they are taken back.
-    const auto told = std::remove_if(events_.begin(), events_.end(), [id](const Event& event) { return event.id == id; });
-    const bool there = told != events_.end();
-    events_.erase(told, events_.end());
-    return there;
+    const std::size_t before = events_.size();
+    events_.remove_if([id](const Event& event) { return event.id == id; });
+    return events_.size() < before;
   }
   found->second->cancelled = true;
   const auto at = std::find(waiting_.begin(), waiting_.end(), found->second);
   if (at != waiting_.end()) waiting_.erase(at);
   entries_.erase(found);
-  events_.erase(std::remove_if(events_.begin(), events_.end(), [id](const Event& event) { return event.id == id; }), events_.end());
+  events_.remove_if([id](const Event& event) { return event.id == id; });
   return true;
 }
 
@@ -74,31 +79,37 @@ std::int64_t Scheduler::workspace_bytes() const {
   return found;
 }
 
-void Scheduler::tell(const EntryPointer& entry, Event::Kind kind, std::vector<Hypothesis> hypotheses) {
+// A request's end was given its place when it was submitted: that needs no memory. Whoever calls holds the mutex.
+void Scheduler::tell_end(Entry& entry, Event::Kind kind, std::vector<Hypothesis> hypotheses) {
+  if (entry.cancelled) return;
+  entry.end.front() = {entry.id, kind, std::move(hypotheses)};
+  events_.splice(events_.end(), entry.end);
+  entries_.erase(entry.id);
+}
+
+void Scheduler::tell_partial(const Entry& entry, Hypothesis partial) {
+  std::vector<Hypothesis> found;
+  found.push_back(std::move(partial));
   const std::lock_guard<std::mutex> lock(mutex_);
-  if (entry->cancelled) return;
-  if (kind != Event::kPartial) entries_.erase(entry->id);
-  events_.push_back({entry->id, kind, std::move(hypotheses)});
+  if (!entry.cancelled) events_.push_back({entry.id, Event::kPartial, std::move(found)});
 }
 
 std::vector<Event> Scheduler::take_events() {
   const std::lock_guard<std::mutex> lock(mutex_);
   std::vector<Event> found;
-  found.swap(events_);
+  found.reserve(events_.size());
+  for (Event& event : events_) found.push_back(std::move(event));
+  events_.clear();
   return found;
 }
 
 // Those that waited too long.
 void Scheduler::expire() {
-  std::vector<EntryPointer> late;
-  {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    const double time = now();
-    const auto kept = std::stable_partition(waiting_.begin(), waiting_.end(), [&](const EntryPointer& entry) { return entry->deadline == 0.0 || time < entry->deadline; });
-    late.assign(kept, waiting_.end());
-    waiting_.erase(kept, waiting_.end());
-  }
-  for (const EntryPointer& entry : late) tell(entry, Event::kExpired, {});
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const double time = now();
+  const auto kept = std::stable_partition(waiting_.begin(), waiting_.end(), [&](const EntryPointer& entry) { return entry->deadline == 0.0 || time < entry->deadline; });
+  for (auto at = kept; at != waiting_.end(); ++at) tell_end(**at, Event::kExpired, {});
+  waiting_.erase(kept, waiting_.end());
 }
 
 // A fair part of those who wait, as far as the budgets go, is put behind those who run; at least one where nothing runs. Where memory fails, all wait on.
@@ -134,43 +145,59 @@ void Scheduler::begin(Shard& shard, const Team& team) {
   std::vector<Model::Source> sources;
   sources.reserve(shard.running.size() - kept);
   for (std::size_t i = kept; i < shard.running.size(); ++i) {
-    EntryPointer& entry = shard.running[i];
+    const EntryPointer entry = shard.running[i];
     try {
       entry->sequence = std::make_unique<Sequence>(model_, memory_, entry->request);
     } catch (const std::bad_alloc&) {
-      drop(entry, Event::kFailed);
+      drop(*entry, Event::kFailed);
       continue;
     }
     sources.push_back(entry->sequence->source());
-    if (i != kept) std::swap(shard.running[kept], entry);
-    ++kept;
+    shard.running[kept++] = entry;
   }
   shard.running.resize(kept);
   model_.encode(sources, shard.workspace, team);
 }
 
-void Scheduler::drop(const EntryPointer& entry, Event::Kind kind) {
+// Needs no memory but for the hypotheses of one that has finished; without it the request has failed.
+void Scheduler::drop(Entry& entry, Event::Kind kind) {
   std::vector<Hypothesis> found;
-  if (entry->sequence != nullptr && kind != Event::kFailed) found = entry->sequence->hypotheses();
-  {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    cost_ -= entry->cost;
-    running_ -= entry->request.options.beam_size;
+  try {
+    if (entry.sequence != nullptr && kind != Event::kFailed) found = entry.sequence->hypotheses();
+  } catch (const std::bad_alloc&) {
+    kind = Event::kFailed;
+    found.clear();
   }
-  entry->sequence.reset();
-  if (entry->request.growing != nullptr && kind == Event::kFailed) entry->request.growing->forget();
-  entry->request.growing.reset();
-  tell(entry, kind, std::move(found));
+  entry.sequence.reset();
+  if (entry.request.growing != nullptr && kind == Event::kFailed) entry.request.growing->forget();
+  entry.request.growing.reset();
+  const std::lock_guard<std::mutex> lock(mutex_);
+  cost_ -= entry.cost;
+  running_ -= entry.request.options.beam_size;
+  tell_end(entry, kind, std::move(found));
 }
 
 // Those that were cancelled, are too late, or are done.
 void Scheduler::leave(Shard& shard) {
   const auto gone = [&](const EntryPointer& entry) {
-    if (entry->sequence->done() || entry->cancelled) return drop(entry, Event::kFinished), true;
-    if (entry->deadline > 0.0 && now() >= entry->deadline) return drop(entry, Event::kExpired), true;
+    if (entry->sequence->done() || entry->cancelled) return drop(*entry, Event::kFinished), true;
+    if (entry->deadline > 0.0 && now() >= entry->deadline) return drop(*entry, Event::kExpired), true;
     return false;
   };
   shard.running.erase(std::remove_if(shard.running.begin(), shard.running.end(), gone), shard.running.end());
+}
+
+// What those say so far who want to hear it; where memory fails, the next step tells it.
+void Scheduler::show(Shard& shard) {
+  try {
+    for (const EntryPointer& entry : shard.running)
+      if (entry->partial && !entry->sequence->done()) {
+        Hypothesis partial;
+        partial.pieces = entry->sequence->partial();
+        tell_partial(*entry, std::move(partial));
+      }
+  } catch (const std::bad_alloc&) {
+  }
 }
 
 bool Scheduler::step(int number, const Team& team) {
@@ -189,16 +216,11 @@ bool Scheduler::step(int number, const Team& team) {
     model_.step(shard.rows, shard.results, shard.workspace, team);
     for (std::size_t i = 0; i < shard.running.size(); ++i) shard.running[i]->sequence->advance(shard.results.data() + shard.first[i]);
   } catch (const std::bad_alloc&) {
-    for (const EntryPointer& entry : shard.running) drop(entry, Event::kFailed);
+    for (const EntryPointer& entry : shard.running) drop(*entry, Event::kFailed);
     shard.running.clear();
     return true;
   }
-  for (const EntryPointer& entry : shard.running)
-    if (entry->partial && !entry->sequence->done()) {
-      Hypothesis partial;
-      partial.pieces = entry->sequence->partial();
-      tell(entry, Event::kPartial, {std::move(partial)});
-    }
+  show(shard);
   leave(shard);
   return true;
 }

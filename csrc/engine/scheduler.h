@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <deque>
+#include <list>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -54,6 +55,7 @@ class Scheduler {
     double deadline;
     std::atomic<bool> cancelled{false};
     std::unique_ptr<Sequence> sequence;
+    std::list<Event> end;  // one, until it is told
   };
   typedef std::shared_ptr<Entry> EntryPointer;
   struct Shard {
@@ -68,8 +70,10 @@ class Scheduler {
   void admit(Shard& shard);
   void begin(Shard& shard, const Team& team);
   void leave(Shard& shard);
-  void tell(const EntryPointer& entry, Event::Kind kind, std::vector<Hypothesis> hypotheses);
-  void drop(const EntryPointer& entry, Event::Kind kind);
+  void show(Shard& shard);
+  void tell_end(Entry& entry, Event::Kind kind, std::vector<Hypothesis> hypotheses);
+  void tell_partial(const Entry& entry, Hypothesis partial);
+  void drop(Entry& entry, Event::Kind kind);
 
   const Model& model_;
   Memory& memory_;
@@ -78,7 +82,7 @@ class Scheduler {
   std::mutex mutex_;  // guards what follows
   std::deque<EntryPointer> waiting_;
   std::map<std::int64_t, EntryPointer> entries_;
-  std::vector<Event> events_;
+  std::list<Event> events_;
   std::int64_t running_ = 0, cost_ = 0;  // hypotheses that run, and what counts against the budget
 };
 

@@ -10,10 +10,10 @@ std::int64_t GrowingSource::bytes(const Model& model, std::int64_t longest) {
 }
 
 GrowingSource::GrowingSource(const Model& model, Memory& memory, std::int64_t longest)
-    : model_(model), memory_(memory), longest_(longest), block_(static_cast<char*>(memory.take(bytes(model, longest)))) {
+    : model_(model), longest_(longest), block_(memory, bytes(model, longest)) {
   const std::int64_t capacity = Model::capacity_of(longest);
-  cross_ = model.cross_caches(block_, capacity);
-  if (model.config().causal_encoder) encoder_ = model.encoder_caches(block_ + model.cross_bytes(capacity), capacity);
+  cross_ = model.cross_caches(block_.data(), capacity);
+  if (model.config().causal_encoder) encoder_ = model.encoder_caches(block_.data() + model.cross_bytes(capacity), capacity);
 }
 
 std::shared_ptr<GrowingSource> GrowingSource::lease(const std::shared_ptr<GrowingSource>& source) {

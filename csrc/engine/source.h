@@ -15,7 +15,6 @@ class GrowingSource {
  public:
   // Room for `longest` positions, the end sign included. Throws std::bad_alloc. The model and the memory outlive it.
   GrowingSource(const Model& model, Memory& memory, std::int64_t longest);
-  ~GrowingSource() { memory_.give(block_, bytes(model_, longest_)); }
   GrowingSource(const GrowingSource&) = delete;
   GrowingSource& operator=(const GrowingSource&) = delete;
 
@@ -36,9 +35,8 @@ class GrowingSource {
 
  private:
   const Model& model_;
-  Memory& memory_;
   const std::int64_t longest_;
-  char* block_;
+  Held block_;
   Caches encoder_, cross_;
   std::vector<std::int32_t> ids_;
   std::int64_t kept_ = 0;
