@@ -114,6 +114,29 @@ CVMK_INLINE void expect(const Linear& p, const Item& item, int64_t row, int64_t 
     for (int64_t i = 0; i < width; i += 64) __builtin_prefetch(out + i, 1);
 }
 
+constexpr int kWholeItem = 4;
+
+// Rows of kWholeItem vectors of sums whose columns' scales and biases stay in registers.
+template <int kAct, bool kBias, typename Sum>
+CVMK_INLINE void finish_whole(const float* scales, const float* bias, const Sum* sums, int64_t stride, const float* row_scales, int64_t rows, float* out, int64_t out_stride) {
+  constexpr bool kInt8 = static_cast<Sum>(0.5f) == 0;
+  F column[kWholeItem], added[kWholeItem];
+#pragma GCC unroll 4
+  for (int v = 0; v < kWholeItem; ++v) {
+    column[v] = kInt8 ? simd::load(scales + v * kLanes) : F{};
+    added[v] = kBias ? simd::load(bias + v * kLanes) : F{};
+  }
+  for (int64_t r = 0; r < rows; ++r, sums += stride, out += out_stride) {
+    const float row_scale = kInt8 ? row_scales[r] : 1.0f;
+#pragma GCC unroll 4
+    for (int v = 0; v < kWholeItem; ++v) {
+      F y = kInt8 ? sums_of(sums + v * kLanes) * row_scale * column[v] : sums_of(sums + v * kLanes);
+      if (kBias) y += added[v];
+      simd::store(out + v * kLanes, activate<kAct>(y));
+    }
+  }
+}
+
 // Rows of sums -> activation(scaled sum + bias) in the output. `sums` is [rows][stride], `row_scales` [rows] (int8 only).
 // kOut: the output's type, kNoDtype where it is known at run time only.
 template <int kAct, bool kBias, Dtype kOut, typename Sum>
@@ -126,6 +149,9 @@ CVMK_INLINE void finish_as(const Linear& p, const Item& item, const Sum* sums, i
     for (int h = 0; h < kHalves; ++h)
       for (int64_t v = 0; v < width; v += kLanes)
         simd::store(bias[h] + v, elements::load_n(p.bias, p.bias_dtype, h * columns + item.column + v, static_cast<int>(least(kLanes, width - v))));
+  if constexpr (kLanes == 16 && kAct != kSwiglu && kOut == kFloat32)
+    if (width == kWholeItem * kLanes)
+      return finish_whole<kAct, kBias>(p.scales + item.column, bias[0], sums, stride, row_scales, rows, static_cast<float*>(p.out) + row * columns + item.column, columns);
   for (int64_t r = 0; r < rows; ++r) {
     const float row_scale = kInt8 ? row_scales[r] : 1.0f;
     const Sum* s = sums + r * stride;

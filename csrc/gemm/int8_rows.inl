@@ -72,6 +72,7 @@ CVMK_INLINE void quantise_chunk_bf16(const uint16_t* x, float step, uint8_t flip
 template <Dtype kType, bool kWithin = false>
 CVMK_INLINE void quantise_chunk(const void* x, const float* inverse, int64_t k, int64_t left, float step, uint8_t flip, uint8_t* to, I* most = nullptr) {
   I q[kStep / kLanes];
+#pragma GCC unroll 16
   for (int i = 0; i < kStep / kLanes; ++i) {
     const int64_t rest = left - i * kLanes;
     const int n = rest >= kLanes ? kLanes : rest > 0 ? static_cast<int>(rest) : 0;
@@ -117,6 +118,7 @@ inline int32_t largest_bits(const void* x, const float* inverse, int64_t inputs)
   I most[2] = {I{}, I{}};
   int64_t k = 0;
   for (; k + 2 * kLanes <= inputs; k += 2 * kLanes)
+#pragma GCC unroll 2
     for (int j = 0; j < 2; ++j) {
       F u = load_as<kType>(x, k + j * kLanes);
       if (inverse) u *= simd::load(inverse + k + j * kLanes);

@@ -16,12 +16,17 @@ inline void residual_row(const Residual& p, int64_t row) {
   }
   const Statistics s = statistics(x, p.n, p.rms, p.epsilon);
   float* out = p.out + row * p.n;
-  for (int64_t i = 0; i < p.n; i += kLanes) {
-    const int left = static_cast<int>(least(kLanes, p.n - i));
-    F y = (simd::load_n(x + i, left) - s.mean) * s.factor * simd::load_n(p.weight + i, left);
-    if (p.bias != nullptr) y += simd::load_n(p.bias + i, left);
-    simd::store_n(out + i, y, left);
+  int64_t i = 0;
+  for (; i + kLanes <= p.n; i += kLanes) {
+    F y = (simd::load(x + i) - s.mean) * s.factor * simd::load(p.weight + i);
+    if (p.bias != nullptr) y += simd::load(p.bias + i);
+    simd::store(out + i, y);
   }
+  if (i == p.n) return;
+  const int left = static_cast<int>(p.n - i);
+  F y = (simd::load_n(x + i, left) - s.mean) * s.factor * simd::load_n(p.weight + i, left);
+  if (p.bias != nullptr) y += simd::load_n(p.bias + i, left);
+  simd::store_n(out + i, y, left);
 }
 
 int64_t residual_scratch(const Residual&, const Team&) { return 0; }

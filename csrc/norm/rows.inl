@@ -15,6 +15,7 @@ CVMK_INLINE float fold(const float* x, int64_t n, const Step& step) {
   F sum[4] = {};
   int64_t i = 0;
   for (; i + 4 * kLanes <= n; i += 4 * kLanes)
+#pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) sum[j] += step(simd::load(x + i + j * kLanes));
   for (; i + kLanes <= n; i += kLanes) sum[0] += step(simd::load(x + i));
   float rest = 0.0f;
