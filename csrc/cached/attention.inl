@@ -145,7 +145,7 @@ void run_attention(const Attention& p, char* scratch, const Team& team) {
     char* memory = scratch + thread * thread_bytes(p);
     if (p.dtype == kFloat32) attend_item(p, p.items[index], reinterpret_cast<float*>(memory));
     else if (p.dtype == kInt8) attend_bytes(p, p.items[index], memory);
-    else attend_pairs(p, p.items[index], index + team.size < p.count ? p.items + index + team.size : nullptr, memory);
+    else attend_pairs(p, p.items[index], index + team.size < p.count && p.items[index + team.size].rows > 0 ? p.items + index + team.size : nullptr, memory);
   };
   if (p.count * p.longest * p.heads * p.d < kGrain) {
     for (int64_t i = 0; i < p.count; ++i) one(i, 0);

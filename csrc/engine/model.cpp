@@ -156,6 +156,7 @@ void Model::attend_sources(const Block& block, std::size_t layer, const std::vec
     const cached::Cache& cache = sources[i].encoder == nullptr ? own[i] : sources[i].encoder->layers[layer];
     float* qkv = b.wide + first * width;
     for (std::int64_t t = 0; config_.positions == Positions::kRotary && t < length; ++t) rotate(qkv + t * width, config_.heads + config_.kv_heads, start + t);
+    if (length == 0) continue;  // all of it is there
     append(qkv + d, qkv + d + kv, width, length, start, cache);
     if (config_.causal_encoder)
       for (std::int64_t t = 0; t < length; ++t) items.push_back({qkv + t * width, b.normed + (first + t) * d, 1, width, d, cache, start + t + 1, nullptr});

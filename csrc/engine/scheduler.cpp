@@ -148,11 +148,11 @@ void Scheduler::begin(Shard& shard, const Team& team) {
     const EntryPointer entry = shard.running[i];
     try {
       entry->sequence = std::make_unique<Sequence>(model_, memory_, entry->request);
+      sources.push_back(entry->sequence->source());
     } catch (const std::bad_alloc&) {
       drop(*entry, Event::kFailed);
       continue;
     }
-    sources.push_back(entry->sequence->source());
     shard.running[kept++] = entry;
   }
   shard.running.resize(kept);

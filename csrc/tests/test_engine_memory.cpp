@@ -2,7 +2,9 @@
 #include <atomic>
 #include <cstdint>
 #include <cstdlib>
+#include <memory>
 #include <new>
+#include <utility>
 #include <vector>
 
 #include "engine/engine.h"
@@ -57,7 +59,12 @@ std::vector<Request> requests_of(const Config& c) {
 
 // Steps until all have ended; memory fails at allocation number `at` of them, and where `whole`, until the end of that step. False where it did not come to that.
 bool fails_at(Engine& engine, const std::vector<Request>& requests, long at, bool whole, const std::vector<std::vector<Hypothesis>>& expected) {
-  for (std::size_t i = 0; i < requests.size(); ++i) engine.submit(static_cast<std::int64_t>(i), requests[i], i % 2 == 0, 0.0);
+  const std::shared_ptr<GrowingSource> source = engine.open_source(32);
+  for (std::size_t i = 0; i < requests.size(); ++i) {
+    Request request = requests[i];
+    if (i == 2) request.growing = GrowingSource::lease(source);
+    engine.submit(static_cast<std::int64_t>(i), std::move(request), i % 2 == 0, 0.0);
+  }
   std::vector<int> ends(requests.size());
   std::size_t ended = 0;
   failed = false;

@@ -105,7 +105,7 @@ class Study:
     def result(self, pattern: str, seed: int, options: Mapping[str, Any]) -> dict[str, Any]:
         """What a training came to, from its folder where it is done."""
         folder = self.folder(pattern, seed)
-        if (folder / RESULT).exists() and _is_whole(found := read_json(folder / RESULT)):
+        if (folder / RESULT).exists() and _is_whole(found := read_json(folder / RESULT), options):
             return dict(found)
         print(f"{folder.name} ...", file=sys.stderr, flush=True)
         folder.mkdir(exist_ok=True)
@@ -115,20 +115,20 @@ class Study:
         return result
 
     def costs(self, trained: Mapping[str, int], options: Mapping[str, Any], *, again: bool) -> dict[str, Any]:
-        """What patterns cost, each named with the seed of a training that has come to its end: from WORK/costs.json, where all of them are there; else they are
-        measured anew beside each other, with those that are there."""
+        """What patterns cost, each named with the seed of a training that has come to its end: from WORK/costs.json, where all of them are there and were
+        measured with these options; else they are measured anew beside each other, with those that are there."""
         path = self.work / COSTS
         before = read_json(path) if path.exists() else {"decoding": {}}
-        if again or {*trained} - {*before["decoding"]}:
+        if again or {*trained} - {*before["decoding"]} or before.get("options") != _of_costs(options):
             print("costs ...", file=sys.stderr, flush=True)
             before = _costs(self, dict.fromkeys([*before["decoding"], *trained]), *next(iter(trained.items())), options)
             write_json(path, before)
         return dict(before)
 
 
-def _is_whole(result: Mapping[str, Any]) -> bool:
+def _is_whole(result: Mapping[str, Any], options: Mapping[str, Any]) -> bool:
     """Whether a result is of what is measured now; an older cvmk measured less."""
-    return result["diverged"] is not None or "stability" in result
+    return result["diverged"] is not None or ("stability" in result and result.get("streams") == options["streams"])
 
 
 def _measured(folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -155,6 +155,7 @@ def _measured(folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
         "environment": report["environment"],
         "set": corpus.name,
         "references": corpus.targets,
+        "streams": options["streams"],
         **measures.of_text(folder / RUN / "model", corpus.sources, corpus.targets, options["streams"], config.run.threads or None),
     }
 
@@ -169,6 +170,11 @@ def _trained(folder: Path, config: TrainConfig) -> dict[str, Any]:
     if (run / REPORT).exists() and tomllib.loads(read_text(run / "config.toml")) == tomllib.loads(text):
         return dict(read_json(run / REPORT))
     return pipeline.train(config, text, reporter(), resume=True)
+
+
+def _of_costs(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that costs depend on."""
+    return {name: options[name] for name in ("lengths", "steps", "seconds")}
 
 
 def _costs(study: Study, patterns: Iterable[str], trained: str, seed: int, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -187,6 +193,7 @@ def _costs(study: Study, patterns: Iterable[str], trained: str, seed: int, optio
     tokenizer = load_tokenizer(study.folder(trained, seed) / RUN / "model")
     corpus = tokenized(load_corpora(data).train, tokenizer, str(data.cache), data.max_tokens_per_sentence, data.max_length_ratio, data.on_bad_line)
     return {
+        "options": _of_costs(options),
         "environment": environment() | {"threads": torch.get_num_threads()},
         "training": measures.training(configs, corpus, tokenizer, options["seconds"]),
         "decoding": measures.decoding({pattern: one.model for pattern, one in configs.items()}, options["lengths"], options["steps"]),
@@ -206,6 +213,7 @@ def run(
 ) -> str:
     """Train and measure what is not there yet; the tables, which are written to WORK/study.md too, after every model. Costs are measured last, and again with
     `costs_again`; then plots are drawn."""
+    patterns, seeds = [*dict.fromkeys(patterns)], [*dict.fromkeys(seeds)]
     study = Study(path, overrides, work, iterations)
     for pattern in patterns:
         study.checked(pattern)

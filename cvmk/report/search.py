@@ -91,7 +91,20 @@ class Search:
 
 
 def is_search(path: Path) -> bool:
-    return (path / SEARCH_REPORT).is_file() or ((path / TRIALS).is_dir() and (path / EVENTS).is_file() and not (path / RESOLVED).exists())
+    """Whether it is the folder of one, be it that it has not come to its first trial yet."""
+    if (path / SEARCH_REPORT).is_file():
+        return True
+    if not (path / EVENTS).is_file() or (path / RESOLVED).exists():
+        return False
+    return (path / TRIALS).is_dir() or _begins_as_one(path / EVENTS)
+
+
+def _begins_as_one(events: Path) -> bool:
+    try:
+        first = next(iter(EventReader(events).records()), None)
+    except DataError:
+        return False
+    return first is not None and isinstance(first.event, SearchStarted)
 
 
 def read_search(path: Path) -> Search:
@@ -123,7 +136,7 @@ def _last_end(search: Search) -> None:
         search.ended = str(found["reason"])
     except DataError as error:
         search.problems.append(f"{error}; it is left out")
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         search.problems.append(f"{path} is no report of a search that this cvmk can read ({type(error).__name__}: {error}); it is left out")
 
 

@@ -237,7 +237,7 @@ class Search:
         self._best = value if best else self._best
         self._failures = self._failures + 1 if state == FAILED else 0
         shown = running.best if value is None else value
-        self._events.emit(TrialEnded(number, state, shown, running.step, round(seconds, 2), reason, best))
+        self._events.emit(TrialEnded(number, state, shown, running.step, round(running.record.seconds + seconds, 2), reason, best))
         self._tidy()
 
     def _let_go(self, running: _Running) -> None:
@@ -251,6 +251,7 @@ class Search:
         """Trials that were left unfinished, and for which no budget is left."""
         for record in self._waiting or self._study.adopt():
             self._study.finish(record.number, PRUNED, reason=reason, iterations=record.iterations, seconds=record.seconds)
+            self._events.emit(TrialEnded(record.number, PRUNED, record.value, record.iterations, round(record.seconds, 2), reason))
         self._waiting = []
 
     # -- files ---------------------------------------------------------------------------------------------------------------

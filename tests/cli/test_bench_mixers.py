@@ -176,6 +176,10 @@ def test_a_study_goes_on_where_it_stopped(config: Path, tmp_path: Path, capsys: 
     assert main([*arguments, "--patterns", "A", "--costs-again"]) == 0 and len(measured) == 1
     again = json.loads((work / study.COSTS).read_text())
     assert [*again["decoding"]] == ["A", "causal-A:S"] and again["training"]["seconds"] != both["training"]["seconds"]
+    other = ["24" if argument == "40" else argument for argument in arguments]
+    assert main([*other, "--patterns", "A", "A", "--seeds", "1", "1"]) == 0 and len(measured) == 1, "a pattern that is named twice is one"
+    assert [*json.loads((work / study.COSTS).read_text())["decoding"]["A"]] == ["8", "24"], "other options are not passed over"
+    assert main([*arguments, "--patterns", "A"]) == 0
 
     # A training that is finished is only measured, as is one that an older cvmk measured less of.
     (work / "A-seed1" / study.RESULT).unlink()

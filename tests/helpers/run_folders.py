@@ -100,5 +100,6 @@ def write_search(folder: Path, trials: Sequence[tuple[str, float | None]], *, en
         events += [TrialScored(number, 10, "bleu", value, True)] if value is not None else []
         events += [TrialEnded(number, state, value, 10, 1.5, "it diverged" if state == "failed" else "")] if state != "running" else []
     events += [SearchEnded(None, None, reason="the budget of trials is used up")] if ended else []
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "events.jsonl").write_text("".join(json.dumps(Record(1.8e9 + at, event).to_json()) + "\n" for at, event in enumerate(events)))
     return folder

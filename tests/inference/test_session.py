@@ -10,7 +10,7 @@ import pytest
 
 from cvmk.errors import ConfigError, DataError
 from cvmk.formats.torch_weights import manifest_of, raw_tensors
-from cvmk.inference import Request, SearchOptions, Session, Translator
+from cvmk.inference import Finished, Request, SearchOptions, Session, Translator
 from cvmk.inference.native_engine import NativeEngine
 
 
@@ -86,6 +86,22 @@ def test_states_go_on_from_where_they_stand(make_model) -> None:
     for _ in range(30):
         source = (source[: generator.randint(0, len(source))] + [generator.randrange(4, 60) for _ in range(generator.randint(0, 40))])[:150]
         kept(source)
+
+
+def test_a_source_that_is_the_same_beside_another(make_model) -> None:
+    """Nothing of it is encoded, whichever of the two comes first."""
+    model = make_model(60, seed=2, sharpness=2.0)
+    engine = NativeEngine(manifest_of(model), raw_tensors(model), "int8", threads=1)
+    state, again, other = engine.open_source(), [4, 5, 6, 7], [8, 9, 10, 11, 12]
+    engine.search_one(Request(None, again, state=state))
+    expected = [engine.search([source], SearchOptions())[0] for source in (again, other)]
+    for order in ((0, 1), (1, 0)):
+        for index in order:
+            engine.submit(Request(index, (again, other)[index], state=None if index else state))
+        found: dict[Any, Any] = {}
+        while len(found) < 2:
+            found |= {event.id: event.hypotheses for event in engine.step() if isinstance(event, Finished)}
+        assert [found[0], found[1]] == expected
 
 
 def test_one_request_at_a_time(make_model) -> None:

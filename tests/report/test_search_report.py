@@ -56,6 +56,12 @@ def test_a_search_that_goes_on(tmp_path: Path) -> None:
     assert [run.name for run in figures_of([folder], bootstrap=50).runs] == ["0000"]
 
 
+def test_a_search_before_its_first_trial(tmp_path: Path) -> None:
+    folder = write_search(tmp_path / "search", [], ended=False)
+    text = markdown(document(figures_of([folder], bootstrap=10)))
+    assert "it goes on, or was interrupted" in text
+
+
 def test_what_a_search_left_at_its_end(tmp_path: Path) -> None:
     """Trials of other machines and importances are in its report alone; events that came after it count."""
     folder = write_search(tmp_path / "search", [("complete", 20.0), ("complete", 21.0)], ended=False)
@@ -66,7 +72,8 @@ def test_what_a_search_left_at_its_end(tmp_path: Path) -> None:
     search = read_search(folder)
     assert [trial.number for trial in search.ranked()] == [9, 1, 0] and search.importances == {"model.dropout": 0.75} and search.ended is None
     assert [path.name for path in search.rivals()] == ["0001", "0000"]
-    for damaged in ("{", "[]", '{"metric": "bleu"}', json.dumps({**left, "trials": [7]}), json.dumps({**left, "space": {"a": 7}})):
+    others = [{**left, "trials": [7]}, {**left, "trials": [{**elsewhere, "iterations": float("inf")}]}, {**left, "space": {"a": 7}}]
+    for damaged in ("{", "[]", '{"metric": "bleu"}', *map(json.dumps, others)):
         (folder / "search_report.json").write_text(damaged)
         figures = figures_of([folder], bootstrap=50)
         assert [run.name for run in figures.runs] == ["0001", "0000"] and any("search_report.json" in problem for problem in figures.problems)

@@ -17,6 +17,7 @@ from scripted_workers import LOST, Run, ScriptedWorker, by_rate, events, trial
 from cvmk.config.loading import load_train_config
 from cvmk.errors import ConfigError, DataError, DivergedError
 from cvmk.files import read_json
+from cvmk.report.search import read_search
 from cvmk.search.run import SearchInterrupted
 from cvmk.search.worker import Done, Failed, Scored, Ticked
 from cvmk.telemetry import read_events
@@ -189,6 +190,24 @@ def test_the_budget_of_minutes_counts_no_pauses(run: Run, tmp_path: Path):
     (tmp_path / "search/clock.json").write_text('{"seconds": 600}')
     result = run("search.trials=0", "search.minutes=9")
     assert len(result.trials) == 1 and result.reason == "the budget of 9 minutes is used up"
+
+
+def test_a_trial_for_which_no_budget_is_left_has_ended(run: Run, tmp_path: Path):
+    def script(values: dict[str, Any]) -> Iterator[Any]:
+        if values["run"]["folder"].endswith("0"):
+            yield from by_rate(values)
+            return
+        yield from itertools.islice(by_rate(values), 2)
+        signal.raise_signal(signal.SIGINT)
+        yield None
+
+    with pytest.raises(SearchInterrupted):
+        run("search.trials=2", script=script)
+    (tmp_path / "search/clock.json").write_text('{"seconds": 600}')
+    left = run("search.trials=0", "search.minutes=9").trials[1]
+    ends = {event["trial"]: event for event in events(tmp_path / "search", "trial_end")}
+    assert (ends[1]["state"], ends[1]["step"], ends[1]["value"]) == ("pruned", left.iterations, left.value) and "minutes" in ends[1]["reason"]
+    assert read_search(tmp_path / "search").counts() == {"complete": 1, "pruned": 1}
 
 
 def test_an_interrupted_search_goes_on_with_its_trials(run: Run, tmp_path: Path):
