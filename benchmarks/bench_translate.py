@@ -34,7 +34,7 @@ MODELS = {
 }
 SETTINGS = {"1x1": (1, 1), "1x2": (1, 2), "2x1": (2, 1)}
 CASES = [(1, 1), (1, 5), (32, 1), (32, 5), (64, 1)]
-LENGTH = 20
+SOURCE, LENGTH = 16, 20
 
 
 class Contestants:
@@ -81,6 +81,19 @@ def step_bytes(model: CVMTransformer, compute_type: str) -> float:
     return (decoder + model.embeddings.output_matrix.numel()) * {"float32": 4, "bfloat16": 2, "int8": 1, "int4": 0.53}[compute_type]
 
 
+def limit_of(model: CVMTransformer, compute_type: str, count: int, beam: int) -> float:
+    """Seconds that reading the weights at every step, or all products, take at least; attention and everything else is not counted."""
+
+    def matrices(named: Any, of: Callable[[str], bool]) -> int:
+        return sum(parameter.numel() for name, parameter in named if parameter.ndim == 2 and of(name))
+
+    once = matrices(model.encoder.named_parameters(), lambda name: True) + matrices(model.decoder.named_parameters(), lambda name: "key_value" in name)
+    each = matrices(model.decoder.named_parameters(), lambda name: "key_value" not in name) + model.embeddings.output_matrix.numel()
+    operations = 2 * count * (once * (SOURCE + 1) + each * LENGTH * beam)
+    traffic = LENGTH * step_bytes(model, compute_type)
+    return limits.cpu_limit(operations=operations, dtype=torch.float32 if compute_type == "float32" else torch.int8, traffic=traffic)
+
+
 def translate(
     compare: Callable[..., Any],
     contestants: Contestants,
@@ -90,7 +103,7 @@ def translate(
     peers: dict[str, Callable[[], Any]],
     shortlist: bool = False,
 ) -> None:
-    texts = sources(contestants.model.vocab_size, count)
+    texts = sources(contestants.model.vocab_size, count, SOURCE)
     options = SearchOptions(beam, min_length=LENGTH, max_length_a=0, max_length_b=LENGTH, scores=False, shortlist=shortlist)
     engine = contestants.native(compute_type)
     for isa, peer in contestants.peers.items():
@@ -99,7 +112,7 @@ def translate(
                 case = {"compute_type": "float32" if compute_type == "float32" else "int8", "replicas": replicas, "threads": threads}
                 peers[f"CT2 {isa} {setting}"] = lambda peer=peer, case=case: peer.ask(**case, sources=texts, beam_size=beam, length=LENGTH)  # type: ignore[misc]
     name = f"translate cpu {contestants.name} {compute_type} {count} sentence{'s' if count > 1 else ''} beam {beam}{' with shortlist' if shortlist else ''}"
-    limit = None if shortlist else LENGTH * step_bytes(contestants.model, compute_type) / limits.MEMORY
+    limit = None if shortlist else limit_of(contestants.model, compute_type, count, beam)
     compare(lambda: engine.search(texts, options), peers, case=name, limit=limit)
 
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import limits
 import pytest
 import torch
 
@@ -149,7 +150,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         arguments = [f"benchmarks/results/{Path(path).name}" if argument == path else argument for argument in config.invocation_params.args]
         command = "pytest " + " ".join(arguments)  # without this machine's folders
-        Path(path).write_text(json.dumps({"machine": machine, "command": command, "rows": rows}, indent=1) + "\n")
+        Path(path).write_text(json.dumps({"machine": machine, "command": command, "limits": limits.rates(), "rows": rows}, indent=1) + "\n")
         terminalreporter.write_line(f"written to {os.path.relpath(path)}")
 
 

@@ -16,6 +16,11 @@ FP32 = float(os.environ.get("CVMK_LIMIT_TFLOPS_FP32", 0.19)) * 1e12  # a core
 INT8 = float(os.environ.get("CVMK_LIMIT_TOPS_INT8", 7.5)) * 1e12  # a core
 
 
+def rates() -> dict[str, float]:
+    """Those that limits were computed by."""
+    return {"GB/s": MEMORY / 1e9, "TFLOPS bfloat16": BF16 / 1e12, "TFLOPS float32": FP32 / 1e12, "TOPS int8": INT8 / 1e12}
+
+
 def cpu_limit(*, operations: float = 0.0, dtype: torch.dtype = torch.float32, traffic: float = 0.0) -> float:
     """Seconds that `operations` in `dtype` on all threads, or `traffic` bytes of memory, take at least."""
     rate = {torch.bfloat16: BF16, torch.int8: INT8}.get(dtype, FP32) * torch.get_num_threads()
