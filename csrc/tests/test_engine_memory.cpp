@@ -31,6 +31,13 @@ void* allocate(std::size_t bytes, std::size_t alignment) {
 
 void* operator new(std::size_t bytes) { return allocate(bytes, 16); }
 void* operator new(std::size_t bytes, std::align_val_t alignment) { return allocate(bytes, static_cast<std::size_t>(alignment)); }
+// Those that return null: a sanitizer has its own, which would not match the delete below.
+void* operator new(std::size_t bytes, const std::nothrow_t&) noexcept try { return allocate(bytes, 16); } catch (const std::bad_alloc&) {
+  return nullptr;
+}
+void* operator new(std::size_t bytes, std::align_val_t alignment, const std::nothrow_t&) noexcept try { return allocate(bytes, static_cast<std::size_t>(alignment)); } catch (const std::bad_alloc&) {
+  return nullptr;
+}
 void operator delete(void* data) noexcept { std::free(data); }
 void operator delete(void* data, std::size_t) noexcept { std::free(data); }
 void operator delete(void* data, std::align_val_t) noexcept { std::free(data); }
