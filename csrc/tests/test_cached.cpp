@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <memory>
+#include <utility>
 #include <vector>
 
 #include "cached/params.h"
@@ -175,6 +177,30 @@ void what_is_not_finite() {
   }
 }
 
+// Items of one call, some without rows or without keys, give what each gives alone: what is asked for in advance of the next one changes nothing.
+void items_stand_alone(const Sizes& s, Dtype dtype) {
+  Random random;
+  std::vector<std::unique_ptr<Owned>> caches;
+  std::vector<std::vector<float>> q, out;
+  std::vector<Item> items;
+  const std::int64_t width = s.heads * s.d;
+  for (const auto& [rows, length] : std::vector<std::pair<std::int64_t, std::int64_t>>{{2, 5}, {0, 0}, {1, 40}, {0, 7}, {3, 0}, {1, 16}}) {
+    caches.push_back(std::make_unique<Owned>(s, up(length + 1, kColumns), dtype));
+    if (length > 0) Rows(random, s, length).append(s, caches.back()->cache, 0, length, dtype);
+    q.emplace_back(static_cast<std::size_t>(rows * width));
+    for (float& x : q.back()) x = random.real();
+    out.emplace_back(q.back().size(), std::numeric_limits<float>::quiet_NaN());
+    items.push_back({q.back().data(), out.back().data(), rows, width, width, caches.back()->cache, length, nullptr});
+  }
+  Attention p{items.data(), static_cast<std::int64_t>(items.size()), s.heads, s.kv_heads, s.d, 40, 0.3f, dtype};
+  const Kernels& found = kernels_for(p);
+  cvmk::run(found.attention, p, Team{});
+  for (std::size_t i = 0; i < items.size(); ++i) {
+    const std::vector<float> alone = attended(s, items[i].cache, items[i].length, q[i], items[i].rows, nullptr, dtype);
+    CHECK(alone.empty() || std::memcmp(alone.data(), out[i].data(), alone.size() * 4) == 0);
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -184,6 +210,7 @@ int main() {
         for (const std::int64_t length : {1, 2, 15, 16, 17, 33, 130})
           for (const std::int64_t rows : {1, 2, 5, 26}) attention_is_close(s, length, rows, dtype);
       copies_leave_what_is_before(dtype);
+      for (const Sizes& s : {Sizes{1, 1, 1}, Sizes{4, 4, 32}, Sizes{3, 1, 7}}) items_stand_alone(s, dtype);
     }
     nothing_to_attend_to();
     what_is_not_finite();
